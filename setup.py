@@ -1,0 +1,47 @@
+"""Packaging of the MetaLA plugin for GPT-NeoX."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "megatron_patch/__init__.py").read_text())[1]
+
+EXTRAS = {
+    # What GPT-NeoX imports, beside itself: its own pins are older than needed (README, "Versions").
+    "neox": [
+        "deepspeed>=0.16",
+        "einops",
+        "ftfy",
+        "ninja",
+        "numpy",
+        "pybind11",
+        "regex",
+        "requests",
+        "sentencepiece",
+        "setuptools<81",  # GPT-NeoX imports pkg_resources
+        "six",
+        "tiktoken",
+        "tokenizers",
+        "transformers>=4.46",
+        "wandb",  # a hard import of GPT-NeoX, used only where `use_wandb` is on
+    ],
+    "hf": ["accelerate>=1.0", "safetensors", "tokenizers", "tqdm", "transformers>=4.46"],
+    "gpu": ["triton>=3.0", "flash-linear-attention>=0.4", "causal-conv1d>=1.4"],
+    "wandb": ["wandb"],
+}
+EXTRAS["dev"] = sorted({*EXTRAS["hf"], "hypothesis", "matplotlib", "pre-commit", "pytest", "ruff"})
+
+setup(
+    name="metala-neox",
+    version=VERSION,
+    description="Train MetaLA (Meta Linear Attention) models in GPT-NeoX and export them to Hugging Face",
+    long_description=(ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["megatron_patch*", "convert*"]),
+    install_requires=["torch>=2.4", "pydantic>=2", "pyyaml"],
+    extras_require=EXTRAS,
+)
