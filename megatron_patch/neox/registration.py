@@ -1,0 +1,241 @@
+"""MetaLA in GPT-NeoX without editing it: everything that is replaced there, and why.
+
+`register()` is called by one line at the end of GPT-NeoX's `megatron/__init__.py`, which
+`scripts/link_neox.py` adds; from then on the stock `deepy.py`, `train.py`, `eval.py` and `generate.py`
+know the layer type `metala`, the settings under `metala:` and the norm `simplermsnorm`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+
+from megatron_patch.neox.cpu_mode import activate_cpu_mode
+from megatron_patch.neox.flops import flops_per_second
+from megatron_patch.neox.norm import SimpleRMSNorm
+from megatron_patch.neox.resume import check_load
+from megatron_patch.neox.settings import SettingsError, check_settings
+
+LAYER_TYPE = "metala"
+_DEFAULT_PARTITION = "type:transformer|mlp"
+
+
+def register() -> None:
+    """Makes the imported GPT-NeoX know MetaLA. Calling it again changes nothing."""
+    from megatron.neox_arguments.neox_args import ATTENTION_TYPE_CHOICES
+
+    if LAYER_TYPE in ATTENTION_TYPE_CHOICES:
+        return
+    ATTENTION_TYPE_CHOICES.append(LAYER_TYPE)
+    _add_settings()
+    _check_settings_at_start()
+    _add_norm()
+    _add_layer()
+    _recompute_layer()
+    _count_flops()
+    _initialize_without_cuda()
+    _fix_pipeline_validation()
+    _shrink_unread_attention_mask()
+    _log_to_offline_wandb()
+
+
+def _replace(original: Any, replacement: Any) -> None:
+    """Rebinds `original` in every GPT-NeoX module that holds it under its own name."""
+    for name, module in list(sys.modules.items()):
+        if name.split(".")[0] == "megatron" and vars(module).get(original.__name__) is original:
+            setattr(module, original.__name__, replacement)
+
+
+def _add_settings() -> None:
+    """`metala:` becomes a field, `simplermsnorm` a value of `norm`, of GPT-NeoX's dataclasses, whose
+    generated constructors are then generated again."""
+    from megatron.neox_arguments.arguments import NeoXArgs
+    from megatron.neox_arguments.neox_args import NeoXArgsModel
+
+    norms = NeoXArgsModel.__annotations__["norm"].__args__
+    NeoXArgsModel.__annotations__["norm"] = Literal[(*norms, "simplermsnorm")]
+    NeoXArgsModel.__annotations__[LAYER_TYPE] = dict
+    setattr(NeoXArgsModel, LAYER_TYPE, None)
+    for cls in (NeoXArgsModel, NeoXArgs):
+        del cls.__init__  # `dataclass` keeps one that is there
+        dataclasses.dataclass(cls)
+
+
+def _check_settings_at_start() -> None:
+    """Checks run in the launcher, before any rank exists, and again in each rank. A mistake ends the
+    program with one line, printed once."""
+    from megatron.neox_arguments.arguments import NeoXArgs
+
+    post_init = NeoXArgs.__post_init__
+
+    @functools.wraps(post_init)
+    def checked_post_init(self) -> None:
+        activate_cpu_mode(self)
+        if self.pipe_partition_method == _DEFAULT_PARTITION:
+            self.pipe_partition_method = f"{_DEFAULT_PARTITION}|{LAYER_TYPE}"
+        check_settings(self)
+        post_init(self)
+
+    NeoXArgs.__post_init__ = checked_post_init
+
+    def one_line_errors(name: str) -> None:
+        consume = getattr(NeoXArgs, name).__func__
+
+        @functools.wraps(consume)
+        def consume_or_exit(cls, *args, **kwargs):
+            try:
+                neox_args = consume(cls, *args, **kwargs)
+                check_load(neox_args)
+            except SettingsError as error:
+                sys.exit(f"MetaLA: {error}" if os.environ.get("RANK", "0") == "0" else 1)
+            return neox_args
+
+        setattr(NeoXArgs, name, classmethod(consume_or_exit))
+
+    one_line_errors("consume_deepy_args")
+    one_line_errors("consume_neox_args")
+
+
+def _add_norm() -> None:
+    from megatron.model.norms import get_norm
+
+    @functools.wraps(get_norm)
+    def get_norm_with_simple(neox_args):
+        if neox_args.norm == "simplermsnorm":
+            return SimpleRMSNorm, neox_args.rms_norm_epsilon
+        return get_norm(neox_args)
+
+    _replace(get_norm, get_norm_with_simple)
+
+
+def _add_layer() -> None:
+    """`init_specs` gives every layer type that it does not know a transformer layer; those of type
+    `metala` are exchanged."""
+    from deepspeed.pipe import LayerSpec
+    from megatron.model.gpt2_model import GPT2ModelPipe
+
+    from megatron_patch.neox.layer import ParallelMetaLALayerPipe
+
+    init_specs = GPT2ModelPipe.init_specs
+
+    @functools.wraps(init_specs)
+    def init_specs_with_metala(self) -> None:
+        init_specs(self)
+        layer_types = self.neox_args.attention_config
+        for index, spec in enumerate(self.specs):
+            number = spec.module_kwargs.get("layer_number") if isinstance(spec, LayerSpec) else None
+            if number is not None and layer_types[number] == LAYER_TYPE:
+                self.specs[index] = LayerSpec(
+                    ParallelMetaLALayerPipe,
+                    neox_args=self.neox_args,
+                    init_method=self.init_method,
+                    output_layer_init_method=self.output_layer_init_method,
+                    layer_number=number,
+                )
+
+    GPT2ModelPipe.init_specs = init_specs_with_metala
+
+
+def _recompute_layer() -> None:
+    """Under `checkpoint_activations` DeepSpeed's pipeline and GPT-NeoX's sequential model recompute
+    only classes that they know by name."""
+    from megatron.model.gpt2_model import GPT2ModelPipe
+    from megatron.model.utils import SequentialWrapper
+
+    for owner in (GPT2ModelPipe, SequentialWrapper):
+        _allow_recomputation(owner, owner._is_checkpointable)
+
+
+def _allow_recomputation(owner: type, is_checkpointable: Callable) -> None:
+    @functools.wraps(is_checkpointable)
+    def knows_metala(self, funcs) -> bool:
+        others = [f for f in funcs if type(f).__name__ != "ParallelMetaLALayerPipe"]
+        return not others or is_checkpointable(self, others)
+
+    owner._is_checkpointable = knows_metala
+
+
+def _count_flops() -> None:
+    from megatron.logging import get_actual_flops, get_forward_backward_flops
+
+    def with_metala(original: Callable, passes: Callable) -> None:
+        @functools.wraps(original)
+        def count(neox_args, iter_time_s):
+            if LAYER_TYPE not in neox_args.attention_config:
+                return original(neox_args, iter_time_s)
+            return flops_per_second(neox_args, iter_time_s, passes(neox_args))
+
+        _replace(original, count)
+
+    with_metala(get_actual_flops, lambda args: 4 if args.checkpoint_activations else 3)
+    with_metala(get_forward_backward_flops, lambda args: 3)
+
+
+def _initialize_without_cuda() -> None:
+    """GPT-NeoX asserts CUDA at start unless told otherwise; in CPU mode it is told."""
+    from megatron import initialize, training  # noqa: F401  (both hold the function)
+
+    initialize_megatron = initialize.initialize_megatron
+
+    @functools.wraps(initialize_megatron)
+    def initialize_anywhere(neox_args, allow_no_cuda=False):
+        on_cpu = neox_args.distributed_backend == "gloo" and not torch.cuda.is_available()
+        return initialize_megatron(neox_args, allow_no_cuda=allow_no_cuda or on_cpu)
+
+    _replace(initialize_megatron, initialize_anywhere)
+
+
+def _fix_pipeline_validation() -> None:
+    """With `pipe_parallel_size` >= 1 `forward_step` returns the loss alone where its caller, `evaluate`,
+    unpacks a loss and metrics."""
+    from megatron.training import forward_step
+
+    @functools.wraps(forward_step)
+    def forward_step_with_metrics(data_iterator, model, neox_args, timers, *args, **kwargs):
+        result = forward_step(data_iterator, model, neox_args, timers, *args, **kwargs)
+        return result if isinstance(result, tuple) else (result, {})
+
+    _replace(forward_step, forward_step_with_metrics)
+
+
+def _shrink_unread_attention_mask() -> None:
+    """Every batch carries an s x s mask (1 GiB at 32k tokens) that only attention layers read."""
+    from megatron.model.gpt2_model import GPT2ModelPipe
+    from megatron.utils import get_attn_mask
+
+    mask_is_read = True
+    init = GPT2ModelPipe.__init__
+
+    @functools.wraps(init)
+    def init_and_look(self, neox_args, *args, **kwargs):
+        nonlocal mask_is_read
+        mask_is_read = set(neox_args.attention_config) != {LAYER_TYPE}
+        init(self, neox_args, *args, **kwargs)
+
+    @functools.wraps(get_attn_mask)
+    def get_mask_if_read(seq_length, device, sliding_window_width):
+        if mask_is_read:
+            return get_attn_mask(seq_length, device, sliding_window_width)
+        return torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device)
+
+    GPT2ModelPipe.__init__ = init_and_look
+    _replace(get_attn_mask, get_mask_if_read)
+
+
+def _log_to_offline_wandb() -> None:
+    """GPT-NeoX switches wandb off where it finds no API key; an offline run needs none."""
+    from megatron.utils import get_wandb_api_key
+
+    @functools.wraps(get_wandb_api_key)
+    def key_unless_offline(neox_args):
+        if os.environ.get("WANDB_MODE") == "offline":
+            return "LOCAL"  # what GPT-NeoX itself answers for a local wandb server
+        return get_wandb_api_key(neox_args)
+
+    _replace(get_wandb_api_key, key_unless_offline)

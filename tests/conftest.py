@@ -1,0 +1,78 @@
+"""What tests of several folders share: a GPT-NeoX checkout, data and a tokenizer to train on."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+VOCABULARY = 512
+
+_neox_state = "not asked for"
+
+
+def find_neox() -> Path | None:
+    """The checkout that `GPT_NEOX_PATH` names, or the one that set-up cloned."""
+    path = Path(os.environ.get("GPT_NEOX_PATH") or ROOT / "third_party" / "gpt-neox")
+    return path if (path / "megatron" / "__init__.py").is_file() else None
+
+
+@pytest.fixture(scope="session")
+def neox_checkout(tmp_path_factory) -> Path:
+    """A linked copy of the GPT-NeoX checkout; the tests that need one are skipped where none is."""
+    global _neox_state
+    source = find_neox()
+    if source is None:
+        _neox_state = "SKIPPED: no checkout, set GPT_NEOX_PATH or run scripts/setup.sh"
+        pytest.skip("no GPT-NeoX checkout")
+    copy = tmp_path_factory.mktemp("neox") / "gpt-neox"
+    shutil.copytree(source, copy, ignore=shutil.ignore_patterns(".git"))
+    subprocess.run([sys.executable, ROOT / "scripts/link_neox.py", copy], check=True)
+    _neox_state = f"RAN with real GPT-NeoX from {source}"
+    return copy
+
+
+def pytest_terminal_summary(terminalreporter):
+    terminalreporter.section("GPT-NeoX")
+    terminalreporter.write_line(f"Tests that train in GPT-NeoX: {_neox_state}")
+
+
+@pytest.fixture(scope="session")
+def tokenizer_file(tmp_path_factory) -> Path:
+    """A byte-level BPE tokenizer.json with exactly VOCABULARY tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<|endoftext|>", "<|padding|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train([str(ROOT / "README.md"), shutil.__file__], trainer)
+    assert tokenizer.get_vocab_size() == VOCABULARY
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    tokenizer.save(str(path))
+    return path
+
+
+@pytest.fixture(scope="session")
+def token_data(tmp_path_factory) -> Path:
+    """Prefix of a GPT-NeoX .bin/.idx pair: 64 documents of learnable tokens (a noisy cycle)."""
+    from megatron_patch.indexed_dataset import IndexedDatasetWriter
+
+    rng = np.random.default_rng(0)
+    prefix = tmp_path_factory.mktemp("data") / "tokens"
+    with IndexedDatasetWriter(prefix, vocab_size=VOCABULARY) as writer:
+        for _ in range(64):
+            steps = rng.choice([1, 2], p=[0.9, 0.1], size=600)
+            writer.add_document((rng.integers(VOCABULARY) + np.cumsum(steps)) % VOCABULARY)
+    return prefix
