@@ -36,7 +36,7 @@ EXTRAS["dev"] = sorted({*EXTRAS["hf"], "hypothesis", "matplotlib", "pre-commit",
 setup(
     name="metala-neox",
     version=VERSION,
-    description="Train MetaLA (Meta Linear Attention) models in GPT-NeoX and export them to Hugging Face",
+    description="Train MetaLA models in GPT-NeoX and export them to Hugging Face",
     long_description=(ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else "",
     long_description_content_type="text/markdown",
     license="Apache-2.0",

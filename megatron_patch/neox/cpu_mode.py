@@ -1,8 +1,8 @@
 """GPT-NeoX on a machine without a GPU.
 
-GPT-NeoX asks `torch.cuda` for devices, tensors and random states by name. Where there is no CUDA and
-the settings say `distributed_backend: gloo`, those names are redirected to the CPU. Nothing is touched
-where a GPU is visible.
+GPT-NeoX asks `torch.cuda` for devices, tensors and random states by name. Where there is no CUDA
+and the settings say `distributed_backend: gloo`, those names are redirected to the CPU. Nothing is
+touched where a GPU is visible.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ def activate_cpu_mode(args) -> None:
     """Redirects `torch.cuda` to the CPU if CUDA is absent and `distributed_backend` is gloo.
 
     Args:
-        args: GPT-NeoX's settings; `num_gpus` is the number of ranks on this machine, by default what
-            tensor and pipeline parallelism need.
+        args: GPT-NeoX's settings; `num_gpus` is the number of ranks on this machine, by default
+            what tensor and pipeline parallelism need.
 
     Raises:
         SettingsError: a setting that cannot work on a CPU.
@@ -32,7 +32,8 @@ def activate_cpu_mode(args) -> None:
         raise SettingsError("precision: found fp16, wanted fp32 or bfloat16 on the CPU")
     already_active = torch.cuda.current_device is _current_device
     if "LOCAL_RANK" not in os.environ:
-        # In the launcher: DeepSpeed's CPU accelerator takes the number of local ranks from LOCAL_SIZE.
+        # In the launcher: DeepSpeed's CPU accelerator takes the number of local ranks from
+        # LOCAL_SIZE.
         ranks = args.num_gpus or max(args.model_parallel_size, 1) * max(args.pipe_parallel_size, 1)
         os.environ["LOCAL_SIZE"] = str(ranks)
     elif not already_active and "OMP_NUM_THREADS" not in os.environ:

@@ -18,8 +18,8 @@ from megatron_patch.neox.settings import MetaLASettings, metala_intermediate_siz
 class ParallelMetaLALayer(nn.Module):
     """x + mixer(norm(x)), then x + mlp(norm(x)): a MetaLA block with tensor-parallel projections.
 
-    Built like GPT-NeoX's own layers from its arguments and initialisers; `neox_args.metala` holds the
-    settings of :class:`MetaLASettings`. The norm is the one that `norm:` selects.
+    Built like GPT-NeoX's own layers from its arguments and initialisers; `neox_args.metala` holds
+    the settings of :class:`MetaLASettings`. The norm is the one that `norm:` selects.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class ParallelMetaLALayer(nn.Module):
         self.layer_past: MixerState | None = None
 
     def forward(self, x: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """[T, B, d] to [T, B, d]. `attention_mask` is not read: the recurrence is causal by itself."""
+        """[T, B, d] to [T, B, d]. `attention_mask` is not read: the recurrence is causal."""
         mixed, state = self.mixer(self.input_norm(x), self.layer_past, self.use_cache)
         if self.use_cache:
             self.layer_past = state

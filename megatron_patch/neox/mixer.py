@@ -21,9 +21,10 @@ class ShortConvolution(nn.Module):
     its weight being used. Initialised as `torch.nn.Conv1d`, as in the authors' models.
 
     The weight is replicated over tensor-parallel ranks and stays identical there without any
-    communication of its own: every rank initialises it from the random state they share, feeds it the
-    same input, and gets the same output gradient, because the input projection that follows sums that
-    gradient over the ranks (`copy_to_model_parallel_region`). Equal gradients, equal updates.
+    communication of its own: every rank initialises it from the random state they share, feeds it
+    the same input, and gets the same output gradient, because the input projection that follows
+    sums that gradient over the ranks (`copy_to_model_parallel_region`). Equal gradients, equal
+    updates.
     """
 
     def __init__(self, channels: int, width: int, device: torch.device, dtype: torch.dtype):
@@ -47,15 +48,15 @@ class ParallelMetaLAMixer(nn.Module):
     """MetaLA (arXiv 2411.10741) between the two residual streams, split by heads over the
     tensor-parallel ranks.
 
-    One column-parallel projection without gathering gives, head by head, q (K), gate logits (K),
-    v (V) and output gate (V), with K = d / 2H and V = d / H. A rank's share of its rows is therefore
-    whole heads at any tensor-parallel degree, one all-reduce in the backward pass serves all four, and
-    the operator reads the four where they lie. The output projection is row-parallel: one all-reduce
-    in the forward pass.
+    One column-parallel projection without gathering gives, head by head, q (K), gate logits (K), v
+    (V) and output gate (V), with K = d / 2H and V = d / H. A rank's share of its rows is therefore
+    whole heads at any tensor-parallel degree, one all-reduce in the backward pass serves all four,
+    and the operator reads the four where they lie. The output projection is row-parallel: one
+    all-reduce in the forward pass.
 
-    Parameters, full shapes and split: `conv1d.weight` [d, 1, W] replicated; `in_proj.weight` [3d, d],
-    `out_gate_bias` [H, V] and `aug_balance` [H, K] along the first dimension; `out_proj.weight` [d, d]
-    along the second.
+    Parameters, full shapes and split: `conv1d.weight` [d, 1, W] replicated; `in_proj.weight` [3d,
+    d], `out_gate_bias` [H, V] and `aug_balance` [H, K] along the first dimension; `out_proj.weight`
+    [d, d] along the second.
     """
 
     def __init__(
@@ -102,8 +103,9 @@ class ParallelMetaLAMixer(nn.Module):
 
     def _parameter_by_heads(self, width: int, factory: dict) -> nn.Parameter:
         """A zero [H / tp, width] parameter, marked as GPT-NeoX marks what is split over ranks (its
-        gradient clipping counts a parameter that is not marked once, not once a rank) and kept out of
-        weight decay: one is a bias, the other a per-channel scale that starts at, and means, zero."""
+        gradient clipping counts a parameter that is not marked once, not once a rank) and kept out
+        of weight decay: one is a bias, the other a per-channel scale that starts at, and means,
+        zero."""
         parameter = nn.Parameter(torch.zeros(self.num_heads, width, **factory))
         parameter.model_parallel = True
         parameter.partition_dim = 0
@@ -112,8 +114,8 @@ class ParallelMetaLAMixer(nn.Module):
         return parameter
 
     def _authors_init(self, base: Callable) -> Callable:
-        """`base` for v and output gate; Xavier-uniform with gain 2**-2.5 for q and gate logits, whose
-        fans are those of the authors' separate [d/2, d] matrices."""
+        """`base` for v and output gate; Xavier-uniform with gain 2**-2.5 for q and gate logits,
+        whose fans are those of the authors' separate [d/2, d] matrices."""
 
         def init(weight: torch.Tensor) -> torch.Tensor:
             base(weight)

@@ -13,8 +13,9 @@ class ParallelSwiGLU(torch.nn.Module):
     """w2(silu(w1 x) * w3 x), without biases.
 
     w1 and w3 are one column-parallel matrix, `gate_up_proj` [2f, d], so that the backward pass
-    all-reduces the input gradient once. Each tensor-parallel rank holds its rows of w1, then its rows
-    of w3. GPT-NeoX's own gated MLP rescales `intermediate_size` by 2/3; this one takes it as it is.
+    all-reduces the input gradient once. Each tensor-parallel rank holds its rows of w1, then its
+    rows of w3. GPT-NeoX's own gated MLP rescales `intermediate_size` by 2/3; this one takes it as
+    it is.
     """
 
     def __init__(

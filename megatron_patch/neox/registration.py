@@ -1,8 +1,9 @@
 """MetaLA in GPT-NeoX without editing it: everything that is replaced there, and why.
 
 `register()` is called by one line at the end of GPT-NeoX's `megatron/__init__.py`, which
-`scripts/link_neox.py` adds; from then on the stock `deepy.py`, `train.py`, `eval.py` and `generate.py`
-know the layer type `metala`, the settings under `metala:` and the norm `simplermsnorm`.
+`scripts/link_neox.py` adds; from then on the stock `deepy.py`, `train.py`, `eval.py` and
+`generate.py` know the layer type `metala`, the settings under `metala:` and the norm
+`simplermsnorm`.
 """
 
 from __future__ import annotations
@@ -53,8 +54,8 @@ def _replace(original: Any, replacement: Any) -> None:
 
 
 def _add_settings() -> None:
-    """`metala:` becomes a field, `simplermsnorm` a value of `norm`, of GPT-NeoX's dataclasses, whose
-    generated constructors are then generated again."""
+    """`metala:` becomes a field, `simplermsnorm` a value of `norm`, of GPT-NeoX's dataclasses,
+    whose generated constructors are then generated again."""
     from megatron.neox_arguments.arguments import NeoXArgs
     from megatron.neox_arguments.neox_args import NeoXArgsModel
 
@@ -68,8 +69,8 @@ def _add_settings() -> None:
 
 
 def _check_settings_at_start() -> None:
-    """Checks run in the launcher, before any rank exists, and again in each rank. A mistake ends the
-    program with one line, printed once."""
+    """Checks run in the launcher, before any rank exists, and again in each rank. A mistake ends
+    the program with one line, printed once."""
     from megatron.neox_arguments.arguments import NeoXArgs
 
     post_init = NeoXArgs.__post_init__
@@ -192,8 +193,8 @@ def _initialize_without_cuda() -> None:
 
 
 def _fix_pipeline_validation() -> None:
-    """With `pipe_parallel_size` >= 1 `forward_step` returns the loss alone where its caller, `evaluate`,
-    unpacks a loss and metrics."""
+    """With `pipe_parallel_size` >= 1 `forward_step` returns the loss alone where its caller,
+    `evaluate`, unpacks a loss and metrics."""
     from megatron.training import forward_step
 
     @functools.wraps(forward_step)

@@ -10,9 +10,9 @@ from megatron_patch.neox.settings import SettingsError
 def check_load(args) -> None:
     """Checks that the checkpoint a run asks for by `load` is there.
 
-    GPT-NeoX prints a line and trains from scratch where it is not. Only one case is a first start and
-    not a mistake: `load` and `save` name the same folder and it holds no checkpoint yet, the usual way
-    to have one command that starts and resumes.
+    GPT-NeoX prints a line and trains from scratch where it is not. Only one case is a first start
+    and not a mistake: `load` and `save` name the same folder and it holds no checkpoint yet, the
+    usual way to have one command that starts and resumes.
 
     Raises:
         SettingsError: names the folder, what was found there and what was wanted.

@@ -30,8 +30,9 @@ class MetaLASettings(BaseModel):
     output_norm_eps: float = Field(1e-5, gt=0, description="Epsilon of each head's LayerNorm.")
     init: Literal["neox", "authors"] = Field(
         "neox",
-        description="'neox': GPT-NeoX's init_method and output_layer_init_method. 'authors': normal "
-        "with init_method_std for all linears, Xavier-uniform with gain 2**-2.5 for q and gate.",
+        description="'neox': GPT-NeoX's init_method and output_layer_init_method. 'authors': "
+        "normal with init_method_std for all linears, Xavier-uniform with gain 2**-2.5 for q and "
+        "gate logits.",
     )
     backend: Literal[BACKENDS] = Field("auto", description="Implementation of the operator.")
 
@@ -40,7 +41,8 @@ class MetaLASettings(BaseModel):
         """Settings from the YAML mapping, or the defaults for `None`.
 
         Raises:
-            SettingsError: one line that names every offending key, what was found and what was wanted.
+            SettingsError: one line that names every offending key, what was found and what was
+            wanted.
         """
         if mapping is not None and not isinstance(mapping, dict):
             raise SettingsError(
@@ -60,8 +62,9 @@ class MetaLASettings(BaseModel):
 
 
 def metala_intermediate_size(args) -> int:
-    """Width f of a MetaLA block's MLP: `intermediate_size`, else `expansion_factor` times the hidden
-    size, else 8/3 of it rounded up to a multiple of 256 (2816 for 1024, as in the authors' 0.38B)."""
+    """Width f of a MetaLA block's MLP: `intermediate_size`, else `expansion_factor` times the
+    hidden size, else 8/3 of it rounded up to a multiple of 256 (2816 for 1024, as in the authors'
+    0.38B)."""
     if args.intermediate_size:
         return args.intermediate_size
     if args.expansion_factor:
