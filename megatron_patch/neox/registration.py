@@ -43,7 +43,7 @@ def register() -> None:
     _initialize_without_cuda()
     _fix_pipeline_validation()
     _shrink_unread_attention_mask()
-    _log_to_offline_wandb()
+    _log_to_wandb()
 
 
 def _replace(original: Any, replacement: Any) -> None:
@@ -229,9 +229,14 @@ def _shrink_unread_attention_mask() -> None:
     _replace(get_attn_mask, get_mask_if_read)
 
 
-def _log_to_offline_wandb() -> None:
-    """GPT-NeoX switches wandb off where it finds no API key; an offline run needs none."""
+def _log_to_wandb() -> None:
+    """GPT-NeoX switches wandb off where it finds no API key, which an offline run does not need,
+    and calls a function that wandb has moved."""
+    import wandb
     from megatron.utils import get_wandb_api_key
+
+    if not hasattr(wandb.util, "generate_id"):
+        wandb.util.generate_id = wandb.sdk.lib.runid.generate_id
 
     @functools.wraps(get_wandb_api_key)
     def key_unless_offline(neox_args):

@@ -95,21 +95,29 @@ def settings(token_data: Path, tokenizer_file: Path, tp: int = 1, pp: int = 0, *
     return {**MODEL, **TRAINING, **parallel, **data, **changes}
 
 
-def neox(checkout: Path, program: str, config: dict, folder: Path, **environment: str) -> Run:
-    """Runs `deepy.py PROGRAM` on `config`, written to a YAML file in `folder`."""
+def start(
+    checkout: Path, program: str, config: dict, folder: Path, start_new_session=False, **environment
+) -> subprocess.Popen:
+    """Starts `deepy.py PROGRAM` on `config`, written to a YAML file in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{Path(program).stem}.yml"
     file.write_text(yaml.safe_dump({**config, "master_port": free_port()}))
-    process = subprocess.run(
+    return subprocess.Popen(
         [sys.executable, "./deepy.py", program, str(file)],
         cwd=checkout,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=600,
+        start_new_session=start_new_session,
     )
-    return Run(process.returncode, process.stdout)
+
+
+def neox(checkout: Path, program: str, config: dict, folder: Path, **environment: str) -> Run:
+    """Runs `deepy.py PROGRAM` to its end."""
+    process = start(checkout, program, config, folder, **environment)
+    output, _ = process.communicate(timeout=600)
+    return Run(process.returncode, output)
 
 
 def train(checkout: Path, config: dict, folder: Path, **environment: str) -> Run:

@@ -1,0 +1,70 @@
+"""GPT-NeoX's settings from several YAML files, read as GPT-NeoX reads them but without GPT-NeoX."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_patch.neox.settings import SettingsError
+
+
+def merge_yaml(paths: Iterable[str | Path]) -> dict[str, Any]:
+    """The settings of all files as one mapping; '-' in a key means '_'.
+
+    A name without `.yml` is completed by it, as on GPT-NeoX's command line.
+
+    Raises:
+        SettingsError: a file cannot be read, is not YAML or not a mapping, or gives a key that the
+            same or an earlier file already gave. The line names the file and, if any, the key.
+    """
+    texts: dict[str, str] = {}
+    for path in paths:
+        name = str(path) if str(path).endswith((".yml", ".yaml")) else f"{path}.yml"
+        if name in texts:
+            raise SettingsError(f"{name}: the file is given twice")
+        try:
+            texts[name] = Path(name).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise SettingsError(f"{name}: cannot be read: {error}") from None
+    return merge_yaml_texts(texts)
+
+
+def merge_yaml_texts(texts: Mapping[str, str]) -> dict[str, Any]:
+    """As :func:`merge_yaml`, from texts by file name, e.g. those a GPT-NeoX checkpoint carries."""
+    merged: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    for name, text in texts.items():
+        for written_key, value in _top_level_items(name, text):
+            key = written_key.replace("-", "_")
+            if key in merged:
+                where = "twice" if origin[key] == name else f"here and in {origin[key]}"
+                raise SettingsError(f"{name}: {key}: the key is given {where}")
+            merged[key], origin[key] = value, name
+    return merged
+
+
+def _top_level_items(name: str, text: str) -> list[tuple[str, Any]]:
+    """(key, value) in file order. PyYAML would keep the last of two equal keys without a word."""
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return []
+        if not isinstance(node, yaml.MappingNode):
+            raise SettingsError(f"{name}: found a {node.id}, wanted a mapping of settings")
+        loader.flatten_mapping(node)
+        return [
+            (
+                str(loader.construct_object(key, deep=True)),
+                loader.construct_object(value, deep=True),
+            )
+            for key, value in node.value
+        ]
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise SettingsError(f"{name}: not YAML: {reason}") from None
+    finally:
+        loader.dispose()

@@ -1,0 +1,67 @@
+"""Tiny models in which every term of the mathematics counts."""
+
+import pytest
+import torch
+
+from megatron_patch.hf import MetaLAConfig, MetaLAForCausalLM
+
+VOCABULARY = 61
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tiny_config():
+    """Function: a configuration of 2 layers, width 32, 2 heads, with the keys given changed."""
+
+    def build(**changes) -> MetaLAConfig:
+        settings = dict(
+            vocab_size=VOCABULARY,
+            decoder_embed_dim=32,
+            decoder_layers=2,
+            decoder_attention_heads=2,
+            glu_dim=40,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+        return MetaLAConfig(**{**settings, **changes})
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_config):
+    """Function: a model in evaluation mode, random in all parameters: as initialised, `aug_balance`
+    and the biases are zero, and the logits too small to tell a mistake from rounding."""
+
+    def build(dtype=torch.float32, **changes) -> MetaLAForCausalLM:
+        model = MetaLAForCausalLM(tiny_config(**changes))
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                noise = torch.randn(parameter.shape, generator=generator)
+                if "norm" in name:
+                    parameter.copy_(1 + 0.3 * noise)
+                else:
+                    parameter.copy_(
+                        noise * (1.0 if parameter.ndim == 1 else parameter[0].numel() ** -0.5)
+                    )
+        return model.to(dtype).eval()
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def tokens():
+    """Function: random int64 [batch, time], none of them a special token."""
+
+    def build(batch: int, time: int, seed: int = 0) -> torch.Tensor:
+        return torch.randint(
+            3, VOCABULARY, (batch, time), generator=torch.Generator().manual_seed(seed)
+        )
+
+    return build

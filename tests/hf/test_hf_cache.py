@@ -1,0 +1,150 @@
+"""MetaLACache: constant size, exact continuation, reordering, and life on disk."""
+
+import copy
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import DynamicCache
+
+from megatron_patch.hf import MetaLACache
+
+
+def same(left: torch.Tensor, right: torch.Tensor) -> None:
+    torch.testing.assert_close(left, right, rtol=1e-9, atol=1e-9)
+
+
+def same_states(left: MetaLACache, right: MetaLACache) -> None:
+    assert len(left) == len(right) > 0
+    for one, other in zip(left.layers, right.layers, strict=True):
+        for (name, tensor), (_, expected) in zip(one.tensors(), other.tensors(), strict=True):
+            torch.testing.assert_close(
+                tensor, expected, rtol=1e-9, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}"
+            )
+
+
+@pytest.mark.parametrize("pieces", [[1] * 12, [5, 1, 4, 2], [2, 10], [11, 1], [1, 1, 10]])
+@pytest.mark.parametrize("changes", [{}, {"conv_width": 1}, {"conv_width": 6}], ids=str)
+def test_any_pieces_equal_one_run(tiny_model, tokens, pieces, changes):
+    model, input_ids = tiny_model(torch.float64, **changes), tokens(3, 12)
+    whole = model(input_ids)
+    cache, logits = MetaLACache(model.config), []
+    for piece in input_ids.split(pieces, dim=1):
+        output = model(piece, past_key_values=cache)
+        assert output.past_key_values is cache
+        logits.append(output.logits)
+    same(torch.cat(logits, dim=1), whole.logits)
+    assert cache.get_seq_length() == whole.past_key_values.get_seq_length() == 12
+    same_states(cache, whole.past_key_values)
+
+
+def test_bytes_do_not_grow(tiny_model, tokens):
+    model = tiny_model()
+
+    def held(cache: MetaLACache) -> int:
+        """Bytes of the memory behind the tensors, which a view of a long one would keep whole."""
+        return sum(
+            t.untyped_storage().nbytes() for layer in cache.layers for _, t in layer.tensors()
+        )
+
+    cache = model(tokens(2, 5)).past_key_values
+    size = cache.nbytes
+    assert size == held(cache) == 2 * 2 * 4 * (32 * 3 + 2 * 8 * 16)  # layers, batch, bytes, numbers
+    for time in (1, 300, 1):
+        cache = model(tokens(2, time), past_key_values=cache).past_key_values
+        assert cache.nbytes == held(cache) == size
+    mask = torch.ones(2, 100, dtype=torch.long)
+    mask[0, :40] = 0
+    cache = model(tokens(2, 100), attention_mask=mask, past_key_values=cache).past_key_values
+    assert cache.nbytes == held(cache) == size
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_dtypes(tiny_model, tokens, dtype):
+    layer = tiny_model(dtype)(tokens(1, 5)).past_key_values.layers[0]
+    assert layer.conv_states.dtype == dtype
+    assert layer.recurrent_states.dtype == (
+        torch.float64 if dtype == torch.float64 else torch.float32
+    )
+
+
+def test_the_input_cache_decides_what_is_remembered(tiny_model, tokens):
+    model, input_ids = tiny_model(torch.float64), tokens(1, 6)
+    cache = model(input_ids).past_key_values
+    before = copy.deepcopy(cache)
+    with_cache = model(input_ids, past_key_values=cache, use_cache=False)
+    assert with_cache.past_key_values is None
+    same_states(cache, before)  # read, not written
+    assert cache.get_seq_length() == 6
+    assert model(input_ids, use_cache=False).past_key_values is None
+    again = model(input_ids, past_key_values=before)
+    same(again.logits, with_cache.logits)
+
+
+def test_rows_are_reordered_repeated_and_selected(tiny_model, tokens):
+    model, first, second = tiny_model(torch.float64), tokens(3, 6), tokens(4, 2, seed=1)
+    cache = model(first).past_key_values
+    fork = copy.deepcopy(cache)
+    fork.reorder_cache(torch.tensor([2, 0, 0]))
+    whole = model(torch.cat([first[[2, 0, 0]], second[:3]], 1)).logits[:, 6:]
+    same(model(second[:3], past_key_values=fork).logits, whole)
+
+    fork = copy.deepcopy(cache)
+    fork.batch_select_indices(torch.tensor([1, 2]))
+    fork.batch_repeat_interleave(2)
+    assert fork.batch_size == 4
+    whole = model(torch.cat([first[[1, 1, 2, 2]], second], 1)).logits[:, 6:]
+    same(model(second, past_key_values=fork).logits, whole)
+    assert cache.batch_size == 3  # forks share nothing
+
+
+def test_saved_and_loaded(tiny_model, tokens, tmp_path):
+    model, input_ids = tiny_model(torch.bfloat16), tokens(2, 9)
+    cache = model(input_ids).past_key_values
+    cache.save(tmp_path / "state.safetensors")
+    loaded = MetaLACache.load(tmp_path / "state.safetensors")
+    assert (len(loaded), loaded.get_seq_length(), loaded.nbytes) == (2, 9, cache.nbytes)
+    new = tokens(2, 3, seed=1)
+    expected = model(new, past_key_values=cache).logits
+    assert torch.equal(model(new, past_key_values=loaded).logits, expected)
+
+    empty = MetaLACache(model.config)
+    empty.save(tmp_path / "empty.safetensors")
+    assert MetaLACache.load(tmp_path / "empty.safetensors").get_seq_length() == 0
+    save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="other.safetensors: not a saved MetaLACache"):
+        MetaLACache.load(tmp_path / "other.safetensors")
+
+
+def test_reset(tiny_model, tokens):
+    model, input_ids = tiny_model(torch.float64), tokens(2, 5)
+    cache = model(tokens(3, 4, seed=1)).past_key_values
+    cache.reset()
+    assert (cache.get_seq_length(), cache.has_previous_state(), cache.nbytes) == (0, False, 0)
+    same(model(input_ids, past_key_values=cache).logits, model(input_ids).logits)
+
+
+def test_conventions(tiny_config):
+    cache = MetaLACache(tiny_config())
+    assert len(cache) == 2 and cache.batch_size == -1 and not cache.is_compileable
+    assert cache.get_max_length() in (-1, None) and cache.get_max_cache_shape() in (-1, None)
+    assert "2 layers, 0 tokens" in repr(cache)
+    with pytest.raises(NotImplementedError, match="cannot be cropped"):
+        cache.crop(-1)
+    with pytest.raises(NotImplementedError, match="no keys and values"):
+        cache.update(None, None, 0)
+
+
+def test_wrong_caches_are_named(tiny_model, tokens):
+    model = tiny_model()
+    with pytest.raises(
+        ValueError, match="^past_key_values: found a DynamicCache, wanted a MetaLACache"
+    ):
+        model(tokens(1, 3), past_key_values=DynamicCache())
+    with pytest.raises(ValueError, match="^past_key_values: found a tuple, wanted a MetaLACache"):
+        model(tokens(1, 3), past_key_values=((None, None),))
+    cache = model(tokens(2, 3)).past_key_values
+    with pytest.raises(
+        ValueError, match="^past_key_values: found the states of 2 sequences, wanted 3"
+    ):
+        model(tokens(3, 3), past_key_values=cache)

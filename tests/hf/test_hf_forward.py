@@ -1,0 +1,325 @@
+"""The model's numbers against a computation of its own in float64, and its files."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+
+import megatron_patch.hf
+from megatron_patch.hf import MetaLAForCausalLM, MetaLAModel
+
+
+def expected_logits(
+    state: dict[str, torch.Tensor], config, input_ids: torch.Tensor
+) -> torch.Tensor:
+    """Logits [B, T, vocab] token by token in float64, from the published formulas and the tensors'
+    names."""
+    state = {name: tensor.double() for name, tensor in state.items()}
+    heads, dim = config.decoder_attention_heads, config.decoder_embed_dim
+    key, value, width = dim // (2 * heads), dim // heads, config.conv_width
+
+    def norm(x, name):
+        x = x / torch.sqrt((x * x).mean() + config.norm_eps)
+        return x * state[name] if config.norm_type == "rmsnorm" else x
+
+    def mlp(x, prefix):
+        def linear(name, x):
+            return state[prefix + name + ".weight"] @ x + state.get(prefix + name + ".bias", 0.0)
+
+        gate = linear("l1", x)
+        return linear("l3", gate * torch.sigmoid(gate) * linear("l2", x))
+
+    def mixer(rows, prefix):
+        get = lambda name: state[prefix + name]  # noqa: E731
+        taps = get("conv1d.weight")[:, 0]
+        out, memory = [], torch.zeros(heads, key, value, dtype=torch.float64)
+        for t in range(len(rows)):
+            x = sum(taps[:, width - 1 - back] * rows[t - back] for back in range(min(width, t + 1)))
+            x = x * torch.sigmoid(x)
+            q, a = ((get(n + ".weight") @ x).view(heads, key) for n in ("q_proj", "k_gate"))
+            v = (get("v_proj.weight") @ x).view(heads, value)
+            z = (get("g_proj.weight") @ x + get("g_proj.bias")).view(heads, value)
+            decay = torch.sigmoid(a) ** (1 / config.tau)
+            k = 1 - decay
+            memory = decay[..., None] * memory + k[..., None] * v[:, None]
+            y = torch.einsum("hk,hkv->hv", q, memory) / math.sqrt(key)
+            if config.self_augmentation:
+                weight = (q * get("aug_balance").view(heads, key) * k).sum(-1, keepdim=True)
+                y = y + torch.sigmoid(weight * v)
+            y = y - y.mean(-1, keepdim=True)
+            y = y / torch.sqrt((y * y).mean(-1, keepdim=True) + config.output_norm_eps)
+            out.append(get("out_proj.weight") @ (z * torch.sigmoid(z) * y).flatten())
+        return out
+
+    logits = []
+    for row in input_ids:
+        scale = 1.0 if config.no_scale_embedding else math.sqrt(dim)
+        rows = [state["model.embed_tokens.weight"][i] * scale for i in row]
+        for layer in range(config.decoder_layers):
+            prefix = f"model.layers.{layer}."
+            mixed = mixer(
+                [norm(x, prefix + "token_norm.weight") for x in rows], prefix + "token_mixer."
+            )
+            rows = [x + y for x, y in zip(rows, mixed, strict=True)]
+            rows = [
+                x + mlp(norm(x, prefix + "channel_norm.weight"), prefix + "channel_mixer.")
+                for x in rows
+            ]
+        rows = [norm(x, "model.final_norm.weight") for x in rows]
+        logits.append(torch.stack([state["lm_head.weight"] @ x for x in rows]))
+    return torch.stack(logits)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"norm_type": "rmsnorm", "norm_eps": 1e-3},
+        {"self_augmentation": False, "tau": 4.0, "conv_width": 3},
+        {"bias": True, "no_scale_embedding": False, "conv_width": 1},
+        {"decoder_attention_heads": 4, "output_norm_eps": 1e-2, "tie_word_embeddings": True},
+    ],
+    ids=lambda changes: "-".join(changes) or "defaults",
+)
+def test_forward_equals_the_formulas(tiny_model, tokens, changes):
+    model = tiny_model(torch.float64, **changes)
+    input_ids = tokens(2, 11)
+    expected = expected_logits(model.state_dict(), model.config, input_ids)
+    torch.testing.assert_close(model(input_ids).logits, expected, rtol=1e-10, atol=1e-10)
+    single = model.float()(input_ids).logits
+    torch.testing.assert_close(single.double(), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_stays_near(tiny_model, tokens, dtype):
+    input_ids = tokens(2, 50)
+    expected = tiny_model()(input_ids).logits
+    logits = tiny_model(dtype)(input_ids).logits
+    assert logits.dtype == dtype and logits.isfinite().all()
+    assert (logits.float() - expected).abs().max() < 0.1 * expected.abs().max()
+
+
+@pytest.mark.parametrize(("norm_type", "bias"), [("simplermsnorm", False), ("rmsnorm", True)])
+def test_tensor_names_and_shapes_are_the_authors(tiny_config, norm_type, bias):
+    model = MetaLAForCausalLM(tiny_config(norm_type=norm_type, bias=bias))
+    expected = {"model.embed_tokens.weight": [61, 32], "lm_head.weight": [61, 32]}
+    for layer in ("model.layers.0.", "model.layers.1."):
+        expected |= {
+            layer + "token_mixer.q_proj.weight": [16, 32],
+            layer + "token_mixer.k_gate.weight": [16, 32],
+            layer + "token_mixer.v_proj.weight": [32, 32],
+            layer + "token_mixer.g_proj.weight": [32, 32],
+            layer + "token_mixer.g_proj.bias": [32],
+            layer + "token_mixer.out_proj.weight": [32, 32],
+            layer + "token_mixer.aug_balance": [16],
+            layer + "token_mixer.conv1d.weight": [32, 1, 4],
+            layer + "channel_mixer.l1.weight": [40, 32],
+            layer + "channel_mixer.l2.weight": [40, 32],
+            layer + "channel_mixer.l3.weight": [32, 40],
+        }
+        if bias:
+            sizes = {"l1": 40, "l2": 40, "l3": 32}
+            expected |= {
+                f"{layer}channel_mixer.{name}.bias": [size] for name, size in sizes.items()
+            }
+        if norm_type == "rmsnorm":
+            expected |= {layer + "token_norm.weight": [32], layer + "channel_norm.weight": [32]}
+    if norm_type == "rmsnorm":
+        expected["model.final_norm.weight"] = [32]
+    assert {name: list(tensor.shape) for name, tensor in model.state_dict().items()} == expected
+
+
+def test_outputs_as_transformers_gives_them(tiny_model, tokens):
+    model, input_ids = tiny_model(), tokens(2, 7)
+    full = model(input_ids, output_hidden_states=True, labels=input_ids)
+    assert len(full.hidden_states) == model.config.num_hidden_layers + 1
+    torch.testing.assert_close(full.hidden_states[0], model.model.embed_tokens(input_ids))
+    torch.testing.assert_close(model.lm_head(full.hidden_states[-1]), full.logits)
+
+    loss, logits, cache, _ = model(
+        input_ids, output_hidden_states=True, labels=input_ids, return_dict=False
+    )
+    torch.testing.assert_close(loss, full.loss)
+    torch.testing.assert_close(logits, full.logits)
+    assert cache.get_seq_length() == 7
+    assert len(model.model(input_ids, use_cache=False, return_dict=False)) == 1
+
+    embeds = model.model.embed_tokens(input_ids)
+    torch.testing.assert_close(model(inputs_embeds=embeds).logits, full.logits)
+    for keep in ({"logits_to_keep": 3}, {"num_logits_to_keep": 3}):
+        torch.testing.assert_close(model(input_ids, **keep).logits, full.logits[:, -3:])
+    chosen = model(input_ids, logits_to_keep=torch.tensor([0, 4])).logits
+    torch.testing.assert_close(chosen, full.logits[:, [0, 4]])
+    each = model(input_ids, logits_to_keep=torch.tensor([[0, 4], [6, 1]])).logits
+    torch.testing.assert_close(each, torch.stack([full.logits[0, [0, 4]], full.logits[1, [6, 1]]]))
+    mask = tokens(2, 7) % 2 == 0
+    masked = model(input_ids, logits_to_keep=mask).logits
+    torch.testing.assert_close(masked, full.logits[mask])
+
+
+def test_wrong_inputs_are_named(tiny_model, tokens):
+    model, input_ids = tiny_model(), tokens(2, 7)
+    with pytest.raises(ValueError, match="^input_ids, inputs_embeds: wanted exactly one"):
+        model()
+    with pytest.raises(ValueError, match="^input_ids, inputs_embeds: wanted exactly one"):
+        model(input_ids, inputs_embeds=model.model.embed_tokens(input_ids))
+
+
+def test_initialisation_is_the_authors(tiny_config):
+    config = tiny_config(
+        decoder_embed_dim=256, decoder_layers=1, glu_dim=512, vocab_size=1000, bias=True
+    )
+    config.init_std = 0.05
+    state = MetaLAForCausalLM(config).state_dict()
+    mixer = "model.layers.0.token_mixer."
+    for name in ("q_proj", "k_gate"):  # xavier-uniform of gain 2^-2.5 for [128, 256]
+        bound = 2**-2.5 * math.sqrt(6 / (128 + 256))
+        assert 0.98 * bound < state[f"{mixer}{name}.weight"].abs().max() <= bound
+    for name in (mixer + "v_proj.weight", "model.embed_tokens.weight", "lm_head.weight"):
+        assert abs(state[name].std().item() / 0.05 - 1) < 0.03, name
+    assert abs(state["model.layers.0.channel_mixer.l3.weight"].std().item() / 0.05 - 1) < 0.03
+    assert 0.45 < state[mixer + "conv1d.weight"].abs().max() <= 0.5  # 1 / sqrt(4)
+    zeros = ("token_mixer.g_proj.bias", "token_mixer.aug_balance", "channel_mixer.l2.bias")
+    assert not any(state["model.layers.0." + name].any() for name in zeros)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("norm_type", ["simplermsnorm", "rmsnorm"])
+def test_save_and_load_keep_every_bit(tiny_model, tokens, tmp_path, tied, norm_type):
+    model = tiny_model(tie_word_embeddings=tied, norm_type=norm_type)
+    model.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert ("lm_head.weight" in file.keys()) is not tied
+    loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert type(loaded) is MetaLAForCausalLM
+    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) is tied
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    input_ids = tokens(1, 9)
+    assert torch.equal(loaded.eval()(input_ids).logits, model(input_ids).logits)
+    base = MetaLAModel.from_pretrained(tmp_path).eval()
+    hidden = base(input_ids).last_hidden_state
+    torch.testing.assert_close(model.lm_head(hidden), model(input_ids).logits)
+
+
+def test_a_folder_as_the_authors_release_it_loads(tiny_model, tokens, tmp_path):
+    model = tiny_model()
+    config = {
+        "model_type": "metala",
+        "architectures": ["MetaLAForCausalLM"],
+        "decoder_embed_dim": 32,
+        "decoder_layers": 2,
+        "decoder_attention_heads": 2,
+        "glu_dim": 40,
+        "glu_act": "silu",
+        "vocab_size": 61,
+        "norm_type": "simplermsnorm",
+        "add_bos_token": False,
+        "causal": True,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(model.state_dict(), tmp_path / "model.safetensors", metadata={"format": "pt"})
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(loaded(tokens(1, 9)).logits, model(tokens(1, 9)).logits)
+
+
+def test_a_missing_tensor_is_initialised_and_the_others_are_kept(tiny_model, tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    state = {
+        n: t for n, t in model.state_dict().items() if n != "model.layers.1.token_mixer.g_proj.bias"
+    }
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    loaded, report = MetaLAForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert set(report["missing_keys"]) == {"model.layers.1.token_mixer.g_proj.bias"}
+    result = loaded.state_dict()
+    assert not result["model.layers.1.token_mixer.g_proj.bias"].any()
+    kept = [name for name in state if "layers.1.token_mixer.aug_balance" not in name]
+    assert all(torch.equal(result[name], state[name]) for name in kept)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_resized_embeddings(tiny_model, tokens, tied):
+    model = tiny_model(tie_word_embeddings=tied)
+    before = model(tokens(1, 5)).logits
+    model.resize_token_embeddings(70)
+    assert model.config.vocab_size == 70 and model.lm_head.weight.shape == (70, 32)
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) is tied
+    after = model(tokens(1, 5), labels=tokens(1, 5))
+    torch.testing.assert_close(after.logits[..., :61], before)
+    assert after.loss.isfinite()
+
+
+def test_import_needs_no_engine_and_no_kernel_library():
+    code = (
+        "import sys, transformers.modeling_utils, transformers.generation; "
+        "before = set(sys.modules); import megatron_patch.hf; "
+        "loaded = {name.split('.')[0] for name in set(sys.modules) - before}; "
+        "heavy = loaded & {'pydantic', 'triton', 'fla', 'causal_conv1d', 'megatron', 'deepspeed'}; "
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_weights_are_read_inside_their_own_modules(tiny_model, tokens):
+    """Offloaded weights are there only while their module's forward runs; so are ZeRO-3's."""
+    accelerate = pytest.importorskip("accelerate")
+    model, input_ids = tiny_model(norm_type="rmsnorm", bias=True), tokens(2, 7)
+    expected = model(input_ids).logits
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert all(parameter.device.type == "meta" for parameter in model.parameters())
+    output = model(input_ids[:, :4])
+    rest = model(input_ids[:, 4:], past_key_values=output.past_key_values).logits
+    torch.testing.assert_close(torch.cat([output.logits, rest], 1), expected, rtol=1e-3, atol=1e-4)
+
+
+REMOTE = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
+assert type(model).__module__.startswith("transformers_modules."), type(model).__module__
+assert "megatron_patch.hf" not in sys.modules
+out = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4, do_sample=False, eos_token_id=None)
+print(out.tolist())
+"""
+
+
+def test_the_files_work_flat_in_a_model_folder(tiny_model, tmp_path):
+    """As remote code: nothing but the operators' file may reach outside."""
+    model = tiny_model()
+    model.config.auto_map = {
+        "AutoConfig": "configuration_metala.MetaLAConfig",
+        "AutoModelForCausalLM": "modeling_metala.MetaLAForCausalLM",
+    }
+    model.save_pretrained(tmp_path / "model")
+    for file in Path(megatron_patch.hf.__file__).parent.glob("*_metala.py"):
+        shutil.copy(file, tmp_path / "model")
+    result = subprocess.run(
+        [sys.executable, "-c", REMOTE, tmp_path / "model"],
+        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "cache")},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    ids = torch.tensor([[5, 6, 7]])
+    expected = model.generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=None)
+    assert result.stdout.splitlines()[-1] == str(expected.tolist())
+
+
+def test_convolution_is_silu_of_the_causal_sum(tiny_model):
+    convolution = tiny_model().model.layers[0].token_mixer.conv1d
+    x = torch.randn(2, 6, 32)
+    padded = F.pad(x.transpose(1, 2), (3, 0))
+    expected = F.silu(F.conv1d(padded, convolution.weight, groups=32)).transpose(1, 2)
+    torch.testing.assert_close(convolution(x)[0], expected)

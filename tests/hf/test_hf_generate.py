@@ -1,0 +1,240 @@
+"""`generate`: every strategy with the cache against the same without it, batches against single
+runs."""
+
+import copy
+import threading
+
+import pytest
+import torch
+import transformers
+from packaging.version import Version
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextIteratorStreamer,
+    pipeline,
+)
+
+from megatron_patch.hf import MetaLACache
+
+TRANSFORMERS = Version(transformers.__version__)
+NO_END = dict(eos_token_id=None, pad_token_id=0)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model):
+    # float64, so that no near-tie between two tokens falls differently
+    return tiny_model(torch.float64)
+
+
+@pytest.fixture
+def counted(model, monkeypatch):
+    """The number of tokens that each call of the model reads, in order."""
+    lengths, forward = [], type(model.model).forward
+
+    def count(self, input_ids=None, *args, inputs_embeds=None, **kwargs):
+        lengths.append((input_ids if inputs_embeds is None else inputs_embeds).shape[1])
+        return forward(self, input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
+
+    monkeypatch.setattr(type(model.model), "forward", count)
+    return lengths
+
+
+def left_padded(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of different lengths as one batch with token 0 in front, and its mask."""
+    time = max(len(row) for row in rows)
+    ids = torch.stack([torch.nn.functional.pad(row, (time - len(row), 0)) for row in rows])
+    mask = torch.stack([torch.arange(time) >= time - len(row) for row in rows]).long()
+    return ids, mask
+
+
+STRATEGIES = {
+    "greedy": dict(do_sample=False),
+    "sampling": dict(do_sample=True, temperature=0.7, top_p=0.9),
+    "several samples": dict(do_sample=True, num_return_sequences=3),
+    "beams": dict(do_sample=False, num_beams=4, num_return_sequences=3),
+    "sampled beams": dict(do_sample=True, num_beams=3),
+    "penalties": dict(do_sample=False, repetition_penalty=1.3, no_repeat_ngram_size=2),
+}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
+def test_with_and_without_the_cache(model, tokens, strategy, padded):
+    rows = list(tokens(3, 7))
+    if padded:
+        rows = [rows[0], rows[1][:3], rows[2][:5]]
+    ids, mask = left_padded(rows)
+
+    def run(**how):
+        torch.manual_seed(3)
+        settings = {**STRATEGIES[strategy], **NO_END, **how}
+        return model.generate(ids, attention_mask=mask, max_new_tokens=8, **settings)
+
+    cached = run(use_cache=True)
+    assert cached.shape == (3 * STRATEGIES[strategy].get("num_return_sequences", 1), 15)
+    assert torch.equal(cached, run(use_cache=False))
+
+
+def test_greedy_is_the_argmax_of_one_run(model, tokens, counted):
+    out = model.generate(tokens(2, 6), max_new_tokens=7, do_sample=False, **NO_END)
+    assert counted == [6] + [1] * 6
+    logits = model(out[:, :-1]).logits[:, 5:]
+    assert torch.equal(logits.argmax(-1), out[:, 6:])
+
+
+@pytest.mark.parametrize("strategy", [dict(), dict(num_beams=3)], ids=["greedy", "beams"])
+def test_a_left_padded_batch_equals_its_rows_alone(model, tokens, strategy):
+    rows = [row[:length] for row, length in zip(tokens(4, 9), (9, 2, 5, 1), strict=True)]
+    ids, mask = left_padded(rows)
+    how = dict(max_new_tokens=8, do_sample=False, **strategy, **NO_END)
+    together = model.generate(ids, attention_mask=mask, **how)
+    for row, out in zip(rows, together, strict=True):
+        alone = model.generate(row[None], **how)[0]
+        assert torch.equal(out[-8:], alone[-8:])
+    single = model.generate(ids[1:2], attention_mask=mask[1:2], **how)  # padding in a batch of one
+    assert torch.equal(single[0], together[1])
+
+
+@pytest.mark.parametrize("strategy", [dict(), dict(num_beams=3)], ids=["greedy", "beams"])
+def test_continuing_from_a_returned_cache(model, tokens, counted, strategy):
+    how = dict(do_sample=False, return_dict_in_generate=True, **NO_END)
+    first = model.generate(tokens(2, 6), max_new_tokens=4, **how)
+    cache = first.past_key_values
+    assert isinstance(cache, MetaLACache) and cache.get_seq_length() == 9
+    turn = torch.cat([first.sequences, tokens(2, 5, seed=1)], dim=1)
+    if strategy:
+        cache.batch_repeat_interleave(3)
+    counted.clear()
+    second = model.generate(turn, max_new_tokens=4, past_key_values=cache, **strategy, **how)
+    assert counted[0] == 6  # the last generated token and the new turn alone
+    assert torch.equal(
+        second.sequences, model.generate(turn, max_new_tokens=4, **strategy, **how).sequences
+    )
+    assert cache.get_seq_length() == 18
+
+
+def test_a_padded_conversation_of_two_turns(model, tokens):
+    """Left padding in both turns of a batch, the second one behind a carried state."""
+    first, mask = left_padded([tokens(1, 6)[0], tokens(1, 3, seed=1)[0]])
+    second, second_mask = left_padded([tokens(1, 2, seed=2)[0], tokens(1, 5, seed=3)[0]])
+    how = dict(max_new_tokens=5, do_sample=False, **NO_END)
+    cache = model(first, attention_mask=mask).past_key_values
+    ids, masks = torch.cat([first, second], 1), torch.cat([mask, second_mask], 1)
+    out = model.generate(ids, attention_mask=masks, past_key_values=cache, **how)
+    for row in range(2):
+        alone = model.generate(ids[row : row + 1, masks[row].bool()], **how)
+        assert torch.equal(out[row, -5:], alone[0, -5:])
+
+
+def test_the_cache_given_by_hand_is_filled(model, tokens):
+    cache = MetaLACache(model.config)
+    out = model.generate(
+        tokens(1, 5), past_key_values=cache, max_new_tokens=3, do_sample=False, **NO_END
+    )
+    assert cache.get_seq_length() == 7
+    fork = copy.deepcopy(cache)
+    logits = model(out[:, -1:], past_key_values=fork).logits
+    torch.testing.assert_close(logits[:, -1], model(out).logits[:, -1])
+
+
+@pytest.mark.skipif(TRANSFORMERS < Version("4.57"), reason="generate has no prefill_chunk_size")
+def test_prefill_in_chunks(model, tokens, counted):
+    ids, mask = left_padded([tokens(1, 11)[0], tokens(1, 4)[0]])
+    how = dict(max_new_tokens=4, do_sample=False, **NO_END)
+    expected = model.generate(ids, attention_mask=mask, **how)
+    counted.clear()
+    out = model.generate(ids, attention_mask=mask, prefill_chunk_size=4, **how)
+    assert counted[:3] == [4, 4, 3]
+    assert torch.equal(out, expected)
+
+
+def test_prompts_as_embeddings(model, tokens):
+    ids = tokens(2, 5)
+    how = dict(max_new_tokens=4, do_sample=False, **NO_END)
+    out = model.generate(inputs_embeds=model.model.embed_tokens(ids), **how)
+    assert torch.equal(out, model.generate(ids, **how)[:, 5:])
+
+
+def test_stopping(model, tokens):
+    ids = tokens(1, 5)
+    long = model.generate(ids, max_new_tokens=9, do_sample=False, **NO_END)
+    end = long[0, 8].item()
+    out = model.generate(ids, max_new_tokens=9, do_sample=False, eos_token_id=end, pad_token_id=0)
+    stop = (long[0, 5:] == end).nonzero()[0, 0].item() + 6
+    assert torch.equal(out[0], long[0, :stop])
+
+    class AtEnd(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            return input_ids[:, -1] == end
+
+    criteria = StoppingCriteriaList([AtEnd()])
+    out = model.generate(
+        ids, max_new_tokens=9, do_sample=False, stopping_criteria=criteria, **NO_END
+    )
+    assert torch.equal(out[0], long[0, :stop])
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, 61)}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w3"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        padding_side="left",
+    )
+
+
+def test_streaming_and_pipeline(model, tokenizer):
+    prompts = ["w5 w9 w30", "w7", "w8 w8 w8 w8 w11"]
+    how = dict(max_new_tokens=6, do_sample=False, suppress_tokens=[0, 1, 2])
+    inputs = [tokenizer(p, return_tensors="pt", return_token_type_ids=False) for p in prompts]
+    texts = [
+        tokenizer.decode(model.generate(**i, **how)[0], skip_special_tokens=True) for i in inputs
+    ]
+
+    streamer = TextIteratorStreamer(tokenizer, skip_special_tokens=True)
+    thread = threading.Thread(
+        target=model.generate, kwargs=dict(**inputs[0], **how, streamer=streamer)
+    )
+    thread.start()
+    assert "".join(streamer).replace(" ", "") == texts[0].replace(" ", "")
+    thread.join()
+
+    write = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    for batch_size in (1, 3):
+        results = write(prompts, batch_size=batch_size, **how)
+        for result, text in zip(results, texts, strict=True):
+            assert result[0]["generated_text"].replace(" ", "") == text.replace(" ", "")
+
+
+def test_what_a_state_cannot_do_is_refused(model, tiny_model, tokens):
+    ids = tokens(1, 5)
+    stateful = "not supported with stateful models, such as MetaLAForCausalLM"
+    for how in (dict(assistant_model=tiny_model()), dict(prompt_lookup_num_tokens=3)):
+        with pytest.raises(ValueError, match=f"assisted generation is {stateful}"):
+            model.generate(ids, max_new_tokens=3, **how)
+    with pytest.raises(ValueError, match=f"contrastive search is {stateful}"):
+        model.generate(ids, max_new_tokens=3, penalty_alpha=0.6, top_k=4)
+
+    sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    target = LlamaForCausalLM(LlamaConfig(vocab_size=61, **sizes)).eval()
+    with pytest.raises(ValueError, match="cannot be an assistant model"):
+        target.generate(ids, max_new_tokens=8, do_sample=False, assistant_model=model)
+
+
+@pytest.mark.filterwarnings("ignore:This model does not support")
+def test_a_static_cache_is_not_taken(model, tokens):
+    how = dict(max_new_tokens=3, do_sample=False, **NO_END)
+    expected = model.generate(tokens(1, 5), **how)
+    out = model.generate(tokens(1, 5), cache_implementation="static", **how)
+    assert torch.equal(out, expected)

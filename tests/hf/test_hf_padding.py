@@ -1,0 +1,148 @@
+"""Padding: a row's results and state are those of the row without it, wherever it stands."""
+
+import copy
+
+import pytest
+import torch
+
+from megatron_patch.hf import MetaLACache
+
+ROWS = {
+    "none": "11111111",
+    "left": "00001111",
+    "right": "11110000",
+    "middle": "11000111",
+    "scattered": "01011010",
+    "one": "00010000",
+    "all": "00000000",
+}
+
+
+def mask_of(*names: str) -> torch.Tensor:
+    return torch.tensor([[int(bit) for bit in ROWS[name]] for name in names])
+
+
+def same(left: torch.Tensor, right: torch.Tensor) -> None:
+    torch.testing.assert_close(left, right, rtol=1e-9, atol=1e-9)
+
+
+def check_rows(model, input_ids, mask, output, starts=None) -> None:
+    """Each row of `output` against a run of its tokens alone, from a copy of its state before, if
+    any."""
+    for row, keep in enumerate(mask.bool()):
+        start = None
+        if starts is not None:
+            start = copy.deepcopy(starts)
+            start.batch_select_indices(torch.tensor([row]))
+        if keep.any():
+            alone = model(input_ids[row : row + 1, keep], past_key_values=start)
+            same(output.logits[row, keep], alone.logits[0])
+            start = alone.past_key_values
+        for layer, state in enumerate(output.past_key_values.layers):
+            for name, tensor in state.tensors():
+                if start is None:  # nothing but padding: as new
+                    assert not tensor[row].any(), name
+                else:
+                    same(tensor[row : row + 1], getattr(start.layers[layer], name))
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model):
+    return tiny_model(torch.float64)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_batch_of_one(model, tokens, name):
+    input_ids, mask = tokens(1, 8), mask_of(name)
+    check_rows(model, input_ids, mask, model(input_ids, attention_mask=mask))
+
+
+@pytest.mark.parametrize("dtype", [torch.long, torch.bool, torch.float32])
+def test_a_batch_of_all_kinds(model, tokens, dtype):
+    input_ids, mask = tokens(len(ROWS), 8), mask_of(*ROWS)
+    output = model(input_ids, attention_mask=mask.to(dtype), output_hidden_states=True)
+    check_rows(model, input_ids, mask, output)
+    embeds = model.model.embed_tokens(input_ids)
+    same(output.hidden_states[0][mask.bool()], embeds[mask.bool()])  # as they came
+    by_embeds = model(inputs_embeds=embeds, attention_mask=mask.to(dtype))
+    same(by_embeds.logits[mask.bool()], output.logits[mask.bool()])
+
+
+@pytest.mark.parametrize(
+    "changes", [{"conv_width": 1}, {"conv_width": 2}, {"conv_width": 7}], ids=str
+)
+def test_other_convolution_widths(tiny_model, tokens, changes):
+    model = tiny_model(torch.float64, **changes)
+    input_ids, mask = tokens(len(ROWS), 8), mask_of(*ROWS)
+    check_rows(model, input_ids, mask, model(input_ids, attention_mask=mask))
+
+
+@pytest.mark.parametrize("full_mask", [False, True], ids=["mask of the call", "mask of all tokens"])
+@pytest.mark.parametrize("names", [["middle"], ["left"], list(ROWS)], ids=len)
+def test_on_a_cached_continuation(model, tokens, full_mask, names):
+    before, input_ids = tokens(len(names), 5, seed=1), tokens(len(names), 8)
+    first_mask = torch.tensor([[0, 0, 1, 1, 1]] * len(names))
+    cache = model(before, attention_mask=first_mask).past_key_values
+    start = copy.deepcopy(cache)
+    mask = mask_of(*names)
+    given = torch.cat([first_mask, mask], dim=1) if full_mask else mask
+    output = model(input_ids, attention_mask=given, past_key_values=cache)
+    check_rows(model, input_ids, mask, output, start)
+
+
+def test_on_single_token_steps(model, tokens):
+    """A row that waits with padding while the others go on keeps its state."""
+    input_ids, mask = tokens(len(ROWS), 8), mask_of(*ROWS)
+    cache, logits = MetaLACache(model.config), []
+    for t in range(8):
+        step = model(
+            input_ids[:, t : t + 1], attention_mask=mask[:, : t + 1], past_key_values=cache
+        )
+        logits.append(step.logits)
+    step.logits = torch.cat(logits, dim=1)
+    check_rows(model, input_ids, mask, step)
+
+
+def test_gradients_are_those_without_padding(model, tokens):
+    input_ids, mask = tokens(1, 8), mask_of("middle")
+    labels = input_ids.masked_fill(mask == 0, -100)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def gradients(logits, labels):
+        loss = torch.nn.functional.cross_entropy(logits[0], labels[0], reduction="sum")
+        return torch.autograd.grad(loss, parameters)
+
+    padded = gradients(model(input_ids, attention_mask=mask).logits, labels)
+    keep = mask[0].bool()
+    alone = gradients(model(input_ids[:, keep]).logits, input_ids[:, keep])
+    for one, other in zip(padded, alone, strict=True):
+        same(one, other)
+
+
+def test_what_stands_at_padding_does_not_matter(model, tokens):
+    mask = mask_of("left", "scattered", "right")
+    one, other = tokens(3, 8), tokens(3, 8, seed=5)
+    other = torch.where(mask.bool(), one, other)
+    first, second = (model(ids, attention_mask=mask) for ids in (one, other))
+    assert torch.equal(first.logits[mask.bool()], second.logits[mask.bool()])
+
+
+def test_half_precision_and_masks_of_ones(tiny_model, tokens):
+    model, input_ids = tiny_model(torch.bfloat16), tokens(2, 8)
+    ones = model(input_ids, attention_mask=torch.ones(2, 8)).logits
+    assert torch.equal(ones, model(input_ids).logits)
+    output = model(input_ids, attention_mask=mask_of("right", "all"))
+    assert output.logits.isfinite().all()
+    alone = model(input_ids[:1, :4])
+    torch.testing.assert_close(output.logits[:1, :4], alone.logits, rtol=0.05, atol=0.05)
+    for one, other in zip(output.past_key_values.layers, alone.past_key_values.layers, strict=True):
+        torch.testing.assert_close(
+            one.recurrent_states[:1], other.recurrent_states, rtol=0.05, atol=0.05
+        )
+        assert not one.recurrent_states[1].any()
+
+
+@pytest.mark.parametrize("shape", [[2, 7], [2, 9], [1, 8], [2, 1, 8, 8]])
+def test_wrong_masks_are_named(model, tokens, shape):
+    with pytest.raises(ValueError, match=r"^attention_mask: found \[.*wanted \[2, 8\]"):
+        model(tokens(2, 8), attention_mask=torch.ones(shape))

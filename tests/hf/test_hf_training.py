@@ -1,0 +1,249 @@
+"""Training: loss, cache, checkpointing, packed sequences, Trainer and LoRA."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
+
+from megatron_patch.hf import MetaLACache, MetaLAForCausalLM
+
+
+@pytest.fixture
+def model(tiny_model):
+    return tiny_model(torch.float64).train()
+
+
+def gradients(model, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    return dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
+
+
+def same(one, other) -> None:
+    torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+
+
+def test_loss_is_the_shifted_cross_entropy(model, tokens):
+    input_ids = tokens(2, 9)
+    labels = input_ids.clone()
+    labels[0, :4] = -100
+    output = model(input_ids, labels=labels)
+    scores, targets = output.logits[:, :-1].reshape(-1, 61).float(), labels[:, 1:].reshape(-1)
+    same(output.loss.double(), F.cross_entropy(scores, targets).double())
+    whole = model(input_ids, labels=labels, num_items_in_batch=40).loss
+    same(whole.double(), F.cross_entropy(scores, targets, reduction="sum").double() / 40)
+
+
+@pytest.mark.parametrize("use_cache", [None, False, True])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_loss_falls_with_and_without_the_cache(tiny_config, tokens, use_cache, checkpointing):
+    model = MetaLAForCausalLM(tiny_config()).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    input_ids, losses = tokens(4, 24), []
+    for _ in range(12):
+        output = model(input_ids, labels=input_ids, use_cache=use_cache)
+        assert (output.past_key_values is not None) is bool(use_cache)  # by default not in training
+        optimizer.zero_grad()
+        output.loss.backward()
+        optimizer.step()
+        losses.append(output.loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize("use_cache", [False, True])
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+def test_checkpointing_and_cache_leave_gradients_as_they_are(
+    model, tokens, use_cache, reentrant, padded
+):
+    input_ids = tokens(2, 9)
+    mask = None
+    if padded:
+        mask = torch.ones(2, 9, dtype=torch.long)
+        mask[0, :3] = mask[1, 4:6] = 0
+    how = dict(attention_mask=mask, labels=input_ids)
+    expected = gradients(model, model(input_ids, use_cache=False, **how).loss)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.zero_grad()
+    model(input_ids, use_cache=use_cache, **how).loss.backward()
+    for name, parameter in model.named_parameters():
+        same(parameter.grad, expected[name])
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_reach_through_the_cache(model, tokens, checkpointing):
+    """Two calls joined by the cache have the gradients of one; `detach_` cuts them."""
+    input_ids = tokens(2, 9)
+    expected = gradients(model, model(input_ids).logits[:, 5:].square().sum())
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    cache = model(input_ids[:, :5], use_cache=True).past_key_values
+    cut = copy.deepcopy(cache).detach_()
+    second = model(input_ids[:, 5:], past_key_values=cache)
+    for name, gradient in gradients(model, second.logits.square().sum()).items():
+        same(gradient, expected[name])
+    second = model(input_ids[:, 5:], past_key_values=cut)
+    assert not torch.allclose(
+        gradients(model, second.logits.square().sum())["model.embed_tokens.weight"],
+        expected["model.embed_tokens.weight"],
+    )
+
+
+def packed_forms(lengths: list[int]) -> dict[str, dict]:
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    return {
+        "cu_seqlens": dict(cu_seqlens=bounds),
+        "int32": dict(cu_seqlens=bounds.int()),
+        "cu_seq_lens_q": dict(cu_seq_lens_q=bounds.int()),
+        "position_ids": dict(position_ids=positions),
+        "with a mask of ones": dict(
+            position_ids=positions, attention_mask=torch.ones_like(positions)
+        ),
+    }
+
+
+@pytest.mark.parametrize("form", packed_forms([1]))
+def test_packed_documents_do_not_see_each_other(model, tokens, form):
+    lengths = [4, 1, 7, 2]
+    input_ids = tokens(1, sum(lengths))
+    output = model(input_ids, output_hidden_states=True, **packed_forms(lengths)[form])
+    assert output.past_key_values is None
+    alone = [model(piece).logits for piece in input_ids.split(lengths, dim=1)]
+    same(output.logits, torch.cat(alone, dim=1))
+    embeds = model.model.embed_tokens(input_ids).detach().requires_grad_()
+    logits = model(inputs_embeds=embeds, **packed_forms(lengths)[form]).logits
+    (gradient,) = torch.autograd.grad(logits[:, 5:12].sum(), embeds)
+    assert not gradient[:, :5].any() and not gradient[:, 12:].any() and gradient[:, 5:12].any()
+
+
+def test_packed_rows_with_padding(model, tokens):
+    input_ids, positions = (
+        tokens(2, 8),
+        torch.tensor([[0, 0, 0, 1, 2, 0, 1, 2], [0, 1, 0, 1, 2, 3, 1, 1]]),
+    )
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 0, 0]])
+    logits = model(input_ids, position_ids=positions, attention_mask=mask).logits
+    for row, start, end in [(0, 2, 5), (0, 5, 8), (1, 0, 2), (1, 2, 6)]:
+        same(logits[row : row + 1, start:end], model(input_ids[row : row + 1, start:end]).logits)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_positions_that_do_not_restart_change_nothing(model, tokens, rows):
+    input_ids = tokens(2, 8)
+    positions = (torch.arange(8) + 5).expand(rows, -1)
+    output = model.eval()(input_ids, position_ids=positions)
+    same(output.logits, model(input_ids).logits)
+    assert output.past_key_values is not None
+
+
+def test_what_cannot_be_packed_is_named(model, tokens):
+    bounds = torch.tensor([0, 4, 8])
+    with pytest.raises(ValueError, match="^cu_seqlens: found with batch 2"):
+        model(tokens(2, 8), cu_seqlens=bounds)
+    with pytest.raises(ValueError, match="^cu_seqlens: .*padding True"):
+        model(tokens(1, 8), cu_seqlens=bounds, attention_mask=torch.tensor([[0] + [1] * 7]))
+    with pytest.raises(ValueError, match="^use_cache, past_key_values: "):
+        model(tokens(1, 8), cu_seqlens=bounds, use_cache=True)
+    with pytest.raises(ValueError, match="^use_cache, past_key_values: "):
+        model(tokens(1, 8), cu_seqlens=bounds, past_key_values=MetaLACache(model.config))
+    with pytest.raises(ValueError, match=r"^position_ids: found \[1, 7\], wanted \[1, 8\]"):
+        model(tokens(1, 8), position_ids=torch.arange(7)[None])
+
+
+def test_the_flattening_collator_trains_as_single_documents(model, tokens):
+    documents = [{"input_ids": tokens(1, n, seed=n)[0].tolist()} for n in (5, 8, 3)]
+    batch = DataCollatorWithFlattening()(documents)
+    loss = model(**{k: v for k, v in batch.items() if isinstance(v, torch.Tensor)}).loss
+    scored = [
+        model(ids, labels=ids, num_items_in_batch=13).loss
+        for ids in (torch.tensor([d["input_ids"]]) for d in documents)
+    ]
+    torch.testing.assert_close(loss, sum(scored))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_trainer(tiny_config, tokens, tmp_path, checkpointing):
+    torch.manual_seed(0)
+    model = MetaLAForCausalLM(tiny_config())
+    rows = [{"input_ids": row, "labels": row} for row in tokens(16, 12)]
+
+    def run(batch: int, accumulate: int) -> list[float]:
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path),
+            max_steps=6,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulate,
+            learning_rate=1e-2,
+            logging_steps=1,
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+            gradient_checkpointing=checkpointing,
+            eval_strategy="steps",
+            eval_steps=6,
+            save_strategy="no",
+            seed=0,
+        )
+        trainer = Trainer(
+            copy.deepcopy(model), arguments, train_dataset=rows, eval_dataset=rows[:4]
+        )
+        assert trainer.model_accepts_loss_kwargs
+        trainer.train()
+        history = trainer.state.log_history
+        assert any("eval_loss" in entry for entry in history)
+        return [entry["loss"] for entry in history if "loss" in entry]
+
+    whole, pieces = run(8, 1), run(2, 4)
+    assert whole[-1] < whole[0]
+    assert whole == pytest.approx(pieces, rel=2e-3)  # accumulated batches count as one
+
+
+def test_lora_is_not_bypassed(tiny_model, tokens, tmp_path):
+    peft = pytest.importorskip("peft")
+    names = ["q_proj", "k_gate", "v_proj", "g_proj", "out_proj", "l1", "l2", "l3"]
+    model = peft.get_peft_model(
+        tiny_model(), peft.LoraConfig(r=2, target_modules=names, task_type="CAUSAL_LM")
+    )
+    model(tokens(2, 9), labels=tokens(2, 9)).loss.backward()
+    trained = {name: p for name, p in model.named_parameters() if "lora_B" in name}
+    assert len(trained) == 2 * len(names)
+    assert all(p.grad.any() for p in trained.values())
+    with torch.no_grad():
+        for p in trained.values():
+            p.normal_()
+    adapted = model(tokens(1, 5)).logits
+    torch.testing.assert_close(
+        model.merge_and_unload()(tokens(1, 5)).logits, adapted, rtol=1e-3, atol=1e-3
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(tiny_model, tokens, dtype):
+    model, input_ids = tiny_model().train(), tokens(2, 9)
+    expected = model(input_ids, labels=input_ids).loss
+    with torch.autocast("cpu", dtype=dtype):
+        output = model(input_ids, labels=input_ids, use_cache=True)
+        again = model(input_ids, past_key_values=output.past_key_values)
+    assert output.logits.dtype == dtype and again.logits.isfinite().all()
+    output.loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    assert output.loss.item() == pytest.approx(expected.item(), rel=0.05)
+
+
+def test_torch_compile_without_graph_breaks(model, tokens):
+    torch._dynamo.reset()
+    input_ids = tokens(2, 9)
+    mask = torch.ones(2, 9, dtype=torch.long)
+    mask[0, :3] = 0
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for given in (None, mask):
+        expected = model(input_ids, attention_mask=given, labels=input_ids, use_cache=False)
+        output = compiled(input_ids, attention_mask=given, labels=input_ids, use_cache=False)
+        same(output.loss, expected.loss)
+        one, other = (gradients(model, o.loss) for o in (output, expected))
+        for name in one:
+            torch.testing.assert_close(one[name], other[name], rtol=1e-6, atol=1e-8)

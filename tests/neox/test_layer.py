@@ -1,0 +1,213 @@
+"""The layer inside GPT-NeoX: its parameters and their marks, its mathematics, recomputation,
+FLOPs."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.neox.process import in_neox
+from tests.neox.training import settings
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+
+
+@pytest.fixture
+def config(token_data, tokenizer_file) -> dict:
+    return settings(token_data, tokenizer_file)
+
+
+def test_parameters_and_their_marks(neox_checkout, config):
+    """Shapes; what gradient clipping counts on every rank; what weight decay skips: the output
+    gate's bias, the self-augmentation's per-channel scale, and (not here) norm weights."""
+    code = """
+    from megatron.model.utils import get_params_for_weight_decay_optimization as groups
+    from megatron.training import get_model
+    model = get_model(neox_args)
+    layer = model.sequential[2]
+    names = {id(p): n for n, p in layer.named_parameters()}
+    undecayed = [names[id(p)] for p in groups(model, neox_args)[1]["params"] if id(p) in names]
+    split = [n for n, p in layer.named_parameters() if getattr(p, "model_parallel", False)]
+    shapes = {n: list(p.shape) for n, p in layer.named_parameters()}
+    answer([shapes, sorted(undecayed), sorted(split)])
+    """
+    shapes, undecayed, split = in_neox(neox_checkout, config, code)
+    assert shapes == {
+        "mixer.out_gate_bias": [4, 16],
+        "mixer.aug_balance": [4, 8],
+        "mixer.conv1d.weight": [64, 1, 4],
+        "mixer.in_proj.weight": [192, 64],
+        "mixer.out_proj.weight": [64, 64],
+        "mlp.gate_up_proj.weight": [192, 64],
+        "mlp.down_proj.weight": [64, 96],
+    }
+    assert undecayed == ["mixer.aug_balance", "mixer.out_gate_bias"]
+    assert split == sorted(set(shapes) - {"mixer.conv1d.weight"})
+
+
+def test_output_is_the_recurrence(neox_checkout, config):
+    """One layer in float64 against the formulas of its parts, written out token by token."""
+    code = """
+    from megatron.training import get_model
+    import torch.nn.functional as F
+    layer = get_model(neox_args).sequential[2].double()
+    torch.manual_seed(0)
+    for p in (layer.mixer.aug_balance, layer.mixer.out_gate_bias):
+        torch.nn.init.normal_(p)
+    m, d, H = layer.mixer, 64, 4
+    K, V, T, B = 8, 16, 9, 2
+    x = torch.randn(T, B, d, dtype=torch.float64)
+    norm = lambda x: x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
+    # the layer's norm computes in float32: give the judge the same input
+    h = layer.input_norm(x)
+    expected = torch.empty_like(x)
+    S = torch.zeros(B, H, K, V, dtype=torch.float64)
+    W = m.in_proj.weight.view(H, 2 * K + 2 * V, d)
+    for t in range(T):
+        c = sum(m.conv1d.weight[:, 0, 3 - j] * h[t - j] for j in range(4) if t - j >= 0)
+        c = c * torch.sigmoid(c)
+        q, a, v, z = torch.einsum("hcd,bd->bhc", W, c).split([K, K, V, V], -1)
+        z = z + m.out_gate_bias
+        decay = torch.sigmoid(a) ** (1 / 16)
+        k = 1 - decay
+        S = decay[..., None] * S + k[..., None] * v[..., None, :]
+        y = torch.einsum("bhk,bhkv->bhv", q, S) * K ** -0.5
+        y = y + torch.sigmoid((q * m.aug_balance * k).sum(-1, keepdim=True) * v)
+        y = (y - y.mean(-1, keepdim=True)) / (y.var(-1, keepdim=True, unbiased=False) + 1e-5).sqrt()
+        expected[t] = (z * torch.sigmoid(z) * y).reshape(B, d) @ m.out_proj.weight.T
+    x1 = x + expected
+    w1, w3 = layer.mlp.gate_up_proj.weight.chunk(2)
+    h = layer.mlp_norm(x1)
+    expected = x1 + (F.silu(h @ w1.T) * (h @ w3.T)) @ layer.mlp.down_proj.weight.T
+    simple = (norm(x) - layer.input_norm(x)).abs().max().item()
+    answer([(layer((x, None))[0] - expected).abs().max().item(), simple])
+    """
+    difference, norm_difference = in_neox(neox_checkout, config, code)
+    assert difference < 1e-6  # the MLP's norm sees inputs rounded to float32
+    assert norm_difference < 1e-6
+
+
+def test_cached_steps_continue_the_sequence(neox_checkout, config):
+    code = """
+    from megatron.training import get_model
+    layer = get_model(neox_args).sequential[2].double()
+    x = torch.randn(11, 2, 64, dtype=torch.float64)
+    run = lambda x: layer((x, None))[0]
+    whole = run(x)
+    layer.use_cache = True
+    parts = torch.cat([run(x[:5]), run(x[5:6]), run(x[6:7]), run(x[7:])])
+    answer((whole - parts).abs().max().item())
+    """
+    assert in_neox(neox_checkout, config, code) < 1e-6
+
+
+@pytest.mark.parametrize("pipe_parallel_size", [0, 1])
+def test_layers_are_recomputed(neox_checkout, config, pipe_parallel_size):
+    """With activation checkpointing each layer runs twice in a step, which changes no weight."""
+    code = """
+    from megatron.training import setup_model_and_optimizer, train_step
+    from megatron.utils import Timers
+    from megatron_patch.neox.layer import ParallelMetaLALayerPipe
+    calls = 0
+    forward = ParallelMetaLALayerPipe.forward
+    def counted(self, args):
+        global calls
+        calls += 1
+        return forward(self, args)
+    ParallelMetaLALayerPipe.forward = counted
+    model, optimizer, lr_scheduler, _ = setup_model_and_optimizer(neox_args)
+    batches = iter([{"text": torch.arange(65).repeat(4, 1)}])
+    timers = Timers(use_wandb=False, tensorboard_writer=None, comet_experiment=None)
+    train_step(neox_args, timers, batches, model, optimizer, lr_scheduler)
+    answer([calls, [p.double().sum().item() for p in model.module.parameters()]])
+    """
+    config.update(pipe_parallel_size=pipe_parallel_size)
+    calls, weights = in_neox(neox_checkout, config, code)
+    assert calls == 2
+    calls, recomputed = in_neox(neox_checkout, {**config, "checkpoint_activations": True}, code)
+    assert calls == 4
+    assert recomputed == weights
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [("380m", 373_952_512), ("1b", 1_364_467_712), ("3b", 2_914_922_496)],
+)
+def test_parameter_counts_of_the_configurations(neox_checkout, config, name, parameters):
+    """Counted on the model that GPT-NeoX builds, on the meta device, with 32,000 tokens; the number
+    is also the one that the file's first line tells."""
+    code = """
+    from deepspeed.pipe import LayerSpec
+    from megatron.model import GPT2ModelPipe
+    neox_args.padded_vocab_size = 32000
+    torch.cuda.current_device = lambda: torch.device("meta")
+    model = GPT2ModelPipe.__new__(GPT2ModelPipe)
+    torch.nn.Module.__init__(model)
+    from megatron.model.init_functions import get_init_methods
+    model.neox_args, model.use_cache, model.parallel_output = neox_args, False, True
+    model.hidden_size, model.num_tokentypes = neox_args.hidden_size, 0
+    model.init_method, model.output_layer_init_method = get_init_methods(neox_args)
+    model.init_specs()
+    layers = [spec.build() for spec in model.specs if isinstance(spec, LayerSpec)]
+    answer(sum(p.numel() for layer in layers for p in layer.parameters()))
+    """
+    file = CONFIGS / f"metala_{name}.yml"
+    model = yaml.safe_load(file.read_text())
+    cpu = {key: config[key] for key in ("distributed_backend", "tokenizer_type", "vocab_file")}
+    config = {**model, **cpu, "precision": "fp32", "data_types": None, "train_batch_size": None}
+    assert in_neox(neox_checkout, config, code) == parameters
+    assert f"{parameters:,} parameters" in file.read_text()
+
+
+def test_printed_flops_match_the_formula(neox_checkout, config):
+    """Against an independent count: matrix shapes of the built model, and the recurrence."""
+    code = """
+    from megatron.logging import get_actual_flops, get_forward_backward_flops
+    from megatron.training import get_model
+    model = get_model(neox_args)
+    matrices = sum(p.numel() for n, p in model.named_parameters() if p.dim() > 1
+                   and "word_embeddings" not in n and "aug" not in n and "bias" not in n)
+    answer([matrices, get_actual_flops(neox_args, 2.0), get_forward_backward_flops(neox_args, 2.0)])
+    """
+    matrices, actual, needed = in_neox(
+        neox_checkout, {**config, "checkpoint_activations": True}, code
+    )
+    heads, key_width, value_width, layers = 4, 8, 16, 2
+    forward = 2 * matrices + layers * heads * 5 * key_width * value_width
+    tokens = 4 * 64
+    assert actual == pytest.approx(4 * tokens * forward / 2.0)
+    assert needed == pytest.approx(3 * tokens * forward / 2.0)
+
+
+def test_an_unread_attention_mask_is_not_built(neox_checkout, config):
+    code = """
+    from megatron.training import get_model
+    from megatron.utils import get_ltor_masks_and_position_ids
+    get_model(neox_args)
+    mask, _, _ = get_ltor_masks_and_position_ids(torch.zeros(1, 32, dtype=torch.long), 0)
+    answer(list(mask.shape))
+    """
+    assert in_neox(neox_checkout, config, code) == [1, 1, 1, 1]
+    hybrid = {**config, "attention_config": ["metala", "global"]}
+    assert in_neox(neox_checkout, hybrid, code) == [1, 1, 32, 32]
+
+
+def test_authors_initialisation(neox_checkout, config):
+    """Linears normal(0.02); q and gate logits Xavier-uniform with gain 2**-2.5 over [d/2, d]."""
+    code = """
+    from megatron.training import get_model
+    mixer = get_model(neox_args).sequential[2].mixer
+    by_head = mixer.in_proj.weight.view(16, 192, 1024)  # q 32, gate 32, v 64, out gate 64
+    uniform, normal = by_head[:, :64], by_head[:, 64:]
+    out = mixer.out_proj.weight
+    answer([uniform.abs().max().item(), uniform.std().item(), normal.std().item(), out.std().item(),
+            mixer.aug_balance.abs().max().item(), mixer.out_gate_bias.abs().max().item()])
+    """
+    config.update(hidden_size=1024, num_attention_heads=16, intermediate_size=256, num_layers=1)
+    config.update(attention_config=["metala"])
+    largest, uniform, normal, out, aug, bias = in_neox(neox_checkout, config, code)
+    bound = 2**-2.5 * (6 / (1024 + 512)) ** 0.5
+    assert largest == pytest.approx(bound, rel=1e-3) and largest <= bound
+    assert uniform == pytest.approx(bound / 3**0.5, rel=0.01)
+    assert normal == pytest.approx(0.02, rel=0.01) and out == pytest.approx(0.02, rel=0.01)
+    assert aug == bias == 0

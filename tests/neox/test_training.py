@@ -1,0 +1,273 @@
+"""Training through the stock `deepy.py train.py`: parallel layouts, resuming, logging, refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.neox.training import FLOPS, LOSS, Run, neox, settings, start, train
+
+ROOT = Path(__file__).resolve().parents[2]
+LAYOUTS = [(1, 1), (2, 1), (1, 2)]  # (tensor, pipeline) parallel; (1, 0) is what they must equal
+
+
+def convert(program: str, checkout: Path, *arguments) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, ROOT / "convert" / program, *map(str, arguments)],
+        env={**os.environ, "GPT_NEOX_PATH": str(checkout), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+def export(checkout: Path, checkpoint: Path, output: Path, *flags) -> dict[str, torch.Tensor]:
+    """The tensors of the checkpoint's Hugging Face folder, by the converter's command."""
+    process = convert(
+        "neox_to_hf.py", checkout, "--checkpoint", checkpoint, "--output", output, *flags
+    )
+    assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-3000:]
+    return load_file(output / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def reference(neox_checkout, token_data, tokenizer_file, tmp_path_factory) -> tuple[Run, Path]:
+    """Twenty steps on one rank without a pipeline, with checkpoints of steps 0 and 20."""
+    folder = tmp_path_factory.mktemp("reference")
+    checkpoints = folder / "checkpoints"
+    config = settings(
+        token_data,
+        tokenizer_file,
+        save=str(checkpoints),
+        extra_save_iters=[0],
+        checkpoint_factor=20,
+        eval_interval=10,
+        do_valid=True,
+    )
+    return train(neox_checkout, config, folder), checkpoints
+
+
+def test_the_loss_falls(reference):
+    run, _ = reference
+    assert "no CUDA device and distributed_backend: gloo, running on the CPU" in run.output
+    assert sorted(run.losses) == list(range(1, 21))
+    assert run.losses[20] < 0.8 * run.losses[1]
+
+
+def test_printed_flops_follow_from_the_printed_time(reference):
+    """2 per weight of every matrix and 5 H K V per token and layer forward, thrice that in all."""
+    matrices = 2 * (192 * 64 + 64 * 64 + 192 * 64 + 64 * 96 + 64 * 4) + 512 * 64
+    flops = 3 * 4 * 64 * (2 * matrices + 2 * 4 * 5 * 8 * 16)
+    milliseconds, printed, unit = FLOPS.findall(reference[0].output)[-1]
+    expected = flops / (float(milliseconds) / 1000)
+    assert float(printed) * {"M": 1e6, "G": 1e9}[unit] == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.parametrize(("tp", "pp"), LAYOUTS)
+def test_layouts_train_alike_and_convert_alike(
+    neox_checkout, token_data, tokenizer_file, reference, tmp_path, tp, pp
+):
+    run, checkpoints = reference
+    start_from = tmp_path / "step0"
+    process = convert(
+        "reshape_neox.py", neox_checkout,
+        "--checkpoint", checkpoints, "--iteration", 0, "--output", start_from,
+        "--tensor-parallel", tp, "--pipeline-parallel", pp,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+
+    # one model, two layouts: the same tensors, byte for byte
+    flags = ("--iteration", 0)
+    one = export(neox_checkout, checkpoints, tmp_path / "hf_one", *flags)
+    other = export(neox_checkout, start_from, tmp_path / "hf_other", *flags)
+    assert one.keys() == other.keys()
+    for name in one:
+        assert one[name].numpy().tobytes() == other[name].numpy().tobytes(), name
+
+    # the same weights train alike, and so does validation, during and after
+    config = settings(
+        token_data,
+        tokenizer_file,
+        tp,
+        pp,
+        load=str(start_from),
+        finetune=True,
+        save=str(tmp_path / "checkpoints"),
+        checkpoint_factor=20,
+        eval_interval=10,
+        do_valid=True,
+        num_gpus=tp * pp,
+    )
+    layout = train(neox_checkout, config, tmp_path)
+    assert layout.losses[1] == pytest.approx(run.losses[1], abs=1e-5)
+    for step in range(2, 21):
+        assert layout.losses[step] == pytest.approx(run.losses[step], abs=1e-3)
+    assert len(run.validation_losses) == 3 and run.validation_losses == pytest.approx(
+        layout.validation_losses, abs=1e-3
+    )
+
+    # the trained checkpoint is converted, and verified against the trained layers
+    trained = export(neox_checkout, tmp_path / "checkpoints", tmp_path / "hf", "--verify")
+    moved = trained["model.layers.0.token_mixer.aug_balance"]
+    assert moved.abs().max() > 1e-3  # what starts at zero has learned
+
+
+def test_the_convolution_stays_identical_on_all_ranks(
+    neox_checkout, token_data, tokenizer_file, tmp_path
+):
+    config = settings(
+        token_data, tokenizer_file, tp=2, pp=1, save=str(tmp_path / "c"), checkpoint_factor=20
+    )
+    train(neox_checkout, config, tmp_path)
+    ranks = [
+        torch.load(tmp_path / f"c/global_step20/layer_02-model_0{rank}-model_states.pt")
+        for rank in (0, 1)
+    ]
+    assert torch.equal(ranks[0]["mixer.conv1d.weight"], ranks[1]["mixer.conv1d.weight"])
+    assert not torch.equal(ranks[0]["mixer.aug_balance"], ranks[1]["mixer.aug_balance"])
+
+
+def test_the_reference_layout_converts_and_generates_alike(
+    neox_checkout, token_data, tokenizer_file, reference, tmp_path
+):
+    """NeoX's own generate.py and Hugging Face's generate continue a prompt greedily alike."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import megatron_patch.hf  # noqa: F401
+
+    checkpoints = reference[1]
+    export(neox_checkout, checkpoints, tmp_path / "hf", "--verify")
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text("import os")
+    config = settings(
+        token_data,
+        tokenizer_file,
+        load=str(checkpoints),
+        text_gen_type="input-file",
+        sample_input_file=str(prompt),
+        sample_output_file=str(tmp_path / "continuation.jsonl"),
+        maximum_tokens=12,
+        temperature=0.0,
+    )
+    run = neox(neox_checkout, "generate.py", config, tmp_path)
+    assert run.returncode == 0, run.output[-4000:]
+    answer = json.loads((tmp_path / "continuation.jsonl").read_text())
+
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    inputs = tokenizer("import os", return_tensors="pt")
+    output = model.generate(inputs.input_ids, max_new_tokens=12, do_sample=False)
+    continuation = tokenizer.decode(output[0, inputs.input_ids.shape[1] :])
+    assert answer["text"] == continuation
+
+
+def test_a_killed_run_resumes_as_if_unbroken(neox_checkout, token_data, tokenizer_file, tmp_path):
+    def config(name: str) -> dict:
+        checkpoints = str(tmp_path / name)
+        return settings(
+            token_data,
+            tokenizer_file,
+            save=checkpoints,
+            load=checkpoints,
+            train_iters=40,
+            checkpoint_factor=10,
+        )
+
+    unbroken = train(neox_checkout, config("unbroken"), tmp_path)
+    process = start(neox_checkout, "train.py", config("killed"), tmp_path, start_new_session=True)
+    for line in process.stdout:
+        match = LOSS.search(line)
+        if match and int(match[1]) >= 13:
+            os.killpg(process.pid, signal.SIGKILL)
+            break
+    else:
+        pytest.fail("the run ended before it could be killed")
+    process.stdout.close()
+    process.wait()
+    resumed = train(neox_checkout, config("killed"), tmp_path)
+    assert min(resumed.losses) > 1, "it started anew"
+    for step, loss in resumed.losses.items():
+        assert loss == pytest.approx(unbroken.losses[step], abs=1e-6)
+    assert max(resumed.losses) == 40
+
+
+def test_a_hybrid_trains_and_is_not_exported_wrong(
+    neox_checkout, token_data, tokenizer_file, tmp_path
+):
+    config = settings(
+        token_data,
+        tokenizer_file,
+        num_layers=3,
+        attention_config=[[["metala", "metala", "global"], 1]],
+        pos_emb="rotary",
+        save=str(tmp_path / "checkpoints"),
+        checkpoint_factor=20,
+    )
+    run = train(neox_checkout, config, tmp_path)
+    assert run.losses[20] < 0.8 * run.losses[1]
+    arguments = ("--checkpoint", tmp_path / "checkpoints", "--output", tmp_path / "hf")
+    process = convert("neox_to_hf.py", neox_checkout, *arguments)
+    assert process.returncode == 1
+    assert "global" in process.stderr and "Traceback" not in process.stderr
+    assert not (tmp_path / "hf").exists()
+
+
+def logged_values(file: Path, name: str) -> dict[int, float]:
+    """The values of one metric by step in a .wandb file: LevelDB's log format (blocks of 32 KiB,
+    each fragment behind 4 bytes of checksum, 2 of length, 1 of type) around protobuf records."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, position, record, values = file.read_bytes(), 7, b"", {}
+    while position + 7 <= len(data):
+        if (left := 32768 - position % 32768) < 7:
+            position += left
+            continue
+        length, kind = struct.unpack_from("<HB", data, position + 4)
+        fragment = data[position + 7 : position + 7 + length]
+        position += 7 + length
+        record = fragment if kind in (1, 2) else record + fragment  # whole, first, middle, last
+        if kind in (1, 4):
+            history = Record.FromString(record).history
+            for item in history.item:
+                if (item.key or ".".join(item.nested_key)) == name:
+                    values[history.step.num] = json.loads(item.value_json)
+    return values
+
+
+def test_wandb_offline_holds_the_loss_of_every_logged_step(
+    neox_checkout, token_data, tokenizer_file, tmp_path
+):
+    config = settings(
+        token_data, tokenizer_file, train_iters=5, use_wandb=True, wandb_project="metala"
+    )
+    environment = {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path)}
+    run = train(neox_checkout, config, tmp_path, **environment)
+    (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    logged = logged_values(file, "train/lm_loss")
+    assert logged == pytest.approx(run.losses, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"metala": {"tua": 8}}, "metala.tua: unknown key, the known ones are tau"),
+        ({"load": "/nowhere", "save": None}, "load: found no checkpoint in /nowhere"),
+    ],
+)
+def test_mistakes_end_the_launcher_with_one_line(
+    neox_checkout, token_data, tokenizer_file, tmp_path, changes, message
+):
+    config = settings(token_data, tokenizer_file, **changes)
+    run = neox(neox_checkout, "train.py", config, tmp_path)
+    assert run.returncode == 1
+    assert run.output.splitlines()[-1].startswith(f"MetaLA: {message}")
+    assert "Traceback" not in run.output
