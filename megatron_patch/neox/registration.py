@@ -232,10 +232,10 @@ def _shrink_unread_attention_mask() -> None:
 def _log_to_wandb() -> None:
     """GPT-NeoX switches wandb off where it finds no API key, which an offline run does not need,
     and calls a function that wandb has moved."""
-    import wandb
     from megatron.utils import get_wandb_api_key
 
-    if not hasattr(wandb.util, "generate_id"):
+    wandb = sys.modules.get("wandb")  # GPT-NeoX has imported it where it is installed
+    if wandb is not None and not hasattr(wandb.util, "generate_id"):
         wandb.util.generate_id = wandb.sdk.lib.runid.generate_id
 
     @functools.wraps(get_wandb_api_key)

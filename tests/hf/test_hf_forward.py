@@ -290,7 +290,8 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
 assert type(model).__module__.startswith("transformers_modules."), type(model).__module__
 assert "megatron_patch.hf" not in sys.modules
-out = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4, do_sample=False, eos_token_id=None)
+ids = torch.tensor([[5, 6, 7]])
+out = model.generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=None)
 print(out.tolist())
 """
 

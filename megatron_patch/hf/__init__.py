@@ -1,0 +1,19 @@
+"""MetaLA for Hugging Face transformers; the import registers it with the Auto classes."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from megatron_patch.hf.cache_metala import MetaLACache
+from megatron_patch.hf.configuration_metala import MetaLAConfig
+from megatron_patch.hf.modeling_metala import MetaLAForCausalLM, MetaLAModel, MetaLAPreTrainedModel
+
+AutoConfig.register(MetaLAConfig.model_type, MetaLAConfig, exist_ok=True)
+AutoModel.register(MetaLAConfig, MetaLAModel, exist_ok=True)
+AutoModelForCausalLM.register(MetaLAConfig, MetaLAForCausalLM, exist_ok=True)
+
+__all__ = [
+    "MetaLACache",
+    "MetaLAConfig",
+    "MetaLAForCausalLM",
+    "MetaLAModel",
+    "MetaLAPreTrainedModel",
+]

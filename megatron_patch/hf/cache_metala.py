@@ -1,0 +1,262 @@
+"""The state that a MetaLA model carries from token to token, as a transformers cache."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import cache_utils
+from transformers.cache_utils import Cache
+from transformers.configuration_utils import PretrainedConfig
+
+# How a cache without a length limit says so: -1 since transformers has cache layers, None before.
+NO_LENGTH_LIMIT = -1 if hasattr(cache_utils, "CacheLayerMixin") else None
+
+
+class MetaLACacheLayer:
+    """State of one layer, of constant size: what the layer needs of all tokens so far.
+
+    Attributes:
+        conv_states: [B, D, W - 1], the last inputs of the short convolution, oldest first, in the
+            model's dtype; `None` before the first token.
+        recurrent_states: [B, H, K, V] float32 (float64 in a float64 model), or `None`.
+    """
+
+    is_compileable = False
+    is_croppable = False
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self) -> None:
+        self.conv_states: torch.Tensor | None = None
+        self.recurrent_states: torch.Tensor | None = None
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The names and tensors held now."""
+        for name in ("conv_states", "recurrent_states"):
+            if (tensor := getattr(self, name)) is not None:
+                yield name, tensor
+
+    def __deepcopy__(self, memo: dict) -> MetaLACacheLayer:
+        # torch refuses to copy tensors inside an autograd graph; clones stay in it.
+        copied = MetaLACacheLayer()
+        memo[id(self)] = copied
+        for name, tensor in self.tensors():
+            setattr(copied, name, tensor.clone())
+        return copied
+
+    def apply(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Replaces each tensor by `function` of it."""
+        for name, tensor in list(self.tensors()):
+            setattr(self, name, function(tensor))
+
+    @property
+    def has_previous_state(self) -> bool:
+        return self.recurrent_states is not None
+
+    @property
+    def batch_size(self) -> int:
+        """Number of sequences, -1 before the first token."""
+        return next((len(tensor) for _, tensor in self.tensors()), -1)
+
+    def get_max_length(self) -> int | None:
+        return NO_LENGTH_LIMIT
+
+    def reset(self) -> None:
+        self.conv_states = self.recurrent_states = None
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        self.apply(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.apply(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self.apply(lambda tensor: tensor[indices.to(tensor.device)])
+
+
+class MetaLACache(Cache):
+    """Recurrent cache of a MetaLA model, passed and returned as `past_key_values`.
+
+    Its size does not depend on the number of tokens. A model call with it continues where the last
+    call ended, with one token or many, and updates it in place; `copy.deepcopy` forks it, `save`
+    and `load` keep it on disk. A state cannot be taken back to an earlier token, so there is no
+    `crop`.
+
+    The states stay in the autograd graph where gradients are on, so that a loss reaches through
+    them into the calls before; `detach_` cuts there (truncated backpropagation through time).
+
+    Args:
+        config: whose number of layers the cache takes; without it, layers are added as they come.
+    """
+
+    is_compileable = False
+    is_croppable = False
+
+    def __init__(self, config: PretrainedConfig | None = None):
+        # Up to transformers 4.4x the base class is a torch module with nothing else to set up;
+        # later it takes arguments that have changed between releases, and sets the attributes
+        # below.
+        if issubclass(Cache, torch.nn.Module):
+            super().__init__()
+        self.layers = [MetaLACacheLayer() for _ in range(config.num_hidden_layers if config else 0)]
+        self.layer_class_to_replicate = None
+        self.offloading = False
+        self._seen_tokens = 0
+
+    def __len__(self) -> int:
+        """Number of layers."""
+        return len(self.layers)
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({len(self)} layers, {self.get_seq_length()} tokens, "
+            f"batch {self.batch_size}, {self.nbytes} bytes)"
+        )
+
+    # What the model calls.
+
+    def states(self, layer_idx: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The convolution's and the recurrence's state of a layer, `None` before the first
+        token."""
+        if layer_idx >= len(self.layers):
+            return None, None
+        layer = self.layers[layer_idx]
+        return layer.conv_states, layer.recurrent_states
+
+    def update_conv_state(self, conv_states: torch.Tensor, layer_idx: int) -> torch.Tensor:
+        """Sets a layer's convolution state, [B, D, W - 1], and returns it."""
+        self._layer(layer_idx).conv_states = conv_states
+        return conv_states
+
+    def update_recurrent_state(
+        self, recurrent_states: torch.Tensor, layer_idx: int
+    ) -> torch.Tensor:
+        """Sets a layer's recurrent state, [B, H, K, V], and returns it."""
+        self._layer(layer_idx).recurrent_states = recurrent_states
+        return recurrent_states
+
+    def advance(self, num_tokens: int) -> None:
+        """Counts the columns that a model call has read, padding included."""
+        self._seen_tokens += num_tokens
+
+    def _layer(self, layer_idx: int) -> MetaLACacheLayer:
+        while len(self.layers) <= layer_idx:
+            self.layers.append(MetaLACacheLayer())
+        return self.layers[layer_idx]
+
+    # What transformers asks of a cache.
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns read so far, padding included: what `generate` cuts its inputs by."""
+        return self._seen_tokens
+
+    def get_max_length(self, layer_idx: int | None = None) -> int | None:
+        """No limit (-1, or `None` in transformers before 4.54)."""
+        return NO_LENGTH_LIMIT
+
+    def get_max_cache_shape(self, layer_idx: int | None = None) -> int | None:
+        return NO_LENGTH_LIMIT
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        return self._seen_tokens + int(query_length), 0
+
+    def has_previous_state(
+        self, layer_idx: int | None = None, state_idx: int | None = None
+    ) -> bool:
+        """Whether a layer (the last by default) has seen a token."""
+        if not self.layers:
+            return False
+        return self.layers[-1 if layer_idx is None else layer_idx].has_previous_state
+
+    @property
+    def batch_size(self) -> int:
+        """Number of sequences, -1 before the first token."""
+        return self.layers[0].batch_size if self.layers else -1
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all states."""
+        return sum(
+            t.numel() * t.element_size() for layer in self.layers for _, t in layer.tensors()
+        )
+
+    def update(self, *args, **kwargs):
+        raise NotImplementedError(
+            "MetaLACache keeps no keys and values: call update_conv_state and "
+            "update_recurrent_state"
+        )
+
+    def crop(self, *args, **kwargs) -> None:
+        raise NotImplementedError(
+            "MetaLACache cannot be cropped: a recurrent state cannot go back to an earlier token; "
+            "keep copy.deepcopy(cache) of the point to return to"
+        )
+
+    def activate_past_recording(self) -> None:
+        self.crop()
+
+    def reset(self) -> None:
+        """Forgets all tokens."""
+        self._seen_tokens = 0
+        for layer in self.layers:
+            layer.reset()
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Makes sequence i continue what was sequence beam_idx[i]."""
+        for layer in self.layers:
+            layer.reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats each sequence, the copies side by side."""
+        for layer in self.layers:
+            layer.batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keeps the sequences at `indices`."""
+        for layer in self.layers:
+            layer.batch_select_indices(indices)
+
+    # What a user asks of it.
+
+    def detach_(self) -> MetaLACache:
+        """Cuts the states from the autograd graph."""
+        for layer in self.layers:
+            layer.apply(torch.Tensor.detach)
+        return self
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes the states to a safetensors file, from which `load` resumes."""
+        tensors = {
+            f"layers.{index}.{name}": tensor.detach().contiguous()
+            for index, layer in enumerate(self.layers)
+            for name, tensor in layer.tensors()
+        }
+        metadata = {"format": "pt", "layers": str(len(self)), "seen_tokens": str(self._seen_tokens)}
+        save_file(tensors, path, metadata=metadata)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, device: str | torch.device = "cpu") -> MetaLACache:
+        """Reads a file that `save` has written.
+
+        Raises:
+            ValueError: the file is a safetensors file of something else.
+        """
+        cache = cls()
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            metadata = file.metadata() or {}
+            if "seen_tokens" not in metadata or "layers" not in metadata:
+                raise ValueError(f"{path}: not a saved MetaLACache")
+            for index in range(int(metadata["layers"])):
+                cache._layer(index)
+            for key in file.keys():
+                _, index, name = key.split(".")
+                setattr(cache._layer(int(index)), name, file.get_tensor(key))
+        cache._seen_tokens = int(metadata["seen_tokens"])
+        return cache
+
+
+__all__ = ["MetaLACache", "MetaLACacheLayer"]

@@ -1,0 +1,661 @@
+"""MetaLA language models (Meta Linear Attention, arXiv 2411.10741) for Hugging Face transformers.
+
+Module and parameter names are those of the authors' released checkpoints. The model has no
+positions and no attention: a token's state is all that the tokens before it leave behind. That
+decides how batches work:
+
+- Padding. Where a mask marks padding, each row's tokens are moved to its start for the time of the
+  call, so that the convolution never meets a gap. Behind them the gate is held fully open (decay 1,
+  key 0), which leaves the recurrent state untouched, and the convolution's state is taken at the
+  row's last token. A row's results and state are those of the same row without padding, wherever
+  the padding was, at any batch size, with or without a cache.
+- Packed sequences. `cu_seqlens`, or `position_ids` that restart, separate documents; nothing
+  crosses.
+- Cache. `MetaLACache` holds the state; a call with it continues with one token or many. Layers are
+  pure functions of inputs and states, so that the cache neither disturbs autograd nor gradient
+  checkpointing.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.generation import GenerationMixin
+from transformers.generation.configuration_utils import GenerationMode
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import PreTrainedModel
+
+try:  # transformers 5: initialisers that leave weights from a checkpoint alone
+    from transformers import initialization as init
+except ImportError:
+    from torch.nn import init
+
+from .cache_metala import MetaLACache
+from .configuration_metala import MetaLAConfig
+from .ops_metala import meta_linear_attention, short_convolution
+
+# A gate logit whose sigmoid is 1 in every float type: log decay 0, so decay 1 and key 1 - 1 = 0.
+OPEN_GATE_LOGIT = 1e4
+# Gain of the xavier-uniform initialisation of queries and gates, as the authors'.
+QUERY_GATE_GAIN = 2**-2.5
+
+
+class MetaLARMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) over the last dimension, in float32 (float64 for float64 inputs).
+
+    "simplermsnorm" has no parameters; "rmsnorm" multiplies by `weight` [dim]. x keeps its dtype.
+    """
+
+    def __init__(self, dim: int, norm_type: str, eps: float):
+        super().__init__()
+        self.dim = dim
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim)) if norm_type == "rmsnorm" else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = x if x.dtype == torch.float64 else x.float()
+        weight = None if self.weight is None else self.weight.to(wide.dtype)
+        return F.rms_norm(wide, (self.dim,), weight, self.eps).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.dim}, eps={self.eps}, weight={self.weight is not None}"
+
+
+class MetaLAShortConvolution(nn.Conv1d):
+    """Causal depthwise convolution and SiLU along time; the weight is [dim, 1, width].
+
+    The weight is read in this module's own forward, so that ZeRO-3, FSDP and offloading gather it
+    in time.
+    """
+
+    def __init__(self, dim: int, width: int):
+        super().__init__(dim, dim, width, groups=dim, bias=False)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        state: torch.Tensor | None = None,
+        output_state: bool = False,
+        cu_seqlens: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """x [B, T, D] and state [B, D, W - 1] to y [B, T, D] and the state after the last token."""
+        return short_convolution(
+            x,
+            self.weight,
+            activation="silu",
+            initial_state=None if state is None else state.to(x.dtype),
+            output_final_state=output_state,
+            cu_seqlens=cu_seqlens,
+        )
+
+
+def convolution_state_at(
+    x: torch.Tensor, state: torch.Tensor | None, lengths: torch.Tensor, width: int
+) -> torch.Tensor:
+    """The convolution's state after the first `lengths` tokens of each row, [B, D, W - 1].
+
+    Args:
+        x: [B, T, D], of which row b counts up to lengths[b].
+        state: [B, D, W - 1], the inputs before x, or `None` for zeros.
+        lengths: int64 [B], 0 to T.
+        width: W.
+    """
+    past = width - 1
+    # Positions in x of the last W - 1 inputs; negative ones lie in the state before.
+    index = lengths[:, None] - past + torch.arange(past, device=x.device)
+    channels = x.shape[-1]
+    recent = x.gather(1, index.clamp(min=0)[..., None].expand(-1, -1, channels)).transpose(1, 2)
+    if state is None:
+        before = torch.zeros_like(recent)
+    else:
+        older = (index + past).clamp(max=past - 1)[:, None].expand(-1, channels, -1)
+        before = state.to(x.dtype).gather(2, older)
+    return torch.where((index >= 0)[:, None], recent, before).contiguous()
+
+
+class MetaLATokenMixer(nn.Module):
+    """Convolution, projections and Meta Linear Attention over time."""
+
+    def __init__(self, config: MetaLAConfig):
+        super().__init__()
+        dim = config.decoder_embed_dim
+        self.num_heads = config.decoder_attention_heads
+        self.tau = float(config.tau)
+        self.norm_eps = float(config.output_norm_eps)
+        self.conv_width = config.conv_width
+
+        self.q_proj = nn.Linear(dim, dim // 2, bias=False)
+        self.k_gate = nn.Linear(dim, dim // 2, bias=False)
+        self.v_proj = nn.Linear(dim, dim, bias=False)
+        self.g_proj = nn.Linear(dim, dim, bias=True)
+        self.out_proj = nn.Linear(dim, dim, bias=False)
+        self.aug_balance = nn.Parameter(torch.zeros(dim // 2)) if config.self_augmentation else None
+        self.conv1d = MetaLAShortConvolution(dim, config.conv_width)
+        # Read by `_init_weights`, which sees each projection alone.
+        self.q_proj._init_gain = self.k_gate._init_gain = QUERY_GATE_GAIN
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        conv_state: torch.Tensor | None,
+        recurrent_state: torch.Tensor | None,
+        padding: torch.Tensor | None,
+        lengths: torch.Tensor | None,
+        cu_seqlens: torch.Tensor | None,
+        output_state: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Mixes x [B, T, D] over time; see `MetaLADecoderLayer.forward` for the arguments."""
+        inputs = x
+        x, new_conv_state = self.conv1d(x, conv_state, output_state and lengths is None, cu_seqlens)
+        if output_state and lengths is not None:
+            new_conv_state = convolution_state_at(inputs, conv_state, lengths, self.conv_width)
+
+        q, gate_logits = self._heads(self.q_proj(x)), self._heads(self.k_gate(x))
+        if padding is not None:
+            gate_logits = gate_logits.masked_fill(padding[..., None, None], OPEN_GATE_LOGIT)
+        aug = None if self.aug_balance is None else self.aug_balance.view(self.num_heads, -1)
+        out, new_recurrent_state = meta_linear_attention(
+            q,
+            gate_logits,
+            self._heads(self.v_proj(x)),
+            aug,
+            self._heads(self.g_proj(x)),
+            tau=self.tau,
+            norm_eps=self.norm_eps,
+            initial_state=recurrent_state,
+            output_final_state=output_state,
+            cu_seqlens=cu_seqlens,
+        )
+        return self.out_proj(out.flatten(2)), new_conv_state, new_recurrent_state
+
+    def _heads(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, T, H * width] to [B, T, H, width]."""
+        return x.unflatten(-1, (self.num_heads, -1))
+
+
+class MetaLAChannelMixer(nn.Module):
+    """SwiGLU: l3(silu(l1 x) * l2 x)."""
+
+    def __init__(self, config: MetaLAConfig):
+        super().__init__()
+        self.l1 = nn.Linear(config.decoder_embed_dim, config.glu_dim, bias=config.bias)
+        self.l2 = nn.Linear(config.decoder_embed_dim, config.glu_dim, bias=config.bias)
+        self.l3 = nn.Linear(config.glu_dim, config.decoder_embed_dim, bias=config.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.l3(F.silu(self.l1(x)) * self.l2(x))
+
+
+class MetaLADecoderLayer(nn.Module):
+    """Pre-norm block: x + token_mixer(norm(x)), then x + channel_mixer(norm(x))."""
+
+    def __init__(self, config: MetaLAConfig):
+        super().__init__()
+        dim, norm_type, eps = config.decoder_embed_dim, config.norm_type, config.norm_eps
+        self.token_norm = MetaLARMSNorm(dim, norm_type, eps)
+        self.token_mixer = MetaLATokenMixer(config)
+        self.channel_norm = MetaLARMSNorm(dim, norm_type, eps)
+        self.channel_mixer = MetaLAChannelMixer(config)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        conv_state: torch.Tensor | None = None,
+        recurrent_state: torch.Tensor | None = None,
+        padding: torch.Tensor | None = None,
+        lengths: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        output_state: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """A pure function of its inputs and states.
+
+        Args:
+            x: [B, T, D].
+            conv_state: [B, D, W - 1], the mixer's inputs before x, or `None`.
+            recurrent_state: [B, H, K, V] float32, or `None`.
+            padding: bool [B, T], true behind each row's tokens, or `None` where there is no
+                padding.
+            lengths: int64 [B], the tokens of each row; given with `padding`, and without
+                `cu_seqlens`.
+            cu_seqlens: int32 [N + 1] for N sequences packed along time (B = 1), or `None`.
+            output_state: whether to return the states after the last token.
+
+        Returns:
+            [B, T, D], and the two new states or `None`.
+        """
+        mixed, conv_state, recurrent_state = self.token_mixer(
+            self.token_norm(x),
+            conv_state,
+            recurrent_state,
+            padding,
+            lengths,
+            cu_seqlens,
+            output_state,
+        )
+        x = x + mixed
+        return x + self.channel_mixer(self.channel_norm(x)), conv_state, recurrent_state
+
+
+class MetaLAPreTrainedModel(PreTrainedModel):
+    """What the MetaLA models share: configuration, initialisation, what transformers may do."""
+
+    config_class = MetaLAConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    # The state cannot return to an earlier token: transformers refuses assisted decoding by this.
+    _is_stateful = True
+    _supports_cache_class = True  # transformers 4.4x: a Cache, not tuples of keys and values
+    _no_split_modules = ["MetaLADecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+
+    def __init__(self, config: MetaLAConfig, *args: Any, **kwargs: Any):
+        # Once more: from_pretrained(..., key=value) sets values after the configuration's check.
+        config.check_values()
+        super().__init__(config, *args, **kwargs)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """The authors' initialisation: normal(init_std) for embeddings and linears, xavier-uniform
+        with gain 2 ** -2.5 for queries and gates, PyTorch's default for the convolution, zero for
+        biases and `aug_balance`."""
+        if isinstance(module, nn.Linear):
+            if (gain := getattr(module, "_init_gain", None)) is not None:
+                init.xavier_uniform_(module.weight, gain=gain)
+            else:
+                init.normal_(module.weight, mean=0.0, std=self.config.init_std)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight, mean=0.0, std=self.config.init_std)
+        elif isinstance(module, nn.Conv1d):
+            init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+        elif isinstance(module, MetaLARMSNorm) and module.weight is not None:
+            init.ones_(module.weight)
+        elif isinstance(module, MetaLATokenMixer) and module.aug_balance is not None:
+            init.zeros_(module.aug_balance)
+
+
+class MetaLAModel(MetaLAPreTrainedModel):
+    """Embedding, blocks and last norm."""
+
+    def __init__(self, config: MetaLAConfig):
+        super().__init__(config)
+        # No padding_idx: padding reaches no token's result, so its row needs no protection, and
+        # where padding and end of text are one token (the authors' default) the latter must stay
+        # trainable.
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.decoder_embed_dim)
+        self.embed_scale = 1.0 if config.no_scale_embedding else math.sqrt(config.decoder_embed_dim)
+        self.layers = nn.ModuleList(
+            MetaLADecoderLayer(config) for _ in range(config.decoder_layers)
+        )
+        self.final_norm = MetaLARMSNorm(config.decoder_embed_dim, config.norm_type, config.norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embed_tokens = value
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: MetaLACache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple | BaseModelOutputWithPast:
+        """Runs the blocks.
+
+        Args:
+            input_ids: int64 [B, T]; or `inputs_embeds`, one of the two.
+            attention_mask: [B, T], or with a cache [B, tokens before + T], whose last T columns
+                count; 0 marks padding, which may stand anywhere.
+            position_ids: [B, T] or [1, T], read only to tell packed sequences apart: a token whose
+                position does not follow its predecessor's begins a new one. Not read with a
+                non-empty cache.
+            past_key_values: the cache to continue from; it is updated in place.
+            inputs_embeds: [B, T, D], taken as they are (not scaled).
+            use_cache: whether to return a cache. By default the configuration says, not so in
+                training unless a cache is given.
+            output_hidden_states: whether to return the inputs of all blocks and the last norm's
+                output.
+            return_dict: false for a tuple.
+            cu_seqlens: int [N + 1], boundaries of N sequences packed along time, B = 1.
+                transformers' name `cu_seq_lens_q` is read too.
+            kwargs: ignored, for callers that pass every model the same arguments.
+
+        Raises:
+            ValueError: arguments that do not go together or have the wrong shape.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("input_ids, inputs_embeds: wanted exactly one of the two")
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if return_dict is None:
+            return_dict = self.config.return_dict
+        batch, time = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
+        self._check_cache(past_key_values, batch)
+        continued = past_key_values is not None and past_key_values.has_previous_state()
+        padding = self._padding(attention_mask, batch, time, continued)
+        if position_ids is not None:
+            if (shape := list(position_ids.shape)) not in ([1, time], [batch, time]):
+                raise ValueError(f"position_ids: found {shape}, wanted [{batch}, {time}]")
+            position_ids = position_ids.expand(batch, -1)
+
+        # Tokens to the front of their rows; `restore` is the way back.
+        lengths = restore = None
+        if padding is not None:
+            lengths = time - padding.sum(1)
+            if time > 1:
+                order = padding.to(torch.uint8).argsort(dim=1, stable=True)
+                restore = order.argsort(dim=1)
+                padding = padding.gather(1, order)
+                if inputs_embeds is None:
+                    input_ids = input_ids.gather(1, order)
+                else:
+                    inputs_embeds = inputs_embeds.gather(
+                        1, order[..., None].expand_as(inputs_embeds)
+                    )
+                if position_ids is not None:
+                    position_ids = position_ids.gather(1, order)
+
+        if cu_seqlens is None:
+            cu_seqlens = kwargs.get("cu_seq_lens_q")
+        if cu_seqlens is not None:
+            if batch != 1 or padding is not None or continued:
+                raise ValueError(
+                    f"cu_seqlens: found with batch {batch}, padding {padding is not None} and a "
+                    f"continued cache {continued}, wanted one row with neither"
+                )
+        elif position_ids is not None and time > 1 and not continued:
+            cu_seqlens = self._boundaries(position_ids, padding)
+        packed = cu_seqlens is not None
+        if packed and (use_cache or past_key_values is not None):
+            raise ValueError(
+                "use_cache, past_key_values: a cache keeps one state per row, wanted neither with "
+                "packed sequences"
+            )
+        if use_cache is None:
+            use_cache = not packed and (
+                past_key_values is not None or (self.config.use_cache and not self.training)
+            )
+        if use_cache and past_key_values is None:
+            past_key_values = MetaLACache(self.config)
+
+        hidden = inputs_embeds
+        if hidden is None:
+            hidden = self.embed_tokens(input_ids)
+            if self.embed_scale != 1.0:
+                hidden = hidden * self.embed_scale
+        if packed:
+            hidden = hidden.reshape(1, batch * time, -1)
+            padding = None if padding is None else padding.reshape(1, -1)
+            lengths = None
+
+        all_hidden = []
+        for index, layer in enumerate(self.layers):
+            if output_hidden_states:
+                all_hidden.append(hidden)
+            states = (None, None) if past_key_values is None else past_key_values.states(index)
+            arguments = (hidden, *states, padding, lengths, cu_seqlens, use_cache)
+            if self.gradient_checkpointing and self.training:
+                outputs = self._gradient_checkpointing_func(layer.__call__, *arguments)
+            else:
+                outputs = layer(*arguments)
+            hidden = outputs[0]
+            if use_cache:
+                past_key_values.update_conv_state(outputs[1], index)
+                past_key_values.update_recurrent_state(outputs[2], index)
+        if use_cache:
+            past_key_values.advance(time)
+        hidden = self.final_norm(hidden)
+
+        def as_given(x: torch.Tensor) -> torch.Tensor:
+            """To the rows and the order in which the tokens came."""
+            x = x.reshape(batch, time, -1)
+            return x if restore is None else x.gather(1, restore[..., None].expand_as(x))
+
+        hidden = as_given(hidden)
+        hidden_states = (*map(as_given, all_hidden), hidden) if output_hidden_states else None
+        cache = past_key_values if use_cache else None
+        if not return_dict:
+            return tuple(value for value in (hidden, cache, hidden_states) if value is not None)
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden, past_key_values=cache, hidden_states=hidden_states
+        )
+
+    @staticmethod
+    def _check_cache(cache: MetaLACache | None, batch: int) -> None:
+        """Raises a ValueError for a cache of another kind or of another batch size."""
+        if cache is None:
+            return
+        if not isinstance(cache, MetaLACache):
+            raise ValueError(
+                f"past_key_values: found a {type(cache).__name__}, wanted a MetaLACache: pass "
+                "MetaLACache(config), or leave it out"
+            )
+        if cache.batch_size not in (-1, batch):
+            raise ValueError(
+                f"past_key_values: found the states of {cache.batch_size} sequences, wanted {batch}"
+            )
+
+    @staticmethod
+    def _padding(
+        attention_mask: torch.Tensor | None, batch: int, time: int, continued: bool
+    ) -> torch.Tensor | None:
+        """bool [B, T], true at padding, or `None` where there is none."""
+        if attention_mask is None:
+            return None
+        shape = list(attention_mask.shape)
+        spare = shape[1] - time if len(shape) == 2 and shape[0] == batch else -1
+        if spare < 0 or (spare > 0 and not continued):
+            columns = f"{time} or more (those of the tokens before first)" if continued else time
+            raise ValueError(f"attention_mask: found {shape}, wanted [{batch}, {columns}]")
+        padding = attention_mask[:, spare:] == 0
+        # Most masks mark nothing. Looking costs a synchronisation: a compiled graph cannot have it.
+        if not torch.compiler.is_compiling() and not padding.any():
+            return None
+        return padding
+
+    @staticmethod
+    def _boundaries(
+        position_ids: torch.Tensor, padding: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """cu_seqlens of the B rows laid end to end, or `None` where each row is one sequence.
+
+        Args:
+            position_ids: [B, T].
+            padding: bool [B, T], true behind each row's tokens, or `None`.
+        """
+        starts = position_ids[:, 1:] != position_ids[:, :-1] + 1
+        if padding is not None:
+            starts = starts & ~padding[:, 1:]
+        if not starts.any():
+            return None
+        starts = F.pad(starts, (1, 0), value=True).flatten().nonzero()[:, 0]
+        return F.pad(starts, (0, 1), value=position_ids.numel()).int()
+
+
+class MetaLAForCausalLM(MetaLAPreTrainedModel, GenerationMixin):
+    """A MetaLA model with a language-modelling head."""
+
+    # Read as {tied: source} by transformers 5 and as a list of names before.
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: MetaLAConfig):
+        super().__init__(config)
+        self.model = MetaLAModel(config)
+        self.lm_head = nn.Linear(config.decoder_embed_dim, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.embed_tokens = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.lm_head = new_embeddings
+
+    def get_decoder(self) -> nn.Module:
+        return self.model
+
+    def set_decoder(self, decoder: nn.Module) -> None:
+        self.model = decoder
+
+    # The last parameter's name is what transformers 4.46's Trainer looks for before it passes the
+    # number of items in an accumulated batch.
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: MetaLACache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        num_logits_to_keep: int = 0,
+        **loss_kwargs: Any,
+    ) -> tuple | CausalLMOutputWithPast:
+        """Runs the model and the head; see `MetaLAModel.forward` for the arguments it shares.
+
+        Args:
+            labels: int64 [B, T]; position t is scored against label t + 1, -100 is not scored.
+            logits_to_keep: the last so many positions get logits (0: all); or positions for all
+                rows [P] or for each [B, P]; or a bool mask [B, T], which gives [true, vocab].
+            num_logits_to_keep: the same under its name up to transformers 4.4x.
+            loss_kwargs: `num_items_in_batch` divides the summed loss in place of the number of
+                labels.
+
+        Returns:
+            With `loss` (where labels are given), `logits` [B, T, vocab], `past_key_values`,
+            `hidden_states`.
+        """
+        if return_dict is None:
+            return_dict = self.config.return_dict
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+            cu_seqlens=loss_kwargs.get("cu_seq_lens_q") if cu_seqlens is None else cu_seqlens,
+        )
+        hidden = self._positions_to_keep(
+            outputs.last_hidden_state,
+            logits_to_keep
+            if isinstance(logits_to_keep, torch.Tensor)
+            else logits_to_keep or num_logits_to_keep,
+        )
+        logits = self.lm_head(hidden)
+
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits,
+                labels=labels,
+                vocab_size=logits.shape[-1],
+                num_items_in_batch=loss_kwargs.get("num_items_in_batch"),
+            )
+        if not return_dict:
+            values = (loss, logits, outputs.past_key_values, outputs.hidden_states)
+            return tuple(value for value in values if value is not None)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )
+
+    @staticmethod
+    def _positions_to_keep(hidden: torch.Tensor, keep: int | torch.Tensor) -> torch.Tensor:
+        """hidden [B, T, D] at the positions that `logits_to_keep` asks for."""
+        if isinstance(keep, int):
+            return hidden[:, -keep:] if keep else hidden
+        if keep.ndim == 1:
+            return hidden[:, keep]
+        if keep.dtype == torch.bool:
+            return hidden[keep]
+        return torch.take_along_dim(hidden, keep[..., None], dim=1)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.Tensor,
+        past_key_values: MetaLACache | None = None,
+        attention_mask: torch.Tensor | None = None,
+        # By name, as `generate` looks here for whether prompts may be embeddings.
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict:
+        inputs = super().prepare_inputs_for_generation(
+            input_ids,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        # The model has no positions, and generation packs no sequences.
+        inputs.pop("position_ids", None)
+        inputs.pop("cache_position", None)
+        return inputs
+
+    def _prepare_position_ids_for_generation(self, *args: Any, **kwargs: Any) -> None:
+        """No positions, so none to carry from step to step."""
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        """No keys and values, so none of transformers' caches for them."""
+        return False
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any
+    ) -> None:
+        """Gives `generate` an empty MetaLACache where the caller gave none, for chunked prefill.
+
+        Raises:
+            ValueError: this model was to draft for another one: rejected tokens could not be taken
+                back.
+        """
+        if getattr(generation_config, "is_assistant", False):
+            raise ValueError(
+                f"{type(self).__name__} cannot be an assistant model: its state cannot go back to "
+                "the last accepted token"
+            )
+        # Checks a cache of the caller's, and says that cache_implementation has no effect.
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
+            model_kwargs["past_key_values"] = MetaLACache(self.config)
+
+    def _get_deprecated_gen_repo(
+        self, generation_mode: GenerationMode, *args: Any, **kwargs: Any
+    ) -> str | None:
+        """transformers 5 fetches contrastive search from the Hub; refused as 4.x refuses it."""
+        if generation_mode == GenerationMode.CONTRASTIVE_SEARCH:
+            raise ValueError(
+                "contrastive search is not supported with stateful models, such as "
+                f"{type(self).__name__}"
+            )
+        return super()._get_deprecated_gen_repo(generation_mode, *args, **kwargs)
+
+
+__all__ = ["MetaLAForCausalLM", "MetaLAModel", "MetaLAPreTrainedModel"]
