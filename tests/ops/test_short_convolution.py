@@ -153,8 +153,9 @@ def test_reads_time_major_tensors_and_modifies_nothing():
     assert torch.equal(time_major, kept)
 
 
-def test_final_state_keeps_no_long_sequence_in_memory():
-    x, weight, _ = make(T=1000)
+@pytest.mark.parametrize("W", [2, 4])
+def test_final_state_keeps_no_long_sequence_in_memory(W):
+    x, weight, _ = make(1, T=1000, W=W)
     _, state = short_convolution(x, weight, output_final_state=True)
     assert state.untyped_storage().nbytes() == state.numel() * state.element_size()
 
@@ -265,19 +266,18 @@ def test_named_backend_that_cannot_run_says_why(monkeypatch):
 
 
 @pytest.mark.parametrize("T", [1, 2, 3, 9])
-@pytest.mark.parametrize("time_major", [False, True])
+@pytest.mark.parametrize("last_dim_in_memory", ["B", "T", "D"])
 @pytest.mark.parametrize("with_state", [False, True])
-def test_causal_conv1d_gets_what_it_wants(monkeypatch, T, time_major, with_state):
+def test_causal_conv1d_gets_what_it_wants(monkeypatch, T, last_dim_in_memory, with_state):
     """The package's kernel runs on CUDA alone; this stands in for it and insists on the layouts
     that the kernel insists on."""
     module = sys.modules[short_convolution.__module__]
 
     def causal_conv1d_fn(x, weight, bias=None, seq_idx=None, initial_states=None, activation=None):
-        assert x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.stride(2) % 8 == 0
-        assert seq_idx is None or initial_states is None
+        assert x.stride(1) == 1 and x.stride(2) > 1
+        assert x.stride(0) % 8 == 0 and x.stride(2) % 8 == 0
+        assert seq_idx is None
         assert initial_states is None or initial_states.stride(1) == 1
-        if seq_idx is not None:
-            assert (seq_idx.shape, seq_idx.dtype) == ((1, T), torch.int32)
         state = x.new_zeros(*x.shape[:2], weight.shape[1] - 1)
         state = state if initial_states is None else initial_states
         return by_conv1d(x.transpose(1, 2), weight[:, None], state, activation)[0].transpose(1, 2)
@@ -286,14 +286,31 @@ def test_causal_conv1d_gets_what_it_wants(monkeypatch, T, time_major, with_state
         sys.modules, "causal_conv1d", SimpleNamespace(causal_conv1d_fn=causal_conv1d_fn)
     )
     inputs = x, weight, state = make(T=T)
-    if time_major:
-        x = x.transpose(0, 1).contiguous().transpose(0, 1)
+    dim = "BTD".index(last_dim_in_memory)
+    x = x.transpose(dim, 2).contiguous().transpose(dim, 2)
     state = state if with_state else None
     found = module._with_causal_conv1d(x, weight, "silu", state, True, None)
     wanted = short_convolution(x, weight, initial_state=state, output_final_state=True)
     torch.testing.assert_close(found, wanted)
     inputs = inputs if with_state else inputs[:2]
     torch.testing.assert_close(gradients(found, inputs), gradients(wanted, inputs))
+
+
+def test_causal_conv1d_is_told_the_packed_sequences(monkeypatch):
+    module = sys.modules[short_convolution.__module__]
+    seen = []
+
+    def causal_conv1d_fn(x, weight, bias=None, seq_idx=None, initial_states=None, activation=None):
+        seen.append(seq_idx)
+        return x
+
+    monkeypatch.setitem(
+        sys.modules, "causal_conv1d", SimpleNamespace(causal_conv1d_fn=causal_conv1d_fn)
+    )
+    x, weight, _ = make(1, 6)
+    cu_seqlens = torch.tensor([0, 2, 2, 6])
+    module._with_causal_conv1d(x, weight, "silu", None, False, cu_seqlens)
+    assert torch.equal(seen[0], torch.tensor([[0, 0, 2, 2, 2, 2]], dtype=torch.int32))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,6 @@
+"""The MetaLA operator on plain tensors."""
+
+from megatron_patch.ops.meta_linear_attention import BACKENDS, meta_linear_attention
+from megatron_patch.ops.short_convolution import CONVOLUTION_BACKENDS, short_convolution
+
+__all__ = ["BACKENDS", "CONVOLUTION_BACKENDS", "meta_linear_attention", "short_convolution"]

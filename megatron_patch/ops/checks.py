@@ -1,0 +1,105 @@
+"""Argument checks shared by the operators: every message names the argument, what was found and
+what was wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_tensor(
+    name: str,
+    tensor: torch.Tensor,
+    layout: str,
+    sizes: Sequence[int | None],
+    dtypes: Sequence[torch.dtype],
+    device: torch.device | None = None,
+) -> None:
+    """Raises unless `tensor` has the wanted shape, dtype and device.
+
+    Args:
+        name: the argument's name, for the message.
+        tensor: what the caller gave.
+        layout: names of the dimensions, such as "B, T, H, K".
+        sizes: wanted size of each dimension; `None` for any size of at least one.
+        dtypes: the dtypes that are accepted.
+        device: the device wanted, or `None` for any.
+
+    Raises:
+        ValueError: on the first mismatch.
+    """
+    if not isinstance(tensor, torch.Tensor):
+        raise ValueError(f"{name}: found {type(tensor).__name__}, wanted a tensor [{layout}]")
+    fits = tensor.dim() == len(sizes) and all(
+        found == wanted if wanted is not None else found > 0
+        for found, wanted in zip(tensor.shape, sizes, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join("≥ 1" if size is None else str(size) for size in sizes)
+        raise ValueError(
+            f"{name}: found shape {list(tensor.shape)}, wanted [{layout}] = [{wanted}]"
+        )
+    if tensor.dtype not in dtypes:
+        wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise ValueError(
+            f"{name} {list(tensor.shape)}: found dtype {str(tensor.dtype).removeprefix('torch.')}, "
+            f"wanted {wanted}"
+        )
+    if device is not None and tensor.device != device:
+        raise ValueError(
+            f"{name} {list(tensor.shape)}: found on device {tensor.device}, wanted {device}"
+        )
+
+
+def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
+    """Raises ValueError unless `value` is one of `choices`, listing them."""
+    if value not in choices:
+        known = ", ".join(repr(choice) for choice in choices)
+        raise ValueError(f"{name}: found {value!r}, the known ones are {known}")
+
+
+def check_number(name: str, value: object, *, positive: bool) -> None:
+    """Raises ValueError unless `value` is a finite Python number (> 0 if `positive`)."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    # `0 * value == 0` is false for infinities and NaN alone.
+    if not is_number or not (value > 0 or not positive) or 0 * value != 0:
+        wanted = "a finite number above 0" if positive else "a finite number"
+        raise ValueError(f"{name}: found {value!r}, wanted {wanted}")
+
+
+def check_cu_seqlens(cu_seqlens: torch.Tensor, batch: int, time: int, device: torch.device) -> None:
+    """Checks the boundaries of packed sequences: sequence n is tokens cu_seqlens[n] .. cu_seqlens[n
+    + 1].
+
+    Shape, dtype, device and batch are always checked. The values are checked where they can be read
+    for free, that is on the CPU and outside `torch.compile`: on a GPU it would make every call wait
+    for the device.
+
+    Raises:
+        ValueError: batch is not 1, `cu_seqlens` is no int32 or int64 tensor [N + 1] with N >= 1 on
+            `device`, or its values do not rise from 0 to `time`.
+    """
+    check_tensor("cu_seqlens", cu_seqlens, "N + 1", [None], (torch.int32, torch.int64), device)
+    if len(cu_seqlens) < 2:
+        raise ValueError(f"cu_seqlens: found shape {list(cu_seqlens.shape)}, wanted [N + 1], N ≥ 1")
+    if batch != 1:
+        raise ValueError(
+            f"cu_seqlens {list(cu_seqlens.shape)}: found a batch of B = {batch}, "
+            "wanted the sequences packed along time with B = 1"
+        )
+    if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
+    if first != 0 or last != time:
+        raise ValueError(
+            f"cu_seqlens {list(cu_seqlens.shape)}: found values from {first} to {last}, "
+            f"wanted from 0 to T = {time}"
+        )
+    if bool((cu_seqlens.diff() < 0).any()):
+        raise ValueError(
+            f"cu_seqlens {list(cu_seqlens.shape)}: found falling values, "
+            "wanted each to be at least the one before"
+        )

@@ -1,0 +1,191 @@
+"""The operator that everything else calls: checks its arguments and chooses the implementation."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from importlib.util import find_spec
+
+import torch
+
+from megatron_patch.ops.checks import (
+    FLOAT_DTYPES,
+    check_choice,
+    check_cu_seqlens,
+    check_number,
+    check_tensor,
+)
+
+BACKENDS = ("auto", "triton", "fla", "chunked", "reference")
+
+# Looked up once: a decoding step must not search the file system. Nothing is imported before its
+# use.
+TRITON_INSTALLED = (
+    find_spec("triton") is not None and find_spec("megatron_patch.ops.triton") is not None
+)
+FLA_INSTALLED = find_spec("fla") is not None
+
+
+def meta_linear_attention(
+    q: torch.Tensor,
+    gate_logits: torch.Tensor,
+    v: torch.Tensor,
+    aug: torch.Tensor | None = None,
+    out_gate: torch.Tensor | None = None,
+    *,
+    out_gate_bias: torch.Tensor | None = None,
+    tau: float = 16.0,
+    scale: float | None = None,
+    norm_eps: float = 1e-5,
+    initial_state: torch.Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Meta Linear Attention (arXiv 2411.10741) from the projections to the gated output.
+
+    For each batch entry and head, with K the key width and V the value width::
+
+        g_t = logsigmoid(gate_logits_t) / tau
+        k_t = 1 - exp(g_t)
+        S_t = diag(exp(g_t)) S_{t-1} + k_t v_t^T
+        y_t = scale S_t^T q_t + sigmoid((q_t . (aug * k_t)) v_t)
+        out_t = silu(out_gate_t + out_gate_bias) * LayerNorm_V(y_t)
+
+    A decoding step is T = 1 with the state of the tokens before.
+
+    Args:
+        q, gate_logits: [B, T, H, K], float16, bfloat16, float32 or float64. They, `v` and
+            `out_gate` share dtype and device and may have any strides: transposed time-major
+            tensors and slices of one projection are read where they lie. Nothing is modified.
+        v: [B, T, H, V].
+        aug: [H, K], any float dtype; `None` leaves the self-augmentation term out.
+        out_gate: [B, T, H, V]; `None` returns LayerNorm(y) ungated.
+        out_gate_bias: [H, V], any float dtype, added to `out_gate`.
+        tau: divides the log decay, above 0.
+        scale: of the read-out; `None` for K ** -0.5.
+        norm_eps: epsilon of the LayerNorm, above 0.
+        initial_state: [N, H, K, V] in float32 (float64 for float64 inputs), N = B or the number of
+            packed sequences; `None` for zeros. Gradients flow to it.
+        output_final_state: whether to return the state after the last token of each sequence.
+        cu_seqlens: int32 or int64 [N + 1], the boundaries of N sequences packed along time, of
+            which any may be empty: B must be 1, the values rise from 0 to T. The values are checked
+            on the CPU alone, where that is free.
+        backend: "auto" takes the first of "triton" and "fla" that is installed for CUDA tensors,
+            "chunked" (PyTorch) for all others and for float64. "reference" is the recurrence step
+            by step.
+
+    Returns:
+        out [B, T, H, V] in the dtype of `v`, and the final state [N, H, K, V] in float32 (float64
+        for float64 inputs), or `None`.
+
+    Raises:
+        ValueError: an argument has the wrong shape, dtype, device or value (the message names it,
+            with what was found and what was wanted), or the backend asked for by name cannot run
+            here.
+    """
+    check_choice("backend", backend, BACKENDS)
+    check_tensor("q", q, "B, T, H, K", [None] * 4, FLOAT_DTYPES)
+    batch, time, heads, key_width = q.shape
+    same, device = (q.dtype,), q.device
+    check_tensor("gate_logits", gate_logits, "B, T, H, K", q.shape, same, device)
+    check_tensor("v", v, "B, T, H, V", [batch, time, heads, None], same, device)
+    value_width = v.shape[-1]
+    if aug is not None:
+        check_tensor("aug", aug, "H, K", [heads, key_width], FLOAT_DTYPES, device)
+    if out_gate is not None:
+        check_tensor("out_gate", out_gate, "B, T, H, V", v.shape, same, device)
+    if out_gate_bias is not None:
+        check_tensor(
+            "out_gate_bias", out_gate_bias, "H, V", [heads, value_width], FLOAT_DTYPES, device
+        )
+        if out_gate is None:
+            raise ValueError(
+                f"out_gate_bias {list(out_gate_bias.shape)}: found without out_gate, "
+                "wanted with the out_gate that it is added to"
+            )
+    check_number("tau", tau, positive=True)
+    check_number("norm_eps", norm_eps, positive=True)
+    if scale is None:
+        scale = key_width**-0.5
+    check_number("scale", scale, positive=False)
+    sequences = batch
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, batch, time, device)
+        sequences = len(cu_seqlens) - 1
+    if initial_state is not None:
+        check_tensor(
+            "initial_state",
+            initial_state,
+            "N, H, K, V",
+            [sequences, heads, key_width, value_width],
+            (torch.float64 if q.dtype == torch.float64 else torch.float32,),
+            device,
+        )
+
+    implementation = _implementation(backend, q.dtype, device)
+    # Every backend chooses its own precision: autocast would halve that of the matrix products.
+    kind = device.type
+    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    with torch.autocast(kind, enabled=False) if autocast else contextlib.nullcontext():
+        return implementation(
+            q,
+            gate_logits,
+            v,
+            aug,
+            out_gate,
+            out_gate_bias=out_gate_bias,
+            tau=tau,
+            scale=scale,
+            norm_eps=norm_eps,
+            initial_state=initial_state,
+            output_final_state=output_final_state,
+            cu_seqlens=cu_seqlens,
+        )
+
+
+def _implementation(backend: str, dtype: torch.dtype, device: torch.device) -> Callable:
+    """The function behind `backend` for tensors of this dtype on this device.
+
+    Raises:
+        ValueError: a backend named by the caller cannot run here; the message says why.
+    """
+    if backend == "auto":
+        candidates = ("triton", "fla", "chunked")
+        backend = next(name for name in candidates if _obstacle(name, dtype, device) is None)
+    else:
+        obstacle = _obstacle(backend, dtype, device)
+        if obstacle is not None and not (backend == "triton" and _interpreted(dtype)):
+            raise ValueError(f"backend {backend!r}: {obstacle}; use backend 'auto' or 'chunked'")
+
+    if backend == "triton":
+        from megatron_patch.ops.triton import meta_linear_attention as implementation
+    elif backend == "fla":
+        from megatron_patch.ops.fla import meta_linear_attention as implementation
+    elif backend == "chunked":
+        from megatron_patch.ops.chunked import meta_linear_attention as implementation
+    else:
+        from megatron_patch.ops.reference import meta_linear_attention as implementation
+    return implementation
+
+
+def _obstacle(backend: str, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why `backend` cannot run on such tensors, or `None` if it can."""
+    if backend in ("chunked", "reference"):
+        return None
+    if dtype == torch.float64:
+        return "found float64 tensors, wanted float16, bfloat16 or float32"
+    if backend == "triton" and not TRITON_INSTALLED:
+        return "the package triton or the kernels in megatron_patch.ops.triton are not installed"
+    if backend == "fla" and not FLA_INSTALLED:
+        return "the package flash-linear-attention is not installed"
+    if device.type != "cuda":
+        return f"found tensors on {device}, wanted cuda"
+    return None
+
+
+def _interpreted(dtype: torch.dtype) -> bool:
+    """Whether the Triton kernels run anywhere, in Triton's interpreter: slowly, for tests."""
+    interpreting = os.environ.get("TRITON_INTERPRET") == "1"
+    return interpreting and TRITON_INSTALLED and dtype != torch.float64

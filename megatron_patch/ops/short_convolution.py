@@ -1,0 +1,200 @@
+"""Causal depthwise convolution along time, with the state that decoding needs."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import torch
+import torch.nn.functional as F
+
+from megatron_patch.ops.checks import FLOAT_DTYPES, check_choice, check_cu_seqlens, check_tensor
+from megatron_patch.ops.epilogue import compute_dtype
+
+CONVOLUTION_BACKENDS = ("auto", "causal_conv1d", "torch")
+CAUSAL_CONV1D_INSTALLED = find_spec("causal_conv1d") is not None
+
+
+def short_convolution(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    activation: str | None = "silu",
+    initial_state: torch.Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """y[t, d] = activation(sum_w weight[d, 0, w] x[t - W + 1 + w, d]), the convolution before
+    MetaLA's projections. Where x would be read before the sequence's first token, the initial state
+    stands.
+
+    T = 1 with a state is the decoding step. The sum is computed in float32 (float64 for float64).
+
+    Args:
+        x: [B, T, D] float16, bfloat16, float32 or float64, any strides; not modified.
+        weight: [D, 1, W], as in `torch.nn.Conv1d`; any float dtype.
+        activation: "silu" or `None`.
+        initial_state: [N, D, W - 1] in the dtype of x, the inputs before the first token, oldest
+            first; N = B or the number of packed sequences; `None` for zeros. Gradients flow to it.
+        output_final_state: whether to return the state after the last token of each sequence.
+        cu_seqlens: int32 or int64 [N + 1], the boundaries of N sequences packed along time, of
+            which any may be empty: B must be 1, the values rise from 0 to T (checked on the CPU
+            alone).
+        backend: "causal_conv1d" (the package of that name: CUDA, W of 2 to 4, D a multiple of 8, no
+            state together with cu_seqlens), "torch", or "auto", which takes the first that can run.
+
+    Returns:
+        y [B, T, D] in the dtype of x, and the final state [N, D, W - 1] in the dtype of x, or
+        `None`.
+
+    Raises:
+        ValueError: an argument has the wrong shape, dtype, device or value, or the backend asked
+            for by name cannot run here.
+    """
+    check_choice("backend", backend, CONVOLUTION_BACKENDS)
+    check_choice("activation", activation, ("silu", None))
+    check_tensor("x", x, "B, T, D", [None] * 3, FLOAT_DTYPES)
+    batch, time, channels = x.shape
+    check_tensor("weight", weight, "D, 1, W", [channels, 1, None], FLOAT_DTYPES, x.device)
+    width = weight.shape[-1]
+    sequences = batch
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, batch, time, x.device)
+        sequences = len(cu_seqlens) - 1
+    if initial_state is not None:
+        shape = [sequences, channels, width - 1]
+        check_tensor("initial_state", initial_state, "N, D, W - 1", shape, (x.dtype,), x.device)
+
+    packed_state = cu_seqlens is not None and (initial_state is not None or output_final_state)
+    obstacle = _causal_conv1d_obstacle(x, width, packed_state)
+    if backend == "causal_conv1d" and obstacle is not None:
+        raise ValueError(f"backend 'causal_conv1d': {obstacle}; use backend 'auto' or 'torch'")
+    if backend != "torch" and obstacle is None:
+        return _with_causal_conv1d(
+            x, weight, activation, initial_state, output_final_state, cu_seqlens
+        )
+    if cu_seqlens is None:
+        y, final_state = _convolve(x, weight, initial_state)
+    else:
+        y, final_state = _convolve_packed(x, weight, initial_state, cu_seqlens)
+    if activation == "silu":
+        y = F.silu(y)
+    return y.to(x.dtype), _own_memory(final_state) if output_final_state else None
+
+
+def _own_memory(state: torch.Tensor) -> torch.Tensor:
+    """A copy, so that a few tokens do not keep a whole sequence in memory."""
+    return state.clone(memory_format=torch.contiguous_format)
+
+
+def _weighted_sum(padded: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """[B, W - 1 + T, D] and [D, 1, W] to [B, T, D] in float32 or float64: one fused multiply-add
+    per tap, which beats a grouped `conv1d` on the CPU and needs no change of layout."""
+    dtype = compute_dtype(padded)
+    width = weight.shape[-1]
+    time = padded.shape[1] - width + 1
+    padded, weight = padded.to(dtype), weight.to(dtype)
+    y = padded[:, :time] * weight[:, 0, 0]
+    for tap in range(1, width):
+        y = torch.addcmul(y, padded[:, tap : tap + time], weight[:, 0, tap])
+    return y
+
+
+def _convolve(
+    x: torch.Tensor, weight: torch.Tensor, initial_state: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sequences of one length: the sums [B, T, D] before the activation, and the final state
+    [B, D, W - 1]."""
+    time, width = x.shape[1], weight.shape[-1]
+    if initial_state is None:
+        padded = F.pad(x, (0, 0, width - 1, 0))
+    else:
+        padded = torch.cat([initial_state.transpose(1, 2), x], dim=1)
+    return _weighted_sum(padded, weight), padded[:, time:].transpose(1, 2)
+
+
+def _convolve_packed(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    initial_state: torch.Tensor | None,
+    cu_seqlens: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Packed sequences: as `_convolve`, with W - 1 rows of state (or zeros) set before each
+    sequence, so that no tap reaches into the sequence before. Shapes do not depend on the values of
+    cu_seqlens."""
+    time, channels, width = x.shape[1], x.shape[2], weight.shape[-1]
+    past, bounds = width - 1, cu_seqlens.long()
+    sequences = len(bounds) - 1
+    token = torch.arange(time, device=x.device)
+    sequence = torch.searchsorted(bounds[1:], token, right=True)
+    token_rows = token + (sequence + 1) * past
+    # The rows of state before sequence n; those before n + 1 follow the last token of n.
+    state_rows = bounds[:, None] + torch.arange(sequences + 1, device=x.device)[:, None] * past
+    state_rows = state_rows + torch.arange(past, device=x.device)
+
+    padded = x.new_zeros(time + sequences * past, channels).index_copy(0, token_rows, x[0])
+    if initial_state is not None:
+        rows = initial_state.transpose(1, 2).reshape(-1, channels)
+        padded = padded.index_copy(0, state_rows[:-1].reshape(-1), rows)
+    y = _weighted_sum(padded[None], weight)[:, token_rows - past]
+    final_state = padded[state_rows[1:] - past].transpose(1, 2)
+    return y, final_state
+
+
+def _causal_conv1d_obstacle(x: torch.Tensor, width: int, packed_state: bool) -> str | None:
+    """Why the package causal-conv1d cannot serve this call, or `None` if it can."""
+    if not CAUSAL_CONV1D_INSTALLED:
+        return "the package causal-conv1d is not installed"
+    if x.device.type != "cuda":
+        return f"found tensors on {x.device}, wanted cuda"
+    if x.dtype == torch.float64:
+        return "found float64 tensors, wanted float16, bfloat16 or float32"
+    if not 2 <= width <= 4:
+        return f"found a width of W = {width}, wanted 2, 3 or 4"
+    if x.shape[-1] % 8:
+        return f"found D = {x.shape[-1]}, wanted a multiple of 8"
+    if packed_state:
+        return "found cu_seqlens together with a state, wanted one of the two"
+    return None
+
+
+def _with_causal_conv1d(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    activation: str | None,
+    initial_state: torch.Tensor | None,
+    output_final_state: bool,
+    cu_seqlens: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`short_convolution` by the package's kernel, which wants [B, D, T] with channels or time
+    contiguous."""
+    from causal_conv1d import causal_conv1d_fn
+
+    time, past = x.shape[1], weight.shape[-1] - 1
+    final_state = None
+    if output_final_state:
+        if time >= past:
+            inputs = x[:, time - past :]
+        elif initial_state is None:
+            inputs = F.pad(x, (0, 0, past - time, 0))
+        else:
+            inputs = torch.cat([initial_state.transpose(1, 2)[:, time:], x], dim=1)
+        final_state = _own_memory(inputs.transpose(1, 2))
+
+    # Channel-last with strides of whole 16-byte words is the only layout that takes a state.
+    aligned = x.stride(2) == 1 and x.stride(1) > 1 and not (x.stride(0) % 8 or x.stride(1) % 8)
+    channel_last = (x if aligned else x.contiguous()).transpose(1, 2)
+    if initial_state is not None:
+        initial_state = initial_state.transpose(1, 2).contiguous().transpose(1, 2)
+    sequence = None
+    if cu_seqlens is not None:
+        token = torch.arange(time, device=x.device)
+        sequence = torch.searchsorted(cu_seqlens[1:].long(), token, right=True)[None].int()
+    y = causal_conv1d_fn(
+        channel_last,
+        weight[:, 0],
+        seq_idx=sequence,
+        initial_states=initial_state,
+        activation=activation,
+    )
+    return y.transpose(1, 2), final_state
