@@ -1,0 +1,218 @@
+"""GPT-NeoX's (and Megatron's) memory-mapped token files: PREFIX.bin and PREFIX.idx.
+
+`.bin` holds the tokens of all documents one after another, without a header. `.idx`, little-endian:
+
+    9 bytes   b"MMIDIDX\\0\\0"
+    uint64    version, 1
+    uint8     code of the token type, see `_DTYPES`
+    uint64    n, number of documents (GPT-NeoX: sequences; it splits and shuffles by these)
+    uint64    m, length of the document index
+    int32[n]  number of tokens of each
+    int64[n]  offset of each in the `.bin` file, in bytes
+    int64[m]  document index: where each document starts, counted in sequences, and the end;
+              written here as 0, 1, ..., n, since a document is one sequence
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+_MAGIC = b"MMIDIDX\x00\x00"
+_VERSION = 1
+_HEADER = struct.Struct("<9sQBQQ")
+_DTYPES = {
+    code: np.dtype(name).newbyteorder("<")
+    for code, name in {
+        1: "uint8",
+        2: "int8",
+        3: "int16",
+        4: "int32",
+        5: "int64",
+        6: "float32",
+        7: "float64",
+        8: "uint16",
+    }.items()
+}
+_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+# Where GPT-NeoX and Megatron change from two bytes a token to four.
+_FIRST_LARGE_VOCABULARY = 65500
+
+
+class IndexedDatasetError(ValueError):
+    """A `.bin` / `.idx` pair that is not what it should be, or a document that does not fit it."""
+
+
+def bin_path(prefix: str | Path) -> Path:
+    """The token file of a data set; `prefix` as in GPT-NeoX's `data_path`, without an ending."""
+    return Path(f"{prefix}.bin")
+
+
+def idx_path(prefix: str | Path) -> Path:
+    """The index file of a data set."""
+    return Path(f"{prefix}.idx")
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The token type that GPT-NeoX chooses for a vocabulary: uint16 while it fits, else int32."""
+    return np.dtype("<u2" if vocab_size < _FIRST_LARGE_VOCABULARY else "<i4")
+
+
+class IndexedDataset:
+    """Documents of a `.bin` / `.idx` pair, read where they lie on disk.
+
+    Args:
+        prefix: path of the pair without the ending.
+
+    Raises:
+        FileNotFoundError: one of the two files is not there.
+        IndexedDatasetError: not such a file, or shorter than its header or index says.
+    """
+
+    def __init__(self, prefix: str | Path):
+        self.prefix = str(prefix)
+        for path in (idx_path(prefix), bin_path(prefix)):
+            if not path.is_file():
+                raise FileNotFoundError(
+                    f"{path}: no such file, wanted {prefix}.idx and {prefix}.bin"
+                )
+        self._read_index(idx_path(prefix))
+        tokens = bin_path(prefix)
+        wanted = int((self._offsets + self.sizes * np.int64(self.dtype.itemsize)).max(initial=0))
+        if tokens.stat().st_size < wanted:
+            found = tokens.stat().st_size
+            raise IndexedDatasetError(f"{tokens}: truncated: found {found} bytes, wanted {wanted}")
+        # An empty file cannot be mapped.
+        self._bin = np.memmap(tokens, mode="r") if wanted else np.empty(0, np.uint8)
+
+    def _read_index(self, path: Path) -> None:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            header = file.read(_HEADER.size)
+        if not header.startswith(_MAGIC):
+            raise IndexedDatasetError(
+                f"{path}: found {header[:9]!r} at its start, wanted {_MAGIC!r}"
+            )
+        if size < _HEADER.size:
+            raise IndexedDatasetError(f"{path}: truncated: found {size} bytes, a header has 34")
+        _, version, code, count, index_length = _HEADER.unpack(header)
+        if version != _VERSION:
+            raise IndexedDatasetError(f"{path}: found version {version}, wanted {_VERSION}")
+        if code not in _DTYPES:
+            raise IndexedDatasetError(f"{path}: unknown token type {code}, known are 1 to 8")
+        wanted = _HEADER.size + count * (4 + 8) + index_length * 8
+        if size < wanted:
+            raise IndexedDatasetError(f"{path}: truncated: found {size} bytes, wanted {wanted}")
+        index = np.memmap(path, mode="r")
+        sizes_end = _HEADER.size + 4 * count
+        offsets_end = sizes_end + 8 * count
+        self.dtype = _DTYPES[code]
+        self.sizes = index[_HEADER.size : sizes_end].view("<i4")  # int32 [n], tokens per document
+        self._offsets = index[sizes_end:offsets_end].view("<i8")
+        self.document_index = index[offsets_end:wanted].view("<i8")  # int64 [m]
+        if count and (self.sizes.min() < 0 or self._offsets.min() < 0):
+            raise IndexedDatasetError(f"{path}: damaged: negative sizes or offsets")
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """All tokens of one document, read-only, in the file's type."""
+        return self.get(index)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return (self.get(index) for index in range(len(self)))
+
+    def get(self, index: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Tokens `start` to `stop` (its end by default) of one document."""
+        size = int(self.sizes[index])
+        start, stop, _ = slice(start, stop).indices(size)
+        first = int(self._offsets[index]) + start * self.dtype.itemsize
+        last = first + max(stop - start, 0) * self.dtype.itemsize
+        return self._bin[first:last].view(self.dtype)
+
+
+class IndexedDatasetWriter:
+    """Writes a `.bin` / `.idx` pair, one document at a time.
+
+    The files have temporary names until `close`, and an exception inside `with` removes them: a
+    pair under its own name is always whole.
+
+    Args:
+        prefix: path of the pair without the ending; its folder is made, an existing pair replaced.
+        vocab_size: tokens must be below it; also decides on two or four bytes a token.
+    """
+
+    def __init__(self, prefix: str | Path, vocab_size: int):
+        self.vocab_size = vocab_size
+        self.dtype = token_dtype(vocab_size)
+        self._final = [bin_path(prefix), idx_path(prefix)]
+        self._temporary = [p.with_name(f"{p.name}.tmp-{os.getpid()}") for p in self._final]
+        self._sizes: list[int] = []
+        self._final[0].parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(self._temporary[0], "wb")
+
+    def add_document(self, tokens: np.ndarray | list[int]) -> None:
+        """Appends one document.
+
+        Raises:
+            IndexedDatasetError: a token is negative or not below `vocab_size`.
+        """
+        tokens = np.asarray(tokens).reshape(-1)
+        if tokens.size:
+            low, high = int(tokens.min()), int(tokens.max())
+            if low < 0 or high >= self.vocab_size:
+                raise IndexedDatasetError(
+                    f"document {len(self._sizes)}: found tokens from {low} to {high}, wanted 0 to "
+                    f"{self.vocab_size - 1}"
+                )
+        self._file.write(tokens.astype(self.dtype).tobytes())
+        self._sizes.append(tokens.size)
+
+    def close(self) -> None:
+        """Completes the pair and gives it its name.
+
+        Raises:
+            IndexedDatasetError: not one token was written; GPT-NeoX could not map such a file.
+        """
+        self._file.close()
+        if not sum(self._sizes):
+            self.discard()
+            raise IndexedDatasetError(f"{self._final[0]}: no tokens to write")
+        sizes = np.asarray(self._sizes, "<i4")
+        ends = np.cumsum(sizes, dtype="<i8") * self.dtype.itemsize
+        count = len(sizes)
+        with open(self._temporary[1], "wb") as file:
+            file.write(_HEADER.pack(_MAGIC, _VERSION, _CODES[self.dtype], count, count + 1))
+            file.write(sizes.tobytes())
+            file.write((ends - sizes * np.int64(self.dtype.itemsize)).astype("<i8").tobytes())
+            file.write(np.arange(count + 1, dtype="<i8").tobytes())
+        # The index comes last and goes first: without one there is no data set.
+        self._final[1].unlink(missing_ok=True)
+        for temporary, final in zip(self._temporary, self._final, strict=True):
+            temporary.replace(final)
+
+    def discard(self) -> None:
+        """Removes what was written."""
+        self._file.close()
+        for path in self._temporary:
+            path.unlink(missing_ok=True)
+
+    def __enter__(self) -> IndexedDatasetWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.discard()
