@@ -12,20 +12,14 @@ EXTRAS = {
     # What GPT-NeoX imports, beside itself: its own pins are older than needed (README, "Versions").
     "neox": [
         "deepspeed>=0.16",
-        "einops",
-        "ftfy",
-        "ninja",
         "numpy",
-        "pybind11",
-        "regex",
+        "pybind11",  # GPT-NeoX compiles its data helper at the first start
         "requests",
         "sentencepiece",
         "setuptools<81",  # GPT-NeoX imports pkg_resources
-        "six",
-        "tiktoken",
         "tokenizers",
+        "tqdm",
         "transformers>=4.46",
-        "wandb",  # a hard import of GPT-NeoX, used only where `use_wandb` is on
     ],
     "hf": ["accelerate>=1.0", "safetensors", "tokenizers", "tqdm", "transformers>=4.46"],
     "gpu": ["triton>=3.0", "flash-linear-attention>=0.4", "causal-conv1d>=1.4"],
@@ -42,6 +36,6 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["megatron_patch*", "convert*"]),
-    install_requires=["torch>=2.4", "pydantic>=2", "pyyaml"],
+    install_requires=["torch>=2.4", "numpy", "pydantic>=2", "pyyaml"],
     extras_require=EXTRAS,
 )

@@ -5,12 +5,11 @@ import torch.nn.functional as F
 
 
 class SimpleRMSNorm(torch.nn.Module):
-    """x / sqrt(mean(x^2) + eps) over the last dimension, computed in float32.
+    """x / sqrt(mean(x^2) + eps) over the last dimension.
 
     The constructor takes GPT-NeoX's `(dim, eps)`; `dim` may be a list, of which the last entry
-    counts (GPT-NeoX builds query-key norms so). There are no parameters. Input and output: [...,
-    dim], any float dtype, which is kept. Source: the norm of the MetaLA authors' released models,
-    eps 1e-6.
+    counts (GPT-NeoX builds query-key norms so). There are no parameters. Input and output are
+    [..., dim] in any float dtype. Source: the norm of the MetaLA authors' released models.
     """
 
     def __init__(self, dim: int | list[int], eps: float = 1e-6):
@@ -19,7 +18,8 @@ class SimpleRMSNorm(torch.nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x.float(), (self.dim,), eps=self.eps).to(x.dtype)
+        # PyTorch computes 16-bit inputs in float32 here, as the authors do.
+        return F.rms_norm(x, (self.dim,), eps=self.eps)
 
     def extra_repr(self) -> str:
         return f"{self.dim}, eps={self.eps}"
