@@ -1,0 +1,283 @@
+"""Reading GPT-NeoX checkpoints: where the files are, what they must hold, and full tensors.
+
+A checkpoint folder holds one folder for each iteration, `global_stepN`, in one of two forms:
+
+    pipeline form (pipe_parallel_size >= 1): layer_{layer:02d}-model_{rank:02d}-model_states.pt,
+        the tensors of one layer on one tensor-parallel rank
+    whole form (pipe_parallel_size 0): mp_rank_{rank:02d}_model_states.pt, of which "module" has
+        names `sequential.{layer}.{tensor}`
+
+`global_stepN/configs` holds the YAML files of the run.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from convert.command import ConvertError
+from convert.model_shape import check_tensor_parallel, model_shape, with_defaults
+from convert.tensor_table import (
+    Split,
+    TensorRule,
+    fit_vocabulary,
+    module_layers,
+    tensor_table,
+)
+from convert.torch_file import load_torch_file
+from megatron_patch.neox.yaml_config import merge_yaml, merge_yaml_texts
+
+STEP = re.compile(r"global_step(\d+)")
+LAYER_FILE = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
+RANK_FILE = re.compile(r"mp_rank_(\d+)_model_states\.pt")
+WHOLE_NAME = re.compile(r"sequential\.(\d+)\.(.+)")
+LAYER_FILE_NAME = "layer_00-model_{:02d}-model_states.pt"
+RANK_FILE_NAME = "mp_rank_{:02d}_model_states.pt"
+
+
+def find_step(checkpoint: Path, iteration: int | None) -> Path:
+    """The `global_stepN` folder to read: that of `iteration`, else what the file `latest` names.
+
+    Raises:
+        ConvertError: there is none; the line lists those present.
+    """
+    if not checkpoint.is_dir():
+        raise ConvertError(f"{checkpoint} is no checkpoint: no such folder")
+    steps = sorted(int(found[1]) for p in checkpoint.iterdir() if (found := STEP.fullmatch(p.name)))
+    present = f"it holds iterations {', '.join(map(str, steps))}"
+    if not steps:
+        raise ConvertError(f"{checkpoint} is no checkpoint: it holds no global_stepN folder")
+    if iteration is not None:
+        if iteration not in steps:
+            raise ConvertError(f"{checkpoint} has no iteration {iteration}; {present}")
+        return checkpoint / f"global_step{iteration}"
+    latest = checkpoint / "latest"
+    if not latest.is_file():
+        raise ConvertError(f"{checkpoint} has no file `latest`; choose by --iteration: {present}")
+    name = latest.read_text().strip()
+    if not STEP.fullmatch(name) or not (checkpoint / name).is_dir():
+        raise ConvertError(
+            f"{latest} names {name!r}, which is not there; choose by --iteration: {present}"
+        )
+    return checkpoint / name
+
+
+def read_settings(step: Path, config: Sequence[Path] | None) -> dict[str, Any]:
+    """The run's settings, from the files of `config` if given, else from the checkpoint's own.
+
+    Raises:
+        ConvertError: the checkpoint has none.
+        SettingsError: a file cannot be read, or a key is given twice.
+    """
+    if config:
+        return merge_yaml(config)
+    texts = config_texts(step)
+    if not texts:
+        raise ConvertError(f"{step} has no configs/*.yml; give the run's by --config")
+    return merge_yaml_texts(texts)
+
+
+def config_texts(step: Path) -> dict[str, str]:
+    """The text of each YAML file that the checkpoint carries, by file name."""
+    folder = step / "configs"
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    return {p.name: p.read_text(encoding="utf-8") for p in files if p.suffix in (".yml", ".yaml")}
+
+
+class NeoXCheckpoint:
+    """One iteration of a checkpoint, checked for completeness when it is opened.
+
+    Attributes:
+        step: the `global_stepN` folder.
+        iteration: N.
+        settings: the run's merged YAML settings.
+        tensor_parallel: number of ranks a tensor is split over.
+        is_pipeline_form: which of the two forms this is.
+        shape: the model's shape.
+        table: the rules of all its tensors.
+    """
+
+    def __init__(
+        self, checkpoint: Path, iteration: int | None = None, config: Sequence[Path] | None = None
+    ):
+        self.step = find_step(checkpoint, iteration)
+        self.iteration = int(STEP.fullmatch(self.step.name)[1])
+        self.settings = read_settings(self.step, config)
+        args = with_defaults(self.settings)
+        self.tensor_parallel = args.model_parallel_size
+        names = [p.name for p in self.step.iterdir()]
+        layer_files = {
+            (int(m[1]), int(m[2])): m[0] for name in names if (m := LAYER_FILE.fullmatch(name))
+        }
+        rank_files = {int(m[1]): m[0] for name in names if (m := RANK_FILE.fullmatch(name))}
+        if not layer_files and not rank_files:
+            hint = " (ZeRO stage 3 splits every tensor: save the 16-bit model whole, then convert)"
+            stage_3 = any(name.startswith("zero_pp_rank_") for name in names)
+            raise ConvertError(
+                f"{self.step} is no checkpoint: it holds neither layer_*-model_*-model_states.pt "
+                f"nor mp_rank_*_model_states.pt{hint if stage_3 else ''}"
+            )
+        self.is_pipeline_form = bool(layer_files)
+        if self.is_pipeline_form and not args.pipe_parallel_size:
+            raise ConvertError(
+                f"{self.step / min(layer_files.values())}: a file of a pipeline, but the settings "
+                "say pipe_parallel_size: 0; two layouts are mixed here, or --config is another's"
+            )
+        # The settings are checked before the files, which are named after them.
+        model_shape(self.settings, padded_vocab_size=1)
+        self._layers: dict[int, list[Mapping[str, torch.Tensor]]] = {}
+        self._whole: list[dict[int, dict[str, torch.Tensor]]] = []
+        if not self.is_pipeline_form:
+            self._check_ranks(set(rank_files), RANK_FILE_NAME)
+            self._read_whole_files()
+        else:
+            self._check_ranks({rank for _, rank in layer_files}, LAYER_FILE_NAME)
+        rows = self._layer(0)[0].get("word_embeddings.weight")
+        if rows is None:
+            raise ConvertError(f"{self.file(0, 0)}: word_embeddings.weight is missing")
+        self.shape = model_shape(self.settings, rows.shape[0] * self.tensor_parallel)
+        check_tensor_parallel(self.shape, self.tensor_parallel)
+        self.table = tensor_table(self.shape)
+        self._check_layers(layer_files)
+        self._check_tensors()
+        self._check_states(rank_files)
+
+    def file(self, layer: int, rank: int) -> Path:
+        """The file that holds a layer's tensors on a rank."""
+        if self.is_pipeline_form:
+            return self.step / f"layer_{layer:02d}-model_{rank:02d}-model_states.pt"
+        return self.step / RANK_FILE_NAME.format(rank)
+
+    def shards(self, rule: TensorRule) -> list[torch.Tensor]:
+        """A tensor's shards in rank order, read from the disk when they are used."""
+        return [tensors[rule.name] for tensors in self._layer(rule.layer)]
+
+    def full(self, rule: TensorRule) -> torch.Tensor:
+        """A tensor over all ranks.
+
+        Args:
+            rule: of this model's table, or of one with another padding of the vocabulary, to which
+                the tensor is then fitted.
+
+        Raises:
+            ConvertError: replicated copies differ.
+        """
+        files = [self.file(rule.layer, rank) for rank in range(self.tensor_parallel)]
+        tensor = rule.merge(self.shards(rule), files)
+        return fit_vocabulary(tensor, rule.shape[0]) if rule.split is Split.VOCAB else tensor
+
+    def _layer(self, layer: int) -> list[Mapping[str, torch.Tensor]]:
+        """A layer's tensors on each rank. Only one layer of a pipeline is held open."""
+        if not self.is_pipeline_form:
+            return [layers.get(layer, {}) for layers in self._whole]
+        if layer not in self._layers:
+            self._layers = {
+                layer: [
+                    load_torch_file(self.file(layer, rank)) for rank in range(self.tensor_parallel)
+                ]
+            }
+        return self._layers[layer]
+
+    def _read_whole_files(self) -> None:
+        for rank in range(self.tensor_parallel):
+            path = self.file(0, rank)
+            module = load_torch_file(path).get("module")
+            if not isinstance(module, Mapping):
+                raise ConvertError(
+                    f"{path}: no tensors under 'module': the layer_*-model_*-model_states.pt files "
+                    "of a pipeline belong beside it, and are missing"
+                )
+            layers: dict[int, dict[str, torch.Tensor]] = {}
+            for name, tensor in module.items():
+                found = WHOLE_NAME.fullmatch(name)
+                if not found:
+                    raise ConvertError(f"{path}: {name} is no tensor of a MetaLA model")
+                layers.setdefault(int(found[1]), {})[found[2]] = tensor
+            self._whole.append(layers)
+
+    def _check_ranks(self, found: set[int], name: str) -> None:
+        for rank in range(self.tensor_parallel):
+            if rank not in found:
+                raise ConvertError(
+                    f"{self.step / name.format(rank)}: the file is missing; model_parallel_size is "
+                    f"{self.tensor_parallel}"
+                )
+        for rank in sorted(found):
+            if rank >= self.tensor_parallel:
+                raise ConvertError(
+                    f"{self.step / name.format(rank)}: a file of rank {rank}, but "
+                    f"model_parallel_size is {self.tensor_parallel}"
+                )
+
+    def _check_layers(self, layer_files: Mapping[tuple[int, int], str]) -> None:
+        wanted = module_layers(self.shape)
+        described = f"num_layers is {self.shape.num_layers}"
+        if self.is_pipeline_form:
+            for layer in wanted:
+                for rank in range(self.tensor_parallel):
+                    if (layer, rank) not in layer_files:
+                        raise ConvertError(
+                            f"{self.file(layer, rank)}: the file is missing; {described}"
+                        )
+        for rank in range(self.tensor_parallel):
+            found = (
+                {layer for layer, of_rank in layer_files if of_rank == rank}
+                if self.is_pipeline_form
+                else self._whole[rank]
+            )
+            for layer in sorted(set(found) - set(wanted)):
+                raise ConvertError(
+                    f"{self.file(layer, rank)}: layer {layer} is no layer of this model; "
+                    f"{described}, weights are {'tied' if self.shape.tied else 'not tied'}"
+                )
+
+    def _check_tensors(self) -> None:
+        """Every file holds the table's tensors, with the table's shapes, and no other."""
+        for layer in module_layers(self.shape):
+            rules = {rule.name: rule for rule in self.table if rule.layer == layer}
+            for rank, tensors in enumerate(self._layer(layer)):
+                where = f"{self.file(layer, rank)}: layer {layer}"
+                for name in tensors:
+                    if name not in rules:
+                        raise ConvertError(f"{where}: {name} is no tensor of this model")
+                for name, rule in rules.items():
+                    if name not in tensors:
+                        raise ConvertError(f"{where}: {name} is missing")
+                    found, wanted = (
+                        tuple(tensors[name].shape),
+                        rule.shard_shape(self.tensor_parallel),
+                    )
+                    if found != wanted:
+                        raise ConvertError(f"{where}: {name} has shape {found}, wanted {wanted}")
+                    first = self._layer(layer)[0][name].dtype
+                    if tensors[name].dtype != first:
+                        raise ConvertError(
+                            f"{where}: {name} is {tensors[name].dtype}, on rank 0 it is {first}"
+                        )
+
+    def _check_states(self, rank_files: Mapping[int, str]) -> None:
+        """The files say themselves which iteration and which sizes they are of."""
+        for name in sorted(rank_files.values()):
+            states = load_torch_file(self.step / name)
+            found = states.get("iteration", self.iteration)
+            if found != self.iteration:
+                raise ConvertError(
+                    f"{self.step / name}: a file of iteration {found} in the folder of "
+                    f"{self.iteration}"
+                )
+            if self.is_pipeline_form and states.get("module") is not None:
+                raise ConvertError(
+                    f"{self.step / name}: a whole model among the files of a pipeline; two layouts "
+                    "are mixed here"
+                )
+            saved = states.get("args") or {}
+            for key in ("num_layers", "hidden_size", "num_attention_heads", "model_parallel_size"):
+                if saved.get(key, self.settings.get(key)) != self.settings.get(key, saved.get(key)):
+                    raise ConvertError(
+                        f"{self.step / name}: saved with {key} {saved[key]}, but the settings say "
+                        f"{self.settings[key]}"
+                    )

@@ -1,0 +1,140 @@
+#!/usr/bin/env python3
+"""A GPT-NeoX checkpoint of a MetaLA model in another layout of tensor- and pipeline-parallel ranks,
+weights only:
+
+python convert/reshape_neox.py --checkpoint CHECKPOINTS --output FOLDER --tensor-parallel 2 \\
+    --pipeline-parallel 1
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+from convert.command import ConvertError, run
+from convert.folder import check_target, complete_folder
+from convert.model_shape import padded_vocabulary, with_defaults
+from convert.neox_checkpoint import NeoXCheckpoint, config_texts
+from convert.neox_writer import adapt_configs, check_layout, write_checkpoint
+from convert.tokenizer_folder import find_tokenizer, read_tokenizer
+from megatron_patch.neox.yaml_config import merge_yaml_texts
+
+
+def reshape_neox(
+    checkpoint: Path,
+    output: Path,
+    tensor_parallel: int,
+    pipeline_parallel: int,
+    iteration: int | None = None,
+    config: list[Path] | None = None,
+    tokenizer: Path | None = None,
+    overwrite: bool = False,
+) -> NeoXCheckpoint:
+    """Writes `output`, a folder for GPT-NeoX's `load`, complete or not at all.
+
+    The vocabulary is padded as GPT-NeoX will pad it in the new layout: rows that were there are
+    kept as far as they fit, new ones are zeros.
+
+    Args:
+        checkpoint: the folder that GPT-NeoX's `save` named.
+        output: the folder to write.
+        tensor_parallel, pipeline_parallel: the new layout; 0 is the form without a pipeline.
+        iteration: which one to read, by default the latest.
+        config: YAML files of the run, in place of those inside the checkpoint.
+        tokenizer: tokenizer.json or a tokenizer's folder, in place of the settings' `vocab_file`;
+            read only where the padding could change.
+        overwrite: whether to replace a checkpoint folder that is there.
+
+    Returns:
+        the checkpoint written, opened.
+
+    Raises:
+        ConvertError: something is missing, damaged or impossible; see the line.
+        SettingsError: the settings are malformed.
+    """
+    check_target(output, overwrite, mark="latest")
+    source = NeoXCheckpoint(checkpoint, iteration, config)
+    args = with_defaults(source.settings)
+    rows = source.shape.padded_vocab_size
+    if tensor_parallel != source.tensor_parallel and tensor_parallel >= 1:
+        words = read_tokenizer(find_tokenizer(tokenizer, args))
+        divisible_by = args.make_vocab_size_divisible_by
+        if padded_vocabulary(words.size, divisible_by, source.tensor_parallel) != rows:
+            raise ConvertError(
+                f"{words.source} has {words.size} tokens, which do not give the checkpoint's "
+                f"{rows} rows: not the tokenizer of this training? Give the right one by "
+                "--tokenizer"
+            )
+        rows = padded_vocabulary(words.size, divisible_by, tensor_parallel)
+    shape = replace(source.shape, padded_vocab_size=rows)
+    check_layout(shape, tensor_parallel, pipeline_parallel)
+    texts = {p.name: p.read_text(encoding="utf-8") for p in config} if config else None
+    configs = adapt_configs(texts or config_texts(source.step), tensor_parallel, pipeline_parallel)
+    settings = merge_yaml_texts(configs)
+    with complete_folder(output, overwrite, mark="latest") as folder:
+        write_checkpoint(
+            folder,
+            shape,
+            source.full,
+            tensor_parallel,
+            pipeline_parallel,
+            source.iteration,
+            settings,
+            configs,
+        )
+    return NeoXCheckpoint(output)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description="Write a GPT-NeoX checkpoint in another parallel layout (weights only)."
+    )
+    parser.add_argument(
+        "--checkpoint", type=Path, required=True, help="the folder that GPT-NeoX's `save` named"
+    )
+    parser.add_argument("--iteration", type=int, help="default: the latest")
+    parser.add_argument("--output", type=Path, required=True, help="the folder to write")
+    parser.add_argument("--tensor-parallel", type=int, required=True, metavar="N")
+    parser.add_argument(
+        "--pipeline-parallel",
+        type=int,
+        required=True,
+        metavar="M",
+        help="0 for the form without a pipeline",
+    )
+    parser.add_argument(
+        "--config",
+        type=Path,
+        nargs="+",
+        metavar="YML",
+        help="the run's settings, in place of those inside the checkpoint",
+    )
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        help="tokenizer.json or a tokenizer's folder, in place of the settings' vocab_file",
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a checkpoint folder that is there"
+    )
+    options = parser.parse_args()
+    written = reshape_neox(
+        options.checkpoint,
+        options.output,
+        options.tensor_parallel,
+        options.pipeline_parallel,
+        options.iteration,
+        options.config,
+        options.tokenizer,
+        options.overwrite,
+    )
+    print(
+        f"wrote {written.step}: tensor parallel {options.tensor_parallel}, pipeline parallel "
+        f"{options.pipeline_parallel}, {written.shape.padded_vocab_size:,} vocabulary rows\n"
+        f"train from it with load: {options.output} and finetune: true"
+    )
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,72 @@
+"""Writing safetensors files tensor by tensor, so that no more than one is in memory."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+}
+
+
+def nbytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+    """Size of a tensor's data."""
+    return math.prod(shape) * dtype.itemsize
+
+
+class SafetensorsWriter:
+    """A safetensors file (https://huggingface.co/docs/safetensors: length of the header as 8 bytes
+    little-endian, JSON header, data) whose tensors are announced first and then written in that
+    order.
+
+    Args:
+        path: the file to create.
+        tensors: dtype and shape of each tensor, in the order in which they will be written.
+    """
+
+    def __init__(self, path: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]):
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        for name, (dtype, shape) in tensors.items():
+            end = offset + nbytes(dtype, shape)
+            header[name] = {
+                "dtype": DTYPE_NAMES[dtype],
+                "shape": list(shape),
+                "data_offsets": [offset, end],
+            }
+            offset = end
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)  # data starts aligned
+        self._announced = dict(tensors)
+        self._waiting = list(reversed(tensors))
+        self._file = path.open("wb")
+        self._file.write(len(text).to_bytes(8, "little") + text)
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Appends the next tensor.
+
+        Raises:
+            ValueError: it is not the one that was announced.
+        """
+        announced = self._announced[name]
+        if self._waiting.pop() != name or (tensor.dtype, tuple(tensor.shape)) != announced:
+            raise ValueError(f"{name}: {tensor.dtype} {tuple(tensor.shape)} was not announced")
+        self._file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+
+    def close(self) -> None:
+        """Raises a ValueError if an announced tensor was not written."""
+        self._file.close()
+        if self._waiting:
+            raise ValueError(f"{self._waiting[-1]} was announced and not written")
+
+    def abandon(self) -> None:
+        """Closes the unfinished file."""
+        self._file.close()

@@ -1,0 +1,60 @@
+"""Reading PyTorch files without running what is in them."""
+
+from __future__ import annotations
+
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from convert.command import ConvertError
+
+
+def _allow_numpy_states() -> None:
+    """GPT-NeoX stores NumPy's random state, an array of uint32, beside the weights."""
+    array = np.array([0], dtype=np.uint32)
+    reconstruct = array.__reduce__()[0]
+    types = [np.ndarray, np.dtype, type(np.dtype(np.uint32))]
+    torch.serialization.add_safe_globals([reconstruct, *types])
+    # NumPy 1 and 2 name the function's module differently, in files too.
+    other = {
+        "numpy.core.multiarray": "numpy._core.multiarray",
+        "numpy._core.multiarray": "numpy.core.multiarray",
+    }[reconstruct.__module__]
+    try:
+        torch.serialization.add_safe_globals([(reconstruct, f"{other}._reconstruct")])
+    except (TypeError, ValueError, AttributeError):  # before torch 2.6
+        pass
+
+
+_allow_numpy_states()
+
+
+def load_torch_file(path: Path) -> Any:
+    """What `torch.save` wrote to `path`; tensors are read from the disk when they are used.
+
+    Raises:
+        ConvertError: the file is absent, damaged, or holds more than tensors and plain data.
+    """
+    for mmap in (True, False):  # files in the format before PyTorch 1.6 cannot be mapped
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        except pickle.UnpicklingError as error:
+            found = re.search(r"GLOBAL ([\w.]+)", str(error))
+            if found or "weights_only" in str(error):
+                what = found[1] if found else "more than tensors"
+                raise ConvertError(
+                    f"{path}: refused: reading it would run code, it holds {what}"
+                ) from None
+            raise ConvertError(f"{path}: truncated or no PyTorch file") from None
+        except FileNotFoundError:
+            raise ConvertError(f"{path}: the file is missing") from None
+        except PermissionError as error:
+            raise ConvertError(f"{path}: cannot be read: {error.strerror}") from None
+        except Exception as error:  # a damaged file fails in many ways
+            if not (mmap and "mmap can only be used" in str(error)):
+                raise ConvertError(f"{path}: truncated or no PyTorch file") from None
+    raise AssertionError("the second pass returns or raises")

@@ -1,0 +1,230 @@
+"""GPT-NeoX checkpoints of small MetaLA models, written from the definition of the tensor-parallel
+layer and not through the converter's table, so that the two check each other."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+TOKENS = 90
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model by its settings; `tensors` are its Hugging Face tensors, padding rows included."""
+
+    layers: int = 2
+    d: int = 32
+    heads: int = 4
+    f: int = 24
+    tied: bool = False
+    norm: str = "simplermsnorm"
+    self_augmentation: bool = True
+    conv_width: int = 4
+    tokens: int = TOKENS
+    divisible_by: int = 16
+    dtype: torch.dtype = torch.float32
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def rows(self, tp: int) -> int:
+        rows = self.tokens
+        while rows % (self.divisible_by * tp):
+            rows += 1
+        return rows
+
+    def yaml(self, tp: int, pp: int, vocab_file: Path | None) -> dict[str, Any]:
+        return {
+            "num_layers": self.layers,
+            "hidden_size": self.d,
+            "num_attention_heads": self.heads,
+            "intermediate_size": self.f,
+            "seq_length": 32,
+            "max_position_embeddings": 32,
+            "attention_config": [[["metala"], self.layers]],
+            "metala": {
+                "conv_width": self.conv_width,
+                "self_augmentation": self.self_augmentation,
+            },
+            "norm": self.norm,
+            "rms_norm_epsilon": 1.0e-6,
+            "activation": "swiglu",
+            "pos_emb": "none",
+            "no_weight_tying": not self.tied,
+            "make_vocab_size_divisible_by": self.divisible_by,
+            "tokenizer_type": "HFTokenizer",
+            "vocab_file": str(vocab_file),
+            "model_parallel_size": tp,
+            "pipe_parallel_size": pp,
+            **self.settings,
+        }
+
+    def tensors(self, rows: int, seed: int = 0) -> dict[str, torch.Tensor]:
+        """Random weights; the same for the same seed, whatever the number of padding rows."""
+        made: dict[str, torch.Tensor] = {}
+
+        def random_tensor(name: str, *size: int, scale: float = 1.0, mean: float = 0.0) -> None:
+            generator = torch.Generator().manual_seed(hash_of(name) + seed)
+            values = torch.randn(size, generator=generator) * scale + mean
+            made[name] = values.to(self.dtype)
+
+        def vocabulary(name: str, scale: float) -> None:
+            random_tensor(name, 4 * self.tokens, self.d, scale=scale)
+            made[name] = made[name][:rows].clone()
+
+        d, f = self.d, self.f
+        vocabulary("model.embed_tokens.weight", 1.0)
+        for i in range(self.layers):
+            mixer = f"model.layers.{i}.token_mixer"
+            mlp = f"model.layers.{i}.channel_mixer"
+            random_tensor(f"{mixer}.conv1d.weight", d, 1, self.conv_width, scale=0.5)
+            random_tensor(f"{mixer}.q_proj.weight", d // 2, d, scale=d**-0.5)
+            random_tensor(f"{mixer}.k_gate.weight", d // 2, d, scale=d**-0.5)
+            random_tensor(f"{mixer}.v_proj.weight", d, d, scale=d**-0.5)
+            random_tensor(f"{mixer}.g_proj.weight", d, d, scale=d**-0.5)
+            random_tensor(f"{mixer}.g_proj.bias", d)
+            random_tensor(f"{mixer}.out_proj.weight", d, d, scale=d**-0.5)
+            if self.self_augmentation:
+                random_tensor(f"{mixer}.aug_balance", d // 2, scale=10.0)
+            random_tensor(f"{mlp}.l1.weight", f, d, scale=d**-0.5)
+            random_tensor(f"{mlp}.l2.weight", f, d, scale=d**-0.5)
+            random_tensor(f"{mlp}.l3.weight", d, f, scale=f**-0.5)
+            if self.norm == "rmsnorm":
+                random_tensor(f"model.layers.{i}.token_norm.weight", d, scale=0.3, mean=1.0)
+                random_tensor(f"model.layers.{i}.channel_norm.weight", d, scale=0.3, mean=1.0)
+        if self.norm == "rmsnorm":
+            random_tensor("model.final_norm.weight", d, scale=0.3, mean=1.0)
+        if not self.tied:
+            vocabulary("lm_head.weight", d**-0.5)
+        return made
+
+
+def hash_of(name: str) -> int:
+    """The same in every process, as `hash` is not."""
+    return sum((i + 1) * ord(c) for i, c in enumerate(name))
+
+
+def rank_layers(
+    model: Model, hf: dict[str, torch.Tensor], tp: int, rank: int
+) -> dict[int, dict[str, torch.Tensor]]:
+    """What each GPT-NeoX layer holds on one rank, head by head and row by row."""
+    d, f, heads = model.d, model.f, model.heads
+    key, value = d // (2 * heads), d // heads
+    my_heads = range(rank * heads // tp, (rank + 1) * heads // tp)
+    my_width = slice(rank * f // tp, (rank + 1) * f // tp)
+    rows = hf["model.embed_tokens.weight"].shape[0]
+    my_tokens = slice(rank * rows // tp, (rank + 1) * rows // tp)
+
+    layers: dict[int, dict[str, torch.Tensor]] = {
+        0: {"word_embeddings.weight": hf["model.embed_tokens.weight"][my_tokens]}
+    }
+    for i in range(model.layers):
+        mixer = {
+            name.removeprefix(f"model.layers.{i}.token_mixer."): tensor
+            for name, tensor in hf.items()
+            if name.startswith(f"model.layers.{i}.token_mixer.")
+        }
+        in_proj, bias, aug, out_proj = [], [], [], []
+        for h in my_heads:
+            of_key = slice(h * key, (h + 1) * key)
+            of_value = slice(h * value, (h + 1) * value)
+            in_proj += [mixer["q_proj.weight"][of_key], mixer["k_gate.weight"][of_key]]
+            in_proj += [mixer["v_proj.weight"][of_value], mixer["g_proj.weight"][of_value]]
+            bias.append(mixer["g_proj.bias"][of_value])
+            out_proj.append(mixer["out_proj.weight"][:, of_value])
+            if model.self_augmentation:
+                aug.append(mixer["aug_balance"][of_key])
+        mlp = f"model.layers.{i}.channel_mixer"
+        layer = {
+            "mixer.conv1d.weight": mixer["conv1d.weight"],
+            "mixer.in_proj.weight": torch.cat(in_proj),
+            "mixer.out_gate_bias": torch.stack(bias),
+            "mixer.out_proj.weight": torch.cat(out_proj, dim=1),
+            "mlp.gate_up_proj.weight": torch.cat(
+                [hf[f"{mlp}.l1.weight"][my_width], hf[f"{mlp}.l2.weight"][my_width]]
+            ),
+            "mlp.down_proj.weight": hf[f"{mlp}.l3.weight"][:, my_width],
+        }
+        if model.self_augmentation:
+            layer["mixer.aug_balance"] = torch.stack(aug)
+        if model.norm == "rmsnorm":
+            layer["input_norm.scale"] = hf[f"model.layers.{i}.token_norm.weight"]
+            layer["mlp_norm.scale"] = hf[f"model.layers.{i}.channel_norm.weight"]
+        layers[i + 2] = layer
+    layers[model.layers + 3] = (
+        {"norm.scale": hf["model.final_norm.weight"]} if model.norm == "rmsnorm" else {}
+    )
+    if not model.tied:
+        layers[model.layers + 4] = {"final_linear.weight": hf["lm_head.weight"][my_tokens]}
+    return {
+        index: {name: tensor.clone() for name, tensor in layer.items()}
+        for index, layer in layers.items()
+    }
+
+
+def write(
+    folder: Path,
+    model: Model,
+    tp: int = 1,
+    pp: int = 0,
+    vocab_file: Path | None = None,
+    iteration: int = 7,
+    configs: dict[str, str] | None = None,
+    change: Callable[[int, dict[int, dict[str, torch.Tensor]]], None] | None = None,
+) -> dict[str, torch.Tensor]:
+    """Writes a checkpoint as GPT-NeoX and DeepSpeed lay it out.
+
+    Args:
+        folder: what `save` would name.
+        model: the model.
+        tp, pp: the layout.
+        vocab_file: the tokenizer that the settings name.
+        iteration: the iteration.
+        configs: YAML files by name, by default one with all settings.
+        change: called with each rank and its layers before they are written, to damage them.
+
+    Returns:
+        the Hugging Face tensors, padding rows included.
+    """
+    hf = model.tensors(model.rows(tp))
+    step = folder / f"global_step{iteration}"
+    (step / "configs").mkdir(parents=True)
+    if configs is None:
+        configs = {"all.yml": yaml.safe_dump(model.yaml(tp, pp, vocab_file))}
+    for name, text in configs.items():
+        (step / "configs" / name).write_text(text)
+    states = {
+        "dp_world_size": 1,
+        "mp_world_size": tp * max(pp, 1),
+        "ds_config": {"train_batch_size": 4, "fp16": {"enabled": False}},
+        "iteration": iteration,
+        "args": {"num_layers": model.layers, "model_parallel_size": tp},
+        "random_rng_state": random.getstate(),
+        "np_rng_state": np.random.get_state(),
+        "torch_rng_state": torch.get_rng_state(),
+        "optimizer": {"state": {0: {"step": torch.tensor(1.0)}}, "param_groups": [{"lr": 0.1}]},
+    }
+    for rank in range(tp):
+        layers = rank_layers(model, hf, tp, rank)
+        if change:
+            change(rank, layers)
+        if pp:
+            for index, layer in layers.items():
+                torch.save(layer, step / f"layer_{index:02d}-model_{rank:02d}-model_states.pt")
+        else:
+            module = {
+                f"sequential.{index}.{name}": tensor
+                for index, layer in layers.items()
+                for name, tensor in layer.items()
+            }
+            torch.save({"module": module, **states}, step / f"mp_rank_{rank:02d}_model_states.pt")
+    for rank in range(tp * pp):
+        torch.save({"module": None, **states}, step / f"mp_rank_{rank:02d}_model_states.pt")
+    (folder / "latest").write_text(step.name)
+    return hf

@@ -1,0 +1,174 @@
+"""One GPT-NeoX layout into another and back, bit for bit, against an independent writer."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from convert.command import ConvertError
+from convert.neox_checkpoint import NeoXCheckpoint
+from convert.neox_writer import adapt_configs
+from convert.reshape_neox import reshape_neox
+from tests.convert.conftest import write_tokenizer
+from tests.convert.synthetic import Model, rank_layers, write
+
+ROOT = Path(__file__).resolve().parents[2]
+LAYOUTS = st.tuples(st.sampled_from([1, 2, 4]), st.sampled_from([0, 1, 2, 3]))
+
+
+def read(folder: Path, tp: int, pp: int, rank: int) -> dict[int, dict[str, torch.Tensor]]:
+    """A rank's layers, read without the converter."""
+    step = folder / (folder / "latest").read_text()
+    layers: dict[int, dict[str, torch.Tensor]] = {}
+    if pp:
+        for file in step.glob(f"layer_*-model_{rank:02d}-model_states.pt"):
+            layers[int(file.name[6:8])] = torch.load(file)
+        return layers
+    for name, tensor in torch.load(step / f"mp_rank_{rank:02d}_model_states.pt")["module"].items():
+        index, own_name = name.removeprefix("sequential.").split(".", 1)
+        layers.setdefault(int(index), {})[own_name] = tensor
+    return layers
+
+
+def assert_holds(folder: Path, model: Model, hf: dict[str, torch.Tensor], tp: int, pp: int) -> None:
+    for rank in range(tp):
+        found = read(folder, tp, pp, rank)
+        wanted = rank_layers(model, hf, tp, rank)
+        if not pp:
+            wanted = {index: layer for index, layer in wanted.items() if layer}
+        assert found.keys() == wanted.keys()
+        for index, layer in wanted.items():
+            assert found[index].keys() == layer.keys()
+            for name, tensor in layer.items():
+                where = f"rank {rank}, layer {index}: {name}"
+                assert found[index][name].dtype == tensor.dtype, where
+                assert torch.equal(found[index][name], tensor), where
+                storage = found[index][name].untyped_storage().nbytes()
+                assert storage == tensor.nbytes, where  # no file carries the whole tensor
+
+
+def padded(model: Model, hf: dict[str, torch.Tensor], kept: int, rows: int):
+    """The model with its vocabulary cut to `kept` rows, then filled up with zeros."""
+    result = dict(hf)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        if name in hf:
+            result[name] = torch.zeros(rows, model.d, dtype=model.dtype)
+            result[name][:kept] = hf[name][:kept]
+    return result
+
+
+@hypothesis_settings(max_examples=40, deadline=None)
+@given(
+    source=LAYOUTS,
+    target=LAYOUTS,
+    tied=st.booleans(),
+    norm=st.sampled_from(["simplermsnorm", "rmsnorm"]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    tokens=st.integers(60, 130),
+)
+def test_there_and_back(source, target, tied, norm, dtype, tokens):
+    model = Model(layers=3, tied=tied, norm=norm, dtype=dtype, tokens=tokens)
+    before, after = model.rows(source[0]), model.rows(target[0])
+    kept = min(before, after)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        vocab_file = write_tokenizer(folder / "tokenizer.json", (), tokens)
+        hf = write(folder / "source", model, *source, vocab_file)
+
+        reshape_neox(folder / "source", folder / "target", *target)
+        assert_holds(folder / "target", model, padded(model, hf, kept, after), *target)
+
+        reshape_neox(folder / "target", folder / "back", *source)
+        assert_holds(folder / "back", model, padded(model, hf, kept, before), *source)
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(2, 0), (2, 3)])
+def test_deepspeed_finds_what_it_reads(tp, pp, vocab_file, tmp_path):
+    write(tmp_path / "neox", Model(layers=3, tied=True), 1, 0, vocab_file, iteration=12)
+    written = reshape_neox(tmp_path / "neox", tmp_path / "new", tp, pp)
+    assert (tmp_path / "new/latest").read_text() == "global_step12"
+    step = tmp_path / "new/global_step12"
+    ranks = tp * max(pp, 1)
+    assert len(list(step.glob("mp_rank_*"))) == ranks
+    for file in step.glob("mp_rank_*"):
+        states = torch.load(file)
+        assert states["mp_world_size"] == ranks and states["dp_world_size"] == 1
+        assert states["iteration"] == 12 and states["args"]["model_parallel_size"] == tp
+        assert states["args"]["padded_vocab_size"] == written.shape.padded_vocab_size == 96
+        assert (states["module"] is None) == bool(pp)
+    # modules without tensors have files too: the norm does, functions and the tied head do not
+    layers = {int(file.name[6:8]) for file in step.glob("layer_*")}
+    assert layers == ({0, 2, 3, 4, 6} if pp else set())
+    assert written.settings["model_parallel_size"] == tp
+    assert written.settings["pipe_parallel_size"] == pp
+
+
+def test_configs_keep_their_comments():
+    configs = {
+        "a.yml": '# sizes\n{"num_layers": 2,  # few\n  "pipe-parallel-size": 1,\n}\n',
+        "b.yml": "model_parallel_size: 1 # ranks\n",
+    }
+    assert adapt_configs(configs, 4, 2) == {
+        "a.yml": '# sizes\n{"num_layers": 2,  # few\n  "pipe-parallel-size": 2,\n}\n',
+        "b.yml": "model_parallel_size: 4 # ranks\n",
+    }
+    # absent keys are added; what cannot be changed in place is written anew
+    changed = adapt_configs({"a.yml": "{num_layers: 2, pipe_parallel_size: 1}"}, 4, 2)
+    assert yaml.safe_load(changed["a.yml"]) == {
+        "num_layers": 2,
+        "pipe_parallel_size": 2,
+        "model_parallel_size": 4,
+    }
+
+
+@pytest.mark.parametrize(
+    ("tp", "pp", "message"),
+    [
+        (3, 0, "tensor parallel 3 does not divide num_attention_heads, 4"),
+        (0, 0, "must be at least 1"),
+        (1, -1, "must be at least 1, pipeline parallel at least 0"),
+        (1, 3, "pipeline parallel 3: the model has only 2 layers"),
+    ],
+)
+def test_layouts_that_cannot_be(tp, pp, message, vocab_file, tmp_path):
+    write(tmp_path / "neox", Model(), 1, 0, vocab_file)
+    with pytest.raises(ConvertError, match=message):
+        reshape_neox(tmp_path / "neox", tmp_path / "new", tp, pp)
+    assert [p.name for p in tmp_path.iterdir()] == ["neox"]
+
+
+def test_the_vocabulary_needs_its_tokenizer_where_the_padding_could_change(vocab_file, tmp_path):
+    write(tmp_path / "neox", Model(), 2, 0, tmp_path / "gone.json")
+    reshape_neox(tmp_path / "neox", tmp_path / "same", 2, 1)
+    with pytest.raises(ConvertError, match="gone.json of the settings is not there"):
+        reshape_neox(tmp_path / "neox", tmp_path / "new", 4, 1)
+    other = write_tokenizer(tmp_path / "other.json", (), tokens=40)
+    with pytest.raises(ConvertError, match="40 tokens, which do not give .* 96 rows"):
+        reshape_neox(tmp_path / "neox", tmp_path / "new", 4, 1, tokenizer=other)
+    reshape_neox(tmp_path / "neox", tmp_path / "new", 4, 1, tokenizer=vocab_file)
+    assert NeoXCheckpoint(tmp_path / "new").shape.padded_vocab_size == 128
+
+
+def test_the_command(vocab_file, tmp_path):
+    write(tmp_path / "neox", Model(), 1, 0, vocab_file)
+    flags = ["--checkpoint", tmp_path / "neox", "--output", tmp_path / "new"]
+    command = [sys.executable, "convert/reshape_neox.py", *map(str, flags)]
+    command += ["--tensor-parallel", "2", "--pipeline-parallel", "1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True}
+    process = subprocess.run(command, **run)
+    assert process.returncode == 0, process.stderr
+    assert "finetune: true" in process.stdout
+    process = subprocess.run(command, **run)
+    assert process.returncode == 1
+    assert process.stderr == f"error: {tmp_path / 'new'} exists already; --overwrite replaces it\n"

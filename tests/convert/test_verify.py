@@ -1,0 +1,202 @@
+"""`--verify` with GPT-NeoX's own layers: it passes right conversions and finds every wrong one."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from convert import verify
+from convert.neox_checkpoint import NeoXCheckpoint
+from convert.neox_to_hf import neox_to_hf
+from convert.tensor_table import Piece, TensorRule
+from tests.convert.synthetic import TOKENS, Model, write
+from tests.neox.training import settings, train
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run_command(checkout: Path, *program: object, **environment: str):
+    return subprocess.run(
+        [sys.executable, *map(str, program)],
+        cwd=ROOT,
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "GPT_NEOX_PATH": str(checkout),
+            **environment,
+        },
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def two_ranks(vocab_file, tmp_path_factory) -> Path:
+    """A checkpoint of a pipeline with two tensor-parallel ranks."""
+    folder = tmp_path_factory.mktemp("two_ranks") / "neox"
+    write(folder, Model(norm="rmsnorm"), 2, 2, vocab_file)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def neox_logits(neox_checkout, two_ranks, tmp_path_factory) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens, and the logits of GPT-NeoX's own model with two ranks."""
+    tokens = torch.randint(TOKENS, (2, 40), generator=torch.Generator().manual_seed(1))
+    work = tmp_path_factory.mktemp("work")
+    source = NeoXCheckpoint(two_ranks)
+    return tokens, verify._neox_logits(neox_checkout, source, tokens, work)
+
+
+def comparison(folder: Path, neox_logits) -> verify.Comparison:
+    tokens, expected = neox_logits
+    found, rounding = verify._hf_logits(folder, tokens)
+    return verify.compare(expected[..., : found.shape[-1]], found, rounding, None)
+
+
+def test_a_right_conversion_is_equal(two_ranks, neox_logits, tmp_path):
+    neox_to_hf(two_ranks, tmp_path / "hf")
+    result = comparison(tmp_path / "hf", neox_logits)
+    assert result.is_equal and result.largest_difference < 1e-5 * result.largest_logit
+    assert result.largest_logit > 1
+
+
+def in_swapped_order(rule: TensorRule, shards: list[torch.Tensor]) -> torch.Tensor:
+    return dataclasses.replace(rule).merge(shards[::-1], ["", ""])
+
+
+def as_one_part(rule: TensorRule, shards: list[torch.Tensor]) -> torch.Tensor:
+    """What other converters do to a gated MLP: the ranks' [w1; w3] one after the other."""
+    return torch.cat(shards)
+
+
+def averaged(rule: TensorRule, shards: list[torch.Tensor]) -> torch.Tensor:
+    return 1.001 * shards[0]
+
+
+WRONG = [
+    ("word_embeddings.weight", in_swapped_order),
+    ("mixer.in_proj.weight", in_swapped_order),
+    ("mixer.out_gate_bias", in_swapped_order),
+    ("mixer.aug_balance", in_swapped_order),
+    ("mixer.out_proj.weight", in_swapped_order),
+    ("mlp.gate_up_proj.weight", in_swapped_order),
+    ("mlp.gate_up_proj.weight", as_one_part),
+    ("mlp.down_proj.weight", in_swapped_order),
+    ("final_linear.weight", in_swapped_order),
+    ("mixer.conv1d.weight", averaged),
+    ("input_norm.scale", averaged),
+]
+
+
+@pytest.mark.parametrize(("name", "wrong"), WRONG)
+def test_every_wrong_merge_is_found(name, wrong, two_ranks, neox_logits, tmp_path, monkeypatch):
+    merge = TensorRule.merge
+
+    def merge_wrongly(rule, shards, files):
+        if rule.name != name:
+            return merge(rule, shards, files)
+        with monkeypatch.context() as undone:
+            undone.setattr(TensorRule, "merge", merge)
+            return wrong(rule, shards)
+
+    monkeypatch.setattr(TensorRule, "merge", merge_wrongly)
+    neox_to_hf(two_ranks, tmp_path / "hf")
+    assert not comparison(tmp_path / "hf", neox_logits).is_equal
+
+
+@pytest.mark.parametrize(("one", "other"), [("q_proj", "k_gate"), ("v_proj", "g_proj")])
+def test_a_wrong_order_inside_a_head_is_found(
+    one, other, two_ranks, neox_logits, tmp_path, monkeypatch
+):
+    to_hf = TensorRule.to_hf
+
+    def exchanged(rule, full):
+        def name(piece: Piece) -> str:
+            pair = {f".{one}.weight": f".{other}.weight", f".{other}.weight": f".{one}.weight"}
+            for end, new_end in pair.items():
+                if piece.name.endswith(end):
+                    return piece.name.removesuffix(end) + new_end
+            return piece.name
+
+        found = to_hf(rule, full)
+        return {piece.name: found[name(piece)] for piece in rule.pieces}
+
+    monkeypatch.setattr(TensorRule, "to_hf", exchanged)
+    neox_to_hf(two_ranks, tmp_path / "hf")
+    assert not comparison(tmp_path / "hf", neox_logits).is_equal
+
+
+def test_the_command_fails_and_leaves_nothing_where_the_models_differ(
+    neox_checkout, vocab_file, tmp_path
+):
+    write(tmp_path / "neox", Model(layers=1, dtype=torch.bfloat16), 2, 0, vocab_file)
+    program = (
+        "import convert.neox_to_hf as command, convert.tensor_table as table\n"
+        "merge = table.TensorRule.merge\n"
+        "def swapped(rule, shards, files):\n"
+        "    return merge(rule, shards[::-1] if 'out_proj' in rule.name else shards, files)\n"
+        "table.TensorRule.merge = swapped\n"
+        "command.run(command.main)\n"
+    )
+    flags = ("--checkpoint", tmp_path / "neox", "--output", tmp_path / "hf", "--verify")
+    process = run_command(neox_checkout, "-c", program, *flags)
+    assert process.returncode == 1
+    line = process.stderr.strip().splitlines()[-1]
+    assert line.startswith("error: not equal to the GPT-NeoX model: largest logit difference")
+    assert "Traceback" not in process.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["neox"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounded_weights_are_measured_by_their_dtype(dtype, two_ranks, neox_logits, tmp_path):
+    neox_to_hf(two_ranks, tmp_path / "hf", dtype=dtype)
+    tokens, expected = neox_logits
+    found, rounding = verify._hf_logits(tmp_path / "hf", tokens)
+    expected = expected[..., : found.shape[-1]]
+    assert not verify.compare(expected, found, rounding, None).is_equal
+    assert verify.compare(expected, found, rounding, dtype).is_equal
+    assert not verify.compare(expected, found.flip(1), rounding, dtype).is_equal
+    assert not verify.compare(expected, found * float("nan"), rounding, dtype).is_equal
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(1, 0), (2, 1)])
+def test_what_gpt_neox_saved_is_verified(
+    tp, pp, neox_checkout, token_data, tokenizer_file, tmp_path
+):
+    """A new model, trained one step and saved by GPT-NeoX; verified in a checkout that is not
+    linked to the plugin."""
+    from tests.conftest import find_neox
+
+    config = settings(
+        token_data,
+        tokenizer_file,
+        tp,
+        pp,
+        save=str(tmp_path / "neox"),
+        train_iters=1,
+        checkpoint_factor=1,
+        no_weight_tying=tp == 1,
+    )
+    train(neox_checkout, config, tmp_path / "run")
+    flags = ("--checkpoint", tmp_path / "neox", "--output", tmp_path / "hf", "--verify")
+    process = run_command(find_neox(), "convert/neox_to_hf.py", *flags)
+    assert process.returncode == 0, process.stderr
+    assert "verified largest logit difference" in process.stdout
+    assert (tmp_path / "hf/model.safetensors").is_file()
+
+
+def test_without_gpt_neox_it_says_so(vocab_file, tmp_path):
+    write(tmp_path / "neox", Model(layers=1), 1, 0, vocab_file)
+    flags = ("--checkpoint", tmp_path / "neox", "--output", tmp_path / "hf", "--verify")
+    (tmp_path / "other").mkdir()
+    process = run_command(tmp_path / "other", "convert/neox_to_hf.py", *flags)
+    assert process.returncode == 1
+    line = f"error: GPT_NEOX_PATH={tmp_path / 'other'} is no GPT-NeoX checkout"
+    assert process.stderr.strip().splitlines()[-1] == line
+    assert not (tmp_path / "hf").exists()
