@@ -1,0 +1,80 @@
+"""The Hugging Face model that GPT-NeoX's settings describe, and its tokenizer."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerFast, set_seed
+
+from megatron_patch.embedded.settings import EmbeddedSettings
+from megatron_patch.hf import MetaLAConfig, MetaLAForCausalLM
+from megatron_patch.neox.settings import SettingsError, metala_intermediate_size
+
+# The names by which GPT-NeoX's HFTokenizer finds them.
+END_OF_TEXT = "<|endoftext|>"
+PADDING = "<|padding|>"
+
+
+def load_tokenizer(settings: EmbeddedSettings) -> PreTrainedTokenizerFast:
+    """The tokenizer of `vocab_file`, a tokenizer.json.
+
+    Raises:
+        SettingsError: the file is none, or has no <|endoftext|>.
+    """
+    try:
+        tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(settings.vocab_file))
+    except Exception as error:  # the tokenizers library raises bare Exceptions
+        raise SettingsError(f"vocab_file: {settings.vocab_file}: {error}") from None
+    vocabulary = tokenizer.get_vocab()
+    if END_OF_TEXT not in vocabulary:
+        raise SettingsError(f"vocab_file: {settings.vocab_file} has no token {END_OF_TEXT}")
+    tokenizer.bos_token = tokenizer.eos_token = END_OF_TEXT
+    tokenizer.pad_token = PADDING if PADDING in vocabulary else END_OF_TEXT
+    return tokenizer
+
+
+def model_config(settings: EmbeddedSettings, tokenizer: PreTrainedTokenizerFast) -> MetaLAConfig:
+    """The model's configuration. The vocabulary is the tokenizer's, without GPT-NeoX's padding."""
+    metala = settings.metala_settings
+    return MetaLAConfig(
+        vocab_size=len(tokenizer),
+        decoder_embed_dim=settings.hidden_size,
+        decoder_layers=settings.num_layers,
+        decoder_attention_heads=settings.num_attention_heads,
+        glu_dim=metala_intermediate_size(settings),
+        norm_type=settings.norm,
+        no_scale_embedding=True,
+        init_std=settings.init_method_std,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        tie_word_embeddings=not settings.no_weight_tying,
+        tau=metala.tau,
+        conv_width=metala.conv_width,
+        self_augmentation=metala.self_augmentation,
+        norm_eps=settings.rms_norm_epsilon,
+        output_norm_eps=metala.output_norm_eps,
+    )
+
+
+def build_model(settings: EmbeddedSettings, config: MetaLAConfig) -> MetaLAForCausalLM:
+    """A new model, initialised as `metala.init` says (by itself it is as the authors' are)."""
+    set_seed(settings.seed)
+    model = MetaLAForCausalLM(config)
+    if settings.metala_settings.init == "neox":
+        _initialize_as_neox(model, settings)
+    return model
+
+
+def _initialize_as_neox(model: nn.Module, settings: EmbeddedSettings) -> None:
+    """`init_method` for every matrix but the two that write to the residual stream."""
+    std = output_std = settings.init_method_std
+    if settings.output_layer_init_method == "scaled_normal":
+        output_std /= math.sqrt(2 * settings.num_layers)
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                writes_residual = name.endswith(("token_mixer.out_proj", "channel_mixer.l3"))
+                nn.init.normal_(module.weight, std=output_std if writes_residual else std)

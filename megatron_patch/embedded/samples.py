@@ -1,0 +1,179 @@
+"""Training samples from GPT-NeoX's token files, the same and in the same order as GPT-NeoX's.
+
+GPT-NeoX shuffles the documents of all epochs together, lays them end to end, cuts the stream into
+pieces of `seq_length` tokens (each with the next one's first token, as the last label) and shuffles
+the pieces (`megatron/data/gpt2_dataset.py`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from megatron_patch.embedded.settings import EmbeddedSettings
+from megatron_patch.indexed_dataset import IndexedDataset
+from megatron_patch.neox.settings import SettingsError
+
+
+class PackedSamples(Dataset):
+    """`input_ids` and `labels` (already shifted), int64 [seq_length], of packed documents.
+
+    Args:
+        dataset: the documents.
+        documents: indices of those to use.
+        seq_length: T.
+        num_samples: at least so many samples, from as many passes over the documents as that takes.
+        seed: of both shuffles.
+
+    Raises:
+        ValueError: the documents have not a single token.
+    """
+
+    def __init__(
+        self,
+        dataset: IndexedDataset,
+        documents: np.ndarray,
+        seq_length: int,
+        num_samples: int,
+        seed: int,
+    ):
+        self.dataset = dataset
+        self.seq_length = seq_length
+        tokens = int(dataset.sizes[documents].sum(dtype=np.int64))
+        if not tokens:
+            raise ValueError("no tokens in these documents")
+        epochs = max(1, -(-(num_samples * seq_length + 1) // tokens))
+        rng = np.random.RandomState(seed)
+        self._documents = np.tile(documents.astype(np.int32), epochs)
+        rng.shuffle(self._documents)
+        self._ends = np.cumsum(dataset.sizes[self._documents], dtype=np.int64)
+        self._order = np.arange((epochs * tokens - 1) // seq_length, dtype=np.uint32)
+        rng.shuffle(self._order)
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        start = int(self._order[index]) * self.seq_length
+        tokens = torch.from_numpy(self._stream(start, start + self.seq_length + 1))
+        return {"input_ids": tokens[:-1], "labels": tokens[1:]}
+
+    def _stream(self, start: int, stop: int) -> np.ndarray:
+        """Tokens `start` to `stop` of all documents laid end to end, int64."""
+        pieces = []
+        position = int(np.searchsorted(self._ends, start, side="right"))
+        while start < stop:
+            document = int(self._documents[position])
+            end = int(self._ends[position])
+            offset = start - (end - int(self.dataset.sizes[document]))
+            piece = self.dataset.get(document, offset, offset + min(stop, end) - start)
+            pieces.append(piece)
+            start += len(piece)
+            position += 1
+        return np.concatenate(pieces).astype(np.int64)
+
+
+class BlendedSamples(Dataset):
+    """Samples of several data sets, at every point as close to their weights as can be."""
+
+    def __init__(self, parts: Sequence[Dataset], weights: Sequence[float], num_samples: int):
+        self.parts = parts
+        shares = np.asarray(weights, dtype=np.float64)
+        shares = shares / shares.sum()
+        self._part = np.empty(num_samples, dtype=np.uint8)
+        self._index = np.empty(num_samples, dtype=np.int64)
+        taken = np.zeros(len(parts), dtype=np.int64)
+        for sample in range(num_samples):
+            part = int(np.argmax(shares * max(sample, 1) - taken))
+            self._part[sample], self._index[sample] = part, taken[part]
+            taken[part] += 1
+
+    def __len__(self) -> int:
+        return len(self._part)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return self.parts[self._part[index]][int(self._index[index])]
+
+
+def split_documents(split: str, count: int) -> list[np.ndarray]:
+    """Indices of the training, validation and test documents, as GPT-NeoX's `split` gives them.
+
+    Raises:
+        SettingsError: `split` is not up to three numbers with a positive sum.
+    """
+    try:
+        shares = [float(part) for part in split.replace("/", ",").split(",")][:3]
+    except ValueError:
+        shares = []
+    if not sum(shares) > 0:
+        raise SettingsError(f"split: found {split!r}, wanted three numbers, e.g. 969,30,1")
+    shares += [0.0] * (3 - len(shares))
+    bounds = [0]
+    for share in shares:
+        bounds.append(bounds[-1] + round(share / sum(shares) * count))
+    excess = bounds[-1] - count
+    bounds = [0] + [bound - excess for bound in bounds[1:]]
+    return [np.arange(max(a, 0), max(b, 0)) for a, b in zip(bounds, bounds[1:], strict=False)]
+
+
+def build_samples(settings: EmbeddedSettings, world_size: int) -> tuple[Dataset, Dataset | None]:
+    """Training samples, and validation samples or `None` where there are none to take.
+
+    Raises:
+        SettingsError: a path of the settings holds no data set, or one without training tokens.
+    """
+    micro, steps = settings.batch(world_size)
+    batch = micro * steps * world_size
+    train_number = settings.train_iters * batch
+    evaluations = settings.train_iters // settings.eval_interval + 1
+    valid_number = evaluations * settings.eval_iters * batch
+    if settings.data_path:
+        dataset = _open("data_path", settings.data_path)
+        train, valid, _ = split_documents(settings.split, len(dataset))
+        return (
+            _samples("data_path", settings, dataset, train, train_number),
+            _samples("data_path", settings, dataset, valid, valid_number) if len(valid) else None,
+        )
+    return (
+        _blend("train", settings, train_number),
+        _blend("valid", settings, valid_number) if settings.valid_data_paths else None,
+    )
+
+
+def _blend(name: str, settings: EmbeddedSettings, number: int) -> Dataset:
+    key = f"{name}_data_paths"
+    paths = getattr(settings, key)
+    weights = getattr(settings, f"{name}_data_weights") or [1.0] * len(paths)
+    if not sum(weights) > 0:
+        raise SettingsError(f"{name}_data_weights: found {weights}, wanted a positive sum")
+    parts = []
+    for path, weight in zip(paths, weights, strict=True):
+        dataset = _open(key, path)
+        # GPT-NeoX takes 0.5 % more, so that no part runs out.
+        wanted = math.ceil(number * weight / sum(weights) * 1.005)
+        parts.append(_samples(key, settings, dataset, np.arange(len(dataset)), wanted))
+    return parts[0] if len(parts) == 1 else BlendedSamples(parts, weights, number)
+
+
+def _open(key: str, path: str) -> IndexedDataset:
+    try:
+        return IndexedDataset(path)
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"{key}: {error}") from None
+
+
+def _samples(
+    key: str,
+    settings: EmbeddedSettings,
+    dataset: IndexedDataset,
+    documents: np.ndarray,
+    number: int,
+) -> PackedSamples:
+    try:
+        return PackedSamples(dataset, documents, settings.seq_length, number, settings.seed)
+    except ValueError as error:
+        raise SettingsError(f"{key}: {dataset.prefix}: {error}") from None

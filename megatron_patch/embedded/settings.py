@@ -1,0 +1,285 @@
+"""GPT-NeoX's settings as the embedded engine reads them.
+
+Every setting is honoured, or has no meaning here and is listed as ignored, or stops the run with a
+line that names it. None is dropped in silence. Defaults are GPT-NeoX's.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+)
+
+from megatron_patch.neox.settings import (
+    MetaLASettings,
+    SettingsError,
+    check_settings,
+    expand_attention_config,
+)
+from megatron_patch.neox.yaml_config import merge_yaml
+
+# They steer GPT-NeoX's processes, memory, kernels, logs and generation, not what is learned.
+IGNORED_SETTINGS = frozenset(
+    """
+    account activation_checkpointing bias_dropout_fusion bias_gelu_fusion checkpoint_in_cpu
+    checkpoint_num_layers checkpoint_validation_with_forward_pass comment comms_logger
+    communication_data_type contiguous_checkpointing csv_monitor data_types deepspeed
+    deepspeed_activation_checkpointing deepspeed_extra_args deepspeed_mpi deepspeed_slurm
+    distributed_backend do_test do_train do_valid dump_state eval_results_prefix eval_tasks
+    exclude flops_profiler force_multi fp32_allreduce fused_kernels_build_path git_hash
+    gradient_predivide_factor hostfile hysteresis include launcher layernorm_fusion log_dir
+    log_grad_norm log_grad_pct_zeros log_optimizer_states log_param_norm loss_scale_window
+    make_vocab_size_divisible_by master_addr master_port max_position_embeddings maximum_tokens
+    memory_profiling memory_profiling_path merge_file min_scale mmap_warmup no_ssh_check
+    num_gpus num_nodes num_samples num_workers output_layer_parallelism partition_activations
+    peak_theoretical_tflops pipe_partition_method prescale_gradients profile profile_backward
+    profile_step_start profile_step_stop prompt_end recompute return_logits rmsnorm_fusion
+    rope_fusion sample_input_file sample_output_file scaled_masked_softmax_fusion
+    scaled_upper_triang_masked_softmax_fusion steps_per_print synchronize_each_layer temperature
+    tensorboard tensorboard_dir test_data_paths test_data_weights text_gen_type top_k top_p
+    use_checkpoint_lr_scheduler use_cpu_initialization use_flashattn_swiglu use_shared_fs
+    wall_clock_breakdown wandb_init_all_ranks
+    """.split()
+)
+
+
+def only(*values: Any, any_case: bool = False) -> Any:
+    """The type of a setting of which this engine knows `values` alone; `any_case`: of letters."""
+
+    def check(value: Any) -> Any:
+        known = value.lower() if any_case and isinstance(value, str) else value
+        if known not in values:
+            raise ValueError(f"wanted {' or '.join(str(v) for v in values)} in the embedded engine")
+        return known
+
+    return Annotated[Any, AfterValidator(check)]
+
+
+class OptimizerParams(BaseModel):
+    """`optimizer.params`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    lr: PositiveFloat
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: PositiveFloat = 1e-8
+
+
+class Optimizer(BaseModel):
+    """`optimizer`: here each is Adam with decoupled weight decay, as GPT-NeoX's fused one is."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    type: only("adam", "cpu_adam", "cpu_torch_adam", any_case=True) = "adam"
+    params: OptimizerParams
+
+
+class ZeroOptimization(BaseModel):
+    """`zero_optimization`: stages 0 and 1 compute the same; what else it says is about memory."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    stage: only(0, 1) = 0
+
+
+class EmbeddedSettings(BaseModel):
+    """The settings of one run, checked."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    # model
+    num_layers: PositiveInt
+    hidden_size: PositiveInt
+    num_attention_heads: PositiveInt
+    intermediate_size: PositiveInt | None = None
+    expansion_factor: PositiveFloat | None = None
+    attention_config: list
+    metala: dict | None = None
+    norm: only("simplermsnorm", "rmsnorm") = Field("layernorm", validate_default=True)
+    rms_norm_epsilon: PositiveFloat = 1e-8
+    activation: only("swiglu") = Field("gelu", validate_default=True)
+    pos_emb: only("none") = Field("learned", validate_default=True)
+    no_weight_tying: bool = False
+    init_method: only("normal") = "normal"
+    output_layer_init_method: only("normal", "scaled_normal") = "scaled_normal"
+    init_method_std: PositiveFloat = 0.02
+    hidden_dropout: only(0) = 0.0
+    attention_dropout: only(0) = 0.0
+    num_kv_heads: PositiveInt | None = None
+    mlp_multiple_of: only(1) = 1
+    gpt_j_residual: only(False) = False
+    use_mup: only(False) = False
+    moe_num_experts: only(1) = 1
+    te_columnparallel: only(False) = False
+    te_rowparallel: only(False) = False
+    te_layernorm_mlp: only(False) = False
+    soft_prompt_tuning: only(None) = None
+
+    # parallelism
+    model_parallel_size: only(0, 1) = 1
+    pipe_parallel_size: only(0, 1) = 0
+    sequence_parallel: only(False) = False
+    zero_optimization: ZeroOptimization | None = None
+
+    # data
+    tokenizer_type: only("HFTokenizer") = Field("GPT2BPETokenizer", validate_default=True)
+    vocab_file: Path
+    data_path: str | None = None
+    train_data_paths: list[str] | None = None
+    valid_data_paths: list[str] | None = None
+    train_data_weights: list[NonNegativeFloat] | None = None
+    valid_data_weights: list[NonNegativeFloat] | None = None
+    weight_by_num_documents: only(False) = False
+    split: str = "969, 30, 1"
+    seq_length: PositiveInt
+    data_impl: only("mmap", "infer") = "infer"
+    pack_impl: only("packed") = "packed"
+    dataset_impl: only("gpt2") = "gpt2"
+    train_impl: only("normal") = "normal"
+    allow_chopped: only(True) = True
+    eod_mask_loss: only(False) = False
+    z_loss: only(0) = 0.0
+    curriculum_learning: only(None) = None
+
+    # batch and length
+    train_batch_size: PositiveInt | None = None
+    train_micro_batch_size_per_gpu: PositiveInt | None = None
+    gradient_accumulation_steps: PositiveInt | None = 1
+    train_iters: PositiveInt
+
+    # optimizer
+    optimizer: Optimizer
+    lr_decay_style: Literal["constant", "linear", "cosine", "exponential"] = "linear"
+    lr_decay_iters: PositiveInt | None = None
+    lr_decay_fraction: PositiveFloat | None = None
+    min_lr: NonNegativeFloat = 0.0
+    warmup: NonNegativeFloat = 0.01
+    weight_decay: NonNegativeFloat = 0.1
+    gradient_clipping: NonNegativeFloat = 1.0
+    precision: Literal["fp32", "bfloat16", "fp16"] = "fp32"
+    checkpoint_activations: bool = False
+    seed: NonNegativeInt = 1234
+
+    # bookkeeping
+    save: Path
+    load: Path | None = None
+    finetune: only(False) = False
+    iteration: only(None) = None
+    checkpoint_factor: PositiveInt | None = None
+    checkpoint_scale: only("linear") = "linear"
+    keep_last_n_checkpoints: PositiveInt | None = None
+    eval_interval: PositiveInt = 1000
+    eval_iters: NonNegativeInt = 100
+    log_interval: PositiveInt = 100
+    use_wandb: bool | None = None
+    wandb_project: str = "neox"
+    wandb_group: str | None = None
+    wandb_run_name: str | None = None
+    wandb_team: str | None = None
+    wandb_host: str = "https://api.wandb.ai"
+
+    @property
+    def metala_settings(self) -> MetaLASettings:
+        return MetaLASettings.parse(self.metala)
+
+    def batch(self, world_size: int) -> tuple[int, int]:
+        """(sequences per process and step, accumulation steps) for so many processes.
+
+        Raises:
+            SettingsError: the three batch settings contradict each other for `world_size`.
+        """
+        total, micro = self.train_batch_size, self.train_micro_batch_size_per_gpu
+        steps = self.gradient_accumulation_steps
+        if total is None and micro is None:
+            raise SettingsError(
+                "train_micro_batch_size_per_gpu: found nothing, wanted it or train_batch_size"
+            )
+        if steps is None:
+            steps = 1 if total is None or micro is None else total // (micro * world_size)
+        micro = micro or total // (steps * world_size)
+        total = total or micro * steps * world_size
+        if not total == micro * steps * world_size > 0:
+            raise SettingsError(
+                f"train_batch_size: found {total}, wanted train_micro_batch_size_per_gpu x "
+                f"gradient_accumulation_steps x processes = {micro} x {steps} x {world_size}"
+            )
+        return micro, steps
+
+
+def read_settings(paths: Iterable[str | Path]) -> tuple[EmbeddedSettings, list[str]]:
+    """The settings of YAML files, and the names of those that are ignored.
+
+    Raises:
+        SettingsError: one line for all settings that cannot be honoured, each with its name, what
+            was found and what was wanted.
+    """
+    given = merge_yaml(paths)
+    ignored = sorted(key for key in given if key in IGNORED_SETTINGS)
+    try:
+        settings = EmbeddedSettings(**{k: v for k, v in given.items() if k not in ignored})
+    except ValidationError as error:
+        raise SettingsError("; ".join(_describe(e) for e in error.errors())) from None
+    _check(settings)
+    return settings, ignored
+
+
+def _describe(error: Any) -> str:
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        return f"{key}: not a setting of the embedded engine; remove it or train with GPT-NeoX"
+    if error["type"] == "missing":
+        return f"{key}: found nothing, wanted a value"
+    reason = error["msg"].removeprefix("Value error, ")
+    return f"{key}: found {error['input']!r}, {reason[0].lower()}{reason[1:]}"
+
+
+class _AsNeox:
+    """Attribute access for `check_settings`: a setting that the YAML may not have here is unset."""
+
+    pipe_partition_method = "type:metala"
+
+    def __init__(self, settings: EmbeddedSettings):
+        self._settings = settings
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._settings, name)
+
+
+def _check(settings: EmbeddedSettings) -> None:
+    """What concerns several settings, or the machine."""
+    layers = expand_attention_config(settings.attention_config, settings.num_layers)
+    others = sorted(set(layers) - {"metala"})
+    if others:
+        raise SettingsError(
+            f"attention_config: found layers of type {', '.join(others)}, wanted metala alone in "
+            "the embedded engine"
+        )
+    check_settings(_AsNeox(settings))
+    if settings.metala_settings.backend != "auto":
+        raise SettingsError(
+            f"metala.backend: found {settings.metala_settings.backend!r}, wanted auto in the "
+            "embedded engine"
+        )
+    if bool(settings.data_path) == bool(settings.train_data_paths):
+        raise SettingsError("data_path: wanted either it or train_data_paths")
+    for name in ("train", "valid"):
+        paths = getattr(settings, f"{name}_data_paths")
+        weights = getattr(settings, f"{name}_data_weights")
+        if weights is not None and len(weights) != len(paths or ()):
+            raise SettingsError(f"{name}_data_weights: wanted one for each of {name}_data_paths")
+    if not settings.vocab_file.is_file():
+        raise SettingsError(f"vocab_file: found no file {settings.vocab_file}")
+    settings.batch(int(os.environ.get("WORLD_SIZE", "1")))

@@ -1,0 +1,285 @@
+"""The Hugging Face Trainer with GPT-NeoX's samples, learning rate schedule and weight decay."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import Dataset, SequentialSampler, Subset
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from megatron_patch.embedded.settings import EmbeddedSettings
+from megatron_patch.neox.settings import SettingsError
+
+METRICS = "metrics.jsonl"
+
+
+def learning_rate_factor(settings: EmbeddedSettings, step: int) -> float:
+    """Learning rate of a step over its peak, as GPT-NeoX's `AnnealingLR` computes it."""
+    peak = settings.optimizer.params.lr
+    if settings.lr_decay_iters is not None:
+        end = settings.lr_decay_iters
+    else:
+        end = max(1, math.floor(settings.train_iters * (settings.lr_decay_fraction or 1.0)))
+    warmup = settings.warmup * end
+    if warmup > 0 and step <= warmup:
+        return max(1, step) / warmup
+    progress = (step - warmup) / max(end - warmup, 1)
+    lowest = settings.min_lr / peak
+    if settings.lr_decay_style == "cosine":
+        factor = lowest + (1 - lowest) / 2 * (math.cos(math.pi * progress) + 1)
+    elif settings.lr_decay_style == "linear":
+        factor = 1 - progress
+    elif settings.lr_decay_style == "exponential":
+        factor = math.exp(-0.693 * progress)
+    else:
+        factor = 1.0
+    return max(factor, lowest)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Parameters with and without weight decay, as on the GPT-NeoX side: without are biases, norms'
+    weights and `aug_balance`, a scale that starts at, and means, zero."""
+    kept, free = [], []
+    for name, parameter in model.named_parameters():
+        skip = name.endswith(("bias", "aug_balance")) or "norm" in name
+        (free if skip else kept).append(parameter)
+    return [
+        {"params": kept, "weight_decay": weight_decay},
+        {"params": free, "weight_decay": 0.0},
+    ]
+
+
+class MetaLATrainer(Trainer):
+    """Trains on samples in their own order; `labels` are already shifted."""
+
+    def __init__(self, settings: EmbeddedSettings, **kwargs: Any):
+        self.settings = settings
+        super().__init__(**kwargs)
+
+    def _get_train_sampler(self, *args: Any) -> SequentialSampler:
+        return SequentialSampler(self.train_dataset)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
+        """Mean cross entropy; over the whole accumulated batch where the Trainer gives its size."""
+        labels = inputs["labels"]
+        outputs = model(input_ids=inputs["input_ids"], use_cache=False)
+        logits = outputs.logits.flatten(0, 1).float()
+        loss = F.cross_entropy(logits, labels.flatten(), reduction="sum")
+        loss = loss / (labels.numel() if num_items_in_batch is None else num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
+
+    def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            params = self.settings.optimizer.params
+            groups = parameter_groups(self.model, self.settings.weight_decay)
+            self.optimizer = torch.optim.AdamW(
+                groups, lr=params.lr, betas=params.betas, eps=params.eps
+            )
+        return self.optimizer
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        if self.lr_scheduler is None:
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+                optimizer or self.optimizer, lambda step: learning_rate_factor(self.settings, step)
+            )
+        return self.lr_scheduler
+
+
+class MetricsFile(TrainerCallback):
+    """Appends what the Trainer logs to a file of JSON lines: `iteration`, and either `loss` (mean
+    since the last line), `learning_rate` and `grad_norm`, or `eval_loss`."""
+
+    KEYS = ("loss", "learning_rate", "grad_norm", "eval_loss")
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Drops the lines of steps that an interrupted run did after its last checkpoint."""
+        if state.is_world_process_zero:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            rows = read_metrics(self.path) if self.path.exists() else []
+            rows = [row for row in rows if row["iteration"] <= state.global_step]
+            self.path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        row = {key: logs[key] for key in self.KEYS if key in (logs or {})}
+        if row and state.is_world_process_zero:
+            with open(self.path, "a") as file:
+                file.write(json.dumps({"iteration": state.global_step, **row}) + "\n")
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The lines of a metrics file; a last line that a killed run left half-written is left out."""
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+def find_checkpoint(settings: EmbeddedSettings) -> Path | None:
+    """The newest whole checkpoint to go on from, or `None` for a start from nothing.
+
+    Raises:
+        SettingsError: `load` names a folder without a checkpoint, other than `save`; or one with
+            GPT-NeoX's checkpoints only.
+    """
+    if settings.load is None:
+        return None
+    found = {
+        int(match[1]): path
+        for path in settings.load.glob("checkpoint-*")
+        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
+        and (path / "trainer_state.json").is_file()
+    }
+    if found:
+        return found[max(found)]
+    if (settings.load / "latest").is_file() or any(settings.load.glob("global_step*")):
+        raise SettingsError(
+            f"load: found a GPT-NeoX checkpoint in {settings.load}, wanted one of the embedded "
+            "engine; convert/neox_to_hf.py makes a Hugging Face model of it"
+        )
+    if settings.save.resolve() != settings.load.resolve():
+        raise SettingsError(
+            f"load: found no checkpoint in {settings.load}, wanted one to go on from"
+        )
+    return None
+
+
+def checkpoint_step(checkpoint: Path) -> int:
+    """The number of steps that a checkpoint has behind it."""
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def wandb_wanted(settings: EmbeddedSettings) -> bool:
+    """Whether to log to wandb: as in GPT-NeoX only with a key, or offline. Sets up its environment.
+
+    Raises:
+        SettingsError: `use_wandb` is on and wandb is not installed.
+    """
+    mode = os.environ.get("WANDB_MODE", "online")
+    if not settings.use_wandb or mode == "disabled":
+        return False
+    try:
+        import wandb  # noqa: F401
+    except ImportError:
+        raise SettingsError("use_wandb: wandb is not installed (pip install wandb)") from None
+    import requests
+
+    names = {"WANDB_API_KEY", "WANDB_LOCAL"}
+    known = names & set(os.environ) or requests.utils.get_netrc_auth(settings.wandb_host)
+    if mode != "offline" and not known:
+        print("use_wandb: no API key found (wandb login), going on without", file=sys.stderr)
+        return False
+    os.environ.setdefault("WANDB_PROJECT", settings.wandb_project)
+    os.environ.setdefault("WANDB_BASE_URL", settings.wandb_host)
+    if settings.wandb_group:
+        os.environ.setdefault("WANDB_RUN_GROUP", settings.wandb_group)
+    if settings.wandb_team:
+        os.environ.setdefault("WANDB_ENTITY", settings.wandb_team)
+    return True
+
+
+def training_arguments(settings: EmbeddedSettings, evaluate: bool) -> TrainingArguments:
+    """The Trainer's arguments that the settings amount to.
+
+    Raises:
+        SettingsError: a precision that this machine does not have.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    micro, steps = settings.batch(world_size)
+    if settings.precision == "fp16" and not torch.cuda.is_available():
+        raise SettingsError("precision: found fp16, wanted fp32 or bfloat16 without a GPU")
+    arguments = TrainingArguments(
+        output_dir=str(settings.save),
+        use_cpu=not torch.cuda.is_available(),
+        max_steps=settings.train_iters,
+        per_device_train_batch_size=micro,
+        per_device_eval_batch_size=micro,
+        gradient_accumulation_steps=steps,
+        average_tokens_across_devices=False,  # all batches have the same number
+        learning_rate=settings.optimizer.params.lr,
+        max_grad_norm=settings.gradient_clipping,
+        bf16=settings.precision == "bfloat16",
+        fp16=settings.precision == "fp16",
+        seed=settings.seed,
+        logging_steps=settings.log_interval,
+        eval_strategy="steps" if evaluate else "no",
+        eval_steps=settings.eval_interval,
+        prediction_loss_only=True,
+        save_strategy="steps",
+        save_steps=settings.checkpoint_factor or settings.train_iters,
+        save_total_limit=settings.keep_last_n_checkpoints,
+        remove_unused_columns=False,
+        dataloader_num_workers=0,  # a sample is a copy from mapped memory
+        report_to=["wandb"] if wandb_wanted(settings) else [],
+        dataloader_pin_memory=torch.cuda.is_available(),
+        run_name=settings.wandb_run_name,
+    )
+    # Without a launcher the Trainer would spread a batch over all GPUs and so multiply it.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
+
+
+def _allow_random_states() -> None:
+    """Lets `torch.load` read the NumPy random state in a checkpoint: since torch 2.6 it wants to be
+    told, and transformers does so only in later releases than 4.46."""
+    core = np._core if hasattr(np, "_core") else np.core
+    types = [np.ndarray, np.dtype, type(np.dtype(np.uint32))]
+    torch.serialization.add_safe_globals([core.multiarray._reconstruct, *types])
+
+
+def train(
+    settings: EmbeddedSettings,
+    model: nn.Module,
+    train_samples: Dataset,
+    valid_samples: Dataset | None,
+    checkpoint: Path | None,
+) -> nn.Module:
+    """Trains `model` from `checkpoint` (or from the start) to `train_iters`, and writes checkpoints
+    and METRICS under `save`. Every evaluation takes the same `eval_iters` batches.
+
+    Returns:
+        the trained model, without what the Trainer wrapped it in (autocast, data parallelism).
+    """
+    arguments = training_arguments(settings, evaluate=bool(valid_samples and settings.eval_iters))
+    if valid_samples and settings.eval_iters:
+        micro, steps = settings.batch(arguments.world_size)
+        number = settings.eval_iters * micro * steps * arguments.world_size
+        valid_samples = Subset(valid_samples, range(min(number, len(valid_samples))))
+    else:
+        valid_samples = None
+    if settings.checkpoint_activations:
+        model.gradient_checkpointing_enable()
+    trainer = MetaLATrainer(
+        settings=settings,
+        model=model,
+        args=arguments,
+        train_dataset=train_samples,
+        eval_dataset=valid_samples,
+        callbacks=[MetricsFile(settings.save / METRICS)],
+    )
+    _allow_random_states()
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    return trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)

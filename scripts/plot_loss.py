@@ -1,0 +1,92 @@
+#!/usr/bin/env python3
+"""Draws loss curves from logs of either engine: the metrics.jsonl of train_hf.py, or a file with
+what GPT-NeoX printed. Several files give several curves."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+_NEOX_TRAIN = re.compile(r"iteration\s+(\d+)/\s*\d+ \|.*?\blm_loss: (\S+)")
+_NEOX_VALID = re.compile(r"validation results at iteration (\d+) \| lm_loss value: (\S+)")
+
+
+@dataclass
+class Losses:
+    """Loss by iteration, in training (mean since the iteration logged before) and in validation."""
+
+    train: dict[int, float] = field(default_factory=dict)
+    valid: dict[int, float] = field(default_factory=dict)
+
+
+def read_losses(path: Path) -> Losses:
+    """The losses that a log holds; of an iteration that a resumed run repeated, the last.
+
+    Raises:
+        ValueError: there is none.
+    """
+    losses = Losses()
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        if line.startswith('{"iteration"'):
+            row = json.loads(line)
+            for key, target in (("loss", losses.train), ("eval_loss", losses.valid)):
+                if key in row:
+                    target[row["iteration"]] = row[key]
+        elif match := _NEOX_TRAIN.search(line):
+            losses.train[int(match[1])] = float(match[2])
+        elif match := _NEOX_VALID.search(line):
+            losses.valid[int(match[1])] = float(match[2])
+    if not losses.train:
+        raise ValueError(f"{path}: holds no training losses")
+    return Losses(dict(sorted(losses.train.items())), dict(sorted(losses.valid.items())))
+
+
+def plot(curves: dict[str, Losses], output: Path, title: str | None = None) -> None:
+    """Writes a picture of the curves, by their labels; the ending of `output` is its format."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    for label, losses in curves.items():
+        (line,) = axes.plot(list(losses.train), list(losses.train.values()), label=label)
+        if losses.valid:
+            axes.plot(
+                list(losses.valid),
+                list(losses.valid.values()),
+                "o--",
+                color=line.get_color(),
+                label=f"{label}, validation",
+            )
+    axes.set(xlabel="iteration", ylabel="cross entropy (nats per token)", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(output, dpi=150)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("logs", type=Path, nargs="+")
+    parser.add_argument("--labels", nargs="+", help="one for each log; by default their names")
+    parser.add_argument("--output", type=Path, default=Path("loss.png"))
+    parser.add_argument("--title")
+    args = parser.parse_args()
+    labels = args.labels or [str(path) for path in args.logs]
+    if len(labels) != len(args.logs):
+        parser.error(f"--labels: found {len(labels)}, wanted {len(args.logs)}")
+    try:
+        curves = {label: read_losses(path) for label, path in zip(labels, args.logs, strict=True)}
+    except (OSError, ValueError) as error:
+        sys.exit(f"plot_loss.py: {error}")
+    plot(curves, args.output, args.title)
+    print(args.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,189 @@
+#!/usr/bin/env python3
+"""Turns text into the files that GPT-NeoX trains on: PREFIX.bin and PREFIX.idx, for `data_path`.
+
+A text file is one document, a line of a .jsonl file too; folders are searched for files in the
+order of their names. Each document ends with <|endoftext|>. The same input gives the same files."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import sys
+import threading
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from tokenizers import Tokenizer
+from tqdm import tqdm
+
+from megatron_patch.indexed_dataset import IndexedDatasetWriter, bin_path, idx_path
+
+END_OF_TEXT = "<|endoftext|>"
+TEXT_SUFFIXES = (".txt", ".md", ".rst", ".jsonl")
+
+
+def list_files(inputs: Iterable[Path], suffixes: Iterable[str] | None = None) -> list[Path]:
+    """Files to read, in a reproducible order: inputs as given, inside folders by name.
+
+    Args:
+        inputs: files, taken whatever their name, and folders.
+        suffixes: endings of the files to take from folders; by default those of `TEXT_SUFFIXES`.
+
+    Raises:
+        FileNotFoundError: an input is not there.
+        ValueError: nothing was found.
+    """
+    wanted = tuple(suffixes or TEXT_SUFFIXES)
+    files: list[Path] = []
+    for path in inputs:
+        if path.is_dir():
+            found = (p for p in path.rglob("*") if p.is_file() and p.name.endswith(wanted))
+            files.extend(sorted(found, key=lambda p: p.relative_to(path).as_posix()))
+        elif path.is_file():
+            files.append(path)
+        else:
+            raise FileNotFoundError(f"{path}: no such file or folder")
+    if not files:
+        raise ValueError(f"no files ending in {', '.join(wanted)} found (see --suffix)")
+    return files
+
+
+def iterate_documents(
+    inputs: Iterable[Path], json_key: str = "text", suffixes: Iterable[str] | None = None
+) -> Iterator[str]:
+    """The texts of all documents; empty ones are left out.
+
+    Raises:
+        ValueError: a line of a .jsonl file is not an object with a text under `json_key`, or a file
+            is not UTF-8; names the file (and line).
+    """
+    for path in list_files(inputs, suffixes):
+        yield from (text for text in _documents_of(path, json_key) if text.strip())
+
+
+def _documents_of(path: Path, json_key: str) -> Iterator[str]:
+    if path.suffix != ".jsonl":
+        try:
+            yield path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: not UTF-8 text: {error}") from None
+        return
+    with open(path, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                text = json.loads(line)[json_key]
+            except (ValueError, KeyError, TypeError):
+                text = None
+            if not isinstance(text, str):
+                raise ValueError(
+                    f"{path}:{number}: wanted an object with a text under {json_key!r}"
+                )
+            yield text
+
+
+def refuse_existing(outputs: Iterable[Path], overwrite: bool) -> None:
+    """Raises FileExistsError if one of `outputs` is there and may not be replaced."""
+    for path in outputs:
+        if path.exists() and not overwrite:
+            raise FileExistsError(f"{path} is already there; --overwrite replaces it")
+
+
+class Encoder:
+    """Text to tokens, in this process or as the function of a pool's workers."""
+
+    def __init__(self, tokenizer_file: Path):
+        self.tokenizer = Tokenizer.from_file(str(tokenizer_file))
+        self.end_of_text = self.tokenizer.token_to_id(END_OF_TEXT)
+        if self.end_of_text is None:
+            raise ValueError(
+                f"{tokenizer_file}: has no {END_OF_TEXT} token, by which GPT-NeoX ends a document"
+            )
+
+    def __call__(self, text: str) -> list[int]:
+        tokens = self.tokenizer.encode(text, add_special_tokens=False).ids
+        return [*tokens, self.end_of_text]
+
+
+_worker: Encoder | None = None
+
+
+def _start_worker(tokenizer_file: Path) -> None:
+    global _worker
+    _worker = Encoder(tokenizer_file)
+
+
+def _encode_in_worker(text: str) -> list[int]:
+    return _worker(text)
+
+
+def prepare(
+    texts: Iterable[str], tokenizer_file: Path, prefix: Path, workers: int = 1
+) -> tuple[int, int]:
+    """Writes the data set and returns its numbers of documents and tokens."""
+    encoder = Encoder(tokenizer_file)
+    documents = tokens = 0
+    bar = tqdm(desc=f"Writing {prefix}", unit=" tokens", unit_scale=True, mininterval=0.5)
+    with bar, IndexedDatasetWriter(prefix, encoder.tokenizer.get_vocab_size()) as writer:
+        for document in _encode_all(texts, encoder, tokenizer_file, workers):
+            writer.add_document(document)
+            documents += 1
+            tokens += len(document)
+            bar.update(len(document))
+    return documents, tokens
+
+
+def _encode_all(
+    texts: Iterable[str], encoder: Encoder, tokenizer_file: Path, workers: int
+) -> Iterator[list[int]]:
+    if workers <= 1:
+        yield from map(encoder, texts)
+        return
+    # `imap` reads ahead without limit; a corpus may be larger than the memory.
+    ahead = threading.Semaphore(64 * workers)
+    done = threading.Event()
+
+    def throttled() -> Iterator[str]:
+        for text in texts:
+            ahead.acquire()
+            if done.is_set():
+                return
+            yield text
+
+    # "spawn": the tokenizers library has threads, which do not survive a fork.
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(workers, _start_worker, (tokenizer_file,)) as pool:
+        try:
+            for tokens in pool.imap(_encode_in_worker, throttled(), chunksize=16):
+                ahead.release()
+                yield tokens
+        finally:
+            done.set()
+            ahead.release()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("inputs", type=Path, nargs="+", help="text files, .jsonl files, folders")
+    parser.add_argument("--output", type=Path, required=True, help="PREFIX of the files to write")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="a tokenizer.json")
+    parser.add_argument("--json-key", default="text", help="key of the text in .jsonl files")
+    parser.add_argument("--suffix", action="append", help="in folders: only such files, e.g. .py")
+    parser.add_argument("--workers", type=int, default=1, help="processes that tokenize")
+    parser.add_argument("--overwrite", action="store_true", help="replace existing output")
+    args = parser.parse_args()
+    try:
+        refuse_existing([bin_path(args.output), idx_path(args.output)], args.overwrite)
+        if not args.tokenizer.is_file():
+            raise FileNotFoundError(f"{args.tokenizer}: no such file")
+        texts = iterate_documents(args.inputs, args.json_key, args.suffix)
+        documents, tokens = prepare(texts, args.tokenizer, args.output, args.workers)
+    except (OSError, ValueError) as error:
+        sys.exit(f"prepare_data.py: {error}")
+    print(f"{args.output}.bin, .idx: {documents:,} documents, {tokens:,} tokens")
+
+
+if __name__ == "__main__":
+    main()

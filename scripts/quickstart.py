@@ -1,0 +1,408 @@
+#!/usr/bin/env python3
+"""The quickstart behind quickstart.sh: each step runs the command a user would type, and prints it.
+
+Everything lies in runs/quickstart: text, tokenizer and data, a folder for each engine with its
+checkpoints and the Hugging Face model, and summary.json. A step whose result is there is not
+repeated. Exit code 1 if the loss fell by less than 30 %, or if the verification failed."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from link_neox import commit_of
+from plot_loss import plot, read_losses
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "runs" / "quickstart"
+MODEL_CONFIG = ROOT / "configs" / "metala_tiny.yml"
+TEXT_BYTES = 8_000_000
+VOCABULARY = 4096
+WANTED_FALL = 0.3
+WANTED_DIFFERENCE = 1e-4
+PROMPT = "def read(self"
+SAMPLE_TOKENS = 100
+
+
+class StepFailed(Exception):
+    """A command of the quickstart failed; the message says which, and where its output is."""
+
+
+def show(path: Path) -> str:
+    """A path as a user in the repository's folder would write it."""
+    return os.path.relpath(path, ROOT) if path.is_relative_to(ROOT) else str(path)
+
+
+def heading(text: str) -> None:
+    print(f"\n== {text}", flush=True)
+
+
+def command_line(arguments: list[str | Path], folder: Path = ROOT) -> list[str]:
+    """Prints a command as it can be typed, and returns it for `subprocess`."""
+    shown = [show(a) if isinstance(a, Path) and folder == ROOT else str(a) for a in arguments]
+    place = "" if folder == ROOT else f"cd {show(folder)} && "
+    print(f"$ {place}python {' '.join(shown)}", flush=True)
+    return [sys.executable, *map(str, arguments)]
+
+
+def run(
+    arguments: list[str | Path],
+    log: Path | None = None,
+    folder: Path = ROOT,
+    on_line: Callable[[str], None] | None = None,
+) -> str:
+    """Runs a Python command and returns what it printed.
+
+    Args:
+        arguments: after `python`.
+        log: file that its output is appended to; else the output is shown.
+        folder: to run in.
+        on_line: called with each line of output as it comes.
+
+    Raises:
+        StepFailed: it exited with another code than 0.
+    """
+    process = subprocess.Popen(
+        command_line(arguments, folder),
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT if log else None,
+        text=True,
+        errors="replace",
+    )
+    lines = []
+    try:
+        with open(log or os.devnull, "a") as file:
+            for line in process.stdout:
+                lines.append(line)
+                file.write(line)
+                file.flush()
+                if not log:
+                    print(line, end="", flush=True)
+                if on_line:
+                    on_line(line)
+    finally:
+        # Also on Ctrl-C: the launcher then ends its ranks.
+        if process.poll() is None:
+            try:
+                process.wait(timeout=10)
+            except subprocess.TimeoutExpired:
+                process.terminate()
+                process.wait()
+    if process.returncode:
+        if log:
+            sys.stderr.writelines(line[:300].rstrip() + "\n" for line in lines[-25:])
+        where = f"; its output is in {show(log)}" if log else ""
+        raise StepFailed(f"{arguments[0]} failed with exit code {process.returncode}{where}")
+    return "".join(lines)
+
+
+def write_text(path: Path) -> None:
+    """The sources of Python's standard library as JSON lines, up to TEXT_BYTES, in an order that is
+    random and always the same: the last documents become the validation set."""
+    library = Path(sysconfig.get_paths()["stdlib"])
+    left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
+    left_out |= {"encodings", "pydoc_data"}  # tables and manuals
+    files = [
+        p.relative_to(library)
+        for p in library.rglob("*.py")
+        if not left_out & set(p.relative_to(library).parts)
+    ]
+    files.sort(key=lambda p: hashlib.sha256(p.as_posix().encode()).digest())
+    size = 0
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "w", encoding="utf-8") as out:
+        for file in tqdm(files, desc=f"Reading {library}", unit=" files"):
+            try:
+                text = (library / file).read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError):
+                continue
+            out.write(json.dumps({"text": text, "file": file.as_posix()}) + "\n")
+            size += len(text)
+            if size > TEXT_BYTES:
+                break
+    temporary.replace(path)
+
+
+def prepare_data() -> tuple[Path, Path]:
+    """Text, tokenizer and token files; returns the tokenizer's path and the data's prefix."""
+    text, tokenizer = FOLDER / "text.jsonl", FOLDER / "tokenizer.json"
+    prefix = FOLDER / "data" / "text_document"
+    heading("Text: the Python standard library's sources")
+    if not text.exists():
+        write_text(text)
+        tokenizer.unlink(missing_ok=True)
+    print(f"{show(text)}: {text.stat().st_size / 1e6:.1f} MB")
+    heading("Tokenizer and data")
+    if not tokenizer.exists():
+        size = ["--vocab-size", str(VOCABULARY)]
+        run(["scripts/train_tokenizer.py", text, "--output", tokenizer, *size])
+        prefix.with_suffix(".idx").unlink(missing_ok=True)
+    if not prefix.with_suffix(".idx").exists():
+        inputs = [text, "--tokenizer", tokenizer]
+        run(["scripts/prepare_data.py", *inputs, "--output", prefix, "--overwrite"])
+    print(f"{show(tokenizer)}, {show(prefix)}.bin, .idx")
+    return tokenizer, prefix
+
+
+def write_local_config(folder: Path, tokenizer: Path, prefix: Path) -> Path:
+    """The YAML file beside the model's: where data and checkpoints are, as in local_setup.yml."""
+    wandb = os.environ.get("WANDB_MODE") == "offline" or "WANDB_API_KEY" in os.environ
+    settings = {
+        "data_path": str(prefix),
+        "data_impl": "mmap",
+        "tokenizer_type": "HFTokenizer",
+        "vocab_file": str(tokenizer),
+        "save": str(folder / "checkpoints"),
+        "load": str(folder / "checkpoints"),
+        "num_gpus": 1,
+        "use_wandb": wandb,
+        "wandb_project": "metala-quickstart",
+    }
+    path = folder / "quickstart_local.yml"
+    path.write_text(json.dumps(settings, indent=2) + "\n")
+    return path
+
+
+def start_anew_if_changed(folder: Path, *inputs: Path) -> None:
+    """Removes an engine's folder where its training had other settings or another tokenizer."""
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in inputs)).hexdigest()
+    used = folder / "inputs.sha256"
+    if folder.exists() and (not used.exists() or used.read_text() != digest):
+        print(f"{show(folder)} is of other settings or another tokenizer: starting anew")
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    used.write_text(digest)
+
+
+def setting(config: Path, key: str) -> int:
+    from megatron_patch.neox.yaml_config import merge_yaml
+
+    return merge_yaml([config])[key]
+
+
+def largest_difference(output: str) -> float:
+    """The figure in what a verifying command printed."""
+    found = re.findall(r"[Ll]argest logit difference[a-z ]*:? *([0-9.e+-]+|nan|inf)", output)
+    if not found:
+        raise StepFailed("the verification printed no largest logit difference")
+    return float(found[-1])
+
+
+class Engine:
+    """What the two engines have in common: train, then a verified Hugging Face folder."""
+
+    name: str
+    title: str
+    log: Path  # that plot_loss.py reads
+
+    def __init__(self, tokenizer: Path, prefix: Path, config: Path = MODEL_CONFIG):
+        self.folder = FOLDER / self.name
+        self.config = config
+        start_anew_if_changed(self.folder, config, tokenizer)
+        self.tokenizer = tokenizer
+        self.local = write_local_config(self.folder, tokenizer, prefix)
+        self.checkpoints = self.folder / "checkpoints"
+        self.hf_model = self.folder / "hf"
+        self.iterations = setting(config, "train_iters")
+
+    def is_trained(self) -> bool:
+        raise NotImplementedError
+
+    def checkpoint(self) -> Path:
+        raise NotImplementedError
+
+    def train(self) -> None:
+        raise NotImplementedError
+
+    def export(self) -> float:
+        """Writes `hf_model` and returns the largest logit difference that its check found."""
+        raise NotImplementedError
+
+    def export_once(self) -> float:
+        """As `export`, or the figure of an earlier one of the same checkpoint."""
+        record = self.folder / "verified.json"
+        key = {"checkpoint": str(self.checkpoint()), "at": self.checkpoint().stat().st_mtime}
+        if record.exists() and (self.hf_model / "config.json").exists():
+            earlier = json.loads(record.read_text())
+            if {k: earlier[k] for k in key} == key:
+                print(f"{show(self.hf_model)}: already there and verified")
+                return earlier["max_logit_diff"]
+        difference = self.export()
+        record.write_text(json.dumps({**key, "max_logit_diff": difference}) + "\n")
+        return difference
+
+
+class NeoX(Engine):
+    """GPT-NeoX through its own launcher."""
+
+    name = "neox"
+    title = "GPT-NeoX"
+
+    def __init__(self, checkout: Path, tokenizer: Path, prefix: Path):
+        super().__init__(tokenizer, prefix)
+        self.checkout = checkout
+        self.log = self.folder / "train.log"
+
+    def checkpoint(self) -> Path:
+        return self.checkpoints / f"global_step{self.iterations}"
+
+    def is_trained(self) -> bool:
+        latest = self.checkpoints / "latest"
+        done = latest.exists() and latest.read_text().strip() == self.checkpoint().name
+        return done and self.checkpoint().is_dir()
+
+    def train(self) -> None:
+        print(f"Its output goes to {show(self.log)}. The first start compiles for a minute.")
+        bar = tqdm(total=self.iterations, desc="Training", mininterval=0)
+
+        def advance(line: str) -> None:
+            if match := re.search(r"iteration\s+(\d+)/.*?lm_loss: (\S+)", line):
+                bar.set_postfix(loss=f"{float(match[2]):.3f}", refresh=False)
+                bar.update(int(match[1]) - bar.n)
+
+        with bar:
+            arguments = ["./deepy.py", "train.py", self.config, self.local]
+            run(arguments, log=self.log, folder=self.checkout, on_line=advance)
+        if not self.is_trained():
+            raise StepFailed(f"training left no {show(self.checkpoint())}; see {show(self.log)}")
+
+    def export(self) -> float:
+        output = run(
+            [
+                *["convert/neox_to_hf.py", "--checkpoint", self.checkpoints],
+                *["--output", self.hf_model, "--tokenizer", self.tokenizer],
+                *["--verify", "--overwrite"],
+            ]
+        )
+        return largest_difference(output)
+
+
+class Embedded(Engine):
+    """The Hugging Face Trainer."""
+
+    name = "embedded"
+    title = "Hugging Face Trainer"
+
+    def __init__(self, tokenizer: Path, prefix: Path):
+        super().__init__(tokenizer, prefix)
+        self.log = self.checkpoints / "metrics.jsonl"
+        self.difference: float | None = None
+
+    def checkpoint(self) -> Path:
+        return self.checkpoints / f"checkpoint-{self.iterations}"
+
+    def is_trained(self) -> bool:
+        return (self.checkpoint() / "trainer_state.json").exists()
+
+    def train(self) -> None:
+        """Its command also writes and verifies the Hugging Face folder."""
+        output = run(
+            ["scripts/train_hf.py", self.config, self.local, "--output", self.hf_model, "--verify"]
+        )
+        self.difference = largest_difference(output)
+
+    def export(self) -> float:
+        if self.difference is None:
+            self.train()
+        return self.difference
+
+
+def write_sample(folder: Path) -> str:
+    """A sampled continuation of PROMPT by the exported model, from the Auto classes."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    import megatron_patch.hf  # noqa: F401  (makes the Auto classes know MetaLA)
+
+    logging.disable_progress_bar()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    torch.manual_seed(0)
+    tokens = model.generate(
+        **tokenizer(PROMPT, return_tensors="pt"),
+        max_new_tokens=SAMPLE_TOKENS,
+        do_sample=True,
+        temperature=0.8,
+        top_k=50,
+    )
+    return tokenizer.decode(tokens[0], skip_special_tokens=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--fresh", action="store_true", help="remove runs/quickstart first")
+    args = parser.parse_args()
+    started = time.monotonic()
+    if args.fresh and FOLDER.exists():
+        shutil.rmtree(FOLDER)
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    checkout = Path(os.environ["GPT_NEOX_PATH"]) if os.environ.get("GPT_NEOX_PATH") else None
+
+    tokenizer, prefix = prepare_data()
+    if checkout:
+        engine = NeoX(checkout, tokenizer, prefix)
+        heading(f"Training with GPT-NeoX in {show(checkout)}")
+    else:
+        engine = Embedded(tokenizer, prefix)
+        heading("Training with the embedded engine, the Hugging Face Trainer")
+    if engine.is_trained():
+        print(f"{show(engine.checkpoint())}: already trained (--fresh trains again)")
+    else:
+        engine.train()
+    heading("Export to Hugging Face, and verification")
+    difference = engine.export_once()
+    heading("A sample")
+    sample = write_sample(engine.hf_model)
+    print(sample)
+
+    losses = read_losses(engine.log)
+    picture = FOLDER / "loss.png"
+    plot({engine.title: losses}, picture, "MetaLA tiny")
+    first, last = next(iter(losses.train.values())), next(reversed(losses.train.values()))
+    summary = {
+        "engine": engine.name,
+        "neox_commit": commit_of(checkout) if checkout else None,
+        "first_loss": first,
+        "last_loss": last,
+        "checkpoint": show(engine.checkpoint()),
+        "hf_model": show(engine.hf_model),
+        "max_logit_diff": difference,
+        "sample": sample,
+        "loss_curve": show(picture),
+    }
+    (FOLDER / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    learned = last <= (1 - WANTED_FALL) * first
+    equal = difference <= WANTED_DIFFERENCE
+
+    heading(f"Summary ({time.monotonic() - started:.0f} s)")
+    print(f"loss          {first:.3f} -> {last:.3f} ({last / first - 1:+.0%})", end="")
+    print("" if learned else f"   FAILED: wanted {-WANTED_FALL:+.0%} or better")
+    print(f"verification  largest logit difference {difference:.1e}", end="")
+    print("" if equal else f"   FAILED: wanted at most {WANTED_DIFFERENCE:.0e}")
+    print(f"checkpoint    {summary['checkpoint']}")
+    print(f"model         {summary['hf_model']}   (AutoModelForCausalLM.from_pretrained)")
+    print(f"loss curve    {summary['loss_curve']}")
+    print(f"all of it     {show(FOLDER / 'summary.json')}")
+    return 0 if learned and equal else 1
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except StepFailed as failure:
+        sys.exit(f"quickstart: {failure}")
+    except KeyboardInterrupt:
+        sys.exit("quickstart: interrupted; the same command goes on from here")

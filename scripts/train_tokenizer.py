@@ -1,0 +1,60 @@
+#!/usr/bin/env python3
+"""Trains a byte-level BPE tokenizer on text files and writes a tokenizer.json for GPT-NeoX's
+`HFTokenizer` and for Hugging Face: every text can be encoded, <|endoftext|> ends a document."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from prepare_data import END_OF_TEXT, iterate_documents, refuse_existing
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+# As END_OF_TEXT, a name that GPT-NeoX looks up.
+PADDING = "<|padding|>"
+SMALLEST = 256 + 2  # every byte, and these two
+
+
+def train(texts: Iterable[str], vocab_size: int, progress: bool = True) -> Tokenizer:
+    """A tokenizer of at most `vocab_size` entries; the same texts give the same tokenizer."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT, PADDING],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=progress and sys.stderr.isatty(),
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("inputs", type=Path, nargs="+", help="text files, .jsonl files, folders")
+    parser.add_argument("--output", type=Path, required=True, help="tokenizer.json to write")
+    parser.add_argument("--vocab-size", type=int, default=32000)
+    parser.add_argument("--json-key", default="text", help="key of the text in .jsonl files")
+    parser.add_argument("--suffix", action="append", help="in folders: only such files, e.g. .py")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    args = parser.parse_args()
+    if args.vocab_size < SMALLEST:
+        parser.error(f"--vocab-size: found {args.vocab_size}, wanted at least {SMALLEST}")
+    try:
+        refuse_existing([args.output], args.overwrite)
+        documents = iterate_documents(args.inputs, args.json_key, args.suffix)
+        tokenizer = train(documents, args.vocab_size)
+    except (OSError, ValueError) as error:
+        sys.exit(f"train_tokenizer.py: {error}")
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = args.output.with_name(args.output.name + ".tmp")
+    tokenizer.save(str(temporary))
+    temporary.replace(args.output)
+    print(f"{args.output}: {tokenizer.get_vocab_size()} entries")
+
+
+if __name__ == "__main__":
+    main()

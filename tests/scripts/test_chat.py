@@ -1,0 +1,313 @@
+"""scripts/chat.py: what is typed, what is read, what is answered."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from megatron_patch.hf import MetaLAConfig, MetaLAForCausalLM
+
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|endoftext|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+# Loses what the model has said, as templates do that leave out earlier reasoning.
+FORGETFUL_TEMPLATE = TEMPLATE.replace("{{ m.content }}", "{{ m.content | truncate(9, true) }}")
+NO_SYSTEM_TEMPLATE = (
+    "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    + TEMPLATE
+)
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "chat.py"
+
+
+def build_tokenizer(tokenizer_file, template=None):
+    return PreTrainedTokenizerFast(
+        tokenizer_file=str(tokenizer_file), eos_token="<|endoftext|>", chat_template=template
+    )
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = MetaLAConfig(
+        vocab_size=512,
+        decoder_embed_dim=32,
+        decoder_layers=2,
+        decoder_attention_heads=2,
+        glu_dim=40,
+        init_std=0.3,  # so that the likeliest token depends on what came before
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=1,
+    )
+    return MetaLAForCausalLM(config).eval()
+
+
+@pytest.fixture
+def folder(model, tokenizer_file, tmp_path):
+    """A model's folder with the chat template given."""
+
+    def build(template=None, name="model"):
+        model.save_pretrained(tmp_path / name)
+        build_tokenizer(tokenizer_file, template).save_pretrained(tmp_path / name)
+        return tmp_path / name
+
+    return build
+
+
+@pytest.fixture
+def fed(model, monkeypatch):
+    """The lengths of all inputs that the model is given from now on."""
+    lengths = []
+    forward = model.forward
+
+    def counted(input_ids, **kwargs):
+        lengths.append(input_ids.shape[1])
+        return forward(input_ids, **kwargs)
+
+    monkeypatch.setattr(model, "forward", counted)
+    return lengths
+
+
+def greedy(logits):
+    return int(logits[2:].argmax()) + 2  # neither the end nor the padding token
+
+
+def talk(conversation, *turns, tokens=5):
+    answers = []
+    for words in turns:
+        ids = []
+        turn = conversation.say(words, greedy, tokens, ids.append)
+        answers.append((turn, ids))
+    return answers
+
+
+@pytest.mark.parametrize("template", [None, TEMPLATE])
+def test_a_turn_reads_only_what_is_new(script_modules, model, tokenizer_file, fed, template):
+    from chat import Conversation
+
+    tokenizer = build_tokenizer(tokenizer_file, template)
+    conversation = Conversation(model, tokenizer, system="Be brief.")
+    turns = talk(conversation, "def read(self):", "and now?", "go on")
+    read = [turn.tokens_read for turn, _ in turns]
+    assert fed == [n for count in read for n in (count, 1, 1, 1, 1, 1)]
+
+    # Each answer is that of one run over everything before it.
+    size = conversation.cache.nbytes
+    whole: list[int] = []
+    if template is None:
+        news = ["Be brief.\ndef read(self):", "\nand now?", "\ngo on"]
+    else:
+        said = "<|system|>Be brief.<|endoftext|><|user|>def read(self):<|endoftext|><|assistant|>"
+        more = [
+            f"<|endoftext|><|user|>{w}<|endoftext|><|assistant|>" for w in ("and now?", "go on")
+        ]
+        news = [said, *more]
+    for new, (turn, answer) in zip(news, turns, strict=True):
+        ids = tokenizer(new)["input_ids"]
+        assert turn.tokens_read == len(ids) and turn.tokens_written == len(answer) == 5
+        whole += ids
+        for token in answer:
+            assert greedy(model(torch.tensor([whole])).logits[0, -1]) == token
+            whole.append(token)
+    assert conversation.cache.get_seq_length() == len(whole)
+    assert conversation.cache.nbytes == size
+
+
+def test_a_long_text_is_read_in_pieces(script_modules, model, tokenizer_file, fed, monkeypatch):
+    import chat
+
+    whole = chat.Conversation(model, build_tokenizer(tokenizer_file))
+    ((turn, answer),) = talk(whole, "to read " * 40, tokens=2)
+    fed.clear()
+    monkeypatch.setattr(chat, "TOKENS_AT_ONCE", 16)
+    ((_, again),) = talk(chat.Conversation(model, whole.tokenizer), "to read " * 40, tokens=2)
+    assert again == answer and max(fed) == 16 and sum(fed) == turn.tokens_read + 2
+
+
+def test_an_end_token_ends_and_is_not_read(script_modules, model, tokenizer_file):
+    from chat import Conversation
+
+    conversation = Conversation(model, build_tokenizer(tokenizer_file, TEMPLATE))
+    script = iter([7, 8, 0, 9, 0])
+    shown = []
+    turn = conversation.say("one", lambda logits: next(script), 10, shown.append)
+    assert shown == [7, 8] and turn.tokens_written == 2
+    assert conversation.cache.get_seq_length() == turn.tokens_read + 2
+    stops = iter([False, True])
+    turn = conversation.say("two", lambda _: next(script), 10, shown.append, lambda: next(stops))
+    assert shown == [7, 8, 9] and turn.tokens_written == 1
+    assert [m["role"] for m in conversation.messages] == ["user", "assistant"] * 2
+
+
+def test_a_template_that_rewrites_the_past_reads_all_again(
+    script_modules, model, tokenizer_file, capsys
+):
+    from chat import Conversation
+
+    tokenizer = build_tokenizer(tokenizer_file, FORGETFUL_TEMPLATE)
+    conversation = Conversation(model, tokenizer)
+    talk(conversation, "words that are too long to keep", "more", tokens=12)
+    assert "reading all again" in capsys.readouterr().err
+    prompt = tokenizer.apply_chat_template(
+        conversation.messages[:-1], tokenize=False, add_generation_prompt=True
+    )
+    count = len(tokenizer(prompt)["input_ids"])
+    assert conversation.cache.get_seq_length() == count + 12
+
+
+def test_a_template_that_refuses_says_so(script_modules, model, tokenizer_file):
+    from chat import ChatError, Conversation
+
+    tokenizer = build_tokenizer(tokenizer_file, NO_SYSTEM_TEMPLATE)
+    conversation = Conversation(model, tokenizer, system="Be brief.")
+    with pytest.raises(ChatError, match="the chat template: no system role"):
+        talk(conversation, "hello")
+    assert [m["role"] for m in conversation.messages] == ["system"]
+
+
+def test_saved_and_loaded(script_modules, model, tokenizer_file, tmp_path):
+    from chat import ChatError, Conversation
+
+    tokenizer = build_tokenizer(tokenizer_file, TEMPLATE)
+    conversation = Conversation(model, tokenizer)
+    talk(conversation, "one", "two")
+    conversation.save(tmp_path / "talk")
+    expected = talk(conversation, "three")
+    other = Conversation(model, tokenizer)
+    other.load(tmp_path / "talk")
+    again = talk(other, "three")
+    assert again[0][1] == expected[0][1]
+    assert again[0][0].tokens_read == expected[0][0].tokens_read
+    assert other.messages == conversation.messages
+
+    with pytest.raises(ChatError, match="nothing: no saved conversation"):
+        other.load(tmp_path / "nothing")
+    (tmp_path / "text").write_text("no tensors")
+    with pytest.raises(ChatError, match="text: no saved conversation"):
+        other.load(tmp_path / "text")
+    conversation.cache.save(tmp_path / "state")
+    with pytest.raises(ChatError, match="state: no saved conversation"):
+        other.load(tmp_path / "state")
+    smaller = MetaLAForCausalLM(MetaLAConfig(**{**model.config.to_dict(), "decoder_layers": 1}))
+    with pytest.raises(ChatError, match="talk: the conversation of another model"):
+        Conversation(smaller.eval(), tokenizer).load(tmp_path / "talk")
+    with pytest.raises(ChatError, match="talk: kept without --plain"):
+        Conversation(model, tokenizer, plain=True).load(tmp_path / "talk")
+    with pytest.raises(ChatError, match="no-folder"):
+        conversation.save(tmp_path / "no-folder" / "talk")
+    assert other.messages == conversation.messages  # a failed load changes nothing
+
+
+def test_choosing(script_modules):
+    from chat import chooser
+
+    torch.manual_seed(0)
+    logits = torch.tensor([0.0, 3.0, 2.0, -9.0])
+    assert chooser(0, 0.5)(logits) == 1
+    assert {chooser(1.0, 0.1)(logits) for _ in range(50)} == {1}
+    assert {chooser(1.0, 0.97)(logits) for _ in range(200)} == {1, 2}
+    drawn = [chooser(1.0, 1.0)(logits) for _ in range(2000)]
+    shares = torch.bincount(torch.tensor(drawn), minlength=4) / 2000
+    torch.testing.assert_close(shares, logits.softmax(-1), atol=0.04, rtol=0)
+
+
+def run(folder, typed, *options):
+    return subprocess.run(
+        [sys.executable, SCRIPT, folder, "--temperature=0", "--max-new-tokens=6", *options],
+        input=typed,
+        capture_output=True,
+        text=True,
+        cwd=folder.parent,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
+
+
+def test_driven_from_standard_input(folder):
+    result = run(
+        folder(TEMPLATE),
+        "hello\n/save talk\nmore\n/reset\n/load talk\nmore\n/reset\nhello\n\n"
+        "/nonsense\n/save\n/load missing\n/quit\nnot read\n",
+        "--stats",
+    )
+    assert result.returncode == 0, result.stderr
+    out = result.stdout
+    read = [int(n) for n in re.findall(r"\((\d+) tokens read, \d+ written", out)]
+    assert len(read) == 4
+    assert read[1] == read[2] and read[0] == read[3]
+    blocks = re.split(r"\(\d+ tokens read.*\n", out)
+    first, again = blocks[0], blocks[3]
+    assert first.strip() and again.replace("(all forgotten)\n", "") == first
+    assert blocks[1].split(")\n")[-1] == blocks[2].split(")\n")[-1]
+    assert "(/nonsense: no such command; there are /reset, /save, /load, /quit)" in out
+    assert "(/save: wanted the name of a file after it)" in out
+    assert "(missing: no saved conversation" in out
+
+
+def test_plain_text_and_the_end_of_input(folder):
+    result = run(folder(), "def read(self):\n/usr/bin is a path, not a command\n", "--stats")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("tokens read") == 2 and "no such command" not in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--top-p=0", "--top-p: wanted above 0, at most 1"),
+        ("--temperature=-1", "--temperature: wanted 0 or more"),
+        ("--max-new-tokens=0", "--max-new-tokens: wanted at least 1"),
+    ],
+)
+def test_senseless_options_are_named(script_modules, monkeypatch, capsys, option, message):
+    import chat
+
+    monkeypatch.setattr("sys.argv", ["chat.py", "folder", option])
+    with pytest.raises(SystemExit):
+        chat.main()
+    assert message in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_the_answer_alone(folder):
+    """At a terminal, where the script prompts: the answer is cut, the conversation goes on."""
+    main, terminal = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, SCRIPT, folder(), "--max-new-tokens=1000000", "--seed=0", "--stats"],
+        stdin=terminal,
+        stdout=terminal,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TERM": "dumb"},
+    )
+    seen = ""
+
+    def wait_for(text):
+        nonlocal seen
+        deadline = time.time() + 120
+        while text not in seen and time.time() < deadline:
+            seen += os.read(main, 65536).decode(errors="replace")
+        assert text in seen
+        seen = seen.split(text, 1)[1]
+
+    try:
+        wait_for("> ")
+        os.write(main, b"hello\n")
+        wait_for("hello")
+        time.sleep(1.0)
+        process.send_signal(signal.SIGINT)
+        wait_for("tokens read")
+        wait_for("> ")
+        os.write(main, b"/quit\n")
+        assert process.wait(timeout=60) == 0
+    finally:
+        process.kill()
+        os.close(main)
+        os.close(terminal)

@@ -1,0 +1,114 @@
+"""What the embedded engine reads, ignores and refuses of GPT-NeoX's settings."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_patch.embedded.settings import IGNORED_SETTINGS, EmbeddedSettings, read_settings
+from megatron_patch.embedded.trainer import find_checkpoint, training_arguments
+from megatron_patch.neox.settings import SettingsError
+
+
+def test_defaults_are_gpt_neoxs(small_run):
+    settings, ignored = read_settings([small_run(metala={"tau": 8})])
+    assert ignored == ["distributed_backend"]
+    assert settings.metala_settings.tau == 8
+    assert settings.weight_decay == 0.1
+    assert settings.gradient_clipping == 1.0
+    assert settings.seed == 1234
+    assert settings.optimizer.params.eps == 1e-8
+    assert settings.batch(world_size=2) == (4, 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_parallel_size": 2}, "model_parallel_size: found 2, wanted 0 or 1 in the embedded"),
+        ({"pipe_parallel_size": 2}, "pipe_parallel_size: found 2, wanted 0 or 1 in the embedded"),
+        ({"sequence_parallel": True}, "sequence_parallel: found True, wanted False"),
+        ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage: found 3, wanted 0 or 1"),
+        (
+            {"optimizer": {"type": "Lion", "params": {"lr": 1}}},
+            "optimizer.type: found 'Lion', want",
+        ),
+        ({"optimizer": {"params": {"lr": 1, "x": 2}}}, "optimizer.params.x: not a setting"),
+        ({"optimizer": None}, "optimizer: found nothing, wanted a value"),
+        ({"no_such_key": 1}, "no_such_key: not a setting of the embedded engine; remove it or"),
+        ({"train_epochs": 1}, "train_epochs: not a setting of the embedded engine"),
+        ({"hidden_dropout": 0.1}, "hidden_dropout: found 0.1, wanted 0 in the embedded engine"),
+        ({"norm": "layernorm"}, "norm: found 'layernorm', wanted simplermsnorm or rmsnorm"),
+        ({"norm": None}, "norm: found 'layernorm', wanted simplermsnorm or rmsnorm"),
+        ({"pos_emb": "rotary"}, "pos_emb: found 'rotary', wanted none"),
+        ({"tokenizer_type": "SPMTokenizer"}, "tokenizer_type: found 'SPMTokenizer', wanted HFTok"),
+        ({"train_iters": -1}, "train_iters: found -1, input should be greater than 0"),
+        ({"warmup": "much"}, "warmup: found 'much', input should be a valid number"),
+        ({"metala": {"tua": 1}}, "metala.tua: unknown key"),
+        ({"metala": {"backend": "triton"}}, "metala.backend: found 'triton', wanted auto"),
+        ({"hidden_size": 66}, "hidden_size: found 66, wanted a multiple of"),
+        (
+            {"attention_config": [[["metala", "global"], 1]]},
+            "attention_config: found layers of type global, wanted metala alone in the embedded",
+        ),
+        ({"data_path": None}, "data_path: wanted either it or train_data_paths"),
+        ({"train_data_paths": ["a"]}, "data_path: wanted either it or train_data_paths"),
+        (
+            {"data_path": None, "train_data_paths": ["a"], "train_data_weights": [1, 2]},
+            "train_data_weights: wanted one for each of train_data_paths",
+        ),
+        ({"vocab_file": "no-such.json"}, "vocab_file: found no file no-such.json"),
+        ({"train_batch_size": 7}, "train_batch_size: found 7, wanted train_micro_batch_size_per"),
+        ({"train_micro_batch_size_per_gpu": None}, "train_micro_batch_size_per_gpu: found nothing"),
+    ],
+)
+def test_refused(small_run, changes, message):
+    with pytest.raises(SettingsError) as error:
+        read_settings([small_run(**changes)])
+    assert str(error.value).startswith(message)
+    assert "\n" not in str(error.value)
+
+
+def test_several_mistakes_are_told_at_once(small_run):
+    with pytest.raises(SettingsError, match="model_parallel_size: .*; .*no_such_key: "):
+        read_settings([small_run(model_parallel_size=2, no_such_key=1)])
+
+
+def test_no_setting_is_both_read_and_ignored():
+    assert not IGNORED_SETTINGS & set(EmbeddedSettings.model_fields)
+
+
+def test_batch_settings_as_in_gpt_neox(small_run):
+    def batch(world_size, **changes):
+        return read_settings([small_run(**changes)])[0].batch(world_size)
+
+    assert batch(1, gradient_accumulation_steps=3) == (4, 3)
+    assert batch(1, train_batch_size=4) == (4, 1)
+    total = {"train_batch_size": 12, "train_micro_batch_size_per_gpu": None}
+    assert batch(2, **total) == (6, 1)
+    assert batch(2, **total, gradient_accumulation_steps=3) == (2, 3)
+
+
+def test_fp16_needs_a_gpu(small_run, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    settings, _ = read_settings([small_run(precision="fp16")])
+    with pytest.raises(SettingsError, match="precision: found fp16, wanted fp32 or bfloat16"):
+        training_arguments(settings, evaluate=False)
+
+
+def test_a_run_that_was_to_go_on_needs_its_checkpoint(small_run, tmp_path):
+    def find(**changes):
+        return find_checkpoint(read_settings([small_run(**changes)])[0])
+
+    assert find() is None  # `load` is `save`: the first start
+    assert find(load=None) is None
+    with pytest.raises(SettingsError, match="load: found no checkpoint in .*elsewhere, wanted one"):
+        find(load=str(tmp_path / "elsewhere"))
+
+    for name in ("checkpoint-8", "checkpoint-16", "checkpoint-24"):
+        (tmp_path / "run" / name).mkdir(parents=True)
+        if name != "checkpoint-24":  # as a run leaves it that was killed while it wrote
+            (tmp_path / "run" / name / "trainer_state.json").write_text("{}")
+    assert find() == tmp_path / "run" / "checkpoint-16"
+
+    (tmp_path / "neox" / "global_step5").mkdir(parents=True)
+    with pytest.raises(SettingsError, match="load: found a GPT-NeoX checkpoint in .*neox_to_hf.py"):
+        find(load=str(tmp_path / "neox"))

@@ -1,0 +1,213 @@
+"""The embedded engine trains, resumes, exports and verifies."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from megatron_patch.embedded.model import build_model, load_tokenizer, model_config
+from megatron_patch.embedded.settings import read_settings
+from megatron_patch.embedded.trainer import (
+    learning_rate_factor,
+    parameter_groups,
+    read_metrics,
+    wandb_wanted,
+)
+from megatron_patch.hf import MetaLAForCausalLM
+
+
+def losses_of(folder):
+    rows = read_metrics(folder / "metrics.jsonl")
+    return {row["iteration"]: row["loss"] for row in rows if "loss" in row}
+
+
+@pytest.fixture
+def train_hf(script_modules, monkeypatch, capsys):
+    """Runs train_hf.py in this process, which has loaded all that it needs; returns its output."""
+    import train_hf
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+
+    def train(*arguments):
+        monkeypatch.setattr("sys.argv", ["train_hf.py", *map(str, arguments)])
+        train_hf.main()
+        return capsys.readouterr().out
+
+    return train
+
+
+def test_trains_saves_and_verifies(small_run, train_hf, run_script, tmp_path):
+    result = run_script("train_hf.py", small_run(), "--verify")
+    assert result.returncode == 0, result.stderr
+    output = result.stdout
+    assert "Settings without a meaning in the embedded engine: distributed_backend" in output
+    difference = float(output.split("Largest logit difference after reloading: ")[1].split()[0])
+    assert difference <= 1e-4
+
+    losses = losses_of(tmp_path / "run")
+    assert list(losses) == list(range(1, 17))
+    assert losses[1] == pytest.approx(math.log(512), abs=0.4)
+    assert losses[16] < 0.8 * losses[1]
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [row["iteration"] for row in rows if "eval_loss" in row] == [8, 16]
+
+    model = MetaLAForCausalLM.from_pretrained(tmp_path / "run" / "hf")
+    assert model.config.eos_token_id == 0 and model.config.pad_token_id == 1
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "hf")
+    assert len(tokenizer) == model.config.vocab_size == 512
+    assert tokenizer.decode(tokenizer("def f(x):")["input_ids"]) == "def f(x):"
+
+    assert "training is already complete" in train_hf(small_run())
+    assert losses_of(tmp_path / "run") == losses
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(small_run, train_hf, tmp_path):
+    train_hf(small_run("unbroken"))
+    unbroken = losses_of(tmp_path / "unbroken")
+
+    config = small_run("stopped")
+    train_hf(config)
+    stopped = tmp_path / "stopped"
+    # As a run leaves it that was killed at iteration 11, while it wrote a line.
+    shutil.rmtree(stopped / "checkpoint-16")
+    lines = (stopped / "metrics.jsonl").read_text().splitlines(keepends=True)
+    kept = [line for line in lines if json.loads(line)["iteration"] <= 11]
+    (stopped / "metrics.jsonl").write_text("".join(kept) + '{"iteration": 12, "lo')
+    assert f"going on from {stopped / 'checkpoint-8'}" in train_hf(config)
+
+    resumed = losses_of(stopped)
+    assert list(resumed) == list(unbroken)
+    for iteration, loss in resumed.items():
+        assert loss == pytest.approx(unbroken[iteration], abs=1e-6), iteration
+
+
+def test_accumulation_is_one_large_batch(small_run, train_hf, tmp_path):
+    small = {"train_iters": 3, "eval_iters": 0, "checkpoint_factor": None}
+    train_hf(small_run("large", **small))
+    train_hf(
+        small_run(
+            "accumulated", train_micro_batch_size_per_gpu=2, gradient_accumulation_steps=2, **small
+        )
+    )
+    large = read_metrics(tmp_path / "large" / "metrics.jsonl")
+    accumulated = read_metrics(tmp_path / "accumulated" / "metrics.jsonl")
+    for a, b in zip(large, accumulated, strict=True):
+        # 1e-4: transformers 4 rounds the logged loss
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-4)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+
+
+def test_other_options_train(small_run, train_hf, tmp_path):
+    config = small_run(
+        train_iters=2,
+        precision="bfloat16",
+        norm="rmsnorm",
+        no_weight_tying=None,
+        checkpoint_activations=True,
+        metala={"self_augmentation": False, "init": "neox"},
+    )
+    train_hf(config, "--output", tmp_path / "elsewhere", "--verify")
+    model = MetaLAForCausalLM.from_pretrained(tmp_path / "elsewhere")
+    assert model.config.norm_type == "rmsnorm" and model.config.tie_word_embeddings
+
+
+def test_refusals_are_one_line(small_run, run_script):
+    result = run_script("train_hf.py", small_run(model_parallel_size=2))
+    assert result.returncode == 1
+    assert result.stderr.strip().splitlines()[-1] == (
+        "train_hf.py: model_parallel_size: found 2, wanted 0 or 1 in the embedded engine"
+    )
+    assert "Traceback" not in result.stderr
+
+
+def test_offline_wandb_leaves_a_run(small_run, run_script, tmp_path):
+    pytest.importorskip("wandb")
+    config = small_run(train_iters=2, eval_iters=0, use_wandb=True, wandb_project="metala-test")
+    result = run_script("train_hf.py", config, WANDB_MODE="offline", WANDB_DIR=str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    (run,) = (tmp_path / "wandb").glob("offline-run-*")
+    assert list(run.glob("run-*.wandb"))
+
+
+def test_wandb_is_used_with_a_key_or_offline(small_run, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("wandb")
+    names = ("MODE", "API_KEY", "LOCAL", "PROJECT", "BASE_URL", "RUN_GROUP", "ENTITY")
+    for name in names:
+        monkeypatch.setenv(f"WANDB_{name}", "")  # so that what is set here is undone
+        monkeypatch.delenv(f"WANDB_{name}")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    settings, _ = read_settings([small_run(use_wandb=True, wandb_project="p", wandb_team="t")])
+    assert not wandb_wanted(settings)
+    assert "no API key found" in capsys.readouterr().err
+    monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
+    assert wandb_wanted(settings)
+    assert (os.environ["WANDB_PROJECT"], os.environ["WANDB_ENTITY"]) == ("p", "t")
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert not wandb_wanted(settings)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert wandb_wanted(settings)
+    assert not wandb_wanted(read_settings([small_run(use_wandb=False)])[0])
+
+
+@pytest.mark.parametrize("style", ["cosine", "linear", "exponential", "constant"])
+def test_learning_rate(small_run, style):
+    settings, _ = read_settings([small_run(lr_decay_style=style, train_iters=100, warmup=0.1)])
+    factors = [learning_rate_factor(settings, step) for step in range(101)]
+    assert factors[0] == factors[1] == 0.1  # GPT-NeoX's first two steps
+    assert factors[10] == 1.0
+    last = {"cosine": 0.1, "linear": 0.1, "exponential": math.exp(-0.693), "constant": 1.0}
+    assert factors[100] == pytest.approx(last[style])
+    assert factors[10:] == sorted(factors[10:], reverse=True)
+    half = {"cosine": 0.55, "linear": 0.5, "exponential": math.exp(-0.3465), "constant": 1.0}
+    assert factors[55] == pytest.approx(half[style])
+
+
+def test_weight_decay_skips_biases_norms_and_aug_balance(small_run):
+    settings, _ = read_settings([small_run(norm="rmsnorm")])
+    model = build_model(settings, model_config(settings, load_tokenizer(settings)))
+    decayed, free = parameter_groups(model, 0.1)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert {names[id(p)].removeprefix("model.layers.0.") for p in free["params"][:4]} == {
+        "channel_norm.weight",
+        "token_mixer.aug_balance",
+        "token_mixer.g_proj.bias",
+        "token_norm.weight",
+    }
+    assert names[id(free["params"][-1])] == "model.final_norm.weight"
+    assert len(free["params"]) == 2 * 4 + 1
+    assert len(decayed["params"]) + len(free["params"]) == len(names)
+    assert decayed["weight_decay"] == 0.1 and free["weight_decay"] == 0.0
+
+
+def test_initialisation_as_neox(small_run):
+    def stds(**changes):
+        settings, _ = read_settings([small_run(**changes)])
+        model = build_model(settings, model_config(settings, load_tokenizer(settings)))
+        mixer = model.model.layers[0].token_mixer
+        return [w.weight.std().item() for w in (mixer.q_proj, mixer.out_proj)]
+
+    assert stds(metala={"init": "neox"}) == pytest.approx([0.02, 0.01], rel=0.1)
+    assert stds(metala={"init": "neox"}, output_layer_init_method="normal") == pytest.approx(
+        [0.02, 0.02], rel=0.1
+    )
+    xavier = 2**-2.5 * math.sqrt(2 / (64 + 32))
+    assert stds(metala={"init": "authors"}) == pytest.approx([xavier, 0.02], rel=0.1)
+
+
+def test_verification_finds_a_changed_weight(small_run, script_modules, tmp_path):
+    from train_hf import TOLERANCE, largest_difference, save
+
+    settings, _ = read_settings([small_run()])
+    model = build_model(settings, model_config(settings, load_tokenizer(settings)))
+    save(model, settings, tmp_path / "hf")
+    tokens = torch.arange(20)[None]
+    assert largest_difference(model, tmp_path / "hf", tokens) <= TOLERANCE
+    with torch.no_grad():
+        model.model.layers[1].channel_mixer.l2.weight[3, 5] += 0.1
+    assert largest_difference(model, tmp_path / "hf", tokens) > TOLERANCE
