@@ -25,7 +25,8 @@ EXTRAS = {
     "gpu": ["triton>=3.0", "flash-linear-attention>=0.4", "causal-conv1d>=1.4"],
     "wandb": ["wandb"],
 }
-EXTRAS["dev"] = sorted({*EXTRAS["hf"], "hypothesis", "matplotlib", "pre-commit", "pytest", "ruff"})
+TOOLS = ["hypothesis", "matplotlib", "peft", "pre-commit", "pytest", "ruff"]
+EXTRAS["dev"] = sorted({*EXTRAS["hf"], *TOOLS})
 
 setup(
     name="metala-neox",

@@ -1,11 +1,24 @@
 #!/usr/bin/env bash
-# Sets everything up and runs the tests; arguments go to pytest, e.g. ./scripts/test.sh tests/ops -k chunked
+# Sets everything up and runs the tests; arguments go to pytest, e.g. ./scripts/test.sh tests/ops -k
+# chunked. Without arguments all tests run, those of tests/hf also with the oldest transformers.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup.sh
 
 status=0
 "$METALA_PYTHON" -m pytest "$@" || status=$?
+
+if [ $# -eq 0 ]; then
+  oldest="$VIRTUAL_ENV/transformers4"
+  if ! cmp -s constraints-transformers4.txt "$oldest/constraints-transformers4.txt"; then
+    rm -rf "$oldest"
+    "$METALA_PYTHON" -m pip install -qq --disable-pip-version-check --no-deps --target "$oldest" \
+      -r constraints-transformers4.txt
+    cp constraints-transformers4.txt "$oldest"
+  fi
+  echo "==== tests/hf again, with $(grep '^transformers==' constraints-transformers4.txt)"
+  PYTHONPATH="$oldest" "$METALA_PYTHON" -m pytest tests/hf || status=$?
+fi
 
 echo
 if [ -n "$GPT_NEOX_PATH" ]; then
