@@ -5,6 +5,8 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup.sh
 
+# Threads that spin while they wait slow several processes on few cores tenfold.
+export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
 status=0
 "$METALA_PYTHON" -m pytest "$@" || status=$?
 

@@ -36,6 +36,8 @@ def activate_cpu_mode(args) -> None:
         # LOCAL_SIZE.
         ranks = args.num_gpus or max(args.model_parallel_size, 1) * max(args.pipe_parallel_size, 1)
         os.environ["LOCAL_SIZE"] = str(ranks)
+        # Threads that spin while they wait slow each other's work down where cores are few.
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     elif not already_active and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // _local_ranks()))
     if already_active:
