@@ -24,6 +24,7 @@ EXTRAS = {
     "hf": ["accelerate>=1.0", "safetensors", "tokenizers", "tqdm", "transformers>=4.46"],
     "gpu": ["triton>=3.0", "flash-linear-attention>=0.4", "causal-conv1d>=1.4"],
     "wandb": ["wandb"],
+    "eval": ["lm_eval>=0.4.5,<0.5"],
 }
 TOOLS = ["hypothesis", "matplotlib", "peft", "pre-commit", "pytest", "ruff"]
 EXTRAS["dev"] = sorted({*EXTRAS["hf"], *TOOLS})

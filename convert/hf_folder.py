@@ -117,7 +117,8 @@ def write_config(
     special: SpecialTokens,
     dtype: torch.dtype,
 ) -> None:
-    """Writes config.json and generation_config.json.
+    """Writes config.json, generation_config.json, and the model's code, with which the folder loads
+    where this package is not installed.
 
     Args:
         folder: where to.
@@ -129,6 +130,7 @@ def write_config(
     from transformers import GenerationConfig
 
     from megatron_patch.hf import MetaLAConfig
+    from megatron_patch.hf.remote_code import write_model_code
 
     metala = MetaLASettings.parse(args.metala)
     tokens = {
@@ -163,3 +165,4 @@ def write_config(
     values["torch_dtype"] = values["dtype"] = str(dtype).removeprefix("torch.")
     write_json(path, dict(sorted(values.items())))
     GenerationConfig(**tokens).save_pretrained(folder)
+    write_model_code(folder)

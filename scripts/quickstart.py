@@ -49,12 +49,11 @@ def heading(text: str) -> None:
     print(f"\n== {text}", flush=True)
 
 
-def command_line(arguments: list[str | Path], folder: Path = ROOT) -> list[str]:
-    """Prints a command as it can be typed, and returns it for `subprocess`."""
+def print_command(arguments: list[str | Path], folder: Path = ROOT) -> None:
+    """Prints a Python command as it can be typed."""
     shown = [show(a) if isinstance(a, Path) and folder == ROOT else str(a) for a in arguments]
     place = "" if folder == ROOT else f"cd {show(folder)} && "
     print(f"$ {place}python {' '.join(shown)}", flush=True)
-    return [sys.executable, *map(str, arguments)]
 
 
 def run(
@@ -67,15 +66,17 @@ def run(
 
     Args:
         arguments: after `python`.
-        log: file that its output is appended to; else the output is shown.
+        log: file that its output is appended to; else command and output are shown.
         folder: to run in.
         on_line: called with each line of output as it comes.
 
     Raises:
         StepFailed: it exited with another code than 0.
     """
+    if not log:
+        print_command(arguments, folder)
     process = subprocess.Popen(
-        command_line(arguments, folder),
+        [sys.executable, *map(str, arguments)],
         cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT if log else None,
@@ -265,17 +266,20 @@ class NeoX(Engine):
         return done and self.checkpoint().is_dir()
 
     def train(self) -> None:
-        print(f"Its output goes to {show(self.log)}. The first start compiles for a minute.")
+        arguments = ["./deepy.py", "train.py", self.config, self.local]
+        print_command(arguments, self.checkout)
+        print(f"Its output goes to {show(self.log)}. The first start compiles a helper.")
         bar = tqdm(total=self.iterations, desc="Training", mininterval=0)
 
         def advance(line: str) -> None:
             if match := re.search(r"iteration\s+(\d+)/.*?lm_loss: (\S+)", line):
+                if not bar.n:
+                    bar.n = bar.initial = int(match[1])  # a resumed run's steps took no time
                 bar.set_postfix(loss=f"{float(match[2]):.3f}", refresh=False)
                 bar.update(int(match[1]) - bar.n)
 
         with bar:
-            arguments = ["./deepy.py", "train.py", self.config, self.local]
-            run(arguments, log=self.log, folder=self.checkout, on_line=advance)
+            run(arguments, self.log, self.checkout, on_line=advance)
         if not self.is_trained():
             raise StepFailed(f"training left no {show(self.checkpoint())}; see {show(self.log)}")
 

@@ -18,6 +18,7 @@ from megatron_patch.embedded.samples import build_samples
 from megatron_patch.embedded.settings import EmbeddedSettings, read_settings
 from megatron_patch.embedded.trainer import checkpoint_step, find_checkpoint, train
 from megatron_patch.hf import MetaLAForCausalLM
+from megatron_patch.hf.remote_code import write_model_code
 from megatron_patch.neox.settings import SettingsError
 
 TOLERANCE = 1e-4  # of logits in float32, from the reloaded folder
@@ -42,8 +43,9 @@ def run(settings: EmbeddedSettings) -> MetaLAForCausalLM:
 
 
 def save(model: MetaLAForCausalLM, settings: EmbeddedSettings, folder: Path) -> None:
-    """Writes model, configuration and tokenizer."""
+    """Writes model, its code, configuration and tokenizer."""
     model.save_pretrained(folder)
+    write_model_code(folder)
     load_tokenizer(settings).save_pretrained(folder)
 
 

@@ -228,15 +228,20 @@ class MetaLACache(Cache):
             layer.apply(torch.Tensor.detach)
         return self
 
-    def save(self, path: str | os.PathLike) -> None:
-        """Writes the states to a safetensors file, from which `load` resumes."""
+    def save(self, path: str | os.PathLike, metadata: dict[str, str] | None = None) -> None:
+        """Writes the states to a safetensors file, from which `load` resumes.
+
+        Args:
+            path: the file.
+            metadata: text of the caller's to keep beside the states, under names of its own.
+        """
         tensors = {
             f"layers.{index}.{name}": tensor.detach().contiguous()
             for index, layer in enumerate(self.layers)
             for name, tensor in layer.tensors()
         }
-        metadata = {"format": "pt", "layers": str(len(self)), "seen_tokens": str(self._seen_tokens)}
-        save_file(tensors, path, metadata=metadata)
+        own = {"format": "pt", "layers": str(len(self)), "seen_tokens": str(self._seen_tokens)}
+        save_file(tensors, path, metadata={**(metadata or {}), **own})
 
     @classmethod
     def load(cls, path: str | os.PathLike, device: str | torch.device = "cpu") -> MetaLACache:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from transformers.configuration_utils import PretrainedConfig
@@ -147,6 +148,23 @@ class MetaLAConfig(PretrainedConfig):
                 f"{2 * self.decoder_attention_heads}"
             )
 
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
+        """As transformers does it. If the configuration names model code (`auto_map`), that code
+        is written beside it, whether it was loaded from there or is this package's."""
+        # `_auto_class`: loaded from a model folder, whose files transformers copies.
+        if self._auto_class is None and getattr(self, "auto_map", None):
+            try:
+                from megatron_patch.hf.remote_code import AUTO_MAP, write_model_code
+            except ImportError:
+                pass
+            else:
+                os.makedirs(save_directory, exist_ok=True)
+                write_model_code(save_directory)
+                self.auto_map = dict(AUTO_MAP)
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
     @property
     def head_key_dim(self) -> int:
         """K, the width of a head's queries and keys."""
@@ -157,5 +175,9 @@ class MetaLAConfig(PretrainedConfig):
         """V, the width of a head's values."""
         return self.decoder_embed_dim // self.decoder_attention_heads
 
+
+if __name__.startswith("transformers_modules."):
+    # Loaded from a model folder: saved with this code.
+    MetaLAConfig.register_for_auto_class()
 
 __all__ = ["MetaLAConfig"]

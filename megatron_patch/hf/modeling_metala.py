@@ -125,6 +125,7 @@ class MetaLATokenMixer(nn.Module):
         dim = config.decoder_embed_dim
         self.num_heads = config.decoder_attention_heads
         self.tau = float(config.tau)
+        self.scale = config.head_key_dim**-0.5
         self.norm_eps = float(config.output_norm_eps)
         self.conv_width = config.conv_width
 
@@ -165,6 +166,7 @@ class MetaLATokenMixer(nn.Module):
             aug,
             self._heads(self.g_proj(x)),
             tau=self.tau,
+            scale=self.scale,
             norm_eps=self.norm_eps,
             initial_state=recurrent_state,
             output_final_state=output_state,
@@ -421,8 +423,10 @@ class MetaLAModel(MetaLAPreTrainedModel):
         hidden = self.final_norm(hidden)
 
         def as_given(x: torch.Tensor) -> torch.Tensor:
-            """To the rows and the order in which the tokens came."""
-            x = x.reshape(batch, time, -1)
+            """To the rows and the order in which the tokens came. Where those are the same it is x
+            itself, so that `retain_grad` finds its gradient."""
+            if packed:
+                x = x.reshape(batch, time, -1)
             return x if restore is None else x.gather(1, restore[..., None].expand_as(x))
 
         hidden = as_given(hidden)
@@ -657,5 +661,10 @@ class MetaLAForCausalLM(MetaLAPreTrainedModel, GenerationMixin):
             )
         return super()._get_deprecated_gen_repo(generation_mode, *args, **kwargs)
 
+
+if __name__.startswith("transformers_modules."):
+    # Loaded from a model folder: saved with this code. transformers 5 would say so by itself.
+    MetaLAModel.register_for_auto_class("AutoModel")
+    MetaLAForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 
 __all__ = ["MetaLAForCausalLM", "MetaLAModel", "MetaLAPreTrainedModel"]

@@ -1,7 +1,7 @@
 """The two operators that the model calls.
 
-A file of its own, so that an exported folder can carry another one of this name: all files beside
-this one import nothing but torch, transformers and each other.
+A file of its own, because an exported folder carries another one of this name, which works without
+this package: the model's other files import nothing but torch, transformers and each other.
 """
 
 from megatron_patch.ops import meta_linear_attention, short_convolution

@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import megatron_patch.hf
 from megatron_patch.hf import MetaLAConfig, MetaLAForCausalLM, MetaLAModel
+from megatron_patch.hf.remote_code import AUTO_MAP
 
 # Every key that the authors' configuration class knows, and some that transformers writes beside
 # them.
@@ -51,8 +52,9 @@ def test_authors_config_file_loads_and_is_kept(tmp_path):
     written = json.loads((tmp_path / "again/config.json").read_text())
     again = MetaLAConfig.from_pretrained(tmp_path / "again")
     for key, value in AUTHORS_CONFIG.items():
-        if key not in ("transformers_version", "torch_dtype"):
+        if key not in ("transformers_version", "torch_dtype", "auto_map"):
             assert getattr(again, key, written.get(key)) == value, key
+    assert again.auto_map == AUTO_MAP  # the code written beside it
     assert not {"hidden_size", "num_hidden_layers", "intermediate_size"} & set(written)
 
 

@@ -2,11 +2,8 @@
 
 import json
 import math
-import os
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +12,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-import megatron_patch.hf
 from megatron_patch.hf import MetaLAForCausalLM, MetaLAModel
 
 
@@ -282,40 +278,6 @@ def test_weights_are_read_inside_their_own_modules(tiny_model, tokens):
     output = model(input_ids[:, :4])
     rest = model(input_ids[:, 4:], past_key_values=output.past_key_values).logits
     torch.testing.assert_close(torch.cat([output.logits, rest], 1), expected, rtol=1e-3, atol=1e-4)
-
-
-REMOTE = """
-import sys, torch
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
-assert type(model).__module__.startswith("transformers_modules."), type(model).__module__
-assert "megatron_patch.hf" not in sys.modules
-ids = torch.tensor([[5, 6, 7]])
-out = model.generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=None)
-print(out.tolist())
-"""
-
-
-def test_the_files_work_flat_in_a_model_folder(tiny_model, tmp_path):
-    """As remote code: nothing but the operators' file may reach outside."""
-    model = tiny_model()
-    model.config.auto_map = {
-        "AutoConfig": "configuration_metala.MetaLAConfig",
-        "AutoModelForCausalLM": "modeling_metala.MetaLAForCausalLM",
-    }
-    model.save_pretrained(tmp_path / "model")
-    for file in Path(megatron_patch.hf.__file__).parent.glob("*_metala.py"):
-        shutil.copy(file, tmp_path / "model")
-    result = subprocess.run(
-        [sys.executable, "-c", REMOTE, tmp_path / "model"],
-        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "cache")},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr
-    ids = torch.tensor([[5, 6, 7]])
-    expected = model.generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=None)
-    assert result.stdout.splitlines()[-1] == str(expected.tolist())
 
 
 def test_convolution_is_silu_of_the_causal_sum(tiny_model):

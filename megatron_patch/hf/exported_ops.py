@@ -1,0 +1,46 @@
+"""The operators' file of an exported model folder, before `remote_code.py` makes it self-contained.
+
+In the folder, the first imports from `megatron_patch.ops` are replaced by the definitions that they
+name, with all that those use; the rest of this file stays as it is.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from megatron_patch.ops.chunked import meta_linear_attention
+from megatron_patch.ops.short_convolution import _convolve, _convolve_packed, _own_memory
+
+
+def short_convolution(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    activation: str | None = "silu",
+    initial_state: torch.Tensor | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Causal depthwise convolution of x [B, T, D] with weight [D, 1, W] along time, and SiLU.
+
+    The state [N, D, W - 1] holds the last inputs, oldest first; `cu_seqlens` [N + 1] bounds
+    sequences that are packed along time.
+    """
+    if cu_seqlens is None:
+        y, final_state = _convolve(x, weight, initial_state)
+    else:
+        y, final_state = _convolve_packed(x, weight, initial_state, cu_seqlens)
+    if activation == "silu":
+        y = F.silu(y)
+    return y.to(x.dtype), _own_memory(final_state) if output_final_state else None
+
+
+# The package's own operators choose among GPU kernels: they take the place of the above where it is
+# installed.
+try:
+    from megatron_patch.ops import meta_linear_attention, short_convolution
+except ImportError:
+    pass
+
+__all__ = ["meta_linear_attention", "short_convolution"]

@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# Evaluates a model folder on the seven commonsense tasks of the table that the MetaLA authors publish
+# with their checkpoints, zero-shot, and prints its figures beside theirs.
+#
+#   ./scripts/evaluate.sh FOLDER [options of lm_eval run, such as --limit 100 --batch_size 16]
+#   TASKS=piqa,lambada_openai ./scripts/evaluate.sh FOLDER
+#
+# The tasks' data comes from the Hugging Face Hub at the first run. Results stay in
+# runs/evaluate/NAME-OF-FOLDER. The model is built by this package, never by code from the folder.
+set -euo pipefail
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+
+if [ $# -eq 0 ] || [ "${1#-}" != "$1" ]; then
+  sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}" >&2
+  exit 2
+fi
+folder="$1"
+shift
+
+if [ -n "${METALA_PYTHON:-}" ]; then python="$METALA_PYTHON"
+elif [ -n "${VIRTUAL_ENV:-}" ]; then python="$VIRTUAL_ENV/bin/python"
+elif [ -x "$root/.venv/bin/python" ]; then python="$root/.venv/bin/python"
+else python=python3; fi
+export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
+"$python" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("lm_eval") is None)' || {
+  echo "evaluate: lm_eval is not installed: $python -m pip install 'lm_eval>=0.4.5,<0.5'" >&2
+  exit 1
+}
+
+results="runs/evaluate/$(basename "$folder")"
+# Imported first, megatron_patch.hf is what lm_eval's AutoModel finds for a MetaLA configuration.
+"$python" -c 'import megatron_patch.hf; from lm_eval.__main__ import cli_evaluate; cli_evaluate()' \
+  --model hf --model_args "pretrained=$folder" --num_fewshot 0 --batch_size auto \
+  --tasks "${TASKS:-boolq,piqa,hellaswag,winogrande,arc_easy,arc_challenge,openbookqa}" \
+  --output_path "$results" "$@"
+"$python" "$root/scripts/evaluation_table.py" "$results"

@@ -1,0 +1,108 @@
+#!/usr/bin/env python3
+"""Prints results of lm_eval beside the figures that the MetaLA authors publish."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+# "CommonSense Reasoning benchmark" in https://github.com/BICLab/MetaLA (README, commit 3353262):
+# the released checkpoints of 0.38B, 1B and 3B parameters, trained on 300B tokens; accuracy in %.
+SIZES = ("0.38B", "1B", "3B")
+PUBLISHED = {
+    "boolq": (60.09, 59.05, 62.84),
+    "piqa": (67.79, 69.37, 74.16),
+    "hellaswag": (38.51, 46.43, 59.25),
+    "winogrande": (50.99, 54.38, 58.80),
+    "arc_easy": (52.19, 57.41, 64.52),
+    "arc_challenge": (25.60, 26.96, 33.28),
+    "openbookqa": (30.00, 33.00, 35.80),
+}
+PUBLISHED_AVERAGE = (46.45, 49.52, 55.52)
+METRICS = ("acc", "acc_norm")
+EXPLANATION = """\
+acc and acc_norm: this model, by lm_eval, in %; acc_norm divides an answer's log-likelihood by its
+length. MetaLA: the authors' figures for their checkpoints of these sizes. They do not say which of
+the two metrics theirs are."""
+
+
+def newest_results(path: Path) -> Path:
+    """The results file itself, or the newest one in a folder.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    if path.is_file():
+        return path
+    files = sorted(path.rglob("results*.json"), key=lambda file: file.stat().st_mtime)
+    if not files:
+        raise FileNotFoundError(f"{path}: no results of lm_eval (results*.json)")
+    return files[-1]
+
+
+def read_results(path: Path) -> dict[str, dict[str, float]]:
+    """Task to metric to accuracy in %, for the tasks that report accuracies.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))["results"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path}: no results of lm_eval") from None
+    found = {}
+    for task, values in results.items():
+        # Keys are "metric,filter".
+        accuracies = {
+            metric: 100 * values[f"{metric},none"]
+            for metric in METRICS
+            if isinstance(values.get(f"{metric},none"), float)
+        }
+        if accuracies:
+            found[task] = accuracies
+    return found
+
+
+def table(results: dict[str, dict[str, float]]) -> str:
+    """The table as text: the published tasks in the authors' order, then others, then averages.
+
+    A task that lacks acc_norm counts with acc in the average of acc_norm. Averages are over the
+    seven tasks, and are left out where one is missing.
+    """
+    header = ["task", *METRICS, *(f"MetaLA {size}" for size in SIZES)]
+    rows = []
+    for task in [*PUBLISHED, *(task for task in results if task not in PUBLISHED)]:
+        ours = [results.get(task, {}).get(metric) for metric in METRICS]
+        rows.append([task, *ours, *PUBLISHED.get(task, [None] * len(SIZES))])
+    if all(task in results for task in PUBLISHED):
+        seven = [results[task] for task in PUBLISHED]
+        acc = sum(values["acc"] for values in seven) / len(seven)
+        acc_norm = sum(values.get("acc_norm", values["acc"]) for values in seven) / len(seven)
+        rows.append(["average", acc, acc_norm, *PUBLISHED_AVERAGE])
+    texts = [header]
+    for row in rows:
+        texts.append([row[0], *("-" if x is None else f"{x:.2f}" for x in row[1:])])
+    widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
+    lines = []
+    for name, *cells in texts:
+        cells = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
+        lines.append("  ".join([name.ljust(widths[0]), *cells]))
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("results", type=Path, help="lm_eval's results file, or a folder of them")
+    path = parser.parse_args().results
+    try:
+        path = newest_results(path)
+        text = table(read_results(path))
+    except (OSError, ValueError) as error:
+        sys.exit(str(error))
+    print(f"{path}\n\n{text}\n\n{EXPLANATION}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""setup.sh finds, clones and links GPT-NeoX, or says in a line why not."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+NEOX_FILES = ("deepy.py", "train.py", "megatron/__init__.py", "megatron/model/gpt2_model.py")
+
+
+def git(folder, *arguments):
+    identity = ["-c", "user.name=t", "-c", "user.email=t@example.org", "-c", "core.hooksPath="]
+    result = subprocess.run(
+        ["git", "-C", folder, *identity, *arguments], check=True, capture_output=True, text=True
+    )
+    return result.stdout.strip()
+
+
+@pytest.fixture
+def origin(tmp_path):
+    """A repository with the files that GPT-NeoX is known by."""
+    folder = tmp_path / "origin"
+    for name in NEOX_FILES:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("# GPT-NeoX\n")
+    (folder / "configs").mkdir()
+    (folder / "configs" / "one.yml").touch()
+    git(folder, "init", "--quiet")
+    git(folder, "add", ".")
+    git(folder, "commit", "--quiet", "-m", "one")
+    return folder
+
+
+@pytest.fixture
+def set_up(tmp_path, origin):
+    """Runs a copy of setup.sh, for which `origin` is GPT-NeoX, in an environment where all packages
+    are installed already."""
+    if not shutil.which("make") or not shutil.which("g++"):
+        pytest.skip("setup.sh wants a compiler for GPT-NeoX")
+    copy = tmp_path / "repository"
+    shutil.copytree(ROOT / "scripts", copy / "scripts")
+    shutil.copytree(ROOT / "configs", copy / "configs", symlinks=True)
+    for name in ("constraints.txt", "setup.py"):
+        shutil.copy(ROOT / name, copy)
+    link = copy / "scripts" / "link_neox.py"
+    commit = git(origin, "rev-parse", "HEAD")
+    link.write_text(re.sub('TESTED_COMMIT = ".*"', f'TESTED_COMMIT = "{commit}"', link.read_text()))
+
+    environment = tmp_path / "environment"
+    (environment / "bin").mkdir(parents=True)
+    python = environment / "bin" / "python"
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    sums = subprocess.run(
+        f'cd "{copy}" && cat constraints.txt setup.py scripts/setup.sh | cksum',
+        shell=True,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    (environment / ".metala-set-up").write_text(f"{sums.stdout.strip()} {copy}\nyes\n")
+
+    def run(url=f"file://{origin}", **variables):
+        variables = {"VIRTUAL_ENV": str(environment), "GPT_NEOX_URL": url, **variables}
+        inherited = {k: v for k, v in os.environ.items() if k != "GPT_NEOX_PATH"}
+        result = subprocess.run(
+            [copy / "scripts" / "setup.sh"],
+            env={**inherited, **variables},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        return result, copy / "third_party" / "gpt-neox"
+
+    return run
+
+
+def test_clones_links_and_reuses(set_up, origin):
+    part = origin.parent / "repository" / "third_party" / "gpt-neox.part"
+    part.mkdir(parents=True)  # of a clone that was interrupted
+    result, clone = set_up()
+    assert result.returncode == 0, result.stderr
+    assert f"{clone}: linked" in result.stdout
+    assert f"engine {clone}" in result.stdout
+    assert "megatron_patch.neox.register()" in (clone / "megatron" / "__init__.py").read_text()
+    assert not part.exists()
+    again, _ = set_up(url="file:///nowhere")
+    assert f"{clone}: already linked" in again.stdout
+
+
+def test_an_unreachable_clone_means_the_embedded_engine(set_up):
+    result, clone = set_up(url="file:///nowhere")
+    assert result.returncode == 0, result.stderr
+    assert "embedded engine: cannot clone file:///nowhere" in result.stdout
+    assert result.stdout.rstrip().endswith("engine embedded")
+    assert not clone.exists()
+
+
+def test_a_checkout_that_is_named(set_up, origin):
+    result, clone = set_up(url="file:///nowhere", GPT_NEOX_PATH=str(origin))
+    assert result.returncode == 0, result.stderr
+    assert f"{origin}: linked" in result.stdout and not clone.exists()
+    wrong, _ = set_up(GPT_NEOX_PATH="/nowhere")
+    assert wrong.returncode == 1 and "GPT_NEOX_PATH: no folder /nowhere" in wrong.stderr
+    other, _ = set_up(GPT_NEOX_PATH=str(origin.parent))
+    assert other.returncode == 1 and "is not a GPT-NeoX checkout" in other.stderr
+
+
+def test_the_embedded_engine_can_be_asked_for(set_up):
+    result, clone = set_up(METALA_ENGINE="embedded")
+    assert "embedded engine, as METALA_ENGINE says" in result.stdout
+    assert not clone.exists()
