@@ -94,6 +94,17 @@ def test_the_folder_is_what_transformers_loads(vocab_file, tmp_path):
     assert loaded.generate(**batch, max_new_tokens=3).shape[1] == 6
 
 
+def test_the_folder_carries_its_code(vocab_file, tmp_path):
+    """What `trust_remote_code` loads where this package is not installed; tests/hf runs it so."""
+    write(tmp_path / "neox", Model(), 1, 0, vocab_file)
+    neox_to_hf(tmp_path / "neox", tmp_path / "hf")
+    named = json.loads((tmp_path / "hf/config.json").read_text())["auto_map"]
+    assert set(named) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+    for reference in named.values():
+        module, name = reference.split(".")
+        assert f"class {name}(" in (tmp_path / f"hf/{module}.py").read_text()
+
+
 def test_a_tokenizer_without_special_tokens(tmp_path):
     plain = write_tokenizer(tmp_path / "tokenizer.json", special=())
     write(tmp_path / "neox", Model(layers=1), 1, 0, plain)
