@@ -47,7 +47,7 @@ def activate_cpu_mode(args) -> None:
             "MetaLA: no CUDA device and distributed_backend: gloo, running on the CPU", flush=True
         )
     _redirect_cuda()
-    _use_torch_adam()
+    _avoid_compiled_ops()
 
 
 def _local_ranks() -> int:
@@ -84,9 +84,13 @@ def _redirect_cuda() -> None:
     torch.nn.Module.cuda = lambda self, device=None: self
 
 
-def _use_torch_adam() -> None:
-    """GPT-NeoX builds DeepSpeed's compiled Adam for `cpu_torch_adam`, and a CUDA one for `adam`."""
+def _avoid_compiled_ops() -> None:
+    """PyTorch's Adam in place of DeepSpeed's compiled one, which GPT-NeoX builds for
+    `cpu_torch_adam` too, and of the CUDA one of `adam`; and none of the all-reduce that DeepSpeed
+    would compile for a minute at the first start and use for inference alone."""
+    import deepspeed.comm.torch
     import deepspeed.ops.adam
 
     deepspeed.ops.adam.DeepSpeedCPUAdam = torch.optim.AdamW
     deepspeed.ops.adam.FusedAdam = torch.optim.AdamW
+    deepspeed.comm.torch.build_shm_op = lambda: None

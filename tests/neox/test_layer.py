@@ -125,33 +125,48 @@ def test_layers_are_recomputed(neox_checkout, config, pipe_parallel_size):
     assert recomputed == weights
 
 
+def on_cpu(file: Path, config: dict) -> dict:
+    """The settings of a configuration file, changed as little as a CPU needs."""
+    keys = ("distributed_backend", "tokenizer_type", "vocab_file")
+    cpu = {key: config[key] for key in keys}
+    return {**yaml.safe_load(file.read_text()), **cpu, "precision": "fp32", "data_types": None}
+
+
 @pytest.mark.parametrize(
-    ("name", "parameters"),
-    [("380m", 373_952_512), ("1b", 1_364_467_712), ("3b", 2_914_922_496)],
+    ("name", "parameters", "batch"),
+    [
+        ("380m", 373_952_512, 256 * 2048),
+        ("1b", 1_364_467_712, 1024 * 2048),
+        ("3b", 2_914_922_496, 1024 * 2048),
+    ],
 )
-def test_parameter_counts_of_the_configurations(neox_checkout, config, name, parameters):
-    """Counted on the model that GPT-NeoX builds, on the meta device, with 32,000 tokens; the number
-    is also the one that the file's first line tells."""
+def test_sizes_of_the_configurations(neox_checkout, config, name, parameters, batch):
+    """Parameters of the model that GPT-NeoX builds, on the meta device, with 32,000 tokens; tokens
+    of a batch on one GPU and on 32. The former is also what the file's first line tells."""
     code = """
     from deepspeed.pipe import LayerSpec
     from megatron.model import GPT2ModelPipe
+    from megatron.model.init_functions import get_init_methods
     neox_args.padded_vocab_size = 32000
     torch.cuda.current_device = lambda: torch.device("meta")
-    model = GPT2ModelPipe.__new__(GPT2ModelPipe)
+    model = GPT2ModelPipe.__new__(GPT2ModelPipe)  # only its specs are needed
     torch.nn.Module.__init__(model)
-    from megatron.model.init_functions import get_init_methods
     model.neox_args, model.use_cache, model.parallel_output = neox_args, False, True
     model.hidden_size, model.num_tokentypes = neox_args.hidden_size, 0
     model.init_method, model.output_layer_init_method = get_init_methods(neox_args)
     model.init_specs()
     layers = [spec.build() for spec in model.specs if isinstance(spec, LayerSpec)]
-    answer(sum(p.numel() for layer in layers for p in layer.parameters()))
+    def batch(gpus):
+        args = NeoXArgs.from_dict({**json.loads(sys.argv[1]), "global_num_gpus": gpus})
+        sequences = args.train_micro_batch_size_per_gpu * args.gradient_accumulation_steps * gpus
+        return sequences * args.seq_length
+    answer([sum(p.numel() for layer in layers for p in layer.parameters()), batch(1), batch(32)])
     """
     file = CONFIGS / f"metala_{name}.yml"
-    model = yaml.safe_load(file.read_text())
-    cpu = {key: config[key] for key in ("distributed_backend", "tokenizer_type", "vocab_file")}
-    config = {**model, **cpu, "precision": "fp32", "data_types": None, "train_batch_size": None}
-    assert in_neox(neox_checkout, config, code) == parameters
+    if name == "380m":
+        assert (CONFIGS / "metala.yml").read_text() == file.read_text()
+    found = in_neox(neox_checkout, on_cpu(file, config), code)
+    assert found == [parameters, batch, batch]
     assert f"{parameters:,} parameters" in file.read_text()
 
 
