@@ -27,6 +27,7 @@ EXTRAS = {
     "eval": ["lm_eval>=0.4.5,<0.5"],
 }
 TOOLS = ["hypothesis", "matplotlib", "peft", "pre-commit", "pytest", "ruff"]
+TOOLS += ['triton>=3.0; platform_system == "Linux"']  # its interpreter runs the kernels on the CPU
 EXTRAS["dev"] = sorted({*EXTRAS["hf"], *TOOLS})
 
 setup(

@@ -72,8 +72,9 @@ def meta_linear_attention(
         cu_seqlens: int32 or int64 [N + 1], the boundaries of N sequences packed along time, of
             which any may be empty: B must be 1, the values rise from 0 to T. The values are checked
             on the CPU alone, where that is free.
-        backend: "auto" takes the first of "triton" and "fla" that is installed for CUDA tensors,
-            "chunked" (PyTorch) for all others and for float64. "reference" is the recurrence step
+        backend: "auto" takes the first of "triton" (where its configuration for these widths was
+            checked on a GPU, and T > 1) and "fla" that is installed for CUDA tensors, "chunked"
+            (PyTorch) for all others and for float64. "reference" is the recurrence step
             by step.
 
     Returns:
@@ -124,6 +125,8 @@ def meta_linear_attention(
             device,
         )
 
+    if backend == "auto":
+        backend = _choose(time, key_width, value_width, q.dtype, device)
     implementation = _implementation(backend, q.dtype, device)
     # Every backend chooses its own precision: autocast would halve that of the matrix products.
     kind = device.type
@@ -145,19 +148,27 @@ def meta_linear_attention(
         )
 
 
+def _choose(
+    time: int, key_width: int, value_width: int, dtype: torch.dtype, device: torch.device
+) -> str:
+    """The backend that "auto" stands for."""
+    if time > 1 and _obstacle("triton", dtype, device) is None:
+        from megatron_patch.ops.triton import is_checked
+
+        if is_checked(key_width, value_width, dtype):
+            return "triton"
+    return "fla" if _obstacle("fla", dtype, device) is None else "chunked"
+
+
 def _implementation(backend: str, dtype: torch.dtype, device: torch.device) -> Callable:
     """The function behind `backend` for tensors of this dtype on this device.
 
     Raises:
         ValueError: a backend named by the caller cannot run here; the message says why.
     """
-    if backend == "auto":
-        candidates = ("triton", "fla", "chunked")
-        backend = next(name for name in candidates if _obstacle(name, dtype, device) is None)
-    else:
-        obstacle = _obstacle(backend, dtype, device)
-        if obstacle is not None and not (backend == "triton" and _interpreted(dtype)):
-            raise ValueError(f"backend {backend!r}: {obstacle}; use backend 'auto' or 'chunked'")
+    obstacle = _obstacle(backend, dtype, device)
+    if obstacle is not None and not (backend == "triton" and _interpreted(dtype)):
+        raise ValueError(f"backend {backend!r}: {obstacle}; use backend 'auto' or 'chunked'")
 
     if backend == "triton":
         from megatron_patch.ops.triton import meta_linear_attention as implementation

@@ -192,7 +192,10 @@ def installed(monkeypatch):
 
     def install(*names):
         for name in ("triton", "fla"):
-            marker = SimpleNamespace(meta_linear_attention=f"{name} implementation")
+            marker = SimpleNamespace(
+                meta_linear_attention=f"{name} implementation",
+                is_checked=lambda key_width, value_width, dtype: key_width >= 32,
+            )
             monkeypatch.setattr(module, f"{name.upper()}_INSTALLED", name in names)
             monkeypatch.setitem(sys.modules, f"megatron_patch.ops.{name}", marker)
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)
@@ -201,21 +204,24 @@ def installed(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("names", "dtype", "device", "taken"),
+    ("names", "time", "key_width", "dtype", "device", "taken"),
     [
-        (("triton", "fla"), torch.bfloat16, CUDA, "triton"),
-        (("triton",), torch.float32, CUDA, "triton"),
-        (("fla",), torch.float16, CUDA, "fla"),
-        ((), torch.bfloat16, CUDA, "chunked"),
-        (("triton", "fla"), torch.float64, CUDA, "chunked"),
-        (("triton", "fla"), torch.bfloat16, CPU, "chunked"),
+        (("triton", "fla"), 9, 64, torch.bfloat16, CUDA, "triton"),
+        (("triton",), 9, 64, torch.float32, CUDA, "triton"),
+        (("triton", "fla"), 9, 16, torch.bfloat16, CUDA, "fla"),  # not checked on a GPU
+        (("triton",), 9, 16, torch.bfloat16, CUDA, "chunked"),
+        (("triton",), 1, 64, torch.bfloat16, CUDA, "chunked"),
+        (("fla",), 9, 64, torch.float16, CUDA, "fla"),
+        ((), 9, 64, torch.bfloat16, CUDA, "chunked"),
+        (("triton", "fla"), 9, 64, torch.float64, CUDA, "chunked"),
+        (("triton", "fla"), 9, 64, torch.bfloat16, CPU, "chunked"),
     ],
 )
-def test_auto_takes_the_fastest_that_can_run(installed, names, dtype, device, taken):
+def test_auto_takes_the_fastest_that_can_run(
+    installed, names, time, key_width, dtype, device, taken
+):
     installed(*names)
-    assert module._implementation("auto", dtype, device) == module._implementation(
-        taken, dtype, device
-    )
+    assert module._choose(time, key_width, 2 * key_width, dtype, device) == taken
 
 
 @pytest.mark.parametrize(
@@ -240,7 +246,7 @@ def test_triton_interpreter_runs_the_kernels_on_the_cpu_on_request_alone(install
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     named = module._implementation("triton", torch.float32, CPU)
     assert named == "triton implementation"
-    assert module._implementation("auto", torch.float32, CPU) != named
+    assert module._choose(9, 64, 128, torch.float32, CPU) == "chunked"
     with pytest.raises(ValueError, match="found float64"):
         module._implementation("triton", torch.float64, CPU)
 

@@ -1,0 +1,89 @@
+"""Which kernels' shapes serve which widths: no autotuning, so that every rank and every length runs
+the same configuration, and the first call compiles each kernel once."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class Configuration(NamedTuple):
+    """Tile sizes are powers of two; the last tile of a width is masked.
+
+    chunk: tokens per chunk. segment: tokens that one program carries a state over.
+    """
+
+    chunk: int
+    segment: int
+    precision: str
+    factor_warps: int
+    carry_k: int
+    carry_v: int
+    carry_warps: int
+    carry_stages: int
+    output_k: int
+    output_v: int
+    output_warps: int
+    output_registers: int | None
+    backward_warps: int
+    backward_registers: int | None
+    value_warps: int
+    value_registers: int | None
+    key_k: int
+    key_v: int
+    key_warps: int
+    key_stages: int
+    key_registers: int | None
+
+
+def power_of_two(width: int) -> int:
+    """The tile that holds `width`: matrix products need at least 16."""
+    return max(16, 1 << (width - 1).bit_length())
+
+
+def is_checked(key_width: int, value_width: int, dtype: torch.dtype) -> bool:
+    """Whether the configuration for these widths agreed with float64 on a GPU (an H200, by
+    `scripts/benchmark_ops.py --no-time`). `backend="auto"` takes these kernels for no other: Triton
+    has miscompiled some tiles on Hopper. Every MetaLA model has values twice as wide as keys."""
+    smallest, largest = {torch.bfloat16: (32, 256), torch.float32: (40, 128)}.get(dtype, (1, 0))
+    return value_width == 2 * key_width and smallest <= key_width <= largest
+
+
+def configure(key_width: int, value_width: int, dtype: torch.dtype) -> Configuration:
+    """The configuration for these widths. It depends on nothing else."""
+    k, v = power_of_two(key_width), power_of_two(value_width)
+    half = dtype == torch.bfloat16
+    # float16 operands would overflow in factors and gradients.
+    precision = "bf16" if half else "tf32x3"
+    small = k <= 64 and v <= 128
+    wide = k > 128 or v > 256
+    if half:
+        chunk = 32 if wide else 64
+    else:
+        chunk = 16 if wide else 32
+    return Configuration(
+        chunk=chunk,
+        segment=2048,
+        precision=precision,
+        factor_warps=2 if k <= 64 else 4 if k <= 128 else 8,
+        carry_k=min(k, 64),
+        carry_v=min(v, 128 if half and k <= 64 else 64 if half else 32),
+        carry_warps=4,
+        carry_stages=3,
+        output_k=min(k, 64 if half else 32),
+        output_v=v,
+        output_warps=4 if small and half else 8,
+        output_registers=160 if small and half else None,
+        backward_warps=4 if small and half else 8,
+        backward_registers=None,
+        value_warps=4 if small and half else 8,
+        value_registers=None,
+        # On Hopper with Triton 3.6, tiles of 64 tokens by 32 channels gave wrong gradients with 4
+        # warps: never choose them, and check every change here on the GPU.
+        key_k=64 if half and not wide else min(k, 32),
+        key_v=min(v, 128 if half else 32),
+        key_warps=4,
+        key_stages=1,
+        key_registers=None,
+    )

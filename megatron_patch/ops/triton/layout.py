@@ -1,0 +1,69 @@
+"""Where chunks and segments lie when sequences are packed, without waiting for the device."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class Layout(NamedTuple):
+    """Units (chunks or segments) of all sequences, numbered in order.
+
+    chunks, segments: how many each sequence has, or 0 for packed sequences.
+    chunk_count, segment_count: of all sequences; for packed ones an upper bound, since their number
+        is known to the device alone. Units beyond the last have sequence -1.
+    chunk_table: [chunk_count, 3] int32, sequence, index within it, and the segment it lies in.
+    segment_table: [segment_count, 3] int32, likewise, and its first chunk.
+    segment_bounds: [N + 1] int32, the first segment of each sequence.
+    """
+
+    sequences: int
+    chunks: int
+    segments: int
+    chunk_count: int
+    segment_count: int
+    chunk_table: torch.Tensor | None = None
+    segment_table: torch.Tensor | None = None
+    segment_bounds: torch.Tensor | None = None
+
+
+def lay_out(
+    batch: int, time: int, chunk: int, segment: int, cu_seqlens: torch.Tensor | None
+) -> Layout:
+    """The layout of B sequences of T tokens, or of those that `cu_seqlens` packs."""
+    if cu_seqlens is None:
+        chunks, segments = -(-time // chunk), -(-time // segment)
+        return Layout(batch, chunks, segments, batch * chunks, batch * segments)
+    bounds = cu_seqlens.long()
+    sequences = len(bounds) - 1
+    lengths = bounds.diff()
+    chunk_bounds = _bounds((lengths + chunk - 1) // chunk)
+    segment_bounds = _bounds((lengths + segment - 1) // segment)
+    chunk_count, segment_count = time // chunk + sequences, time // segment + sequences
+    per_segment = segment // chunk
+
+    sequence, index = _locate(chunk_bounds, chunk_count)
+    link = segment_bounds[sequence.clamp(min=0)] + index // per_segment
+    chunk_table = torch.stack([sequence, index, link], 1).int()
+    sequence, index = _locate(segment_bounds, segment_count)
+    link = chunk_bounds[sequence.clamp(min=0)] + index * per_segment
+    segment_table = torch.stack([sequence, index, link], 1).int()
+    return Layout(
+        sequences, 0, 0, chunk_count, segment_count,
+        chunk_table, segment_table, segment_bounds.int(),
+    )  # fmt: skip
+
+
+def _bounds(counts: torch.Tensor) -> torch.Tensor:
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+
+
+def _locate(bounds: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sequence, or -1 past the last, and index within it, of units 0 .. count - 1."""
+    unit = torch.arange(count, device=bounds.device)
+    sequence = torch.searchsorted(bounds[1:], unit, right=True)
+    known = sequence < len(bounds) - 1
+    sequence = torch.where(known, sequence, 0)
+    index = unit - bounds[sequence]
+    return torch.where(known, sequence, -1), index

@@ -1,0 +1,357 @@
+"""Kernels per chunk, with all of a head's V entries in one program: the read-out with
+self-augmentation, LayerNorm and output gate behind it, and the backward pass of these three."""
+
+import triton
+import triton.language as tl
+
+from megatron_patch.ops.triton.states import entering_state
+from megatron_patch.ops.triton.tiles import exact_scores, locate, matmul, sigmoid
+
+
+@triton.jit
+def normalised(
+    q,
+    gates,
+    v,
+    early,
+    late,
+    exact,
+    similarity,
+    states,
+    since,
+    entering,
+    chunk_at,
+    segment_at,
+    token_at,
+    length,
+    scale,
+    inverse_tau,
+    norm_eps,
+    q_t,
+    q_k,
+    gate_t,
+    gate_k,
+    v_t,
+    v_v,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    HAS_AUG: tl.constexpr,
+    FIX: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """LayerNorm(y) [C, BV] before the gate, zero where masked, and 1 / standard deviation [C].
+
+    q, gates, v point to the chunk's first row; `length` is how many rows it has. q and gates are
+    read for exact chunks alone.
+    """
+    token = tl.arange(0, C)
+    rows = token[:, None]
+    v_columns = tl.arange(0, BV)
+    v_mask = (v_columns < V)[None, :]
+    tile = token_at * K + rows * (H * K)
+    if tl.load(exact + chunk_at) != 0:
+        scores = exact_scores(
+            q, gates, q_t, gate_t, q_k, gate_k, length, inverse_tau, K, C, PRECISION
+        )
+    else:
+        scores = tl.zeros([C, C], tl.float32)
+        for score_tile in tl.static_range((K + BK - 1) // BK):
+            score_columns = score_tile * BK + tl.arange(0, BK)[None, :]
+            score_mask = (rows < length) & (score_columns < K)
+            q_factor = tl.load(early + tile + score_columns, mask=score_mask, other=0.0)
+            k_factor = tl.load(late + tile + score_columns, mask=score_mask, other=0.0)
+            scores += matmul(q_factor, tl.trans(k_factor), PRECISION)
+    scores = tl.where(rows >= token[None, :], scores, 0.0)
+    read_out = tl.zeros([C, BV], tl.float32)
+    for k_tile in tl.static_range((K + BK - 1) // BK):
+        k_columns = k_tile * BK + tl.arange(0, BK)
+        mask = (rows < length) & (k_columns < K)[None, :]
+        early_tile = tl.load(early + tile + k_columns[None, :], mask=mask, other=0.0)
+        state = entering_state(
+            states, since, entering, chunk_at, segment_at, k_columns, v_columns, K, V, FIX
+        )
+        read_out += matmul(early_tile, state, PRECISION)
+    v_tile = tl.load(
+        v + rows * v_t + v_columns[None, :] * v_v, mask=(rows < length) & v_mask, other=0.0
+    )
+    read_out += matmul(scores, v_tile, PRECISION)
+    y = read_out * scale
+    if HAS_AUG:
+        weight = tl.load(similarity + token_at + token * H, mask=token < length, other=0.0)
+        y += sigmoid(weight[:, None] * v_tile.to(tl.float32))
+    y = tl.where(v_mask, y, 0.0)
+    mean = tl.sum(y, 1) * (1 / V)
+    centred = tl.where(v_mask, y - mean[:, None], 0.0)
+    variance = tl.sum(centred * centred, 1) * (1 / V)
+    inverse_std = tl.rsqrt(variance + norm_eps)
+    return centred * inverse_std[:, None], inverse_std
+
+
+@triton.jit(do_not_specialize=["T", "chunks", "segments"])
+def output(
+    q,
+    gates,
+    v,
+    out_gate,
+    bias,
+    early,
+    late,
+    exact,
+    similarity,
+    states,
+    since,
+    entering,
+    out,
+    table,
+    bounds,
+    T,
+    chunks,
+    segments,
+    chunks_per_segment,
+    scale,
+    inverse_tau,
+    norm_eps,
+    q_b,
+    q_t,
+    q_h,
+    q_k,
+    gate_b,
+    gate_t,
+    gate_h,
+    gate_k,
+    v_b,
+    v_t,
+    v_h,
+    v_v,
+    z_b,
+    z_t,
+    z_h,
+    z_v,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    HAS_AUG: tl.constexpr,
+    HAS_GATE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    FIX: tl.constexpr,
+    PACKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """out = silu(out_gate + bias) * LayerNorm(y). Grid: (chunks, H)."""
+    unit = tl.program_id(0)
+    head = tl.program_id(1).to(tl.int64)
+    sequence, index, link, batch, first, end = locate(unit, chunks, table, bounds, T, C, PACKED)
+    if sequence < 0:
+        return
+    segment = link
+    if not PACKED:
+        segment = sequence * segments + index // chunks_per_segment
+    length = tl.minimum(end - first, C).to(tl.int32)
+    token_at = (batch * T + first) * H + head
+    x_hat, inverse_std = normalised(
+        q + batch * q_b + head * q_h + first * q_t,
+        gates + batch * gate_b + head * gate_h + first * gate_t,
+        v + batch * v_b + head * v_h + first * v_t,
+        early,
+        late,
+        exact,
+        similarity,
+        states,
+        since,
+        entering,
+        unit.to(tl.int64) * H + head,
+        segment * H + head,
+        token_at,
+        length,
+        scale,
+        inverse_tau,
+        norm_eps,
+        q_t,
+        q_k,
+        gate_t,
+        gate_k,
+        v_t,
+        v_v,
+        H,
+        K,
+        V,
+        C,
+        BK,
+        BV,
+        HAS_AUG,
+        FIX,
+        PRECISION,
+    )
+    rows = tl.arange(0, C)[:, None]
+    columns = tl.arange(0, BV)
+    mask = (rows < length) & (columns < V)[None, :]
+    if HAS_GATE:
+        z = tl.load(
+            out_gate
+            + batch * z_b
+            + head * z_h
+            + first * z_t
+            + (rows * z_t + columns[None, :] * z_v),
+            mask=mask,
+            other=0.0,
+        ).to(tl.float32)
+        if HAS_BIAS:
+            shift = tl.load(bias + head * V + columns, mask=columns < V, other=0.0)
+            z += shift.to(tl.float32)[None, :]
+        x_hat *= z * sigmoid(z)
+    offsets = token_at * V + (rows * (H * V) + columns[None, :])
+    tl.store(out + offsets, x_hat.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["T", "chunks", "segments"])
+def output_backward(
+    q,
+    gates,
+    v,
+    out_gate,
+    bias,
+    early,
+    late,
+    exact,
+    similarity,
+    states,
+    since,
+    entering,
+    d_out,
+    d_y,
+    d_out_gate,
+    d_bias,
+    table,
+    bounds,
+    T,
+    chunks,
+    segments,
+    chunks_per_segment,
+    scale,
+    inverse_tau,
+    norm_eps,
+    q_b,
+    q_t,
+    q_h,
+    q_k,
+    gate_b,
+    gate_t,
+    gate_h,
+    gate_k,
+    v_b,
+    v_t,
+    v_h,
+    v_v,
+    z_b,
+    z_t,
+    z_h,
+    z_v,
+    d_out_b,
+    d_out_t,
+    d_out_h,
+    d_out_v,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    HAS_AUG: tl.constexpr,
+    HAS_GATE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    FIX: tl.constexpr,
+    PACKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """From the gradient of `out` to those of y and out_gate, and each chunk's share of the bias's,
+    d_bias [chunks, H, V] float32. Grid: (chunks, H)."""
+    unit = tl.program_id(0)
+    head = tl.program_id(1).to(tl.int64)
+    sequence, index, link, batch, first, end = locate(unit, chunks, table, bounds, T, C, PACKED)
+    columns = tl.arange(0, BV)
+    chunk_at = unit.to(tl.int64) * H + head
+    if sequence < 0:
+        if HAS_BIAS:
+            tl.store(d_bias + chunk_at * V + columns, tl.zeros([BV], tl.float32), mask=columns < V)
+        return
+    segment = link
+    if not PACKED:
+        segment = sequence * segments + index // chunks_per_segment
+    length = tl.minimum(end - first, C).to(tl.int32)
+    token_at = (batch * T + first) * H + head
+    x_hat, inverse_std = normalised(
+        q + batch * q_b + head * q_h + first * q_t,
+        gates + batch * gate_b + head * gate_h + first * gate_t,
+        v + batch * v_b + head * v_h + first * v_t,
+        early,
+        late,
+        exact,
+        similarity,
+        states,
+        since,
+        entering,
+        chunk_at,
+        segment * H + head,
+        token_at,
+        length,
+        scale,
+        inverse_tau,
+        norm_eps,
+        q_t,
+        q_k,
+        gate_t,
+        gate_k,
+        v_t,
+        v_v,
+        H,
+        K,
+        V,
+        C,
+        BK,
+        BV,
+        HAS_AUG,
+        FIX,
+        PRECISION,
+    )
+    rows = tl.arange(0, C)[:, None]
+    mask = (rows < length) & (columns < V)[None, :]
+    d_x = tl.load(
+        d_out
+        + batch * d_out_b
+        + head * d_out_h
+        + first * d_out_t
+        + (rows * d_out_t + columns[None, :] * d_out_v),
+        mask=mask,
+        other=0.0,
+    ).to(tl.float32)
+    offsets = token_at * V + (rows * (H * V) + columns[None, :])
+    if HAS_GATE:
+        z = tl.load(
+            out_gate
+            + batch * z_b
+            + head * z_h
+            + first * z_t
+            + (rows * z_t + columns[None, :] * z_v),
+            mask=mask,
+            other=0.0,
+        ).to(tl.float32)
+        if HAS_BIAS:
+            shift = tl.load(bias + head * V + columns, mask=columns < V, other=0.0)
+            z += shift.to(tl.float32)[None, :]
+        s = sigmoid(z)
+        d_z = d_x * x_hat * (s + z * s * (1 - s))
+        tl.store(d_out_gate + offsets, d_z.to(d_out_gate.dtype.element_ty), mask=mask)
+        if HAS_BIAS:
+            tl.store(d_bias + chunk_at * V + columns, tl.sum(d_z, 0), mask=columns < V)
+        d_x *= z * s
+    mean = tl.sum(d_x, 1) * (1 / V)
+    projection = tl.sum(d_x * x_hat, 1) * (1 / V)
+    d_x = (d_x - mean[:, None] - x_hat * projection[:, None]) * inverse_std[:, None]
+    tl.store(d_y + offsets, d_x.to(d_y.dtype.element_ty), mask=mask)

@@ -1,0 +1,190 @@
+"""Kernels that carry states, and gradients of states, along the sequence.
+
+Two levels keep every multiprocessor busy even for one long sequence: `carry` walks the chunks of
+each segment from an empty state, all segments at once, and `scan` then walks the segments. The
+state that enters a chunk is carry's, plus the state that enters the segment, decayed
+(`entering_state`).
+Both run backwards for gradients.
+"""
+
+import triton
+import triton.language as tl
+
+from megatron_patch.ops.triton.tiles import locate, matmul
+
+
+@triton.jit(do_not_specialize=["T", "chunks", "units"])
+def carry(
+    x,
+    y,
+    chunk_decays,
+    exact,
+    states,
+    since,
+    totals,
+    total_decays,
+    table,
+    bounds,
+    T,
+    units,
+    chunks,
+    chunks_per_segment,
+    scale,
+    y_b,
+    y_t,
+    y_h,
+    y_v,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    REVERSE: tl.constexpr,
+    PACKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """States within segments. Grid: (segments, H, K tiles * V tiles).
+
+    Forwards: S = 2^total S + 2^m sum of late_t v_t^T, with x = late, y = v.
+    Backwards: D = 2^total D + scale 2^m sum of early_t dy_t^T, with x = early, y = dy.
+    Here 2 m = total = `chunk_decays`; in exact chunks 1 stands in place of 2^m.
+
+    Writes: states [chunks, H, K, V], 2^m times the state before each chunk in walking order; since
+    [chunks, H, K] float32, the log decay between the segment's first (backwards: last) token and
+    the chunk, plus m; totals [segments, H, K, V] and total_decays [segments, H, K] float32, of
+    whole segments.
+    """
+    unit = tl.program_id(0)
+    head = tl.program_id(1).to(tl.int64)
+    v_tiles = tl.cdiv(V, BV)
+    k_tile = tl.program_id(2) // v_tiles
+    v_tile = tl.program_id(2) % v_tiles
+    sequence, index, link, batch, start, end = locate(
+        unit, units, table, bounds, T, SEGMENT, PACKED
+    )
+    if sequence < 0:
+        return
+    first_chunk = link
+    if not PACKED:
+        first_chunk = sequence * chunks + index * chunks_per_segment
+    count = tl.cdiv(tl.minimum(end - start, SEGMENT), C).to(tl.int32)
+
+    rows = tl.arange(0, C)[:, None]
+    k_columns = k_tile * BK + tl.arange(0, BK)
+    v_columns = v_tile * BV + tl.arange(0, BV)
+    k_mask = k_columns < K
+    v_mask = (v_columns < V)[None, :]
+    x_tile = x + (batch * T * H + head) * K + (rows * (H * K) + k_columns[None, :])
+    y_tile = y + batch * y_b + head * y_h + (rows * y_t + v_columns[None, :] * y_v)
+    state_offsets = k_columns[:, None] * V + v_columns[None, :]
+    state_mask = k_mask[:, None] & v_mask
+
+    state = tl.zeros([BK, BV], tl.float32)
+    decay = tl.zeros([BK], tl.float32)
+    for step in range(0, count):
+        c = count - 1 - step if REVERSE else step
+        first = start + c * C
+        length = tl.minimum(end - first, C).to(tl.int32)
+        x_chunk = tl.load(
+            x_tile + first * (H * K), mask=(rows < length) & k_mask[None, :], other=0.0
+        )
+        y_chunk = tl.load(y_tile + first * y_t, mask=(rows < length) & v_mask, other=0.0)
+        at = (first_chunk + c) * H + head
+        total = tl.load(chunk_decays + at * K + k_columns, mask=k_mask, other=0.0)
+        middle = tl.where(tl.load(exact + at) != 0, 0.0, 0.5 * total)
+        factor = tl.exp2(middle)[:, None]
+        tl.store(
+            states + at * (K * V) + state_offsets,
+            (state * factor).to(states.dtype.element_ty),
+            mask=state_mask,
+        )
+        if v_tile == 0:
+            tl.store(since + at * K + k_columns, decay + middle, mask=k_mask)
+        update = matmul(tl.trans(x_chunk), y_chunk, PRECISION)
+        if REVERSE:
+            factor *= scale
+        state = state * tl.exp2(total)[:, None] + update * factor
+        decay += total
+    at = unit.to(tl.int64) * H + head
+    tl.store(totals + at * (K * V) + state_offsets, state, mask=state_mask)
+    if v_tile == 0:
+        tl.store(total_decays + at * K + k_columns, decay, mask=k_mask)
+
+
+@triton.jit(do_not_specialize=["units"])
+def scan(
+    totals,
+    total_decays,
+    initial,
+    final,
+    segment_bounds,
+    units,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    HAS_INITIAL: tl.constexpr,
+    REVERSE: tl.constexpr,
+    PACKED: tl.constexpr,
+):
+    """Turns each segment's own state into the state that enters it, in place, and writes the state
+    that leaves the sequence's last segment. Grid: (sequences, H, K tiles * V tiles).
+
+    totals, initial, final: [segments or sequences, H, K, V] float32; all contiguous.
+    """
+    sequence = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1).to(tl.int64)
+    v_tiles = tl.cdiv(V, BV)
+    k_columns = (tl.program_id(2) // v_tiles) * BK + tl.arange(0, BK)
+    v_columns = (tl.program_id(2) % v_tiles) * BV + tl.arange(0, BV)
+    mask = (k_columns < K)[:, None] & (v_columns < V)[None, :]
+    offsets = k_columns[:, None] * V + v_columns[None, :]
+    if PACKED:
+        first = tl.load(segment_bounds + sequence).to(tl.int64)
+        count = (tl.load(segment_bounds + sequence + 1) - first).to(tl.int32)
+    else:
+        first = sequence * units
+        count = units
+    own = (sequence * H + head) * (K * V) + offsets
+    state = tl.zeros([BK, BV], tl.float32)
+    if HAS_INITIAL:
+        state = tl.load(initial + own, mask=mask, other=0.0)
+    for step in range(0, count):
+        segment = first + (count - 1 - step if REVERSE else step)
+        at = segment * H + head
+        total = tl.load(totals + at * (K * V) + offsets, mask=mask, other=0.0)
+        decay = tl.load(total_decays + at * K + k_columns, mask=k_columns < K, other=0.0)
+        tl.store(totals + at * (K * V) + offsets, state, mask=mask)
+        state = state * tl.exp2(decay)[:, None] + total
+    tl.store(final + own, state, mask=mask)
+
+
+@triton.jit
+def entering_state(
+    states,
+    since,
+    entering,
+    chunk_at,
+    segment_at,
+    k_columns,
+    v_columns,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    FIX: tl.constexpr,
+):
+    """2^m times the state [BK, BV] that enters a chunk (backwards: that leaves it).
+
+    chunk_at, segment_at: chunk * H + head and segment * H + head. FIX: whether any state enters the
+    segments; if not, what `carry` wrote is the state.
+    """
+    mask = (k_columns < K)[:, None] & (v_columns < V)[None, :]
+    offsets = k_columns[:, None] * V + v_columns[None, :]
+    state = tl.load(states + chunk_at * (K * V) + offsets, mask=mask, other=0.0)
+    if FIX:
+        decay = tl.load(since + chunk_at * K + k_columns, mask=k_columns < K, other=0.0)
+        segment = tl.load(entering + segment_at * (K * V) + offsets, mask=mask, other=0.0)
+        state = state.to(tl.float32) + tl.exp2(decay)[:, None] * segment
+    return state

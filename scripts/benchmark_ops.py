@@ -1,0 +1,348 @@
+"""Checks the MetaLA operator's Triton kernels against float64 on a GPU, then times them.
+
+    python scripts/benchmark_ops.py                      checks, then timings
+    python scripts/benchmark_ops.py --no-check           timings alone
+    python scripts/benchmark_ops.py --plot lengths.png   also draws time against length, 1k to 256k
+
+Timings are medians over runs with a cold cache, in bfloat16, of the mixer core: from the
+projections to the gated output. "graph" is the same from a CUDA graph, without the host's
+launches. The floor is the time to read each input once and write each output once at the copy
+bandwidth of this run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from importlib.util import find_spec
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from megatron_patch.ops import meta_linear_attention  # noqa: E402
+
+# (batch, tokens, heads, K, V); the first is the one that targets are stated for.
+SHAPES = [
+    (16, 2048, 8, 64, 128),
+    (1, 32768, 8, 64, 128),
+    (16, 2048, 8, 128, 256),
+]
+NAMES = ("q", "gate_logits", "v", "aug", "out_gate", "out_gate_bias", "initial_state")
+WIDTHS = [(32, 64), (64, 128), (96, 192), (128, 256), (48, 96), (256, 512), (40, 80)]
+LENGTHS = [17, 300, 2500]
+# Errors in bfloat16 stay below this; in others below this multiple of chunked PyTorch's.
+BFLOAT16_LIMIT, OTHER_LIMIT = 1e-2, 2.5
+
+
+def make(batch, time_, heads, k, v, dtype, *, sequences=None, gates=1.0, state=False):
+    shapes = [(batch, time_, heads, k)] * 2 + [(batch, time_, heads, v), (heads, k)]
+    shapes += [(batch, time_, heads, v), (heads, v), (sequences or batch, heads, k, v)]
+    tensors = {
+        name: torch.randn(shape, device="cuda").to(
+            torch.float32 if name == "initial_state" else dtype
+        )
+        for name, shape in zip(NAMES, shapes, strict=True)
+    }
+    tensors["gate_logits"] *= gates
+    if not state:
+        del tensors["initial_state"]
+    return tensors
+
+
+def evaluate(tensors, weights, backend, dtype=None, **arguments):
+    leaves = {n: x.detach().to(dtype or x.dtype).requires_grad_() for n, x in tensors.items()}
+    out, final = meta_linear_attention(**leaves, backend=backend, **arguments)
+    results = [out] if final is None else [out, final]
+    weights = [w.to(x) for w, x in zip(weights, results, strict=False)]
+    gradients = torch.autograd.grad(results, list(leaves.values()), weights)
+    return [*results, *gradients]
+
+
+def check(case: tuple) -> tuple[bool, str]:
+    """Checks one configuration; returns whether it is right, and a line that says how right."""
+    k, v, dtype, length, kind = case
+    # Fills what `torch.empty` returns with NaN: an element that no kernel writes shows.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    heads, arguments = SHAPES[0][2], {"output_final_state": kind != "plain"}
+    sequences = None
+    if kind == "packed":
+        bounds = sorted({0, length // 3, length // 3 + 1, length})
+        arguments["cu_seqlens"] = torch.tensor([0, *bounds], device="cuda")
+        sequences = len(bounds)
+    tensors = make(
+        1, length, heads, k, v, dtype, sequences=sequences, state=kind != "plain",
+        gates=1e4 if kind == "strong gates" else 1.0,
+    )  # fmt: skip
+    if kind == "mixed gates":
+        tensors["gate_logits"][:, : length // 2, 0] *= 1e3
+    weights = [
+        torch.randn(1, length, heads, v, device="cuda").bfloat16(),
+        torch.randn(sequences or 1, heads, k, v, device="cuda"),
+    ]
+    try:
+        found = evaluate(tensors, weights, "triton", **arguments)
+        again = evaluate(tensors, weights, "triton", **arguments)
+        chunked = evaluate(tensors, weights, "chunked", **arguments)
+        wanted = evaluate(tensors, weights, "chunked", torch.float64, **arguments)
+        torch.cuda.synchronize()
+    except Exception as error:  # an illegal access ends the process: report it
+        return False, f"{k:>4} {v:>4} {str(dtype)[6:]:>9} {length:>5} {kind:<13} {error!r:.120}"
+    worst, ratio, right = 0.0, 0.0, all(map(torch.equal, found, again))
+    same = "bits equal" if right else "BITS DIFFER"
+    for x, y, want in zip(found, chunked, wanted, strict=True):
+        norm = want.norm().item()
+        # What is zero up to rounding has no relative error.
+        if norm <= 1e-5 * want.numel() ** 0.5:
+            right &= bool(torch.isfinite(x).all())
+            continue
+        error = ((x.double() - want).norm() / norm).item()
+        floor = ((y.double() - want).norm() / norm).item()
+        worst = max(worst, error) if error == error else float("nan")
+        if x.dtype == dtype:
+            ratio = max(ratio, error / max(floor, 1e-7))
+        if dtype == torch.bfloat16:
+            right &= error <= BFLOAT16_LIMIT
+        else:
+            right &= error <= max(OTHER_LIMIT * floor, 2e-6)
+    line = f"{k:>4} {v:>4} {str(dtype)[6:]:>9} {length:>5} {kind:<13} worst error {worst:.1e}, "
+    return right, line + f"{ratio:4.1f} times chunked PyTorch's at most, {same}"
+
+
+def check_all(jobs: int) -> bool:
+    kinds = ("plain", "state", "packed", "strong gates", "mixed gates")
+    cases = [
+        (k, v, dtype, length, kind)
+        for k, v in WIDTHS
+        for dtype in (torch.bfloat16, torch.float16, torch.float32)
+        for length in LENGTHS
+        for kind in kinds
+        # The rarer kinds at two lengths.
+        if length in (300, 2500) or kind in ("plain", "state")
+        if dtype == torch.bfloat16 or (k, v) in ((64, 128), (128, 256), (40, 80))
+    ]
+    groups: dict[tuple, list] = {}
+    for case in cases:  # one process per kernel configuration compiles it once
+        groups.setdefault(case[:3], []).append(case)
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        wrong = sum(pool.map(_check_group, groups.values()))
+    print(f"{len(cases)} checks against float64, {wrong} wrong", flush=True)
+    return wrong == 0
+
+
+def _check_group(cases: list) -> int:
+    """Checks and prints; returns how many are wrong."""
+    wrong = 0
+    for case in cases:
+        right, line = check(case)
+        wrong += not right
+        print("ok   " if right else "WRONG", line, flush=True)
+    return wrong
+
+
+def median_ms(function) -> float:
+    from triton.testing import do_bench
+
+    return do_bench(function, warmup=20, rep=80, return_mode="median")
+
+
+def graph_ms(function) -> float:
+    """Median time of a replay, without the host's part."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    result = median_ms(graph.replay)
+    del graph
+    return result
+
+
+def bandwidth() -> float:
+    """Bytes per millisecond of a large copy, counting those read and those written."""
+    x = torch.empty(2**30, dtype=torch.uint8, device="cuda").random_()
+    y = torch.empty_like(x)
+    return 2 * x.numel() / median_ms(lambda: y.copy_(x))
+
+
+def floors(shape: tuple) -> tuple[int, int]:
+    """Bytes that forward, and forward and backward, must move."""
+    batch, length, heads, k, v = shape
+    keys, values = 2 * batch * length * heads * k, 2 * batch * length * heads * v
+    forward = 2 * keys + 3 * values
+    return forward, forward + 2 * keys + 3 * values + 2 * keys + 2 * values
+
+
+def mixer(shape: tuple, backend: str):
+    tensors = {n: x.requires_grad_() for n, x in make(*shape, torch.bfloat16).items()}
+    gradient = torch.randn(*shape[:3], shape[4], device="cuda").bfloat16()
+    leaves = list(tensors.values())
+
+    def forward():
+        with torch.no_grad():
+            return meta_linear_attention(**tensors, backend=backend)[0]
+
+    def both():
+        out = meta_linear_attention(**tensors, backend=backend)[0]
+        return torch.autograd.grad(out, leaves, gradient)
+
+    return forward, both
+
+
+def attention(shape: tuple):
+    """Causal softmax attention of the same model width: heads of V."""
+    batch, length, heads, _, v = shape
+    q, k, x = (
+        torch.randn(batch, heads, length, v, device="cuda").bfloat16().requires_grad_()
+        for _ in range(3)
+    )
+    gradient = torch.randn_like(q)
+
+    def forward():
+        with torch.no_grad():
+            return F.scaled_dot_product_attention(q, k, x, is_causal=True)
+
+    def both():
+        out = F.scaled_dot_product_attention(q, k, x, is_causal=True)
+        return torch.autograd.grad(out, (q, k, x), gradient)
+
+    return forward, both
+
+
+def chunk_gla_alone(shape: tuple):
+    from fla.ops.gla import chunk_gla
+
+    tensors = make(*shape, torch.bfloat16)
+    g = (F.logsigmoid(tensors["gate_logits"].float()) / 16).requires_grad_()
+    k = (1 - g.detach().exp()).bfloat16().requires_grad_()
+    q, v = tensors["q"].requires_grad_(), tensors["v"].requires_grad_()
+    gradient = torch.randn_like(v)
+
+    def forward():
+        with torch.no_grad():
+            return chunk_gla(q, k, v, g)[0]
+
+    def both():
+        return torch.autograd.grad(chunk_gla(q, k, v, g)[0], (q, k, v, g), gradient)
+
+    return forward, both
+
+
+def extra_memory(function) -> float:
+    """Peak MiB allocated beyond what was there before."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    function()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def first_call_seconds() -> float:
+    """Forward and backward in a new process with an empty cache of compiled kernels."""
+    with tempfile.TemporaryDirectory() as cache:
+        found = subprocess.run(
+            [sys.executable, __file__, "--first-call"],
+            env={**os.environ, "TRITON_CACHE_DIR": cache},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    return float(found.stdout.split()[-1])
+
+
+def time_all(with_fla: bool) -> None:
+    speed = bandwidth()
+    print(f"copy bandwidth {speed / 1e9:.2f} TB/s; times in ms, bfloat16")
+    header = (
+        f"{'':<34}{'forward':>9}{'graph':>8}{'floors':>8}{'fwd+bwd':>9}{'graph':>8}{'floors':>8}"
+    )
+    print(" " * 34 + header + f"{'MiB':>7}")
+    for shape in SHAPES:
+        batch, length, heads, k, v = shape
+        print(f"{batch} x {length}, {heads} heads, K {k}, V {v}")
+        floor, floor_both = (n / speed for n in floors(shape))
+        print(f"{'  memory floor':<34}{floor:>9.3f}{'':>16}{floor_both:>9.3f}")
+        peers = [("metala, triton", mixer(shape, "triton")), ("causal SDPA", attention(shape))]
+        if with_fla and shape in SHAPES[:2]:
+            peers += [("chunk_gla alone", chunk_gla_alone(shape))]
+            peers += [("authors' composition on chunk_gla", mixer(shape, "fla"))]
+        for name, (forward, both) in peers:
+            both()
+            times = median_ms(forward), graph_ms(forward), median_ms(both), graph_ms(both)
+            memory = extra_memory(both)
+            a, b, c, d = times
+            print(
+                f"  {name:<32}{a:>9.3f}{b:>8.3f}{b / floor:>8.1f}{c:>9.3f}{d:>8.3f}"
+                f"{d / floor_both:>8.1f}{memory:>7.0f}",
+                flush=True,
+            )
+        del peers, forward, both
+    print(f"first call, compilation included: {first_call_seconds():.1f} s", flush=True)
+
+
+def plot(path: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    lengths = [2**n for n in range(10, 19)]
+    figure, axes = plt.subplots(figsize=(6, 4))
+    for name, build, longest in (
+        ("MetaLA (this package)", lambda s: mixer(s, "triton"), 2**18),
+        ("causal attention (SDPA)", attention, 2**17),
+    ):
+        points = [n for n in lengths if n <= longest]
+        times = [median_ms(build((1, n, 8, 64, 128))[1]) for n in points]
+        for n, ms in zip(points, times, strict=True):
+            print(f"{name}, {n} tokens: {ms:.3f} ms, {n / ms / 1e3:.1f} M tokens/s", flush=True)
+        axes.loglog(points, times, "o-", base=2, label=name)
+    axes.set(xlabel="tokens", ylabel="forward + backward, ms", title=torch.cuda.get_device_name())
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--no-check", action="store_true", help="time without checking first")
+    parser.add_argument("--no-time", action="store_true", help="check without timing")
+    parser.add_argument("--plot", metavar="PATH", help="draw time against length into this file")
+    parser.add_argument("--jobs", type=int, default=min(8, os.cpu_count() or 1))
+    parser.add_argument("--first-call", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("benchmark_ops: found no CUDA device, wanted one to check and time the kernels on")
+    if options.first_call:
+        _, both = mixer(SHAPES[0], "triton")
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        both()
+        torch.cuda.synchronize()
+        print(time.perf_counter() - start)
+        return
+    import triton
+
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}")
+    if not options.no_check and not check_all(options.jobs):
+        sys.exit("benchmark_ops: the kernels are wrong on this machine; not timed")
+    if not options.no_time:
+        time_all(with_fla=find_spec("fla") is not None)
+    if options.plot:
+        plot(options.plot)
+
+
+if __name__ == "__main__":
+    main()

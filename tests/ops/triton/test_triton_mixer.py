@@ -1,0 +1,220 @@
+"""The Triton kernels against chunked PyTorch in float64: on a GPU, or on small shapes in Triton's
+interpreter."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from megatron_patch.ops import meta_linear_attention
+from megatron_patch.ops.triton.configuration import configure
+from megatron_patch.ops.triton.layout import lay_out
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Relative errors (2-norm). Triton's interpreter cuts digits off where a GPU rounds to bfloat16.
+TOLERANCE = {
+    torch.float32: 3e-5,
+    torch.float16: 2e-3,
+    torch.bfloat16: 1e-2 if DEVICE == "cuda" else 2e-2,
+}
+NAMES = ("q", "gate_logits", "v", "aug", "out_gate", "out_gate_bias", "initial_state")
+
+
+def make(B, T, H, K, V, *, N=None, dtype=torch.float32, gates=1.0, absent=(), seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = (
+        (B, T, H, K), (B, T, H, K), (B, T, H, V), (H, K), (B, T, H, V), (H, V), (N or B, H, K, V),
+    )  # fmt: skip
+    tensors = {}
+    for name, shape in zip(NAMES, shapes, strict=True):
+        x = torch.randn(shape, generator=generator, dtype=torch.float64)
+        x = x * gates if name == "gate_logits" else x
+        if name not in absent:
+            tensors[name] = x.to(torch.float32 if name == "initial_state" else dtype).to(DEVICE)
+    return tensors
+
+
+def evaluate(tensors, backend, dtype=None, **arguments):
+    """Outputs and gradients of a fixed functional of them, by name."""
+    leaves = {name: x.detach().to(dtype or x.dtype).requires_grad_() for name, x in tensors.items()}
+    out, final_state = meta_linear_attention(**leaves, backend=backend, **arguments)
+    results = {"out": out} if final_state is None else {"out": out, "final_state": final_state}
+    generator = torch.Generator().manual_seed(1)
+    weights = [torch.randn(x.shape, generator=generator).bfloat16().to(x) for x in results.values()]
+    gradients = torch.autograd.grad(list(results.values()), list(leaves.values()), weights)
+    results |= {f"d {name}": x for name, x in zip(leaves, gradients, strict=True)}
+    return {name: x.detach() for name, x in results.items()}
+
+
+def assert_right(tensors, tolerance=None, **arguments):
+    arguments.setdefault("output_final_state", True)
+    dtype = tensors["q"].dtype
+    found = evaluate(tensors, "triton", **arguments)
+    wanted = evaluate(tensors, "chunked", torch.float64, **arguments)
+    for name, want in wanted.items():
+        assert found[name].shape == want.shape, name
+        if want.norm() > 0:
+            error = ((found[name].double() - want).norm() / want.norm()).item()
+            assert error <= (tolerance or TOLERANCE[dtype]), (name, error)
+
+
+# With two entries or fewer, LayerNorm divides differences by themselves: V is wide enough here.
+@pytest.mark.parametrize("T", [*range(1, 18), 31, 32, 33, 64, 65])
+def test_every_length(T):
+    assert_right(make(1, T, 2, 16, 16))
+
+
+@pytest.mark.parametrize(
+    ("K", "V"), [(1, 16), (7, 24), (16, 64), (24, 33), (32, 64), (48, 96), (64, 128), (130, 40)]
+)
+def test_every_width(K, V):
+    assert_right(make(1, 19, 1, K, V))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("T", "K", "V"), [(5, 16, 32), (70, 32, 64), (130, 64, 32)])
+def test_half_precision(dtype, T, K, V):
+    assert_right(make(1, T, 1, K, V, dtype=dtype))
+
+
+@pytest.mark.parametrize(
+    "absent",
+    [
+        ("initial_state",),
+        ("aug",),
+        ("out_gate_bias",),
+        ("out_gate", "out_gate_bias"),
+        ("initial_state", "aug", "out_gate", "out_gate_bias"),
+    ],
+    ids="+".join,
+)
+@pytest.mark.parametrize("output_final_state", [False, True])
+def test_without_options(absent, output_final_state):
+    tensors = make(2, 37, 1, 16, 32, absent=absent)
+    assert_right(tensors, output_final_state=output_final_state, tau=2.5, scale=-0.3, norm_eps=1e-3)
+
+
+@pytest.mark.parametrize("boundaries", [[0, 40], [0, 5, 5, 37, 40], [0, 0, 1, 39, 40, 40]])
+@pytest.mark.parametrize("integer", [torch.int32, torch.int64])
+def test_packed_sequences(boundaries, integer):
+    cu_seqlens = torch.tensor(boundaries, dtype=integer, device=DEVICE)
+    tensors = make(1, 40, 1, 16, 32, N=len(boundaries) - 1)
+    assert_right(tensors, cu_seqlens=cu_seqlens)
+
+
+def test_many_segments(monkeypatch):
+    segment = 128
+    monkeypatch.setattr(
+        "megatron_patch.ops.triton.operator.configure",
+        lambda *widths: configure(*widths)._replace(segment=segment),
+    )
+    assert_right(make(1, segment + 70, 1, 16, 16))
+    bounds = torch.tensor([0, 30, segment + 60, segment + 70], device=DEVICE)
+    assert_right(make(1, segment + 70, 1, 16, 16, N=3), cu_seqlens=bounds)
+
+
+@pytest.mark.parametrize("gates", [30.0, 1e4, 1e30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gates_of_any_size(gates, dtype):
+    """Beyond the range in which scores factor, the exact path serves; and both in one sequence."""
+    tensors = make(1, 40, 2, 16, 32, dtype=dtype, gates=gates)
+    assert_right(tensors)
+    tensors["gate_logits"][:, :, 1] *= 1e-3 / gates
+    assert_right(tensors, tau=1.0)
+
+
+@pytest.mark.parametrize("gate", [-1e4, 1e4])
+def test_gates_at_the_bounds(gate):
+    tensors = make(1, 40, 1, 16, 32)
+    tensors["gate_logits"].fill_(gate)
+    found = evaluate(tensors, "triton", output_final_state=True)
+    wanted = evaluate(tensors, "chunked", torch.float64, output_final_state=True)
+    for name, want in wanted.items():
+        assert torch.isfinite(found[name]).all(), name
+        assert torch.allclose(found[name].double(), want, rtol=1e-4, atol=1e-4), name
+
+
+def test_strided_inputs_are_read_where_they_lie():
+    B, T, H, K, V = 2, 37, 2, 16, 32
+    dense = make(B, T, H, K, V, absent=("initial_state",))
+    # One projection, time first and head by head, as the NeoX layer has it.
+    fused = torch.cat([dense[name] for name in ("q", "gate_logits", "v", "out_gate")], -1)
+    fused = fused.transpose(0, 1).contiguous().transpose(0, 1)
+    slices = fused.split([K, K, V, V], -1)
+    strided = dense | dict(zip(("q", "gate_logits", "v", "out_gate"), slices, strict=True))
+    with torch.no_grad():
+        found = meta_linear_attention(**strided, backend="triton")[0]
+        wanted = meta_linear_attention(**dense, backend="triton")[0]
+    assert torch.equal(found, wanted)
+    x = fused.clone().requires_grad_()
+    arguments = {name: x for name, x in dense.items() if name in ("aug", "out_gate_bias")}
+
+    def loss(backend):
+        q, gate_logits, v, out_gate = x.split([K, K, V, V], -1)
+        out, _ = meta_linear_attention(
+            q, gate_logits, v, out_gate=out_gate, backend=backend, **arguments
+        )
+        # The gradient of a transposed sum is strided too.
+        return torch.autograd.grad((out.transpose(1, 2) * 0.5).square().sum(), x)[0]
+
+    assert torch.allclose(loss("triton"), loss("chunked"), rtol=1e-4, atol=1e-5)
+
+
+def test_two_runs_have_equal_bits_and_inputs_stay():
+    tensors = make(1, 70, 2, 16, 32)
+    before = {name: x.clone() for name, x in tensors.items()}
+    first = evaluate(tensors, "triton", output_final_state=True)
+    second = evaluate(tensors, "triton", output_final_state=True)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert all(torch.equal(before[name], x) for name, x in tensors.items())
+
+
+def test_state_continues_a_sequence():
+    whole = make(1, 40, 1, 16, 32, absent=("initial_state",))
+    parts, state = [], None
+    with torch.no_grad():
+        for span in (slice(0, 33), slice(33, 39), slice(39, 40)):
+            part = {
+                name: x if name in ("aug", "out_gate_bias") else x[:, span]
+                for name, x in whole.items()
+            }
+            out, state = meta_linear_attention(
+                **part, initial_state=state, output_final_state=True, backend="triton"
+            )
+            parts.append(out)
+        wanted, _ = meta_linear_attention(**whole, backend="triton")
+    assert torch.allclose(torch.cat(parts, 1), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_operator_check():
+    from megatron_patch.ops.triton.operator import _forward
+
+    for absent in ((), ("initial_state", "aug")):
+        x = make(1, 5, 1, 16, 16, absent=absent)
+        x = {name: value.requires_grad_() for name, value in x.items()}
+        arguments = (*(x.get(name) for name in NAMES), None, 16.0, 0.25, 1e-5, True)
+        torch.library.opcheck(_forward, arguments)
+
+
+def test_non_finite_inputs_are_not_hidden():
+    for name in ("q", "gate_logits", "v"):
+        tensors = make(1, 20, 1, 16, 32)
+        tensors[name][0, 3] = math.nan
+        with torch.no_grad():
+            out, _ = meta_linear_attention(**tensors, backend="triton")
+        assert out[0, 3].isnan().all(), name
+
+
+def test_layout_of_packed_sequences():
+    bounds = torch.tensor([0, 0, 5, 70, 200], device=DEVICE)
+    layout = lay_out(1, 200, 16, 64, bounds)
+    lengths = [0, 5, 65, 130]
+    wanted = [[n, i] for n, length in enumerate(lengths) for i in range(-(-length // 16))]
+    chunks = layout.chunk_table.tolist()
+    assert [row[:2] for row in chunks[: len(wanted)]] == wanted
+    assert all(row[0] == -1 for row in chunks[len(wanted) :])
+    segments = [row for row in layout.segment_table.tolist() if row[0] >= 0]
+    assert segments == [[1, 0, 0], [2, 0, 1], [2, 1, 5], [3, 0, 6], [3, 1, 10], [3, 2, 14]]
+    assert layout.segment_bounds.tolist() == [0, 0, 1, 3, 6]
