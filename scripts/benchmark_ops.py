@@ -38,8 +38,11 @@ SHAPES = [
 NAMES = ("q", "gate_logits", "v", "aug", "out_gate", "out_gate_bias", "initial_state")
 WIDTHS = [(32, 64), (64, 128), (96, 192), (128, 256), (48, 96), (256, 512), (40, 80)]
 LENGTHS = [17, 300, 2500]
-# Errors in bfloat16 stay below this; in others below this multiple of chunked PyTorch's.
-BFLOAT16_LIMIT, OTHER_LIMIT = 1e-2, 2.5
+# Errors in bfloat16 stay below this; in others below this multiple of chunked PyTorch's. In all, an
+# error may reach this multiple of what the exact result changes by when q and v are rounded once
+# more: without a state before it, a first token's y can be all but constant over a head, and
+# LayerNorm then magnifies any rounding.
+BFLOAT16_LIMIT, OTHER_LIMIT, ROUNDING_LIMIT = 1e-2, 2.5, 2.0
 
 
 def make(batch, time_, heads, k, v, dtype, *, sequences=None, gates=1.0, state=False):
@@ -64,6 +67,19 @@ def evaluate(tensors, weights, backend, dtype=None, **arguments):
     weights = [w.to(x) for w, x in zip(weights, results, strict=False)]
     gradients = torch.autograd.grad(results, list(leaves.values()), weights)
     return [*results, *gradients]
+
+
+def relative_change(x, want) -> float:
+    return ((x.double() - want).norm() / want.norm()).item()
+
+
+def round_once_more(tensors: dict, dtype: torch.dtype) -> dict:
+    """The tensors in float64, q and v moved by up to half a unit in the last place of `dtype`."""
+    unit = torch.finfo(dtype).eps / 2
+    moved = {name: x.double() for name, x in tensors.items()}
+    for name in ("q", "v"):
+        moved[name] *= 1 + unit * (2 * torch.rand_like(moved[name]) - 1)
+    return moved
 
 
 def check(case: tuple) -> tuple[bool, str]:
@@ -92,26 +108,27 @@ def check(case: tuple) -> tuple[bool, str]:
         again = evaluate(tensors, weights, "triton", **arguments)
         chunked = evaluate(tensors, weights, "chunked", **arguments)
         wanted = evaluate(tensors, weights, "chunked", torch.float64, **arguments)
+        rounded = evaluate(round_once_more(tensors, dtype), weights, "chunked", **arguments)
         torch.cuda.synchronize()
     except Exception as error:  # an illegal access ends the process: report it
         return False, f"{k:>4} {v:>4} {str(dtype)[6:]:>9} {length:>5} {kind:<13} {error!r:.120}"
     worst, ratio, right = 0.0, 0.0, all(map(torch.equal, found, again))
     same = "bits equal" if right else "BITS DIFFER"
-    for x, y, want in zip(found, chunked, wanted, strict=True):
+    for x, y, moved, want in zip(found, chunked, rounded, wanted, strict=True):
         norm = want.norm().item()
         # What is zero up to rounding has no relative error.
         if norm <= 1e-5 * want.numel() ** 0.5:
             right &= bool(torch.isfinite(x).all())
             continue
-        error = ((x.double() - want).norm() / norm).item()
-        floor = ((y.double() - want).norm() / norm).item()
+        error, floor = relative_change(x, want), relative_change(y, want)
         worst = max(worst, error) if error == error else float("nan")
         if x.dtype == dtype:
             ratio = max(ratio, error / max(floor, 1e-7))
         if dtype == torch.bfloat16:
-            right &= error <= BFLOAT16_LIMIT
+            limit = BFLOAT16_LIMIT
         else:
-            right &= error <= max(OTHER_LIMIT * floor, 2e-6)
+            limit = max(OTHER_LIMIT * floor, 2e-6)
+        right &= error <= max(limit, ROUNDING_LIMIT * relative_change(moved, want))
     line = f"{k:>4} {v:>4} {str(dtype)[6:]:>9} {length:>5} {kind:<13} worst error {worst:.1e}, "
     return right, line + f"{ratio:4.1f} times chunked PyTorch's at most, {same}"
 
