@@ -345,6 +345,8 @@ def test_a_stopped_command_leaves_nothing(number, tmp_path, vocab_file):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # Shells start background jobs with SIGINT ignored, which processes inherit.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout.readline() == "waiting\n"
     assert [p.name for p in (tmp_path / "out").iterdir()] != ["hf"]
