@@ -22,7 +22,7 @@ EXTRAS = {
         "transformers>=4.46",
     ],
     "hf": ["accelerate>=1.0", "safetensors", "tokenizers", "tqdm", "transformers>=4.46"],
-    "gpu": ["triton>=3.0", "flash-linear-attention>=0.4", "causal-conv1d>=1.4"],
+    "gpu": ["triton>=3.0", "flash-linear-attention>=0.4"],
     "wandb": ["wandb"],
     "eval": ["lm_eval>=0.4.5,<0.5"],
 }
