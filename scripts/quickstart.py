@@ -163,7 +163,6 @@ def write_local_config(folder: Path, tokenizer: Path, prefix: Path) -> Path:
     wandb = os.environ.get("WANDB_MODE") == "offline" or "WANDB_API_KEY" in os.environ
     settings = {
         "data_path": str(prefix),
-        "data_impl": "mmap",
         "tokenizer_type": "HFTokenizer",
         "vocab_file": str(tokenizer),
         "save": str(folder / "checkpoints"),

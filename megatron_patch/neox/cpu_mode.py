@@ -8,6 +8,7 @@ touched where a GPU is visible.
 from __future__ import annotations
 
 import os
+from importlib import import_module
 
 import torch
 
@@ -88,9 +89,9 @@ def _avoid_compiled_ops() -> None:
     """PyTorch's Adam in place of DeepSpeed's compiled one, which GPT-NeoX builds for
     `cpu_torch_adam` too, and of the CUDA one of `adam`; and none of the all-reduce that DeepSpeed
     would compile for a minute at the first start and use for inference alone."""
-    import deepspeed.comm.torch
     import deepspeed.ops.adam
 
     deepspeed.ops.adam.DeepSpeedCPUAdam = torch.optim.AdamW
     deepspeed.ops.adam.FusedAdam = torch.optim.AdamW
-    deepspeed.comm.torch.build_shm_op = lambda: None
+    # By its full name: the attribute `torch` of `deepspeed.comm` is PyTorch.
+    import_module("deepspeed.comm.torch").build_shm_op = lambda: None

@@ -41,16 +41,19 @@ def register() -> None:
     _recompute_layer()
     _count_flops()
     _initialize_without_cuda()
+    _find_data_sets()
     _fix_pipeline_validation()
     _shrink_unread_attention_mask()
     _log_to_wandb()
 
 
 def _replace(original: Any, replacement: Any) -> None:
-    """Rebinds `original` in every GPT-NeoX module that holds it under its own name."""
-    for name, module in list(sys.modules.items()):
-        if name.split(".")[0] == "megatron" and vars(module).get(original.__name__) is original:
-            setattr(module, original.__name__, replacement)
+    """Rebinds `original` in every GPT-NeoX module that holds it, under whatever name."""
+    for module_name, module in list(sys.modules.items()):
+        if module_name.split(".")[0] == "megatron":
+            for name, value in list(vars(module).items()):
+                if value is original:
+                    setattr(module, name, replacement)
 
 
 def _add_settings() -> None:
@@ -190,6 +193,19 @@ def _initialize_without_cuda() -> None:
         return initialize_megatron(neox_args, allow_no_cuda=allow_no_cuda or on_cpu)
 
     _replace(initialize_megatron, initialize_anywhere)
+
+
+def _find_data_sets() -> None:
+    """`data_impl: infer`, the default, recognises a data set's format and then opens nothing."""
+    from megatron.data.indexed_dataset import infer_dataset_impl, make_dataset
+
+    @functools.wraps(make_dataset)
+    def make_inferred_dataset(path, impl, skip_warmup=False):
+        if impl == "infer":
+            impl = infer_dataset_impl(path)
+        return make_dataset(path, impl, skip_warmup)
+
+    _replace(make_dataset, make_inferred_dataset)
 
 
 def _fix_pipeline_validation() -> None:

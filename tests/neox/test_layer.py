@@ -170,6 +170,20 @@ def test_sizes_of_the_configurations(neox_checkout, config, name, parameters, ba
     assert f"{parameters:,} parameters" in file.read_text()
 
 
+def test_the_command_of_the_readme_finds_its_settings(neox_checkout, config):
+    """`-d configs metala.yml local_setup.yml` with GPT-NeoX's own local_setup.yml and with ours."""
+    code = """
+    sizes = []
+    for local in ("configs/local_setup.yml", %r):
+        cpu = {"distributed_backend": "gloo", "precision": "fp32", "data_types": None}
+        args = NeoXArgs.from_ymls(["configs/metala.yml", local], overwrite_values=cpu)
+        sizes.append([args.hidden_size, args.attention_config.count("metala"), args.save])
+    answer(sizes)
+    """
+    code %= str(CONFIGS / "local_setup.yml")
+    assert in_neox(neox_checkout, config, code) == [[1024, 24, "checkpoints"]] * 2
+
+
 def test_printed_flops_match_the_formula(neox_checkout, config):
     """Against an independent count: matrix shapes of the built model, and the recurrence."""
     code = """

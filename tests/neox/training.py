@@ -89,7 +89,6 @@ def settings(token_data: Path, tokenizer_file: Path, tp: int = 1, pp: int = 0, *
     data = {
         "data_path": str(token_data),
         "tokenizer_type": "HFTokenizer",
-        "data_impl": "mmap",
         "vocab_file": str(tokenizer_file),
     }
     return {**MODEL, **TRAINING, **parallel, **data, **changes}
