@@ -18,6 +18,7 @@ class Configuration(NamedTuple):
     segment: int
     precision: str
     factor_warps: int
+    factor_run: int
     carry_k: int
     carry_v: int
     carry_warps: int
@@ -28,13 +29,15 @@ class Configuration(NamedTuple):
     output_registers: int | None
     backward_warps: int
     backward_registers: int | None
-    value_warps: int
-    value_registers: int | None
-    key_k: int
-    key_v: int
-    key_warps: int
-    key_stages: int
-    key_registers: int | None
+    gradient_v: int
+    gradient_warps: int
+    gradient_stages: int
+    gradient_registers: int | None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of tensors between kernels: stored as they will be rounded for products."""
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
 
 def power_of_two(width: int) -> int:
@@ -66,24 +69,20 @@ def configure(key_width: int, value_width: int, dtype: torch.dtype) -> Configura
         chunk=chunk,
         segment=2048,
         precision=precision,
-        factor_warps=2 if k <= 64 else 4 if k <= 128 else 8,
-        carry_k=min(k, 64),
+        factor_warps=8,
+        factor_run=2,
+        carry_k=min(k, 128 if half else 64),
         carry_v=min(v, 128 if half and k <= 64 else 64 if half else 32),
         carry_warps=4,
         carry_stages=3,
         output_k=min(k, 64 if half else 32),
         output_v=v,
-        output_warps=4 if small and half else 8,
+        output_warps=4 if half and v <= 256 else 8,
         output_registers=160 if small and half else None,
         backward_warps=4 if small and half else 8,
         backward_registers=None,
-        value_warps=4 if small and half else 8,
-        value_registers=None,
-        # On Hopper with Triton 3.6, tiles of 64 tokens by 32 channels gave wrong gradients with 4
-        # warps: never choose them, and check every change here on the GPU.
-        key_k=64 if half and not wide else min(k, 32),
-        key_v=min(v, 128 if half else 32),
-        key_warps=4,
-        key_stages=1,
-        key_registers=None,
+        gradient_v=min(v, 32),
+        gradient_warps=4 if small else 8,
+        gradient_stages=3 if half else 2,
+        gradient_registers=None,
     )

@@ -28,19 +28,29 @@ class Layout(NamedTuple):
     segment_bounds: torch.Tensor | None = None
 
 
+def unit_count(batch: int, time: int, size: int, cu_seqlens: torch.Tensor | None) -> int:
+    """How many units of `size` tokens B sequences of T tokens have, or at most those that
+    `cu_seqlens` packs."""
+    if cu_seqlens is None:
+        return batch * -(-time // size)
+    return time // size + cu_seqlens.shape[0] - 1
+
+
 def lay_out(
     batch: int, time: int, chunk: int, segment: int, cu_seqlens: torch.Tensor | None
 ) -> Layout:
     """The layout of B sequences of T tokens, or of those that `cu_seqlens` packs."""
+    chunk_count = unit_count(batch, time, chunk, cu_seqlens)
+    segment_count = unit_count(batch, time, segment, cu_seqlens)
     if cu_seqlens is None:
-        chunks, segments = -(-time // chunk), -(-time // segment)
-        return Layout(batch, chunks, segments, batch * chunks, batch * segments)
+        return Layout(
+            batch, chunk_count // batch, segment_count // batch, chunk_count, segment_count
+        )
     bounds = cu_seqlens.long()
     sequences = len(bounds) - 1
     lengths = bounds.diff()
     chunk_bounds = _bounds((lengths + chunk - 1) // chunk)
     segment_bounds = _bounds((lengths + segment - 1) // segment)
-    chunk_count, segment_count = time // chunk + sequences, time // segment + sequences
     per_segment = segment // chunk
 
     sequence, index = _locate(chunk_bounds, chunk_count)

@@ -5,17 +5,16 @@ import triton
 import triton.language as tl
 
 from megatron_patch.ops.triton.states import entering_state
-from megatron_patch.ops.triton.tiles import exact_scores, locate, matmul, sigmoid
+from megatron_patch.ops.triton.tiles import beside, locate, matmul, sigmoid, unit_and_head
 
 
 @triton.jit
 def normalised(
-    q,
-    gates,
     v,
     early,
     late,
     exact,
+    scores,
     similarity,
     states,
     since,
@@ -24,13 +23,7 @@ def normalised(
     segment_at,
     token_at,
     length,
-    scale,
-    inverse_tau,
     norm_eps,
-    q_t,
-    q_k,
-    gate_t,
-    gate_k,
     v_t,
     v_v,
     H: tl.constexpr,
@@ -45,8 +38,7 @@ def normalised(
 ):
     """LayerNorm(y) [C, BV] before the gate, zero where masked, and 1 / standard deviation [C].
 
-    q, gates, v point to the chunk's first row; `length` is how many rows it has. q and gates are
-    read for exact chunks alone.
+    v points to the chunk's first row; `length` is how many rows it has.
     """
     token = tl.arange(0, C)
     rows = token[:, None]
@@ -54,18 +46,18 @@ def normalised(
     v_mask = (v_columns < V)[None, :]
     tile = token_at * K + rows * (H * K)
     if tl.load(exact + chunk_at) != 0:
-        scores = exact_scores(
-            q, gates, q_t, gate_t, q_k, gate_k, length, inverse_tau, K, C, PRECISION
-        )
+        weights = tl.load(
+            scores + token_at * C + rows * (H * C) + token[None, :], mask=rows < length, other=0.0
+        ).to(tl.float32)
     else:
-        scores = tl.zeros([C, C], tl.float32)
+        weights = tl.zeros([C, C], tl.float32)
         for score_tile in tl.static_range((K + BK - 1) // BK):
             score_columns = score_tile * BK + tl.arange(0, BK)[None, :]
             score_mask = (rows < length) & (score_columns < K)
             q_factor = tl.load(early + tile + score_columns, mask=score_mask, other=0.0)
             k_factor = tl.load(late + tile + score_columns, mask=score_mask, other=0.0)
-            scores += matmul(q_factor, tl.trans(k_factor), PRECISION)
-    scores = tl.where(rows >= token[None, :], scores, 0.0)
+            weights += matmul(q_factor, tl.trans(k_factor), PRECISION)
+    weights = tl.where(rows >= token[None, :], weights, 0.0)
     read_out = tl.zeros([C, BV], tl.float32)
     for k_tile in tl.static_range((K + BK - 1) // BK):
         k_columns = k_tile * BK + tl.arange(0, BK)
@@ -78,11 +70,11 @@ def normalised(
     v_tile = tl.load(
         v + rows * v_t + v_columns[None, :] * v_v, mask=(rows < length) & v_mask, other=0.0
     )
-    read_out += matmul(scores, v_tile, PRECISION)
-    y = read_out * scale
+    read_out += matmul(weights, v_tile, PRECISION)
+    y = read_out
     if HAS_AUG:
         weight = tl.load(similarity + token_at + token * H, mask=token < length, other=0.0)
-        y += sigmoid(weight[:, None] * v_tile.to(tl.float32))
+        y += sigmoid(weight[:, None] * beside(v_tile, y))
     y = tl.where(v_mask, y, 0.0)
     mean = tl.sum(y, 1) * (1 / V)
     centred = tl.where(v_mask, y - mean[:, None], 0.0)
@@ -93,14 +85,13 @@ def normalised(
 
 @triton.jit(do_not_specialize=["T", "chunks", "segments"])
 def output(
-    q,
-    gates,
     v,
     out_gate,
     bias,
     early,
     late,
     exact,
+    scores,
     similarity,
     states,
     since,
@@ -112,17 +103,7 @@ def output(
     chunks,
     segments,
     chunks_per_segment,
-    scale,
-    inverse_tau,
     norm_eps,
-    q_b,
-    q_t,
-    q_h,
-    q_k,
-    gate_b,
-    gate_t,
-    gate_h,
-    gate_k,
     v_b,
     v_t,
     v_h,
@@ -144,9 +125,8 @@ def output(
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """out = silu(out_gate + bias) * LayerNorm(y). Grid: (chunks, H)."""
-    unit = tl.program_id(0)
-    head = tl.program_id(1).to(tl.int64)
+    """out = silu(out_gate + bias) * LayerNorm(y). Grid: (chunks * H,)."""
+    unit, head = unit_and_head(H)
     sequence, index, link, batch, first, end = locate(unit, chunks, table, bounds, T, C, PACKED)
     if sequence < 0:
         return
@@ -156,12 +136,11 @@ def output(
     length = tl.minimum(end - first, C).to(tl.int32)
     token_at = (batch * T + first) * H + head
     x_hat, inverse_std = normalised(
-        q + batch * q_b + head * q_h + first * q_t,
-        gates + batch * gate_b + head * gate_h + first * gate_t,
         v + batch * v_b + head * v_h + first * v_t,
         early,
         late,
         exact,
+        scores,
         similarity,
         states,
         since,
@@ -170,13 +149,7 @@ def output(
         segment * H + head,
         token_at,
         length,
-        scale,
-        inverse_tau,
         norm_eps,
-        q_t,
-        q_k,
-        gate_t,
-        gate_k,
         v_t,
         v_v,
         H,
@@ -201,7 +174,8 @@ def output(
             + (rows * z_t + columns[None, :] * z_v),
             mask=mask,
             other=0.0,
-        ).to(tl.float32)
+        )
+        z = beside(z, x_hat)
         if HAS_BIAS:
             shift = tl.load(bias + head * V + columns, mask=columns < V, other=0.0)
             z += shift.to(tl.float32)[None, :]
@@ -212,14 +186,13 @@ def output(
 
 @triton.jit(do_not_specialize=["T", "chunks", "segments"])
 def output_backward(
-    q,
-    gates,
     v,
     out_gate,
     bias,
     early,
     late,
     exact,
+    scores,
     similarity,
     states,
     since,
@@ -234,17 +207,7 @@ def output_backward(
     chunks,
     segments,
     chunks_per_segment,
-    scale,
-    inverse_tau,
     norm_eps,
-    q_b,
-    q_t,
-    q_h,
-    q_k,
-    gate_b,
-    gate_t,
-    gate_h,
-    gate_k,
     v_b,
     v_t,
     v_h,
@@ -271,9 +234,8 @@ def output_backward(
     PRECISION: tl.constexpr,
 ):
     """From the gradient of `out` to those of y and out_gate, and each chunk's share of the bias's,
-    d_bias [chunks, H, V] float32. Grid: (chunks, H)."""
-    unit = tl.program_id(0)
-    head = tl.program_id(1).to(tl.int64)
+    d_bias [chunks, H, V] float32. Grid: (chunks * H,)."""
+    unit, head = unit_and_head(H)
     sequence, index, link, batch, first, end = locate(unit, chunks, table, bounds, T, C, PACKED)
     columns = tl.arange(0, BV)
     chunk_at = unit.to(tl.int64) * H + head
@@ -287,12 +249,11 @@ def output_backward(
     length = tl.minimum(end - first, C).to(tl.int32)
     token_at = (batch * T + first) * H + head
     x_hat, inverse_std = normalised(
-        q + batch * q_b + head * q_h + first * q_t,
-        gates + batch * gate_b + head * gate_h + first * gate_t,
         v + batch * v_b + head * v_h + first * v_t,
         early,
         late,
         exact,
+        scores,
         similarity,
         states,
         since,
@@ -301,13 +262,7 @@ def output_backward(
         segment * H + head,
         token_at,
         length,
-        scale,
-        inverse_tau,
         norm_eps,
-        q_t,
-        q_k,
-        gate_t,
-        gate_k,
         v_t,
         v_v,
         H,
@@ -330,7 +285,8 @@ def output_backward(
         + (rows * d_out_t + columns[None, :] * d_out_v),
         mask=mask,
         other=0.0,
-    ).to(tl.float32)
+    )
+    d_x = beside(d_x, x_hat)
     offsets = token_at * V + (rows * (H * V) + columns[None, :])
     if HAS_GATE:
         z = tl.load(
@@ -341,7 +297,8 @@ def output_backward(
             + (rows * z_t + columns[None, :] * z_v),
             mask=mask,
             other=0.0,
-        ).to(tl.float32)
+        )
+        z = beside(z, x_hat)
         if HAS_BIAS:
             shift = tl.load(bias + head * V + columns, mask=columns < V, other=0.0)
             z += shift.to(tl.float32)[None, :]

@@ -10,7 +10,7 @@ Both run backwards for gradients.
 import triton
 import triton.language as tl
 
-from megatron_patch.ops.triton.tiles import locate, matmul
+from megatron_patch.ops.triton.tiles import exp2, locate, matmul, unit_and_head
 
 
 @triton.jit(do_not_specialize=["T", "chunks", "units"])
@@ -29,7 +29,6 @@ def carry(
     units,
     chunks,
     chunks_per_segment,
-    scale,
     y_b,
     y_t,
     y_h,
@@ -45,10 +44,10 @@ def carry(
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """States within segments. Grid: (segments, H, K tiles * V tiles).
+    """States within segments. Grid: (segments * H, K tiles * V tiles).
 
     Forwards: S = 2^total S + 2^m sum of late_t v_t^T, with x = late, y = v.
-    Backwards: D = 2^total D + scale 2^m sum of early_t dy_t^T, with x = early, y = dy.
+    Backwards: D = 2^total D + 2^m sum of early_t dy_t^T, with x = early, y = dy.
     Here 2 m = total = `chunk_decays`; in exact chunks 1 stands in place of 2^m.
 
     Writes: states [chunks, H, K, V], 2^m times the state before each chunk in walking order; since
@@ -56,11 +55,10 @@ def carry(
     the chunk, plus m; totals [segments, H, K, V] and total_decays [segments, H, K] float32, of
     whole segments.
     """
-    unit = tl.program_id(0)
-    head = tl.program_id(1).to(tl.int64)
+    unit, head = unit_and_head(H)
     v_tiles = tl.cdiv(V, BV)
-    k_tile = tl.program_id(2) // v_tiles
-    v_tile = tl.program_id(2) % v_tiles
+    k_tile = tl.program_id(1) // v_tiles
+    v_tile = tl.program_id(1) % v_tiles
     sequence, index, link, batch, start, end = locate(
         unit, units, table, bounds, T, SEGMENT, PACKED
     )
@@ -94,7 +92,7 @@ def carry(
         at = (first_chunk + c) * H + head
         total = tl.load(chunk_decays + at * K + k_columns, mask=k_mask, other=0.0)
         middle = tl.where(tl.load(exact + at) != 0, 0.0, 0.5 * total)
-        factor = tl.exp2(middle)[:, None]
+        factor = exp2(middle, PRECISION)[:, None]
         tl.store(
             states + at * (K * V) + state_offsets,
             (state * factor).to(states.dtype.element_ty),
@@ -103,9 +101,7 @@ def carry(
         if v_tile == 0:
             tl.store(since + at * K + k_columns, decay + middle, mask=k_mask)
         update = matmul(tl.trans(x_chunk), y_chunk, PRECISION)
-        if REVERSE:
-            factor *= scale
-        state = state * tl.exp2(total)[:, None] + update * factor
+        state = state * exp2(total, PRECISION)[:, None] + update * factor
         decay += total
     at = unit.to(tl.int64) * H + head
     tl.store(totals + at * (K * V) + state_offsets, state, mask=state_mask)
@@ -131,15 +127,15 @@ def scan(
     PACKED: tl.constexpr,
 ):
     """Turns each segment's own state into the state that enters it, in place, and writes the state
-    that leaves the sequence's last segment. Grid: (sequences, H, K tiles * V tiles).
+    that leaves the sequence's last segment. Grid: (sequences * H, K tiles * V tiles).
 
     totals, initial, final: [segments or sequences, H, K, V] float32; all contiguous.
     """
-    sequence = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1).to(tl.int64)
+    sequence, head = unit_and_head(H)
+    sequence = sequence.to(tl.int64)
     v_tiles = tl.cdiv(V, BV)
-    k_columns = (tl.program_id(2) // v_tiles) * BK + tl.arange(0, BK)
-    v_columns = (tl.program_id(2) % v_tiles) * BV + tl.arange(0, BV)
+    k_columns = (tl.program_id(1) // v_tiles) * BK + tl.arange(0, BK)
+    v_columns = (tl.program_id(1) % v_tiles) * BV + tl.arange(0, BV)
     mask = (k_columns < K)[:, None] & (v_columns < V)[None, :]
     offsets = k_columns[:, None] * V + v_columns[None, :]
     if PACKED:

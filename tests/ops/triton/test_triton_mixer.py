@@ -107,7 +107,7 @@ def test_packed_sequences(boundaries, integer):
 def test_many_segments(monkeypatch):
     segment = 128
     monkeypatch.setattr(
-        "megatron_patch.ops.triton.operator.configure",
+        "megatron_patch.ops.triton.launches.configure",
         lambda *widths: configure(*widths)._replace(segment=segment),
     )
     assert_right(make(1, segment + 70, 1, 16, 16))

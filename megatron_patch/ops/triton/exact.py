@@ -1,0 +1,272 @@
+"""Chunks in which decays are so strong that scores do not factor: computed token by token.
+
+Only non-positive numbers are exponentiated and sums are never subtracted, as in the recurrence. In
+these chunks early = scale q 2^G and late = k 2^(sum of the later log decays), which serve the
+states alone, with 1 in place of 2^m; scores stand in memory. By narrow tiles of channels: what is
+rare shall cost neither registers nor time to compile.
+"""
+
+import triton
+import triton.language as tl
+
+from megatron_patch.ops.triton.states import entering_state
+from megatron_patch.ops.triton.tiles import decays, key, locate, matmul, sigmoid, unit_and_head
+
+NARROW = tl.constexpr(16)
+
+
+@triton.jit
+def until_end(gates, stride, rows, length, k_mask, inverse_tau, PRECISION: tl.constexpr):
+    """Log decay after each token to the chunk's end, by summing the later tokens themselves: a
+    difference of large sums has no digits left. `gates` point to the tile, rows `stride` apart."""
+    later = decays(gates + stride, (rows + 1 < length) & k_mask, inverse_tau, PRECISION)
+    return tl.cumsum(later, 0, reverse=True)
+
+
+@triton.jit
+def exact_factors(
+    q,
+    gates,
+    early,
+    late,
+    scores,
+    length,
+    scale,
+    inverse_tau,
+    q_t,
+    q_k,
+    gate_t,
+    gate_k,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    C: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Writes early and late, and the scores: zeros above the diagonal. All pointers
+    are to the chunk's first row."""
+    token = tl.arange(0, C)
+    rows = token[:, None]
+    sums = tl.zeros([C, C], tl.float32)
+    for narrow in range(0, (K + NARROW - 1) // NARROW):
+        columns = narrow * NARROW + tl.arange(0, NARROW)
+        k_mask = (columns < K)[None, :]
+        mask = (rows < length) & k_mask
+        tile = gates + (rows * gate_t + columns[None, :] * gate_k)
+        g = decays(tile, mask, inverse_tau, PRECISION)
+        k = key(g, PRECISION)
+        raw_q = tl.load(q + (rows * q_t + columns[None, :] * q_k), mask=mask, other=0.0)
+        offsets = rows * (H * K) + columns[None, :]
+        factor = raw_q.to(tl.float32) * tl.exp2(tl.cumsum(g, 0)) * scale
+        tl.store(early + offsets, factor.to(early.dtype.element_ty), mask=mask)
+        until = until_end(tile, gate_t, rows, length, k_mask, inverse_tau, PRECISION)
+        tl.store(late + offsets, (k * tl.exp2(until)).to(late.dtype.element_ty), mask=mask)
+
+        between = tl.zeros([C, NARROW], tl.float32)  # log decay after token j up to token i
+        for i in range(0, length):
+            q_row = tl.load(q + i * q_t + columns * q_k, mask=columns < K, other=0.0)
+            g_row = decays(
+                gates + i * gate_t + columns * gate_k, columns < K, inverse_tau, PRECISION
+            )
+            between = tl.where(rows < i, between + g_row[None, :], 0.0)
+            score = tl.sum(k * tl.exp2(between) * q_row.to(tl.float32)[None, :], 1)
+            score = tl.where(token <= i, score, 0.0)
+            sums += tl.where(rows == i, score[None, :], 0.0)
+    tl.store(
+        scores + (rows * (H * C) + token[None, :]),
+        (sums * scale).to(scores.dtype.element_ty),
+        mask=rows < length,
+    )
+
+
+@triton.jit(do_not_specialize=["T", "chunks", "segments"])
+def exact_gradients(
+    q,
+    gates,
+    v,
+    aug,
+    d_y,
+    early,
+    late,
+    exact,
+    scores,
+    similarity,
+    states,
+    since,
+    entering,
+    d_states,
+    d_since,
+    leaving,
+    d_q,
+    d_gates,
+    d_v,
+    d_aug,
+    table,
+    bounds,
+    T,
+    chunks,
+    segments,
+    chunks_per_segment,
+    scale,
+    inverse_tau,
+    q_b,
+    q_t,
+    q_h,
+    q_k,
+    gate_b,
+    gate_t,
+    gate_h,
+    gate_k,
+    v_b,
+    v_t,
+    v_h,
+    v_v,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    C: tl.constexpr,
+    BV: tl.constexpr,
+    HAS_AUG: tl.constexpr,
+    FIX: tl.constexpr,
+    D_FIX: tl.constexpr,
+    PACKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """What `gradients` computes, for the chunks flagged exact. Grid: (chunks * H,).
+
+    `scores` are read, and their memory then takes their gradient.
+    """
+    unit, head = unit_and_head(H)
+    sequence, index, link, batch, first, end = locate(unit, chunks, table, bounds, T, C, PACKED)
+    chunk_at = unit.to(tl.int64) * H + head
+    if sequence < 0:
+        return
+    if tl.load(exact + chunk_at) == 0:
+        return
+    segment = link
+    if not PACKED:
+        segment = sequence * segments + index // chunks_per_segment
+    segment_at = segment * H + head
+    length = tl.minimum(end - first, C).to(tl.int32)
+    token_at = (batch * T + first) * H + head
+    token = tl.arange(0, C)
+    rows = token[:, None]
+    q += batch * q_b + head * q_h + first * q_t
+    gates += batch * gate_b + head * gate_h + first * gate_t
+    v += batch * v_b + head * v_h + first * v_t
+    d_y += token_at * V
+    d_v += token_at * V
+    score_row = scores + token_at * C + token
+    weights = tl.load(
+        scores + token_at * C + (rows * (H * C) + token[None, :]), mask=rows < length, other=0.0
+    )
+    if HAS_AUG:
+        weight = tl.load(similarity + token_at + token * H, mask=token < length, other=0.0)
+
+    d_scores = tl.zeros([C, C], tl.float32)
+    d_similarity = tl.zeros([C], tl.float32)
+    for v_tile in range(0, (V + BV - 1) // BV):
+        v_columns = v_tile * BV + tl.arange(0, BV)
+        v_mask = (rows < length) & (v_columns < V)[None, :]
+        values = tl.load(v + (rows * v_t + v_columns[None, :] * v_v), mask=v_mask, other=0.0)
+        dy = tl.load(d_y + (rows * (H * V) + v_columns[None, :]), mask=v_mask, other=0.0)
+        d_scores += matmul(dy, tl.trans(values), PRECISION)
+        if HAS_AUG:
+            values = values.to(tl.float32)
+            s = sigmoid(weight[:, None] * values)
+            d_similarity += tl.sum(dy.to(tl.float32) * s * (1 - s) * values, 1)
+    d_scores = tl.where(rows >= token[None, :], d_scores, 0.0)
+    tl.debug_barrier()
+    tl.store(
+        scores + token_at * C + (rows * (H * C) + token[None, :]),
+        d_scores.to(scores.dtype.element_ty),
+        mask=rows < length,
+    )
+    tl.debug_barrier()
+
+    for narrow in range(0, (K + NARROW - 1) // NARROW):
+        columns = narrow * NARROW + tl.arange(0, NARROW)
+        k_known = columns < K
+        k_mask = k_known[None, :]
+        mask = (rows < length) & k_mask
+        d_early = tl.zeros([C, NARROW], tl.float32)
+        d_late = tl.zeros([C, NARROW], tl.float32)
+        dg = tl.zeros([NARROW], tl.float32)
+        for v_tile in range(0, (V + BV - 1) // BV):
+            v_columns = v_tile * BV + tl.arange(0, BV)
+            v_mask = (rows < length) & (v_columns < V)[None, :]
+            values = tl.load(v + (rows * v_t + v_columns[None, :] * v_v), mask=v_mask, other=0.0)
+            dy = tl.load(d_y + (rows * (H * V) + v_columns[None, :]), mask=v_mask, other=0.0)
+            state = entering_state(
+                states, since, entering, chunk_at, segment_at, columns, v_columns, K, V, FIX
+            )
+            d_state = entering_state(
+                d_states, d_since, leaving, chunk_at, segment_at, columns, v_columns, K, V, D_FIX
+            )
+            d_early += matmul(dy, tl.trans(state), PRECISION)
+            d_late += matmul(values, tl.trans(d_state), PRECISION)
+            dg += tl.sum(state.to(tl.float32) * d_state.to(tl.float32), 1)
+
+        k_offsets = token_at * K + (rows * (H * K) + columns[None, :])
+        early_tile = tl.load(early + k_offsets, mask=mask, other=0.0).to(tl.float32)
+        late_tile = tl.load(late + k_offsets, mask=mask, other=0.0).to(tl.float32)
+        tile = gates + (rows * gate_t + columns[None, :] * gate_k)
+        g = decays(tile, mask, inverse_tau, PRECISION)
+        k = key(g, PRECISION)
+        until = until_end(tile, gate_t, rows, length, k_mask, inverse_tau, PRECISION)
+        from_state = late_tile * d_late
+        dg = tl.zeros([C, NARROW], tl.float32) + (dg * tl.exp2(tl.sum(g, 0)))[None, :]
+        dg += tl.cumsum(early_tile * d_early, 0, reverse=True)
+        dg += tl.cumsum(from_state, 0) - from_state
+        dq = tl.exp2(tl.cumsum(g, 0)) * d_early  # without the scale
+        dk = tl.exp2(until) * d_late
+        between = tl.zeros([C, NARROW], tl.float32)
+        for i in range(0, length):
+            q_row = tl.load(q + i * q_t + columns * q_k, mask=k_known, other=0.0)
+            g_row = decays(gates + i * gate_t + columns * gate_k, k_known, inverse_tau, PRECISION)
+            between = tl.where(rows < i, between + g_row[None, :], 0.0)
+            d_row = tl.load(score_row + i * (H * C), mask=token <= i, other=0.0).to(tl.float32)
+            pair = tl.exp2(between) * d_row[:, None]
+            dq += tl.where(rows == i, tl.sum(pair * k, 0)[None, :], 0.0)
+            pair *= q_row.to(tl.float32)[None, :] * scale
+            dk += pair
+            # The pair (i, j) depends on the decays j + 1 .. i.
+            pair = tl.where(rows < i, pair * k, 0.0)
+            dg += tl.where(rows <= i, tl.cumsum(pair, 0) - pair, 0.0)
+        dq *= scale
+        if HAS_AUG:
+            raw_q = tl.load(q + (rows * q_t + columns[None, :] * q_k), mask=mask, other=0.0)
+            raw_q = raw_q.to(tl.float32)
+            balance = tl.load(aug + head * K + columns, mask=k_known, other=0.0).to(tl.float32)
+            share = d_similarity[:, None]
+            tl.store(d_aug + chunk_at * K + columns, tl.sum(share * raw_q * k, 0), mask=k_known)
+            dq += share * balance[None, :] * k
+            dk += share * balance[None, :] * raw_q
+        logits = tl.load(tile, mask=mask, other=0.0).to(tl.float32)
+        d_logits = (dg - (1.0 - k) * dk) * sigmoid(-logits) * inverse_tau
+        tl.store(d_q + k_offsets, dq.to(d_q.dtype.element_ty), mask=mask)
+        tl.store(d_gates + k_offsets, d_logits.to(d_gates.dtype.element_ty), mask=mask)
+
+    tl.debug_barrier()
+    for v_tile in range(0, (V + BV - 1) // BV):
+        v_columns = v_tile * BV + tl.arange(0, BV)
+        v_mask = (rows < length) & (v_columns < V)[None, :]
+        offsets = rows * (H * V) + v_columns[None, :]
+        dy = tl.load(d_y + offsets, mask=v_mask, other=0.0)
+        dv = matmul(tl.trans(weights), dy, PRECISION)
+        for narrow in range(0, (K + NARROW - 1) // NARROW):
+            columns = narrow * NARROW + tl.arange(0, NARROW)
+            k_mask = (columns < K)[None, :]
+            tile = gates + (rows * gate_t + columns[None, :] * gate_k)
+            # Once more, for d_gates may have taken its memory.
+            g = decays(tile, (rows < length) & k_mask, inverse_tau, PRECISION)
+            until = until_end(tile, gate_t, rows, length, k_mask, inverse_tau, PRECISION)
+            late_tile = (key(g, PRECISION) * tl.exp2(until)).to(late.dtype.element_ty)
+            d_state = entering_state(
+                d_states, d_since, leaving, chunk_at, segment_at, columns, v_columns, K, V, D_FIX
+            )
+            dv += matmul(late_tile, d_state, PRECISION)
+        if HAS_AUG:
+            values = tl.load(v + (rows * v_t + v_columns[None, :] * v_v), mask=v_mask, other=0.0)
+            s = sigmoid(weight[:, None] * values.to(tl.float32))
+            dv += weight[:, None] * dy.to(tl.float32) * s * (1 - s)
+        tl.store(d_v + offsets, dv.to(d_v.dtype.element_ty), mask=v_mask)

@@ -1,0 +1,261 @@
+"""Forward and backward of MetaLA as sequences of kernel launches."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from megatron_patch.ops.triton.configuration import Configuration, configure, power_of_two
+from megatron_patch.ops.triton.exact import exact_gradients
+from megatron_patch.ops.triton.factors import factors
+from megatron_patch.ops.triton.gradients import gradients
+from megatron_patch.ops.triton.layout import Layout, lay_out
+from megatron_patch.ops.triton.output import output, output_backward
+from megatron_patch.ops.triton.shares import sum_shares
+from megatron_patch.ops.triton.states import carry, scan
+
+
+class _Call:
+    """One call's tensors and numbers, and the launches that its two passes share."""
+
+    def __init__(self, q, gate_logits, v, aug, out_gate, bias, cu_seqlens, tau, scale, norm_eps):
+        self.q, self.gates, self.v, self.out_gate = q, gate_logits, v, out_gate
+        self.aug = None if aug is None else aug.contiguous()
+        self.bias = None if bias is None else bias.contiguous()
+        self.batch, self.time, self.heads, self.k = q.shape
+        self.width = v.shape[-1]
+        self.scale, self.inverse_tau, self.norm_eps = scale, 1.0 / tau, norm_eps
+        self.config: Configuration = configure(self.k, self.width, q.dtype)
+        self.bounds = cu_seqlens
+        self.packed = cu_seqlens is not None
+        self.layout: Layout = lay_out(
+            self.batch, self.time, self.config.chunk, self.config.segment, cu_seqlens
+        )
+        self.dtype = self.config.dtype
+        self._factors()
+
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.q.device)
+
+    def outputs(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """What callers receive: zeros in rows that no packed sequence covers."""
+        make = torch.zeros if self.packed else torch.empty
+        return make(shape, dtype=dtype or self.q.dtype, device=self.q.device)
+
+    def gradient_in(self, memory: Tensor) -> Tensor:
+        """Where a gradient goes: into `memory`, which its last reader overwrites, if the dtype
+        fits."""
+        return memory if memory.dtype == self.q.dtype else self.outputs(*memory.shape)
+
+    def widths(self) -> dict:
+        return dict(H=self.heads, K=self.k, C=self.config.chunk, PRECISION=self.config.precision)
+
+    def _factors(self) -> None:
+        layout, config, heads = self.layout, self.config, self.heads
+        shape = (self.batch, self.time, heads)
+        # `outputs`, for gradients take their place.
+        self.early = self.outputs(*shape, self.k, dtype=self.dtype)
+        self.late = self.outputs(*shape, self.k, dtype=self.dtype)
+        self.chunk_decays = self.empty(layout.chunk_count, heads, self.k)
+        self.exact = self.empty(layout.chunk_count, heads, dtype=torch.int32)
+        self.scores = self.empty(*shape, config.chunk, dtype=self.dtype)
+        self.similarity = self.empty(*shape) if self.aug is not None else None
+        factors[(layout.chunk_count * heads,)](
+            self.q, self.gates, self.aug, self.early, self.late, self.chunk_decays, self.exact,
+            self.scores, self.similarity, layout.chunk_table, self.bounds,
+            self.time, layout.chunks, self.scale, self.inverse_tau,
+            *self.q.stride(), *self.gates.stride(),
+            **self.widths(), BK=power_of_two(self.k), RUN=config.factor_run,
+            HAS_AUG=self.aug is not None, PACKED=self.packed, num_warps=config.factor_warps,
+        )  # fmt: skip
+
+    def states(
+        self, y: Tensor, boundary: Tensor | None, reverse: bool
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], bool, Tensor]:
+        """Carries the state over all chunks: forwards with y = v, backwards with y = dy.
+
+        Returns what `entering_state` reads, its FIX, and the state that leaves the last token
+        (backwards: the gradient of the one that enters the first), [N, H, K, V] float32.
+        """
+        config, layout, heads, k, width = (
+            self.config, self.layout, self.heads, self.k, self.width,
+        )  # fmt: skip
+        states = self.empty(layout.chunk_count, heads, k, width, dtype=self.dtype)
+        since = self.empty(layout.chunk_count, heads, k)
+        totals = self.empty(layout.segment_count, heads, k, width)
+        total_decays = self.empty(layout.segment_count, heads, k)
+        tiles = triton.cdiv(k, config.carry_k) * triton.cdiv(width, config.carry_v)
+        carry[(layout.segment_count * heads, tiles)](
+            self.early if reverse else self.late, y, self.chunk_decays, self.exact,
+            states, since, totals, total_decays, layout.segment_table, self.bounds,
+            self.time, layout.segments, layout.chunks, config.segment // config.chunk,
+            *y.stride(),
+            **self.widths(), V=width, BK=config.carry_k, BV=config.carry_v,
+            SEGMENT=config.segment, REVERSE=reverse, PACKED=self.packed,
+            num_warps=config.carry_warps, num_stages=config.carry_stages,
+        )  # fmt: skip
+        fix = self.packed or boundary is not None or layout.segments > 1
+        if not fix:
+            return (states, since, totals), False, totals
+        final = self.empty(layout.sequences, heads, k, width)
+        block_k, block_v = 16, min(64, power_of_two(width))
+        scan[(layout.sequences * heads, triton.cdiv(k, block_k) * triton.cdiv(width, block_v))](
+            totals, total_decays, boundary, final, layout.segment_bounds, layout.segments,
+            H=heads, K=k, V=width, BK=block_k, BV=block_v,
+            HAS_INITIAL=boundary is not None, REVERSE=reverse, PACKED=self.packed,
+            num_warps=2,
+        )  # fmt: skip
+        return (states, since, totals), True, final
+
+    def shared(self) -> tuple[Tensor | None, ...]:
+        return self.early, self.late, self.exact, self.scores, self.similarity
+
+    def numbers(self) -> tuple:
+        layout, config = self.layout, self.config
+        return (
+            layout.chunk_table, self.bounds, self.time, layout.chunks, layout.segments,
+            config.segment // config.chunk,
+        )  # fmt: skip
+
+    def strides(self) -> tuple[int, ...]:
+        return (*self.q.stride(), *self.gates.stride(), *self.v.stride())
+
+    def gate_strides(self) -> tuple[int, ...]:
+        return (0, 0, 0, 0) if self.out_gate is None else self.out_gate.stride()
+
+    def output_options(self, fix: bool, warps: int, registers: int | None) -> dict:
+        return dict(
+            **self.widths(),
+            V=self.width,
+            BK=self.config.output_k,
+            BV=self.config.output_v,
+            HAS_AUG=self.aug is not None,
+            HAS_GATE=self.out_gate is not None,
+            HAS_BIAS=self.bias is not None,
+            FIX=fix,
+            PACKED=self.packed,
+            num_warps=warps,
+            maxnreg=registers,
+        )
+
+
+def _sum(shares: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sum of the chunks' shares [chunks, H, W] in a fixed order."""
+    rows, width = shares.shape[0], shares.shape[1] * shares.shape[2]
+    total = torch.empty(shares.shape[1:], dtype=dtype, device=shares.device)
+    sum_shares[(triton.cdiv(width, 32),)](shares, total, rows, width, num_warps=4)
+    return total
+
+
+def _boundary(state: Tensor | None) -> Tensor | None:
+    return None if state is None else state.contiguous()
+
+
+def forward(
+    q: Tensor,
+    gate_logits: Tensor,
+    v: Tensor,
+    aug: Tensor | None,
+    out_gate: Tensor | None,
+    out_gate_bias: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    tau: float,
+    scale: float,
+    norm_eps: float,
+    output_final_state: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Output, final state (empty where not asked for), and what `backward` would compute again:
+    the states before each chunk, the log decays up to it, the states that enter segments."""
+    with torch.cuda.device_of(q):
+        call = _Call(
+            q, gate_logits, v, aug, out_gate, out_gate_bias, cu_seqlens, tau, scale, norm_eps
+        )
+        config = call.config
+        entering, fix, final_state = call.states(v, _boundary(initial_state), reverse=False)
+        out = call.outputs(*v.shape)
+        output[(call.layout.chunk_count * call.heads,)](
+            v, out_gate, call.bias, *call.shared(), *entering, out,
+            *call.numbers(), norm_eps, *v.stride(), *call.gate_strides(),
+            **call.output_options(fix, config.output_warps, config.output_registers),
+        )  # fmt: skip
+    if not output_final_state:
+        final_state = final_state.new_empty(0)
+    if not fix:  # then the states before chunks are whole
+        entering = (entering[0], entering[0].new_empty(0), entering[0].new_empty(0))
+    return out, final_state, *entering
+
+
+def backward(
+    d_out: Tensor,
+    d_final_state: Tensor | None,
+    q: Tensor,
+    gate_logits: Tensor,
+    v: Tensor,
+    aug: Tensor | None,
+    out_gate: Tensor | None,
+    out_gate_bias: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    states: Tensor,
+    since: Tensor,
+    entering: Tensor,
+    tau: float,
+    scale: float,
+    norm_eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, gate logits, v, aug, out_gate, out_gate_bias and the initial state; empty for
+    those that were None. Computes the factors again, and has the states from the forward pass."""
+    with torch.cuda.device_of(q):
+        call = _Call(
+            q, gate_logits, v, aug, out_gate, out_gate_bias, cu_seqlens, tau, scale, norm_eps
+        )
+        config, chunks = call.config, (call.layout.chunk_count, call.heads)
+        grid = (chunks[0] * chunks[1],)
+        fix, entering = since.numel() > 0, (states, since, entering)
+        # float16 would overflow under loss scaling.
+        d_y = call.outputs(*v.shape, dtype=call.dtype)
+        d_out_gate = call.outputs(*(v.shape if out_gate is not None else (0,)))
+        d_bias = call.empty(*((*chunks, call.width) if call.bias is not None else (0,)))
+        output_backward[grid](
+            v, out_gate, call.bias, *call.shared(), *entering,
+            d_out, d_y, d_out_gate, d_bias, *call.numbers(), norm_eps,
+            *v.stride(), *call.gate_strides(), *d_out.stride(),
+            **call.output_options(fix, config.backward_warps, config.backward_registers),
+        )  # fmt: skip
+        leaving, d_fix, d_initial = call.states(d_y, _boundary(d_final_state), reverse=True)
+        d_q, d_gates, d_v = map(call.gradient_in, (call.early, call.late, d_y))
+        d_aug = call.empty(*((*chunks, call.k) if aug is not None else (0,)))
+        written = (
+            *entering,
+            *leaving,
+            d_q,
+            d_gates,
+            d_v,
+            d_aug,
+            *call.numbers(),
+            call.scale,
+            call.inverse_tau,
+        )
+        options = dict(
+            **call.widths(), V=call.width, HAS_AUG=aug is not None, FIX=fix, D_FIX=d_fix,
+            PACKED=call.packed,
+        )  # fmt: skip
+        gradients[grid](
+            q, gate_logits, v, call.aug, d_y, call.early, call.late, call.chunk_decays, call.exact,
+            call.similarity, *written, *call.strides(), **options,
+            BK=power_of_two(call.k), BV=config.gradient_v, STAGES=config.gradient_stages,
+            num_warps=config.gradient_warps, maxnreg=config.gradient_registers,
+        )  # fmt: skip
+        exact_gradients[grid](
+            q, gate_logits, v, call.aug, d_y, *call.shared(), *written, *call.strides(), **options,
+            BV=min(32, power_of_two(call.width)), num_warps=4,
+        )  # fmt: skip
+        if aug is not None:
+            d_aug = _sum(d_aug, aug.dtype)
+        if out_gate_bias is not None:
+            d_bias = _sum(d_bias, out_gate_bias.dtype)
+    if initial_state is None:
+        d_initial = d_initial.new_empty(0)
+    return d_q, d_gates, d_v, d_aug, d_out_gate, d_bias, d_initial
