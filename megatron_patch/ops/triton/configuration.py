@@ -83,6 +83,6 @@ def configure(key_width: int, value_width: int, dtype: torch.dtype) -> Configura
         backward_registers=None,
         gradient_v=min(v, 32),
         gradient_warps=4 if small else 8,
-        gradient_stages=3 if half else 2,
+        gradient_stages=3 if half and not wide else 2,
         gradient_registers=None,
     )

@@ -9,7 +9,7 @@ rare shall cost neither registers nor time to compile.
 import triton
 import triton.language as tl
 
-from megatron_patch.ops.triton.states import entering_state
+from megatron_patch.ops.triton.states import load_state
 from megatron_patch.ops.triton.tiles import decays, key, locate, matmul, sigmoid, unit_and_head
 
 NARROW = tl.constexpr(16)
@@ -78,7 +78,7 @@ def exact_factors(
     )
 
 
-@triton.jit(do_not_specialize=["T", "chunks", "segments"])
+@triton.jit(do_not_specialize=["T", "chunks"])
 def exact_gradients(
     q,
     gates,
@@ -91,11 +91,7 @@ def exact_gradients(
     scores,
     similarity,
     states,
-    since,
-    entering,
     d_states,
-    d_since,
-    leaving,
     d_q,
     d_gates,
     d_v,
@@ -104,8 +100,6 @@ def exact_gradients(
     bounds,
     T,
     chunks,
-    segments,
-    chunks_per_segment,
     scale,
     inverse_tau,
     q_b,
@@ -126,8 +120,6 @@ def exact_gradients(
     C: tl.constexpr,
     BV: tl.constexpr,
     HAS_AUG: tl.constexpr,
-    FIX: tl.constexpr,
-    D_FIX: tl.constexpr,
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -142,10 +134,6 @@ def exact_gradients(
         return
     if tl.load(exact + chunk_at) == 0:
         return
-    segment = link
-    if not PACKED:
-        segment = sequence * segments + index // chunks_per_segment
-    segment_at = segment * H + head
     length = tl.minimum(end - first, C).to(tl.int32)
     token_at = (batch * T + first) * H + head
     token = tl.arange(0, C)
@@ -196,12 +184,8 @@ def exact_gradients(
             v_mask = (rows < length) & (v_columns < V)[None, :]
             values = tl.load(v + (rows * v_t + v_columns[None, :] * v_v), mask=v_mask, other=0.0)
             dy = tl.load(d_y + (rows * (H * V) + v_columns[None, :]), mask=v_mask, other=0.0)
-            state = entering_state(
-                states, since, entering, chunk_at, segment_at, columns, v_columns, K, V, FIX
-            )
-            d_state = entering_state(
-                d_states, d_since, leaving, chunk_at, segment_at, columns, v_columns, K, V, D_FIX
-            )
+            state = load_state(states, chunk_at, columns, v_columns, K, V)
+            d_state = load_state(d_states, chunk_at, columns, v_columns, K, V)
             d_early += matmul(dy, tl.trans(state), PRECISION)
             d_late += matmul(values, tl.trans(d_state), PRECISION)
             dg += tl.sum(state.to(tl.float32) * d_state.to(tl.float32), 1)
@@ -261,9 +245,7 @@ def exact_gradients(
             g = decays(tile, (rows < length) & k_mask, inverse_tau, PRECISION)
             until = until_end(tile, gate_t, rows, length, k_mask, inverse_tau, PRECISION)
             late_tile = (key(g, PRECISION) * tl.exp2(until)).to(late.dtype.element_ty)
-            d_state = entering_state(
-                d_states, d_since, leaving, chunk_at, segment_at, columns, v_columns, K, V, D_FIX
-            )
+            d_state = load_state(d_states, chunk_at, columns, v_columns, K, V)
             dv += matmul(late_tile, d_state, PRECISION)
         if HAS_AUG:
             values = tl.load(v + (rows * v_t + v_columns[None, :] * v_v), mask=v_mask, other=0.0)

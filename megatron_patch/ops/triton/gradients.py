@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from megatron_patch.ops.triton.states import entering_state
+from megatron_patch.ops.triton.states import load_state
 from megatron_patch.ops.triton.tiles import (
     beside,
     exp2,
@@ -17,7 +17,7 @@ from megatron_patch.ops.triton.tiles import (
 )
 
 
-@triton.jit(do_not_specialize=["T", "chunks", "segments"])
+@triton.jit(do_not_specialize=["T", "chunks"])
 def gradients(
     q,
     gates,
@@ -30,11 +30,7 @@ def gradients(
     exact,
     similarity,
     states,
-    since,
-    entering,
     d_states,
-    d_since,
-    leaving,
     d_q,
     d_gates,
     d_v,
@@ -43,8 +39,6 @@ def gradients(
     bounds,
     T,
     chunks,
-    segments,
-    chunks_per_segment,
     scale,
     inverse_tau,
     q_b,
@@ -66,8 +60,6 @@ def gradients(
     BK: tl.constexpr,
     BV: tl.constexpr,
     HAS_AUG: tl.constexpr,
-    FIX: tl.constexpr,
-    D_FIX: tl.constexpr,
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
@@ -92,10 +84,6 @@ def gradients(
         return
     if tl.load(exact + chunk_at) != 0:
         return
-    segment = link
-    if not PACKED:
-        segment = sequence * segments + index // chunks_per_segment
-    segment_at = segment * H + head
     length = tl.minimum(end - first, C).to(tl.int32)
     token_at = (batch * T + first) * H + head
     token = tl.arange(0, C)
@@ -125,12 +113,8 @@ def gradients(
         values = tl.load(v + (rows * v_t + v_columns[None, :] * v_v), mask=v_mask, other=0.0)
         offsets = rows * (H * V) + v_columns[None, :]
         dy = tl.load(d_y + offsets, mask=v_mask, other=0.0)
-        state = entering_state(
-            states, since, entering, chunk_at, segment_at, k_columns, v_columns, K, V, FIX
-        )
-        d_state = entering_state(
-            d_states, d_since, leaving, chunk_at, segment_at, k_columns, v_columns, K, V, D_FIX
-        )
+        state = load_state(states, chunk_at, k_columns, v_columns, K, V)
+        d_state = load_state(d_states, chunk_at, k_columns, v_columns, K, V)
         dv = matmul(scores_t, dy, PRECISION)
         dv += matmul(late_tile, d_state, PRECISION)
         if HAS_AUG:

@@ -70,53 +70,51 @@ class _Call:
             HAS_AUG=self.aug is not None, PACKED=self.packed, num_warps=config.factor_warps,
         )  # fmt: skip
 
-    def states(
-        self, y: Tensor, boundary: Tensor | None, reverse: bool
-    ) -> tuple[tuple[Tensor, Tensor, Tensor], bool, Tensor]:
+    def states(self, y: Tensor, boundary: Tensor | None, reverse: bool) -> tuple[Tensor, Tensor]:
         """Carries the state over all chunks: forwards with y = v, backwards with y = dy.
 
-        Returns what `entering_state` reads, its FIX, and the state that leaves the last token
+        Returns the states that `load_state` reads, and the state that leaves the last token
         (backwards: the gradient of the one that enters the first), [N, H, K, V] float32.
         """
-        config, layout, heads, k, width = (
-            self.config, self.layout, self.heads, self.k, self.width,
-        )  # fmt: skip
+        config, layout = self.config, self.layout
+        heads, k, width = self.heads, self.k, self.width
         states = self.empty(layout.chunk_count, heads, k, width, dtype=self.dtype)
-        since = self.empty(layout.chunk_count, heads, k)
-        totals = self.empty(layout.segment_count, heads, k, width)
-        total_decays = self.empty(layout.segment_count, heads, k)
-        tiles = triton.cdiv(k, config.carry_k) * triton.cdiv(width, config.carry_v)
-        carry[(layout.segment_count * heads, tiles)](
-            self.early if reverse else self.late, y, self.chunk_decays, self.exact,
-            states, since, totals, total_decays, layout.segment_table, self.bounds,
-            self.time, layout.segments, layout.chunks, config.segment // config.chunk,
-            *y.stride(),
-            **self.widths(), V=width, BK=config.carry_k, BV=config.carry_v,
-            SEGMENT=config.segment, REVERSE=reverse, PACKED=self.packed,
-            num_warps=config.carry_warps, num_stages=config.carry_stages,
-        )  # fmt: skip
-        fix = self.packed or boundary is not None or layout.segments > 1
-        if not fix:
-            return (states, since, totals), False, totals
+
+        def walk(entering: Tensor | None, leaving: Tensor | None, decays: Tensor | None) -> None:
+            tiles = triton.cdiv(k, config.carry_k) * triton.cdiv(width, config.carry_v)
+            carry[(layout.segment_count * heads, tiles)](
+                self.early if reverse else self.late, y, self.chunk_decays, self.exact,
+                states, entering, leaving, decays, layout.segment_table, self.bounds,
+                self.time, layout.segments, layout.chunks, config.segment // config.chunk,
+                *y.stride(),
+                **self.widths(), V=width, BK=config.carry_k, BV=config.carry_v,
+                SEGMENT=config.segment, HAS_ENTERING=entering is not None, WHOLE=decays is None,
+                REVERSE=reverse, PACKED=self.packed,
+                num_warps=config.carry_warps, num_stages=config.carry_stages,
+            )  # fmt: skip
+
         final = self.empty(layout.sequences, heads, k, width)
+        if layout.segments == 1:
+            walk(boundary, final, None)
+            return states, final
+        entering = self.empty(layout.segment_count, heads, k, width)
+        decays = self.empty(layout.segment_count, heads, k)
+        walk(None, entering, decays)
         block_k, block_v = 16, min(64, power_of_two(width))
         scan[(layout.sequences * heads, triton.cdiv(k, block_k) * triton.cdiv(width, block_v))](
-            totals, total_decays, boundary, final, layout.segment_bounds, layout.segments,
+            entering, decays, boundary, final, layout.segment_bounds, layout.segments,
             H=heads, K=k, V=width, BK=block_k, BV=block_v,
             HAS_INITIAL=boundary is not None, REVERSE=reverse, PACKED=self.packed,
             num_warps=2,
         )  # fmt: skip
-        return (states, since, totals), True, final
+        walk(entering, None, None)
+        return states, final
 
     def shared(self) -> tuple[Tensor | None, ...]:
         return self.early, self.late, self.exact, self.scores, self.similarity
 
     def numbers(self) -> tuple:
-        layout, config = self.layout, self.config
-        return (
-            layout.chunk_table, self.bounds, self.time, layout.chunks, layout.segments,
-            config.segment // config.chunk,
-        )  # fmt: skip
+        return self.layout.chunk_table, self.bounds, self.time, self.layout.chunks
 
     def strides(self) -> tuple[int, ...]:
         return (*self.q.stride(), *self.gates.stride(), *self.v.stride())
@@ -124,7 +122,7 @@ class _Call:
     def gate_strides(self) -> tuple[int, ...]:
         return (0, 0, 0, 0) if self.out_gate is None else self.out_gate.stride()
 
-    def output_options(self, fix: bool, warps: int, registers: int | None) -> dict:
+    def output_options(self, warps: int, registers: int | None) -> dict:
         return dict(
             **self.widths(),
             V=self.width,
@@ -133,7 +131,6 @@ class _Call:
             HAS_AUG=self.aug is not None,
             HAS_GATE=self.out_gate is not None,
             HAS_BIAS=self.bias is not None,
-            FIX=fix,
             PACKED=self.packed,
             num_warps=warps,
             maxnreg=registers,
@@ -165,26 +162,24 @@ def forward(
     scale: float,
     norm_eps: float,
     output_final_state: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Output, final state (empty where not asked for), and what `backward` would compute again:
-    the states before each chunk, the log decays up to it, the states that enter segments."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, final state (empty where not asked for), and the states before each chunk, which
+    `backward` would otherwise compute again."""
     with torch.cuda.device_of(q):
         call = _Call(
             q, gate_logits, v, aug, out_gate, out_gate_bias, cu_seqlens, tau, scale, norm_eps
         )
         config = call.config
-        entering, fix, final_state = call.states(v, _boundary(initial_state), reverse=False)
+        states, final_state = call.states(v, _boundary(initial_state), reverse=False)
         out = call.outputs(*v.shape)
         output[(call.layout.chunk_count * call.heads,)](
-            v, out_gate, call.bias, *call.shared(), *entering, out,
+            v, out_gate, call.bias, *call.shared(), states, out,
             *call.numbers(), norm_eps, *v.stride(), *call.gate_strides(),
-            **call.output_options(fix, config.output_warps, config.output_registers),
+            **call.output_options(config.output_warps, config.output_registers),
         )  # fmt: skip
     if not output_final_state:
         final_state = final_state.new_empty(0)
-    if not fix:  # then the states before chunks are whole
-        entering = (entering[0], entering[0].new_empty(0), entering[0].new_empty(0))
-    return out, final_state, *entering
+    return out, final_state, states
 
 
 def backward(
@@ -199,8 +194,6 @@ def backward(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     states: Tensor,
-    since: Tensor,
-    entering: Tensor,
     tau: float,
     scale: float,
     norm_eps: float,
@@ -213,43 +206,32 @@ def backward(
         )
         config, chunks = call.config, (call.layout.chunk_count, call.heads)
         grid = (chunks[0] * chunks[1],)
-        fix, entering = since.numel() > 0, (states, since, entering)
         # float16 would overflow under loss scaling.
         d_y = call.outputs(*v.shape, dtype=call.dtype)
         d_out_gate = call.outputs(*(v.shape if out_gate is not None else (0,)))
         d_bias = call.empty(*((*chunks, call.width) if call.bias is not None else (0,)))
         output_backward[grid](
-            v, out_gate, call.bias, *call.shared(), *entering,
+            v, out_gate, call.bias, *call.shared(), states,
             d_out, d_y, d_out_gate, d_bias, *call.numbers(), norm_eps,
             *v.stride(), *call.gate_strides(), *d_out.stride(),
-            **call.output_options(fix, config.backward_warps, config.backward_registers),
+            **call.output_options(config.backward_warps, config.backward_registers),
         )  # fmt: skip
-        leaving, d_fix, d_initial = call.states(d_y, _boundary(d_final_state), reverse=True)
+        d_states, d_initial = call.states(d_y, _boundary(d_final_state), reverse=True)
         d_q, d_gates, d_v = map(call.gradient_in, (call.early, call.late, d_y))
         d_aug = call.empty(*((*chunks, call.k) if aug is not None else (0,)))
-        written = (
-            *entering,
-            *leaving,
-            d_q,
-            d_gates,
-            d_v,
-            d_aug,
-            *call.numbers(),
-            call.scale,
-            call.inverse_tau,
-        )
-        options = dict(
-            **call.widths(), V=call.width, HAS_AUG=aug is not None, FIX=fix, D_FIX=d_fix,
-            PACKED=call.packed,
+        common = (
+            states, d_states, d_q, d_gates, d_v, d_aug, *call.numbers(), call.scale,
+            call.inverse_tau, *call.strides(),
         )  # fmt: skip
+        options = dict(**call.widths(), V=call.width, HAS_AUG=aug is not None, PACKED=call.packed)
         gradients[grid](
             q, gate_logits, v, call.aug, d_y, call.early, call.late, call.chunk_decays, call.exact,
-            call.similarity, *written, *call.strides(), **options,
+            call.similarity, *common, **options,
             BK=power_of_two(call.k), BV=config.gradient_v, STAGES=config.gradient_stages,
             num_warps=config.gradient_warps, maxnreg=config.gradient_registers,
         )  # fmt: skip
         exact_gradients[grid](
-            q, gate_logits, v, call.aug, d_y, *call.shared(), *written, *call.strides(), **options,
+            q, gate_logits, v, call.aug, d_y, *call.shared(), *common, **options,
             BV=min(32, power_of_two(call.width)), num_warps=4,
         )  # fmt: skip
         if aug is not None:

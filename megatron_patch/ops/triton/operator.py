@@ -55,25 +55,18 @@ def _(
     config = configure(k, width, q.dtype)
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     chunks = unit_count(batch, time, config.chunk, cu_seqlens)
-    segments = unit_count(batch, time, config.segment, cu_seqlens)
-    fix = cu_seqlens is not None or initial_state is not None or segments > batch
-
-    def state(*shape, dtype=torch.float32):
-        return q.new_empty(shape, dtype=dtype)
-
+    final = (sequences, heads, k, width) if output_final_state else (0,)
     return (
         torch.empty(v.shape, dtype=v.dtype, device=v.device),
-        state(sequences, heads, k, width) if output_final_state else state(0),
-        state(chunks, heads, k, width, dtype=config.dtype),
-        state(chunks, heads, k) if fix else state(0, dtype=config.dtype),
-        state(segments, heads, k, width) if fix else state(0, dtype=config.dtype),
+        q.new_empty(final, dtype=torch.float32),
+        q.new_empty((chunks, heads, k, width), dtype=config.dtype),
     )
 
 
 @_backward.register_fake
 def _(
     d_out, d_final_state, q, gate_logits, v, aug, out_gate, out_gate_bias, initial_state,
-    cu_seqlens, states, since, entering, tau, scale, norm_eps,
+    cu_seqlens, states, tau, scale, norm_eps,
 ):  # fmt: skip
     def like(tensor, dtype=None):
         if tensor is None:

@@ -4,7 +4,7 @@ self-augmentation, LayerNorm and output gate behind it, and the backward pass of
 import triton
 import triton.language as tl
 
-from megatron_patch.ops.triton.states import entering_state
+from megatron_patch.ops.triton.states import load_state
 from megatron_patch.ops.triton.tiles import beside, locate, matmul, sigmoid, unit_and_head
 
 
@@ -17,10 +17,7 @@ def normalised(
     scores,
     similarity,
     states,
-    since,
-    entering,
     chunk_at,
-    segment_at,
     token_at,
     length,
     norm_eps,
@@ -33,7 +30,6 @@ def normalised(
     BK: tl.constexpr,
     BV: tl.constexpr,
     HAS_AUG: tl.constexpr,
-    FIX: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """LayerNorm(y) [C, BV] before the gate, zero where masked, and 1 / standard deviation [C].
@@ -63,9 +59,7 @@ def normalised(
         k_columns = k_tile * BK + tl.arange(0, BK)
         mask = (rows < length) & (k_columns < K)[None, :]
         early_tile = tl.load(early + tile + k_columns[None, :], mask=mask, other=0.0)
-        state = entering_state(
-            states, since, entering, chunk_at, segment_at, k_columns, v_columns, K, V, FIX
-        )
+        state = load_state(states, chunk_at, k_columns, v_columns, K, V)
         read_out += matmul(early_tile, state, PRECISION)
     v_tile = tl.load(
         v + rows * v_t + v_columns[None, :] * v_v, mask=(rows < length) & v_mask, other=0.0
@@ -83,7 +77,7 @@ def normalised(
     return centred * inverse_std[:, None], inverse_std
 
 
-@triton.jit(do_not_specialize=["T", "chunks", "segments"])
+@triton.jit(do_not_specialize=["T", "chunks"])
 def output(
     v,
     out_gate,
@@ -94,15 +88,11 @@ def output(
     scores,
     similarity,
     states,
-    since,
-    entering,
     out,
     table,
     bounds,
     T,
     chunks,
-    segments,
-    chunks_per_segment,
     norm_eps,
     v_b,
     v_t,
@@ -121,7 +111,6 @@ def output(
     HAS_AUG: tl.constexpr,
     HAS_GATE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    FIX: tl.constexpr,
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -130,9 +119,6 @@ def output(
     sequence, index, link, batch, first, end = locate(unit, chunks, table, bounds, T, C, PACKED)
     if sequence < 0:
         return
-    segment = link
-    if not PACKED:
-        segment = sequence * segments + index // chunks_per_segment
     length = tl.minimum(end - first, C).to(tl.int32)
     token_at = (batch * T + first) * H + head
     x_hat, inverse_std = normalised(
@@ -143,10 +129,7 @@ def output(
         scores,
         similarity,
         states,
-        since,
-        entering,
         unit.to(tl.int64) * H + head,
-        segment * H + head,
         token_at,
         length,
         norm_eps,
@@ -159,7 +142,6 @@ def output(
         BK,
         BV,
         HAS_AUG,
-        FIX,
         PRECISION,
     )
     rows = tl.arange(0, C)[:, None]
@@ -184,7 +166,7 @@ def output(
     tl.store(out + offsets, x_hat.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["T", "chunks", "segments"])
+@triton.jit(do_not_specialize=["T", "chunks"])
 def output_backward(
     v,
     out_gate,
@@ -195,8 +177,6 @@ def output_backward(
     scores,
     similarity,
     states,
-    since,
-    entering,
     d_out,
     d_y,
     d_out_gate,
@@ -205,8 +185,6 @@ def output_backward(
     bounds,
     T,
     chunks,
-    segments,
-    chunks_per_segment,
     norm_eps,
     v_b,
     v_t,
@@ -229,7 +207,6 @@ def output_backward(
     HAS_AUG: tl.constexpr,
     HAS_GATE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    FIX: tl.constexpr,
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -243,9 +220,6 @@ def output_backward(
         if HAS_BIAS:
             tl.store(d_bias + chunk_at * V + columns, tl.zeros([BV], tl.float32), mask=columns < V)
         return
-    segment = link
-    if not PACKED:
-        segment = sequence * segments + index // chunks_per_segment
     length = tl.minimum(end - first, C).to(tl.int32)
     token_at = (batch * T + first) * H + head
     x_hat, inverse_std = normalised(
@@ -256,10 +230,7 @@ def output_backward(
         scores,
         similarity,
         states,
-        since,
-        entering,
         chunk_at,
-        segment * H + head,
         token_at,
         length,
         norm_eps,
@@ -272,7 +243,6 @@ def output_backward(
         BK,
         BV,
         HAS_AUG,
-        FIX,
         PRECISION,
     )
     rows = tl.arange(0, C)[:, None]

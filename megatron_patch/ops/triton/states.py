@@ -1,9 +1,8 @@
 """Kernels that carry states, and gradients of states, along the sequence.
 
-Two levels keep every multiprocessor busy even for one long sequence: `carry` walks the chunks of
-each segment from an empty state, all segments at once, and `scan` then walks the segments. The
-state that enters a chunk is carry's, plus the state that enters the segment, decayed
-(`entering_state`).
+Two levels keep every multiprocessor busy even for one long sequence: where sequences have several
+segments, `carry` first sums up each segment alone, all at once, `scan` walks the segments, and
+`carry` then walks each segment's chunks from the state that enters it.
 Both run backwards for gradients.
 """
 
@@ -20,8 +19,8 @@ def carry(
     chunk_decays,
     exact,
     states,
-    since,
-    totals,
+    entering,
+    leaving,
     total_decays,
     table,
     bounds,
@@ -40,6 +39,8 @@ def carry(
     BK: tl.constexpr,
     BV: tl.constexpr,
     SEGMENT: tl.constexpr,
+    HAS_ENTERING: tl.constexpr,
+    WHOLE: tl.constexpr,
     REVERSE: tl.constexpr,
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -50,10 +51,10 @@ def carry(
     Backwards: D = 2^total D + 2^m sum of early_t dy_t^T, with x = early, y = dy.
     Here 2 m = total = `chunk_decays`; in exact chunks 1 stands in place of 2^m.
 
-    Writes: states [chunks, H, K, V], 2^m times the state before each chunk in walking order; since
-    [chunks, H, K] float32, the log decay between the segment's first (backwards: last) token and
-    the chunk, plus m; totals [segments, H, K, V] and total_decays [segments, H, K] float32, of
-    whole segments.
+    WHOLE: states [chunks, H, K, V] are written, 2^m times the state before each chunk in walking
+    order. Otherwise the log decays of whole segments are, total_decays [segments, H, K] float32.
+    entering, leaving: states before and after each segment, [segments, H, K, V] float32; `None` for
+    zeros, and for not needed.
     """
     unit, head = unit_and_head(H)
     v_tiles = tl.cdiv(V, BV)
@@ -79,7 +80,10 @@ def carry(
     state_offsets = k_columns[:, None] * V + v_columns[None, :]
     state_mask = k_mask[:, None] & v_mask
 
+    at_segment = (unit.to(tl.int64) * H + head) * K
     state = tl.zeros([BK, BV], tl.float32)
+    if HAS_ENTERING:
+        state += tl.load(entering + at_segment * V + state_offsets, mask=state_mask, other=0.0)
     decay = tl.zeros([BK], tl.float32)
     for step in range(0, count):
         c = count - 1 - step if REVERSE else step
@@ -93,20 +97,20 @@ def carry(
         total = tl.load(chunk_decays + at * K + k_columns, mask=k_mask, other=0.0)
         middle = tl.where(tl.load(exact + at) != 0, 0.0, 0.5 * total)
         factor = exp2(middle, PRECISION)[:, None]
-        tl.store(
-            states + at * (K * V) + state_offsets,
-            (state * factor).to(states.dtype.element_ty),
-            mask=state_mask,
-        )
-        if v_tile == 0:
-            tl.store(since + at * K + k_columns, decay + middle, mask=k_mask)
+        if WHOLE:
+            tl.store(
+                states + at * (K * V) + state_offsets,
+                (state * factor).to(states.dtype.element_ty),
+                mask=state_mask,
+            )
         update = matmul(tl.trans(x_chunk), y_chunk, PRECISION)
         state = state * exp2(total, PRECISION)[:, None] + update * factor
         decay += total
-    at = unit.to(tl.int64) * H + head
-    tl.store(totals + at * (K * V) + state_offsets, state, mask=state_mask)
-    if v_tile == 0:
-        tl.store(total_decays + at * K + k_columns, decay, mask=k_mask)
+    if leaving is not None:
+        tl.store(leaving + at_segment * V + state_offsets, state, mask=state_mask)
+    if not WHOLE:
+        if v_tile == 0:
+            tl.store(total_decays + at_segment + k_columns, decay, mask=k_mask)
 
 
 @triton.jit(do_not_specialize=["units"])
@@ -159,28 +163,8 @@ def scan(
 
 
 @triton.jit
-def entering_state(
-    states,
-    since,
-    entering,
-    chunk_at,
-    segment_at,
-    k_columns,
-    v_columns,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    FIX: tl.constexpr,
-):
-    """2^m times the state [BK, BV] that enters a chunk (backwards: that leaves it).
-
-    chunk_at, segment_at: chunk * H + head and segment * H + head. FIX: whether any state enters the
-    segments; if not, what `carry` wrote is the state.
-    """
+def load_state(states, chunk_at, k_columns, v_columns, K: tl.constexpr, V: tl.constexpr):
+    """What `carry` wrote for a chunk, [BK, BV]; chunk_at is chunk * H + head."""
     mask = (k_columns < K)[:, None] & (v_columns < V)[None, :]
     offsets = k_columns[:, None] * V + v_columns[None, :]
-    state = tl.load(states + chunk_at * (K * V) + offsets, mask=mask, other=0.0)
-    if FIX:
-        decay = tl.load(since + chunk_at * K + k_columns, mask=k_columns < K, other=0.0)
-        segment = tl.load(entering + segment_at * (K * V) + offsets, mask=mask, other=0.0)
-        state = state.to(tl.float32) + tl.exp2(decay)[:, None] * segment
-    return state
+    return tl.load(states + chunk_at * (K * V) + offsets, mask=mask, other=0.0)
