@@ -81,8 +81,9 @@ def configure(key_width: int, value_width: int, dtype: torch.dtype) -> Configura
         output_registers=160 if small and half else None,
         backward_warps=4 if small and half else 8,
         backward_registers=None,
-        gradient_v=min(v, 32),
+        gradient_v=min(v, 16 if wide and not half else 32),
         gradient_warps=4 if small else 8,
         gradient_stages=3 if half and not wide else 2,
-        gradient_registers=None,
+        # Left alone, ptxas spills nearly all registers of the float32 kernel.
+        gradient_registers=None if half else 255,
     )
