@@ -131,7 +131,7 @@ def test_conventions(tiny_config):
     assert "2 layers, 0 tokens" in repr(cache)
     with pytest.raises(NotImplementedError, match="cannot be cropped"):
         cache.crop(-1)
-    with pytest.raises(NotImplementedError, match="no keys and values"):
+    with pytest.raises(NotImplementedError, match="appends no keys and values"):
         cache.update(None, None, 0)
 
 

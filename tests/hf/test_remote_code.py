@@ -18,6 +18,7 @@ from megatron_patch.hf.remote_code import AUTO_MAP, operators_source, write_mode
 
 IDS = [[5, 6, 7, 8, 9, 10, 11]]
 CODE_FILES = {
+    "attention_metala.py",
     "cache_metala.py",
     "configuration_metala.py",
     "modeling_metala.py",
