@@ -247,17 +247,17 @@ class MetaLACache(Cache):
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Makes sequence i continue what was sequence beam_idx[i]."""
-        self._apply(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+        self._replace_tensors(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats each sequence, the copies side by side."""
-        self._apply(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+        self._replace_tensors(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keeps the sequences at `indices`."""
-        self._apply(lambda tensor: tensor[indices.to(tensor.device)])
+        self._replace_tensors(lambda tensor: tensor[indices.to(tensor.device)])
 
-    def _apply(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def _replace_tensors(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         for layer in self.layers:
             layer.apply(function)
         if self.key_padding is not None:
@@ -267,7 +267,7 @@ class MetaLACache(Cache):
 
     def detach_(self) -> MetaLACache:
         """Cuts the states from the autograd graph."""
-        self._apply(torch.Tensor.detach)
+        self._replace_tensors(torch.Tensor.detach)
         return self
 
     def save(self, path: str | os.PathLike, metadata: dict[str, str] | None = None) -> None:

@@ -124,7 +124,6 @@ class MetaLAConfig(PretrainedConfig):
         self.self_augmentation = self_augmentation
         self.norm_eps = norm_eps
         self.output_norm_eps = output_norm_eps
-        self.layer_types = layer_types
         self.num_key_value_heads = num_key_value_heads
         self.attention_bias = attention_bias
         self.attention_glu_dim = attention_glu_dim
@@ -140,6 +139,8 @@ class MetaLAConfig(PretrainedConfig):
             tie_word_embeddings=tie_word_embeddings,
             **kwargs,
         )
+        # Afterwards, for transformers 5 checks it too, in more words.
+        self.layer_types = layer_types
         if self.glu_dim == -1:
             self.glu_dim = self.decoder_embed_dim
         if self.num_key_value_heads is None:
