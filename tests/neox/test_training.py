@@ -201,25 +201,53 @@ def test_a_killed_run_resumes_as_if_unbroken(neox_checkout, token_data, tokenize
     assert max(resumed.losses) == 40
 
 
-def test_a_hybrid_trains_and_is_not_exported_wrong(
-    neox_checkout, token_data, tokenizer_file, tmp_path
+@pytest.mark.parametrize(
+    ("tp", "pp", "changes"),
+    [
+        (1, 2, {"pos_emb": "none", "norm": "rmsnorm"}),
+        (
+            2,
+            0,
+            {
+                "pos_emb": "rotary",
+                "rotary_pct": 0.25,
+                "num_kv_heads": 2,
+                "mlp_multiple_of": 40,
+                "use_bias_in_attn_linear": False,
+            },
+        ),
+    ],
+    ids=["pipeline, no positions", "two ranks, rotary, shared keys"],
+)
+def test_a_hybrid_trains_converts_and_is_verified(
+    neox_checkout, token_data, tokenizer_file, tmp_path, tp, pp, changes
 ):
+    from transformers import AutoModelForCausalLM
+
+    import megatron_patch.hf  # noqa: F401
+
     config = settings(
         token_data,
         tokenizer_file,
+        tp,
+        pp,
         num_layers=3,
         attention_config=[[["metala", "metala", "global"], 1]],
-        pos_emb="rotary",
         save=str(tmp_path / "checkpoints"),
         checkpoint_factor=20,
+        num_gpus=2,
+        **changes,
     )
     run = train(neox_checkout, config, tmp_path)
     assert run.losses[20] < 0.8 * run.losses[1]
-    arguments = ("--checkpoint", tmp_path / "checkpoints", "--output", tmp_path / "hf")
-    process = convert("neox_to_hf.py", neox_checkout, *arguments)
-    assert process.returncode == 1
-    assert "global" in process.stderr and "Traceback" not in process.stderr
-    assert not (tmp_path / "hf").exists()
+    export(neox_checkout, tmp_path / "checkpoints", tmp_path / "hf", "--verify")
+
+    # the exported model continues with its cache as without
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").double()
+    prompt = torch.arange(40, 60)[None]
+    how = dict(max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=1)
+    cached, uncached = (model.generate(prompt, use_cache=use, **how) for use in (True, False))
+    assert torch.equal(cached, uncached)
 
 
 def logged_values(file: Path, name: str) -> dict[int, float]:
