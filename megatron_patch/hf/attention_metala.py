@@ -175,10 +175,16 @@ class MetaLAAttention(nn.Module):
     def _attend(
         self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None
     ) -> torch.Tensor:
+        """q [B, heads, T, width] at keys and values [B, key-value heads, S, width], as q."""
         groups = self.num_heads // self.num_key_value_heads
-        if groups > 1:  # as scaled_dot_product_attention's enable_gqa, which torch has since 2.5
-            keys, values = (y.repeat_interleave(groups, dim=1) for y in (keys, values))
+        if groups > 1 and q.shape[2] == 1:
+            # The queries that share a key stand where time stands: nothing is copied.
+            q = q.unflatten(1, (-1, groups)).flatten(2, 3)
+            out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+            return out.flatten(1, 2)[:, :, None]
         causal = mask is None and q.shape[2] == keys.shape[2]
+        if groups > 1:
+            keys, values = (y.repeat_interleave(groups, dim=1) for y in (keys, values))
         return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, is_causal=causal)
 
 

@@ -55,10 +55,19 @@ def neox_logits(neox_checkout, two_ranks, tmp_path_factory) -> tuple[torch.Tenso
 
 @pytest.fixture(scope="module")
 def hybrid(vocab_file, tmp_path_factory) -> Path:
-    """As `two_ranks`, a hybrid of two heads a key head, half of each rotated."""
+    """As `two_ranks`, a hybrid of two heads a key head, half of each rotated, which was trained
+    with kernels for GPUs."""
     folder = tmp_path_factory.mktemp("hybrid") / "neox"
-    rotary = {"pos_emb": "rotary", "rotary_pct": 0.5, "rotary_emb_base": 100}
-    model = Model(layers=3, norm="rmsnorm", attention=(1,), kv_heads=2, settings=rotary)
+    settings = {
+        "attention_config": ["metala", "flash", "metala"],
+        "pos_emb": "rotary",
+        "rotary_pct": 0.5,
+        "rotary_emb_base": 100,
+        "rope_fusion": True,
+        "scaled_upper_triang_masked_softmax_fusion": True,
+        "bias_dropout_fusion": True,
+    }
+    model = Model(layers=3, norm="rmsnorm", attention=(1,), kv_heads=2, settings=settings)
     write(folder, model, 2, 2, vocab_file)
     return folder
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from megatron_patch.hf import MetaLAForCausalLM, MetaLAModel
-from tests.hf.conftest import HYBRID
+from tests.hf.conftest import HYBRID, KINDS
 
 
 def expected_logits(
@@ -138,11 +138,12 @@ def test_forward_equals_the_formulas(tiny_model, tokens, changes):
     torch.testing.assert_close(single.double(), expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_stays_near(tiny_model, tokens, dtype):
+def test_half_precision_stays_near(tiny_model, tokens, dtype, kind):
     input_ids = tokens(2, 50)
-    expected = tiny_model()(input_ids).logits
-    logits = tiny_model(dtype)(input_ids).logits
+    expected = tiny_model(**KINDS[kind])(input_ids).logits
+    logits = tiny_model(dtype, **KINDS[kind])(input_ids).logits
     assert logits.dtype == dtype and logits.isfinite().all()
     assert (logits.float() - expected).abs().max() < 0.1 * expected.abs().max()
 
