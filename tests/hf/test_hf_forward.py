@@ -64,16 +64,14 @@ def expected_logits(
         def linear(name, x):
             return state[prefix + name + ".weight"] @ x + state.get(prefix + name + ".bias", 0.0)
 
-        def rotate(heads_of_token, t):
+        def rotate(x, t):
             if config.rope_theta is None:
-                return heads_of_token
+                return x
             half = int(value * config.partial_rotary_factor) // 2
             angles = t * config.rope_theta ** -(torch.arange(half, dtype=torch.float64) / half)
             turn = torch.complex(torch.cos(angles), torch.sin(angles))
-            x = heads_of_token.clone()
             turned = torch.complex(x[:, :half], x[:, half : 2 * half]) * turn
-            x[:, :half], x[:, half : 2 * half] = turned.real, turned.imag
-            return x
+            return torch.cat([turned.real, turned.imag, x[:, 2 * half :]], dim=1)
 
         out, keys, values = [], [], []
         group = heads // config.num_key_value_heads
@@ -136,6 +134,23 @@ def test_forward_equals_the_formulas(tiny_model, tokens, changes):
     torch.testing.assert_close(model(input_ids).logits, expected, rtol=1e-10, atol=1e-10)
     single = model.float()(input_ids).logits
     torch.testing.assert_close(single.double(), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_equal_those_of_the_formulas(tiny_model, tokens, kind):
+    model, input_ids = tiny_model(torch.float64, **KINDS[kind]).train(), tokens(2, 7)
+    parameters = dict(model.named_parameters())
+
+    def gradients(logits):
+        loss = F.cross_entropy(logits.flatten(0, 1), input_ids.flatten())
+        return torch.autograd.grad(loss, list(parameters.values()))
+
+    expected = gradients(expected_logits(parameters, model.config, input_ids))
+    for name, one, other in zip(
+        parameters, gradients(model(input_ids).logits), expected, strict=True
+    ):
+        assert other.isfinite().all() and other.any(), name
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-10, msg=name)
 
 
 @pytest.mark.parametrize("kind", KINDS)
