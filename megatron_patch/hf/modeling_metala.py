@@ -218,14 +218,10 @@ class MetaLADecoderLayer(nn.Module):
         super().__init__()
         dim, norm_type, eps = config.decoder_embed_dim, config.norm_type, config.norm_eps
         self.is_attention = config.is_attention(layer_idx)
+        mixer, width, bias = MetaLATokenMixer, config.glu_dim, config.bias
         if self.is_attention:
-            mixer, width, bias = (
-                MetaLAAttention,
-                config.attention_glu_dim,
-                config.attention_glu_bias,
-            )
-        else:
-            mixer, width, bias = MetaLATokenMixer, config.glu_dim, config.bias
+            mixer, width = MetaLAAttention, config.attention_glu_dim
+            bias = config.attention_glu_bias
         self.token_norm = MetaLARMSNorm(dim, norm_type, eps)
         self.token_mixer = mixer(config)
         self.channel_norm = MetaLARMSNorm(dim, norm_type, eps)
