@@ -55,8 +55,8 @@ def neox_logits(neox_checkout, two_ranks, tmp_path_factory) -> tuple[torch.Tenso
 
 @pytest.fixture(scope="module")
 def hybrid(vocab_file, tmp_path_factory) -> Path:
-    """As `two_ranks`, a hybrid of two heads a key head, half of each rotated, which was trained
-    with kernels for GPUs."""
+    """A checkpoint of two ranks without a pipeline: a hybrid, two heads to a key head, half of each
+    rotated, trained with kernels for GPUs."""
     folder = tmp_path_factory.mktemp("hybrid") / "neox"
     settings = {
         "attention_config": ["metala", "flash", "metala"],
@@ -68,7 +68,7 @@ def hybrid(vocab_file, tmp_path_factory) -> Path:
         "bias_dropout_fusion": True,
     }
     model = Model(layers=3, norm="rmsnorm", attention=(1,), kv_heads=2, settings=settings)
-    write(folder, model, 2, 2, vocab_file)
+    write(folder, model, 2, 0, vocab_file)
     return folder
 
 
