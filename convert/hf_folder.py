@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import torch
 from tqdm import tqdm
 
+from convert import attention_settings
 from convert.command import ConvertError
 from convert.json_file import write_json
 from convert.model_shape import ModelShape
@@ -156,6 +157,7 @@ def write_config(
         norm_eps=float(args.rms_norm_epsilon),
         output_norm_eps=metala.output_norm_eps,
         architectures=["MetaLAForCausalLM"],
+        **attention_settings.to_hf(shape, args),
         **tokens,
     )
     config.save_pretrained(folder)

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from convert.torch_file import load_torch_file
+from megatron_patch.neox.settings import expand_attention_config
 
 
 def rank_tensors(step: Path, is_pipeline_form: bool, rank: int) -> dict[int, dict]:
@@ -32,9 +33,26 @@ def rank_tensors(step: Path, is_pipeline_form: bool, rank: int) -> dict[int, dic
     return layers
 
 
-def build_model(settings: dict, ranks: int, padded_vocab_size: int) -> torch.nn.Module:
+# Kernels for GPUs alone; what they compute is the same.
+GPU_FUSIONS = (
+    "rmsnorm_fusion",
+    "rope_fusion",
+    "scaled_masked_softmax_fusion",
+    "scaled_upper_triang_masked_softmax_fusion",
+    "use_flashattn_swiglu",
+)
+
+
+def build_model(settings: dict, ranks: int, padded_vocab_size: int, length: int) -> torch.nn.Module:
     """The run's model on this rank, all stages of a pipeline in one: GPT-NeoX's own classes, from
-    those of the run's settings that describe a model, in float32."""
+    those of the run's settings that describe a model, in float32.
+
+    Args:
+        settings: the run's.
+        ranks: number of tensor-parallel ranks.
+        padded_vocab_size: rows of the embedding over all ranks.
+        length: of the sequences it will run on.
+    """
     import megatron  # noqa: F401  (a linked checkout registers MetaLA here)
 
     import megatron_patch.neox
@@ -53,16 +71,19 @@ def build_model(settings: dict, ranks: int, padded_vocab_size: int) -> torch.nn.
         for key, value in settings.items()
         if key in NeoXArgsModel.__dataclass_fields__ and value is not None
     }
-    # The operator is chosen for the CPU; GPU-only fusions of the norm compute the same.
+    # Operator and attention are those for the CPU.
     metala = {**(settings.get("metala") or {}), "backend": "auto"}
+    layer_types = expand_attention_config(settings["attention_config"], settings["num_layers"])
+    attention_config = ["global" if kind == "flash" else kind for kind in layer_types]
     neox_args = NeoXArgs(
         **{
             **of_model,
             "metala": metala,
-            "rmsnorm_fusion": False,
+            "attention_config": attention_config,
+            **dict.fromkeys(GPU_FUSIONS, False),
             "precision": "fp32",
-            "seq_length": settings.get("seq_length") or 2048,
-            "max_position_embeddings": settings.get("max_position_embeddings") or 2048,
+            "seq_length": length,
+            "max_position_embeddings": length,
             "model_parallel_size": ranks,
             "pipe_parallel_size": 0,
             "global_num_gpus": ranks,
@@ -109,12 +130,12 @@ def main() -> None:
     )
     layers = rank_tensors(Path(job["step"]), job["is_pipeline_form"], rank)
     vocabulary = layers[0]["word_embeddings.weight"].shape[0] * ranks
-    model = build_model(job["settings"], ranks, vocabulary)
+    tokens = torch.load(work / "tokens.pt", weights_only=True)
+    model = build_model(job["settings"], ranks, vocabulary, tokens.shape[1])
     load(model, layers)
 
     from megatron.utils import get_ltor_masks_and_position_ids
 
-    tokens = torch.load(work / "tokens.pt", weights_only=True)
     mask, _, positions = get_ltor_masks_and_position_ids(
         tokens, eod_token=0, eod_mask_loss=False, sliding_window_width=None
     )

@@ -14,14 +14,14 @@ from dataclasses import dataclass
 import torch
 
 from convert.command import ConvertError
-from convert.model_shape import ModelShape
+from convert.model_shape import AttentionShape, ModelShape
 
 
 class Split(enum.Enum):
     """How a tensor lies on the tensor-parallel ranks."""
 
     REPLICATED = "replicated"  # the same on every rank
-    COLUMN = "column"  # rows of a column-parallel matrix: dim 0, each of its parts on its own
+    COLUMN = "column"  # rows of a column-parallel matrix: dim 0, see `TensorRule.groups`
     ROW = "row"  # columns of a row-parallel matrix: dim 1
     VOCAB = "vocabulary"  # tokens: dim 0, padding rows at the end
 
@@ -44,9 +44,10 @@ class TensorRule:
         name: the tensor's name inside that layer.
         shape: its full shape, over all ranks.
         split: how it is divided.
-        parts: for COLUMN, matrices stacked along dim 0, of which each rank has its share of each.
-        groups: dim 0 is this many groups of equal size; each holds the rows of all `pieces`.
         pieces: the Hugging Face tensors, in their order inside a group.
+        groups: dim 0 is this many groups of equal size, heads say, each of which holds rows of all
+            `pieces`; a rank of a COLUMN split has whole groups. Where there is but one, the pieces
+            lie one after another, and each rank has its share of each.
     """
 
     layer: int
@@ -54,14 +55,23 @@ class TensorRule:
     shape: tuple[int, ...]
     split: Split
     pieces: tuple[Piece, ...]
-    parts: int = 1
     groups: int = 1
+
+    @property
+    def _dim(self) -> int:
+        """The dimension that is split."""
+        return 1 if self.split is Split.ROW else 0
+
+    @property
+    def _is_stacked(self) -> bool:
+        """Whether each rank has its share of every piece, one after another."""
+        return self.split is Split.COLUMN and self.groups == 1 and len(self.pieces) > 1
 
     def shard_shape(self, degree: int) -> tuple[int, ...]:
         """Shape on one of `degree` ranks."""
         shape = list(self.shape)
         if self.split is not Split.REPLICATED:
-            shape[1 if self.split is Split.ROW else 0] //= degree
+            shape[self._dim] //= degree
         return tuple(shape)
 
     def merge(self, shards: Sequence[torch.Tensor], files: Sequence[object]) -> torch.Tensor:
@@ -83,20 +93,20 @@ class TensorRule:
             return shards[0]
         if len(shards) == 1:
             return shards[0]
-        if self.split is Split.ROW:
-            return torch.cat(list(shards), dim=1)
-        if self.parts == 1:
-            return torch.cat(list(shards), dim=0)
-        by_part = [shard.unflatten(0, (self.parts, -1)) for shard in shards]
-        return torch.cat(by_part, dim=1).flatten(0, 1)
+        if not self._is_stacked:
+            return torch.cat(list(shards), dim=self._dim)
+        rows = [piece.rows // len(shards) for piece in self.pieces]
+        by_rank = [shard.split(rows) for shard in shards]
+        return torch.cat([share for piece in zip(*by_rank, strict=True) for share in piece])
 
     def shard(self, full: torch.Tensor, degree: int, rank: int) -> torch.Tensor:
         """What `rank` of `degree` holds of the full tensor; may be a view of it."""
         if self.split is Split.REPLICATED:
             return full
-        if self.split is Split.ROW:
-            return full.chunk(degree, dim=1)[rank]
-        return full.unflatten(0, (self.parts, -1)).chunk(degree, dim=1)[rank].flatten(0, 1)
+        if not self._is_stacked:
+            return full.chunk(degree, dim=self._dim)[rank]
+        pieces = full.split([piece.rows for piece in self.pieces])
+        return torch.cat([piece.chunk(degree)[rank] for piece in pieces])
 
     def to_hf(self, full: torch.Tensor) -> dict[str, torch.Tensor]:
         """The Hugging Face tensors by name, views of `full` where possible."""
@@ -146,9 +156,8 @@ def module_layers(shape: ModelShape) -> list[int]:
 
 def tensor_table(shape: ModelShape) -> list[TensorRule]:
     """All tensors of a model, layer by layer."""
-    d, f = shape.hidden_size, shape.intermediate_size
+    d, vocabulary = shape.hidden_size, shape.padded_vocab_size
     heads, key, value = shape.num_heads, shape.key_width, shape.value_width
-    vocabulary = shape.padded_vocab_size
     rules: list[TensorRule] = []
 
     def add(layer: int, name: str, size: tuple[int, ...], split: Split, *hf: Piece, **options):
@@ -157,50 +166,67 @@ def tensor_table(shape: ModelShape) -> list[TensorRule]:
     def whole(name: str, size: tuple[int, ...], flat: bool = False) -> Piece:
         return Piece(name, size[0], (math.prod(size),) if flat else size)
 
-    def norm(layer: int, name: str, hf_name: str) -> None:
-        if shape.norm == "rmsnorm":
-            add(layer, name, (d,), Split.REPLICATED, whole(hf_name, (d,)))
-
     def plain(layer: int, name: str, size: tuple[int, ...], split: Split, hf: str, **hf_options):
         add(layer, name, size, split, whole(hf, size, **hf_options))
 
-    embedding = (vocabulary, d)
-    plain(0, "word_embeddings.weight", embedding, Split.VOCAB, "model.embed_tokens.weight")
-    for i in range(shape.num_layers):
-        layer = block_layer(i)
-        mixer = f"model.layers.{i}.token_mixer"
-        mlp = f"model.layers.{i}.channel_mixer"
-        norm(layer, "input_norm.scale", f"model.layers.{i}.token_norm.weight")
+    def norm(layer: int, name: str, hf: str) -> None:
+        if shape.norm == "rmsnorm":
+            plain(layer, f"{name}.scale", (d,), Split.REPLICATED, f"{hf}.weight")
+
+    def column(layer: int, name: str, hf: dict[str, int], groups: int = 1, bias: bool = False):
+        """A column-parallel matrix, of Hugging Face matrices by name and rows; and its bias."""
+        for kind, columns in [("weight", (d,)), ("bias", ())][: 1 + bias]:
+            pieces = [
+                Piece(f"{n}.{kind}", rows // groups, (rows, *columns)) for n, rows in hf.items()
+            ]
+            size = (sum(hf.values()), *columns)
+            add(layer, f"{name}.{kind}", size, Split.COLUMN, *pieces, groups=groups)
+
+    def row(layer: int, name: str, hf: str, columns: int, bias: bool = False) -> None:
+        """A row-parallel matrix, and its bias, which is added once the ranks' shares are summed."""
+        plain(layer, f"{name}.weight", (d, columns), Split.ROW, f"{hf}.weight")
+        if bias:
+            plain(layer, f"{name}.bias", (d,), Split.REPLICATED, f"{hf}.bias")
+
+    def metala(layer: int, block: str) -> None:
+        mixer, mlp, f = f"{block}.token_mixer", f"{block}.channel_mixer", shape.intermediate_size
+        norm(layer, "input_norm", f"{block}.token_norm")
         conv = (d, 1, shape.conv_width)
         plain(layer, "mixer.conv1d.weight", conv, Split.REPLICATED, f"{mixer}.conv1d.weight")
-        add(
-            layer,
-            "mixer.in_proj.weight",
-            (3 * d, d),
-            Split.COLUMN,
-            Piece(f"{mixer}.q_proj.weight", key, (d // 2, d)),
-            Piece(f"{mixer}.k_gate.weight", key, (d // 2, d)),
-            Piece(f"{mixer}.v_proj.weight", value, (d, d)),
-            Piece(f"{mixer}.g_proj.weight", value, (d, d)),
-            groups=heads,
-        )
+        widths = {"q_proj": d // 2, "k_gate": d // 2, "v_proj": d, "g_proj": d}
+        by_head = {f"{mixer}.{name}": width for name, width in widths.items()}
+        column(layer, "mixer.in_proj", by_head, groups=heads)
         bias, aug = (heads, value), (heads, key)
         plain(layer, "mixer.out_gate_bias", bias, Split.COLUMN, f"{mixer}.g_proj.bias", flat=True)
         if shape.self_augmentation:
             plain(layer, "mixer.aug_balance", aug, Split.COLUMN, f"{mixer}.aug_balance", flat=True)
-        plain(layer, "mixer.out_proj.weight", (d, d), Split.ROW, f"{mixer}.out_proj.weight")
-        norm(layer, "mlp_norm.scale", f"model.layers.{i}.channel_norm.weight")
-        add(
-            layer,
-            "mlp.gate_up_proj.weight",
-            (2 * f, d),
-            Split.COLUMN,
-            Piece(f"{mlp}.l1.weight", f, (f, d)),
-            Piece(f"{mlp}.l2.weight", f, (f, d)),
-            parts=2,
-        )
-        plain(layer, "mlp.down_proj.weight", (d, f), Split.ROW, f"{mlp}.l3.weight")
-    norm(norm_layer(shape), "norm.scale", "model.final_norm.weight")
+        row(layer, "mixer.out_proj", f"{mixer}.out_proj", d)
+        norm(layer, "mlp_norm", f"{block}.channel_norm")
+        column(layer, "mlp.gate_up_proj", {f"{mlp}.l1": f, f"{mlp}.l2": f})
+        row(layer, "mlp.down_proj", f"{mlp}.l3", f)
+
+    def attention(layer: int, block: str, of: AttentionShape) -> None:
+        mixer, mlp, f = f"{block}.token_mixer", f"{block}.channel_mixer", of.intermediate_size
+        norm(layer, "input_layernorm", f"{block}.token_norm")
+        # Head by head where each has its own key; else all queries, all keys, all values.
+        groups = heads if of.num_kv_heads == heads else 1
+        widths = {"q_proj": d, "k_proj": of.num_kv_heads * value, "v_proj": of.num_kv_heads * value}
+        qkv = {f"{mixer}.{name}": width for name, width in widths.items()}
+        column(layer, "attention.query_key_value", qkv, groups, of.has_bias)
+        row(layer, "attention.dense", f"{mixer}.out_proj", d, of.has_bias)
+        norm(layer, "post_attention_layernorm", f"{block}.channel_norm")
+        # GPT-NeoX activates the second half of its rows.
+        column(layer, "mlp.linear1", {f"{mlp}.l2": f, f"{mlp}.l1": f}, bias=of.mlp_has_bias)
+        row(layer, "mlp.linear2", f"{mlp}.l3", f, of.mlp_has_bias)
+
+    embedding = (vocabulary, d)
+    plain(0, "word_embeddings.weight", embedding, Split.VOCAB, "model.embed_tokens.weight")
+    for i in range(shape.num_layers):
+        if shape.is_attention(i):
+            attention(block_layer(i), f"model.layers.{i}", shape.attention)
+        else:
+            metala(block_layer(i), f"model.layers.{i}")
+    norm(norm_layer(shape), "norm", "model.final_norm")
     if not shape.tied:
         head = head_layer(shape)
         plain(head, "final_linear.weight", embedding, Split.VOCAB, "lm_head.weight")

@@ -1,4 +1,4 @@
-"""The state that a MetaLA model carries from token to token, as a transformers cache."""
+"""What a MetaLA model carries from token to token, as a transformers cache."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ from transformers.configuration_utils import PretrainedConfig
 NO_LENGTH_LIMIT = -1 if hasattr(cache_utils, "CacheLayerMixin") else None
 
 
-class MetaLACacheLayer:
-    """State of one layer, of constant size: what the layer needs of all tokens so far.
+class CacheLayer:
+    """What a layer keeps of all tokens so far: two tensors, `None` before the first token.
 
     Attributes:
-        conv_states: [B, D, W - 1], the last inputs of the short convolution, oldest first, in the
-            model's dtype; `None` before the first token.
-        recurrent_states: [B, H, K, V] float32 (float64 in a float64 model), or `None`.
+        layer_type: what `layer_types` of a configuration calls it.
+        names: the names of the two tensors, as attributes.
     """
 
     is_compileable = False
     is_croppable = False
     is_sliding = False
     supports_early_init = False
+    layer_type: str
+    names: tuple[str, str]
 
     def __init__(self) -> None:
-        self.conv_states: torch.Tensor | None = None
-        self.recurrent_states: torch.Tensor | None = None
+        self.reset()
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The names and tensors held now."""
-        for name in ("conv_states", "recurrent_states"):
+        for name in self.names:
             if (tensor := getattr(self, name)) is not None:
                 yield name, tensor
 
-    def __deepcopy__(self, memo: dict) -> MetaLACacheLayer:
+    def __deepcopy__(self, memo: dict) -> CacheLayer:
         # torch refuses to copy tensors inside an autograd graph; clones stay in it.
-        copied = MetaLACacheLayer()
+        copied = type(self)()
         memo[id(self)] = copied
         for name, tensor in self.tensors():
             setattr(copied, name, tensor.clone())
@@ -55,7 +55,7 @@ class MetaLACacheLayer:
 
     @property
     def has_previous_state(self) -> bool:
-        return self.recurrent_states is not None
+        return getattr(self, self.names[1]) is not None
 
     @property
     def batch_size(self) -> int:
@@ -66,22 +66,44 @@ class MetaLACacheLayer:
         return NO_LENGTH_LIMIT
 
     def reset(self) -> None:
-        self.conv_states = self.recurrent_states = None
+        for name in self.names:
+            setattr(self, name, None)
 
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        self.apply(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self.apply(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+class MetaLACacheLayer(CacheLayer):
+    """State of a MetaLA layer, of constant size.
 
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self.apply(lambda tensor: tensor[indices.to(tensor.device)])
+    Attributes:
+        conv_states: [B, D, W - 1], the last inputs of the short convolution, oldest first, in the
+            model's dtype.
+        recurrent_states: [B, H, K, V] float32 (float64 in a float64 model).
+    """
+
+    layer_type = "linear_attention"
+    names = ("conv_states", "recurrent_states")
+
+
+class AttentionCacheLayer(CacheLayer):
+    """Keys and values of an attention layer in a hybrid, which grow with every token.
+
+    Attributes:
+        keys: [B, H, tokens, width], already rotated, in the model's dtype; H heads of keys and
+            values.
+        values: the same shape.
+    """
+
+    layer_type = "full_attention"
+    names = ("keys", "values")
+
+
+LAYER_CLASSES = {cls.layer_type: cls for cls in (MetaLACacheLayer, AttentionCacheLayer)}
 
 
 class MetaLACache(Cache):
-    """Recurrent cache of a MetaLA model, passed and returned as `past_key_values`.
+    """Cache of a MetaLA model, passed and returned as `past_key_values`.
 
-    Its size does not depend on the number of tokens. A model call with it continues where the last
+    The size of a MetaLA layer's state does not depend on the number of tokens; attention layers of
+    a hybrid keep keys and values beside it. A model call with the cache continues where the last
     call ended, with one token or many, and updates it in place; `copy.deepcopy` forks it, `save`
     and `load` keep it on disk. A state cannot be taken back to an earlier token, so there is no
     `crop`.
@@ -90,7 +112,12 @@ class MetaLACache(Cache):
     them into the calls before; `detach_` cuts there (truncated backpropagation through time).
 
     Args:
-        config: whose number of layers the cache takes; without it, layers are added as they come.
+        config: whose layers the cache takes; without it, layers are added as they come.
+
+    Attributes:
+        layers: a `CacheLayer` for each layer.
+        key_padding: bool [B, columns], true where keys and values hold padding, up to the last call
+            that had any; `None` where there is none, or no attention layer.
     """
 
     is_compileable = False
@@ -102,7 +129,11 @@ class MetaLACache(Cache):
         # below.
         if issubclass(Cache, torch.nn.Module):
             super().__init__()
-        self.layers = [MetaLACacheLayer() for _ in range(config.num_hidden_layers if config else 0)]
+        types: list[str] = []
+        if config is not None:
+            types = config.layer_types or ["linear_attention"] * config.num_hidden_layers
+        self.layers: list[CacheLayer] = [LAYER_CLASSES[name]() for name in types]
+        self.key_padding: torch.Tensor | None = None
         self.layer_class_to_replicate = None
         self.offloading = False
         self._seen_tokens = 0
@@ -120,12 +151,11 @@ class MetaLACache(Cache):
     # What the model calls.
 
     def states(self, layer_idx: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """The convolution's and the recurrence's state of a layer, `None` before the first
-        token."""
+        """A layer's two tensors, `None` before the first token."""
         if layer_idx >= len(self.layers):
             return None, None
         layer = self.layers[layer_idx]
-        return layer.conv_states, layer.recurrent_states
+        return tuple(getattr(layer, name) for name in layer.names)
 
     def update_conv_state(self, conv_states: torch.Tensor, layer_idx: int) -> torch.Tensor:
         """Sets a layer's convolution state, [B, D, W - 1], and returns it."""
@@ -139,13 +169,23 @@ class MetaLACache(Cache):
         self._layer(layer_idx).recurrent_states = recurrent_states
         return recurrent_states
 
-    def advance(self, num_tokens: int) -> None:
-        """Counts the columns that a model call has read, padding included."""
-        self._seen_tokens += num_tokens
+    def update_keys_values(
+        self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sets an attention layer's keys and values of all tokens, and returns them."""
+        layer = self._layer(layer_idx, AttentionCacheLayer)
+        layer.keys, layer.values = keys, values
+        return keys, values
 
-    def _layer(self, layer_idx: int) -> MetaLACacheLayer:
+    def advance(self, num_tokens: int, key_padding: torch.Tensor | None = None) -> None:
+        """Counts the columns that a model call has read, padding included, and takes the
+        `key_padding` after it."""
+        self._seen_tokens += num_tokens
+        self.key_padding = key_padding
+
+    def _layer(self, layer_idx: int, cls: type[CacheLayer] = MetaLACacheLayer) -> CacheLayer:
         while len(self.layers) <= layer_idx:
-            self.layers.append(MetaLACacheLayer())
+            self.layers.append(cls())
         return self.layers[layer_idx]
 
     # What transformers asks of a cache.
@@ -179,15 +219,15 @@ class MetaLACache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all states."""
+        """Bytes of all states, keys and values."""
         return sum(
             t.numel() * t.element_size() for layer in self.layers for _, t in layer.tensors()
         )
 
     def update(self, *args, **kwargs):
         raise NotImplementedError(
-            "MetaLACache keeps no keys and values: call update_conv_state and "
-            "update_recurrent_state"
+            "MetaLACache appends no keys and values: call update_conv_state and "
+            "update_recurrent_state, or update_keys_values"
         )
 
     def crop(self, *args, **kwargs) -> None:
@@ -201,31 +241,33 @@ class MetaLACache(Cache):
 
     def reset(self) -> None:
         """Forgets all tokens."""
-        self._seen_tokens = 0
+        self._seen_tokens, self.key_padding = 0, None
         for layer in self.layers:
             layer.reset()
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Makes sequence i continue what was sequence beam_idx[i]."""
-        for layer in self.layers:
-            layer.reorder_cache(beam_idx)
+        self._replace_tensors(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats each sequence, the copies side by side."""
-        for layer in self.layers:
-            layer.batch_repeat_interleave(repeats)
+        self._replace_tensors(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keeps the sequences at `indices`."""
+        self._replace_tensors(lambda tensor: tensor[indices.to(tensor.device)])
+
+    def _replace_tensors(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         for layer in self.layers:
-            layer.batch_select_indices(indices)
+            layer.apply(function)
+        if self.key_padding is not None:
+            self.key_padding = function(self.key_padding)
 
     # What a user asks of it.
 
     def detach_(self) -> MetaLACache:
         """Cuts the states from the autograd graph."""
-        for layer in self.layers:
-            layer.apply(torch.Tensor.detach)
+        self._replace_tensors(torch.Tensor.detach)
         return self
 
     def save(self, path: str | os.PathLike, metadata: dict[str, str] | None = None) -> None:
@@ -240,7 +282,10 @@ class MetaLACache(Cache):
             for index, layer in enumerate(self.layers)
             for name, tensor in layer.tensors()
         }
-        own = {"format": "pt", "layers": str(len(self)), "seen_tokens": str(self._seen_tokens)}
+        if self.key_padding is not None:
+            tensors["key_padding"] = self.key_padding
+        layers = ",".join(layer.layer_type for layer in self.layers)
+        own = {"format": "pt", "layers": layers, "seen_tokens": str(self._seen_tokens)}
         save_file(tensors, path, metadata={**(metadata or {}), **own})
 
     @classmethod
@@ -255,13 +300,16 @@ class MetaLACache(Cache):
             metadata = file.metadata() or {}
             if "seen_tokens" not in metadata or "layers" not in metadata:
                 raise ValueError(f"{path}: not a saved MetaLACache")
-            for index in range(int(metadata["layers"])):
-                cache._layer(index)
+            types = metadata["layers"].split(",") if metadata["layers"] else []
+            cache.layers = [LAYER_CLASSES[name]() for name in types]
             for key in file.keys():
+                if key == "key_padding":
+                    cache.key_padding = file.get_tensor(key)
+                    continue
                 _, index, name = key.split(".")
-                setattr(cache._layer(int(index)), name, file.get_tensor(key))
+                setattr(cache.layers[int(index)], name, file.get_tensor(key))
         cache._seen_tokens = int(metadata["seen_tokens"])
         return cache
 
 
-__all__ = ["MetaLACache", "MetaLACacheLayer"]
+__all__ = ["AttentionCacheLayer", "MetaLACache", "MetaLACacheLayer"]

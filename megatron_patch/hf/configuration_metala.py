@@ -9,6 +9,18 @@ from transformers.configuration_utils import PretrainedConfig
 
 NORM_TYPES = ("simplermsnorm", "rmsnorm")
 GLU_ACTIVATIONS = ("silu", "swish")
+# transformers' names: a MetaLA layer, and one of softmax attention.
+LAYER_TYPES = ("linear_attention", "full_attention")
+# Keys that mean something in hybrids alone; other models' files are written without them.
+HYBRID_KEYS = (
+    "layer_types",
+    "num_key_value_heads",
+    "attention_bias",
+    "attention_glu_dim",
+    "attention_glu_bias",
+    "rope_theta",
+    "partial_rotary_factor",
+)
 
 
 class MetaLAConfig(PretrainedConfig):
@@ -16,8 +28,9 @@ class MetaLAConfig(PretrainedConfig):
 
     The defaults are the released 0.38B model's. The first group of keys is that of the authors'
     `config.json`; the second is ours, and its defaults are the values that the authors' code has
-    fixed. The standard names `hidden_size`, `num_hidden_layers`, `num_attention_heads` and
-    `intermediate_size` read and write the authors' keys. Unknown keys are kept.
+    fixed; the third is for hybrids, whose other layers are softmax attention. The standard names
+    `hidden_size`, `num_hidden_layers`, `num_attention_heads` and `intermediate_size` read and write
+    the authors' keys. Unknown keys are kept.
 
     Args:
         vocab_size: rows of the embedding and of the head.
@@ -39,6 +52,17 @@ class MetaLAConfig(PretrainedConfig):
         self_augmentation: whether the read-out has the self-augmentation term.
         norm_eps: epsilon of the two norms of a block and of the last one.
         output_norm_eps: epsilon of the LayerNorm over each head's output.
+
+        layer_types: each layer's, "linear_attention" for MetaLA or "full_attention" for causal
+            softmax attention with `decoder_attention_heads` heads; `None` for MetaLA alone.
+        num_key_value_heads: heads of keys and values in attention layers, a divisor of
+            `decoder_attention_heads`; `None` for as many.
+        attention_bias: whether the four projections of attention layers have biases.
+        attention_glu_dim: width of the MLP of attention layers; `None` for `glu_dim`.
+        attention_glu_bias: whether the projections of that MLP have biases.
+        rope_theta: base of the rotary position embeddings of attention layers; `None` for no
+            positions.
+        partial_rotary_factor: share of a head's channels that are rotated.
 
     Raises:
         ValueError: a value cannot be used; the message names its key.
@@ -75,6 +99,13 @@ class MetaLAConfig(PretrainedConfig):
         self_augmentation: bool = True,
         norm_eps: float = 1e-6,
         output_norm_eps: float = 1e-5,
+        layer_types: list[str] | None = None,
+        num_key_value_heads: int | None = None,
+        attention_bias: bool = False,
+        attention_glu_dim: int | None = None,
+        attention_glu_bias: bool = False,
+        rope_theta: float | None = None,
+        partial_rotary_factor: float = 1.0,
         **kwargs: Any,
     ):
         self.vocab_size = vocab_size
@@ -93,6 +124,12 @@ class MetaLAConfig(PretrainedConfig):
         self.self_augmentation = self_augmentation
         self.norm_eps = norm_eps
         self.output_norm_eps = output_norm_eps
+        self.num_key_value_heads = num_key_value_heads
+        self.attention_bias = attention_bias
+        self.attention_glu_dim = attention_glu_dim
+        self.attention_glu_bias = attention_glu_bias
+        self.rope_theta = rope_theta
+        self.partial_rotary_factor = partial_rotary_factor
         # Standard names among the kwargs (hidden_size=...) overwrite the above through
         # `attribute_map`.
         super().__init__(
@@ -102,24 +139,43 @@ class MetaLAConfig(PretrainedConfig):
             tie_word_embeddings=tie_word_embeddings,
             **kwargs,
         )
+        # Afterwards, for transformers 5 checks it too, in more words.
+        self.layer_types = layer_types
         if self.glu_dim == -1:
             self.glu_dim = self.decoder_embed_dim
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.decoder_attention_heads
+        if self.attention_glu_dim is None:
+            self.attention_glu_dim = self.glu_dim
         self.check_values()
 
     def check_values(self) -> None:
         """Raises a ValueError that names the first key whose value cannot be used."""
-        for key in (
+        whole_numbers = [
             "vocab_size",
             "decoder_embed_dim",
             "decoder_layers",
             "decoder_attention_heads",
             "glu_dim",
             "conv_width",
-        ):
+        ]
+        numbers = ["tau", "init_std", "norm_eps", "output_norm_eps"]
+        switches = [
+            "bias",
+            "no_scale_embedding",
+            "self_augmentation",
+            "use_cache",
+            "tie_word_embeddings",
+        ]
+        if self.is_hybrid:
+            whole_numbers += ["num_key_value_heads", "attention_glu_dim"]
+            numbers += ["partial_rotary_factor"] + ["rope_theta"] * (self.rope_theta is not None)
+            switches += ["attention_bias", "attention_glu_bias"]
+        for key in whole_numbers:
             value = getattr(self, key)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{key}: found {value!r}, wanted a whole number of at least 1")
-        for key in ("tau", "init_std", "norm_eps", "output_norm_eps"):
+        for key in numbers:
             value = getattr(self, key)
             if (
                 not isinstance(value, (int, float))
@@ -127,13 +183,7 @@ class MetaLAConfig(PretrainedConfig):
                 or not 0 < value < 1e30
             ):
                 raise ValueError(f"{key}: found {value!r}, wanted a number above 0")
-        for key in (
-            "bias",
-            "no_scale_embedding",
-            "self_augmentation",
-            "use_cache",
-            "tie_word_embeddings",
-        ):
+        for key in switches:
             value = getattr(self, key)
             if not isinstance(value, bool):
                 raise ValueError(f"{key}: found {value!r}, wanted true or false")
@@ -147,6 +197,41 @@ class MetaLAConfig(PretrainedConfig):
                 f"{self.decoder_attention_heads}, wanted a multiple of twice the heads, "
                 f"{2 * self.decoder_attention_heads}"
             )
+        if self.is_hybrid:
+            self._check_attention()
+
+    def _check_attention(self) -> None:
+        types = self.layer_types
+        if not isinstance(types, (list, tuple)) or len(types) != self.decoder_layers:
+            raise ValueError(
+                f"layer_types: found {types!r}, wanted decoder_layers = {self.decoder_layers} "
+                "entries"
+            )
+        if others := [kind for kind in types if kind not in LAYER_TYPES]:
+            raise ValueError(
+                f"layer_types: found {others[0]!r}, wanted one of {', '.join(LAYER_TYPES)}"
+            )
+        if self.decoder_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_key_value_heads: found {self.num_key_value_heads}, wanted a divisor of "
+                f"decoder_attention_heads = {self.decoder_attention_heads}"
+            )
+        if self.rope_theta is not None and (
+            self.rotary_dim % 2 or not 2 <= self.rotary_dim <= self.head_value_dim
+        ):
+            raise ValueError(
+                f"partial_rotary_factor: found {self.partial_rotary_factor}, which rotates "
+                f"{self.rotary_dim} of a head's {self.head_value_dim} channels, wanted an even "
+                "number of them"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As transformers gives it, without the keys for hybrids where this is none."""
+        values = super().to_dict()
+        if not self.is_hybrid:
+            for key in HYBRID_KEYS:
+                values.pop(key, None)
+        return values
 
     def save_pretrained(
         self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
@@ -174,6 +259,20 @@ class MetaLAConfig(PretrainedConfig):
     def head_value_dim(self) -> int:
         """V, the width of a head's values."""
         return self.decoder_embed_dim // self.decoder_attention_heads
+
+    @property
+    def is_hybrid(self) -> bool:
+        """Whether `layer_types` says what the layers are."""
+        return self.layer_types is not None
+
+    def is_attention(self, layer: int) -> bool:
+        """Whether a layer is one of softmax attention."""
+        return self.is_hybrid and self.layer_types[layer] == "full_attention"
+
+    @property
+    def rotary_dim(self) -> int:
+        """Channels of a head that are rotated where there are positions."""
+        return int(self.head_value_dim * self.partial_rotary_factor)
 
 
 if __name__.startswith("transformers_modules."):

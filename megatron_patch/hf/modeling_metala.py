@@ -1,8 +1,8 @@
 """MetaLA language models (Meta Linear Attention, arXiv 2411.10741) for Hugging Face transformers.
 
-Module and parameter names are those of the authors' released checkpoints. The model has no
+Module and parameter names are those of the authors' released checkpoints. A MetaLA layer has no
 positions and no attention: a token's state is all that the tokens before it leave behind. That
-decides how batches work:
+decides how batches work, and the attention layers of a hybrid follow it (`attention_metala`):
 
 - Padding. Where a mask marks padding, each row's tokens are moved to its start for the time of the
   call, so that the convolution never meets a gap. Behind them the gate is held fully open (decay 1,
@@ -11,9 +11,9 @@ decides how batches work:
   the padding was, at any batch size, with or without a cache.
 - Packed sequences. `cu_seqlens`, or `position_ids` that restart, separate documents; nothing
   crosses.
-- Cache. `MetaLACache` holds the state; a call with it continues with one token or many. Layers are
-  pure functions of inputs and states, so that the cache neither disturbs autograd nor gradient
-  checkpointing.
+- Cache. `MetaLACache` holds the state, and keys and values of attention layers; a call with it
+  continues with one token or many. Layers are pure functions of inputs and states, so that the
+  cache neither disturbs autograd nor gradient checkpointing.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ try:  # transformers 5: initialisers that leave weights from a checkpoint alone
 except ImportError:
     from torch.nn import init
 
+from .attention_metala import MetaLAAttention, attention_inputs, join_padding
 from .cache_metala import MetaLACache
 from .configuration_metala import MetaLAConfig
 from .ops_metala import meta_linear_attention, short_convolution
@@ -149,7 +150,22 @@ class MetaLATokenMixer(nn.Module):
         cu_seqlens: torch.Tensor | None,
         output_state: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """Mixes x [B, T, D] over time; see `MetaLADecoderLayer.forward` for the arguments."""
+        """Mixes tokens; a pure function of inputs and states.
+
+        Args:
+            x: [B, T, D].
+            conv_state: [B, D, W - 1], the mixer's inputs before x, or `None`.
+            recurrent_state: [B, H, K, V] float32, or `None`.
+            padding: bool [B, T], true behind each row's tokens, or `None` where there is no
+                padding.
+            lengths: int64 [B], the tokens of each row; given with `padding`, and without
+                `cu_seqlens`.
+            cu_seqlens: int32 [N + 1] for N sequences packed along time (B = 1), or `None`.
+            output_state: whether to return the states after the last token.
+
+        Returns:
+            [B, T, D], and the two new states or `None`.
+        """
         inputs = x
         x, new_conv_state = self.conv1d(x, conv_state, output_state and lengths is None, cu_seqlens)
         if output_state and lengths is not None:
@@ -182,64 +198,50 @@ class MetaLATokenMixer(nn.Module):
 class MetaLAChannelMixer(nn.Module):
     """SwiGLU: l3(silu(l1 x) * l2 x)."""
 
-    def __init__(self, config: MetaLAConfig):
+    def __init__(self, dim: int, width: int, bias: bool):
         super().__init__()
-        self.l1 = nn.Linear(config.decoder_embed_dim, config.glu_dim, bias=config.bias)
-        self.l2 = nn.Linear(config.decoder_embed_dim, config.glu_dim, bias=config.bias)
-        self.l3 = nn.Linear(config.glu_dim, config.decoder_embed_dim, bias=config.bias)
+        self.l1 = nn.Linear(dim, width, bias=bias)
+        self.l2 = nn.Linear(dim, width, bias=bias)
+        self.l3 = nn.Linear(width, dim, bias=bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.l3(F.silu(self.l1(x)) * self.l2(x))
 
 
 class MetaLADecoderLayer(nn.Module):
-    """Pre-norm block: x + token_mixer(norm(x)), then x + channel_mixer(norm(x))."""
+    """Pre-norm block: x + token_mixer(norm(x)), then x + channel_mixer(norm(x)).
 
-    def __init__(self, config: MetaLAConfig):
+    The token mixer is MetaLA, or in a hybrid's attention layers softmax attention.
+    """
+
+    def __init__(self, config: MetaLAConfig, layer_idx: int):
         super().__init__()
         dim, norm_type, eps = config.decoder_embed_dim, config.norm_type, config.norm_eps
+        self.is_attention = config.is_attention(layer_idx)
+        mixer, width, bias = MetaLATokenMixer, config.glu_dim, config.bias
+        if self.is_attention:
+            mixer, width = MetaLAAttention, config.attention_glu_dim
+            bias = config.attention_glu_bias
         self.token_norm = MetaLARMSNorm(dim, norm_type, eps)
-        self.token_mixer = MetaLATokenMixer(config)
+        self.token_mixer = mixer(config)
         self.channel_norm = MetaLARMSNorm(dim, norm_type, eps)
-        self.channel_mixer = MetaLAChannelMixer(config)
+        self.channel_mixer = MetaLAChannelMixer(dim, width, bias)
 
     def forward(
-        self,
-        x: torch.Tensor,
-        conv_state: torch.Tensor | None = None,
-        recurrent_state: torch.Tensor | None = None,
-        padding: torch.Tensor | None = None,
-        lengths: torch.Tensor | None = None,
-        cu_seqlens: torch.Tensor | None = None,
-        output_state: bool = False,
+        self, x: torch.Tensor, *mixer_arguments: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """A pure function of its inputs and states.
 
         Args:
             x: [B, T, D].
-            conv_state: [B, D, W - 1], the mixer's inputs before x, or `None`.
-            recurrent_state: [B, H, K, V] float32, or `None`.
-            padding: bool [B, T], true behind each row's tokens, or `None` where there is no
-                padding.
-            lengths: int64 [B], the tokens of each row; given with `padding`, and without
-                `cu_seqlens`.
-            cu_seqlens: int32 [N + 1] for N sequences packed along time (B = 1), or `None`.
-            output_state: whether to return the states after the last token.
+            mixer_arguments: what the token mixer takes beside it: two states first.
 
         Returns:
             [B, T, D], and the two new states or `None`.
         """
-        mixed, conv_state, recurrent_state = self.token_mixer(
-            self.token_norm(x),
-            conv_state,
-            recurrent_state,
-            padding,
-            lengths,
-            cu_seqlens,
-            output_state,
-        )
+        mixed, *states = self.token_mixer(self.token_norm(x), *mixer_arguments)
         x = x + mixed
-        return x + self.channel_mixer(self.channel_norm(x)), conv_state, recurrent_state
+        return x + self.channel_mixer(self.channel_norm(x)), *states
 
 
 class MetaLAPreTrainedModel(PreTrainedModel):
@@ -251,6 +253,7 @@ class MetaLAPreTrainedModel(PreTrainedModel):
     # The state cannot return to an earlier token: transformers refuses assisted decoding by this.
     _is_stateful = True
     _supports_cache_class = True  # transformers 4.4x: a Cache, not tuples of keys and values
+    _supports_sdpa = True  # what attention layers of a hybrid run
     _no_split_modules = ["MetaLADecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
 
@@ -291,9 +294,10 @@ class MetaLAModel(MetaLAPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.decoder_embed_dim)
         self.embed_scale = 1.0 if config.no_scale_embedding else math.sqrt(config.decoder_embed_dim)
         self.layers = nn.ModuleList(
-            MetaLADecoderLayer(config) for _ in range(config.decoder_layers)
+            MetaLADecoderLayer(config, index) for index in range(config.decoder_layers)
         )
         self.final_norm = MetaLARMSNorm(config.decoder_embed_dim, config.norm_type, config.norm_eps)
+        self.has_attention = any(layer.is_attention for layer in self.layers)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -403,23 +407,33 @@ class MetaLAModel(MetaLAPreTrainedModel):
             hidden = hidden.reshape(1, batch * time, -1)
             padding = None if padding is None else padding.reshape(1, -1)
             lengths = None
+        attention = key_padding = None
+        if self.has_attention:
+            past = past_key_values.get_seq_length() if continued else 0
+            if not packed:
+                before = past_key_values.key_padding if continued else None
+                key_padding = join_padding(before, padding, past)
+            attention = attention_inputs(self.config, hidden, past, key_padding, cu_seqlens)
 
         all_hidden = []
         for index, layer in enumerate(self.layers):
             if output_hidden_states:
                 all_hidden.append(hidden)
             states = (None, None) if past_key_values is None else past_key_values.states(index)
-            arguments = (hidden, *states, padding, lengths, cu_seqlens, use_cache)
+            how = (attention,) if layer.is_attention else (padding, lengths, cu_seqlens)
+            arguments = (hidden, *states, *how, use_cache)
             if self.gradient_checkpointing and self.training:
                 outputs = self._gradient_checkpointing_func(layer.__call__, *arguments)
             else:
                 outputs = layer(*arguments)
             hidden = outputs[0]
-            if use_cache:
+            if use_cache and layer.is_attention:
+                past_key_values.update_keys_values(outputs[1], outputs[2], index)
+            elif use_cache:
                 past_key_values.update_conv_state(outputs[1], index)
                 past_key_values.update_recurrent_state(outputs[2], index)
         if use_cache:
-            past_key_values.advance(time)
+            past_key_values.advance(time, key_padding)
         hidden = self.final_norm(hidden)
 
         def as_given(x: torch.Tensor) -> torch.Tensor:
@@ -618,17 +632,17 @@ class MetaLAForCausalLM(MetaLAPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
-        # The model has no positions, and generation packs no sequences.
+        # The model counts its positions itself, and generation packs no sequences.
         inputs.pop("position_ids", None)
         inputs.pop("cache_position", None)
         return inputs
 
     def _prepare_position_ids_for_generation(self, *args: Any, **kwargs: Any) -> None:
-        """No positions, so none to carry from step to step."""
+        """No positions that the model does not count itself, so none to carry from step to step."""
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
-        """No keys and values, so none of transformers' caches for them."""
+        """States of its own kind, so none of transformers' caches."""
         return False
 
     def _prepare_cache_for_generation(

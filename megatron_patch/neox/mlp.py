@@ -14,8 +14,8 @@ class ParallelSwiGLU(torch.nn.Module):
 
     w1 and w3 are one column-parallel matrix, `gate_up_proj` [2f, d], so that the backward pass
     all-reduces the input gradient once. Each tensor-parallel rank holds its rows of w1, then its
-    rows of w3. GPT-NeoX's own gated MLP rescales `intermediate_size` by 2/3; this one takes it as
-    it is.
+    rows of w3. GPT-NeoX's own gated MLP takes a third of `intermediate_size`; this one takes it
+    as it is.
     """
 
     def __init__(

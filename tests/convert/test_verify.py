@@ -53,6 +53,33 @@ def neox_logits(neox_checkout, two_ranks, tmp_path_factory) -> tuple[torch.Tenso
     return tokens, verify._neox_logits(neox_checkout, source, tokens, work)
 
 
+@pytest.fixture(scope="module")
+def hybrid(vocab_file, tmp_path_factory) -> Path:
+    """A checkpoint of two ranks without a pipeline: a hybrid, two heads to a key head, half of each
+    rotated, trained with kernels for GPUs."""
+    folder = tmp_path_factory.mktemp("hybrid") / "neox"
+    settings = {
+        "attention_config": ["metala", "flash", "metala"],
+        "pos_emb": "rotary",
+        "rotary_pct": 0.5,
+        "rotary_emb_base": 100,
+        "rope_fusion": True,
+        "scaled_upper_triang_masked_softmax_fusion": True,
+        "bias_dropout_fusion": True,
+    }
+    model = Model(layers=3, norm="rmsnorm", attention=(1,), kv_heads=2, settings=settings)
+    write(folder, model, 2, 0, vocab_file)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def hybrid_logits(neox_checkout, hybrid, tmp_path_factory) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `neox_logits`, of the hybrid."""
+    tokens = torch.randint(TOKENS, (2, 40), generator=torch.Generator().manual_seed(1))
+    work = tmp_path_factory.mktemp("work")
+    return tokens, verify._neox_logits(neox_checkout, NeoXCheckpoint(hybrid), tokens, work)
+
+
 def comparison(folder: Path, neox_logits) -> verify.Comparison:
     tokens, expected = neox_logits
     found, rounding = verify._hf_logits(folder, tokens)
@@ -64,6 +91,12 @@ def test_a_right_conversion_is_equal(two_ranks, neox_logits, tmp_path):
     result = comparison(tmp_path / "hf", neox_logits)
     assert result.is_equal and result.largest_difference < 1e-5 * result.largest_logit
     assert result.largest_logit > 1
+
+
+def test_a_right_conversion_of_a_hybrid_is_equal(hybrid, hybrid_logits, tmp_path):
+    neox_to_hf(hybrid, tmp_path / "hf")
+    result = comparison(tmp_path / "hf", hybrid_logits)
+    assert result.is_equal and result.largest_difference < 1e-5 * result.largest_logit
 
 
 def in_swapped_order(rule: TensorRule, shards: list[torch.Tensor]) -> torch.Tensor:
@@ -92,10 +125,33 @@ WRONG = [
     ("mixer.conv1d.weight", averaged),
     ("input_norm.scale", averaged),
 ]
+WRONG_IN_HYBRIDS = [
+    ("attention.query_key_value.weight", in_swapped_order),
+    ("attention.query_key_value.weight", as_one_part),
+    ("attention.query_key_value.bias", in_swapped_order),
+    ("attention.dense.weight", in_swapped_order),
+    ("attention.dense.bias", averaged),
+    ("mlp.linear1.weight", in_swapped_order),
+    ("mlp.linear1.bias", as_one_part),
+    ("mlp.linear2.weight", in_swapped_order),
+    ("mlp.linear2.bias", averaged),
+    ("input_layernorm.scale", averaged),
+]
 
 
 @pytest.mark.parametrize(("name", "wrong"), WRONG)
 def test_every_wrong_merge_is_found(name, wrong, two_ranks, neox_logits, tmp_path, monkeypatch):
+    find_wrong_merge(name, wrong, two_ranks, neox_logits, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize(("name", "wrong"), WRONG_IN_HYBRIDS)
+def test_every_wrong_merge_of_a_hybrid_is_found(
+    name, wrong, hybrid, hybrid_logits, tmp_path, monkeypatch
+):
+    find_wrong_merge(name, wrong, hybrid, hybrid_logits, tmp_path, monkeypatch)
+
+
+def find_wrong_merge(name, wrong, checkpoint, logits, tmp_path, monkeypatch):
     merge = TensorRule.merge
 
     def merge_wrongly(rule, shards, files):
@@ -106,8 +162,8 @@ def test_every_wrong_merge_is_found(name, wrong, two_ranks, neox_logits, tmp_pat
             return wrong(rule, shards)
 
     monkeypatch.setattr(TensorRule, "merge", merge_wrongly)
-    neox_to_hf(two_ranks, tmp_path / "hf")
-    assert not comparison(tmp_path / "hf", neox_logits).is_equal
+    neox_to_hf(checkpoint, tmp_path / "hf")
+    assert not comparison(tmp_path / "hf", logits).is_equal
 
 
 @pytest.mark.parametrize(("one", "other"), [("q_proj", "k_gate"), ("v_proj", "g_proj")])

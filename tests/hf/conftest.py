@@ -6,6 +6,18 @@ import torch
 from megatron_patch.hf import MetaLAConfig, MetaLAForCausalLM
 
 VOCABULARY = 61
+# A hybrid in which every option counts: attention below MetaLA, one head of keys and values for
+# two of queries, half of a head rotated, biases, and an MLP of its own width.
+HYBRID = dict(
+    layer_types=["full_attention", "linear_attention"],
+    num_key_value_heads=1,
+    attention_bias=True,
+    attention_glu_dim=24,
+    attention_glu_bias=True,
+    rope_theta=100.0,
+    partial_rotary_factor=0.5,
+)
+KINDS = {"metala": {}, "hybrid": HYBRID}
 
 
 @pytest.fixture(autouse=True)

@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 from transformers import DynamicCache
 
 from megatron_patch.hf import MetaLACache
+from tests.hf.conftest import HYBRID, KINDS
 
 
 def same(left: torch.Tensor, right: torch.Tensor) -> None:
@@ -24,7 +25,11 @@ def same_states(left: MetaLACache, right: MetaLACache) -> None:
 
 
 @pytest.mark.parametrize("pieces", [[1] * 12, [5, 1, 4, 2], [2, 10], [11, 1], [1, 1, 10]])
-@pytest.mark.parametrize("changes", [{}, {"conv_width": 1}, {"conv_width": 6}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"conv_width": 1}, {"conv_width": 6}, HYBRID],
+    ids=["metala", "width 1", "width 6", "hybrid"],
+)
 def test_any_pieces_equal_one_run(tiny_model, tokens, pieces, changes):
     model, input_ids = tiny_model(torch.float64, **changes), tokens(3, 12)
     whole = model(input_ids)
@@ -81,26 +86,41 @@ def test_the_input_cache_decides_what_is_remembered(tiny_model, tokens):
     same(again.logits, with_cache.logits)
 
 
-def test_rows_are_reordered_repeated_and_selected(tiny_model, tokens):
-    model, first, second = tiny_model(torch.float64), tokens(3, 6), tokens(4, 2, seed=1)
-    cache = model(first).past_key_values
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("padded", [False, True])
+def test_rows_are_reordered_repeated_and_selected(tiny_model, tokens, kind, padded):
+    model = tiny_model(torch.float64, **KINDS[kind])
+    first, second = tokens(3, 6), tokens(4, 2, seed=1)
+    mask = torch.ones(3, 6, dtype=torch.long)
+    if padded:
+        mask[0, :4] = mask[2, 1:3] = 0
+    cache = model(first, attention_mask=mask).past_key_values
+
+    def whole(rows):
+        """Logits of the second call's tokens, each row alone and without its padding."""
+        logits = []
+        for row, new in zip(rows, second, strict=False):
+            ids = torch.cat([first[row, mask[row].bool()], new])[None]
+            logits.append(model(ids).logits[0, -2:])
+        return torch.stack(logits)
+
     fork = copy.deepcopy(cache)
     fork.reorder_cache(torch.tensor([2, 0, 0]))
-    whole = model(torch.cat([first[[2, 0, 0]], second[:3]], 1)).logits[:, 6:]
-    same(model(second[:3], past_key_values=fork).logits, whole)
+    same(model(second[:3], past_key_values=fork).logits, whole([2, 0, 0]))
 
     fork = copy.deepcopy(cache)
     fork.batch_select_indices(torch.tensor([1, 2]))
     fork.batch_repeat_interleave(2)
     assert fork.batch_size == 4
-    whole = model(torch.cat([first[[1, 1, 2, 2]], second], 1)).logits[:, 6:]
-    same(model(second, past_key_values=fork).logits, whole)
+    same(model(second, past_key_values=fork).logits, whole([1, 1, 2, 2]))
     assert cache.batch_size == 3  # forks share nothing
 
 
-def test_saved_and_loaded(tiny_model, tokens, tmp_path):
-    model, input_ids = tiny_model(torch.bfloat16), tokens(2, 9)
-    cache = model(input_ids).past_key_values
+@pytest.mark.parametrize("kind", KINDS)
+def test_saved_and_loaded(tiny_model, tokens, tmp_path, kind):
+    model, input_ids = tiny_model(torch.bfloat16, **KINDS[kind]), tokens(2, 9)
+    mask = torch.tensor([[0] * 4 + [1] * 5, [1] * 9])
+    cache = model(input_ids, attention_mask=mask).past_key_values
     cache.save(tmp_path / "state.safetensors")
     loaded = MetaLACache.load(tmp_path / "state.safetensors")
     assert (len(loaded), loaded.get_seq_length(), loaded.nbytes) == (2, 9, cache.nbytes)
@@ -110,18 +130,36 @@ def test_saved_and_loaded(tiny_model, tokens, tmp_path):
 
     empty = MetaLACache(model.config)
     empty.save(tmp_path / "empty.safetensors")
-    assert MetaLACache.load(tmp_path / "empty.safetensors").get_seq_length() == 0
+    resumed = MetaLACache.load(tmp_path / "empty.safetensors")
+    assert resumed.get_seq_length() == 0
+    assert torch.equal(model(new, past_key_values=resumed).logits, model(new).logits)
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="other.safetensors: not a saved MetaLACache"):
         MetaLACache.load(tmp_path / "other.safetensors")
 
 
-def test_reset(tiny_model, tokens):
-    model, input_ids = tiny_model(torch.float64), tokens(2, 5)
-    cache = model(tokens(3, 4, seed=1)).past_key_values
+@pytest.mark.parametrize("kind", KINDS)
+def test_reset(tiny_model, tokens, kind):
+    model, input_ids = tiny_model(torch.float64, **KINDS[kind]), tokens(2, 5)
+    mask = torch.tensor([[0, 1, 1, 1]] * 3)
+    cache = model(tokens(3, 4, seed=1), attention_mask=mask).past_key_values
     cache.reset()
     assert (cache.get_seq_length(), cache.has_previous_state(), cache.nbytes) == (0, False, 0)
     same(model(input_ids, past_key_values=cache).logits, model(input_ids).logits)
+
+
+def test_a_hybrid_keeps_keys_and_values_beside_the_state(tiny_model, tokens):
+    model = tiny_model(**HYBRID)
+    cache = model(tokens(2, 5)).past_key_values
+    state = 2 * 4 * (32 * 3 + 2 * 8 * 16)  # batch, bytes, numbers
+    token = 2 * 4 * 2 * 16  # batch, bytes, key and value of one head
+    assert cache.nbytes == state + 5 * token
+    for time in (1, 30):
+        cache = model(tokens(2, time), past_key_values=cache).past_key_values
+    assert cache.nbytes == state + 36 * token
+    made_without_config = MetaLACache()
+    model(tokens(2, 36), past_key_values=made_without_config)
+    assert made_without_config.nbytes == cache.nbytes
 
 
 def test_conventions(tiny_config):
@@ -131,7 +169,7 @@ def test_conventions(tiny_config):
     assert "2 layers, 0 tokens" in repr(cache)
     with pytest.raises(NotImplementedError, match="cannot be cropped"):
         cache.crop(-1)
-    with pytest.raises(NotImplementedError, match="no keys and values"):
+    with pytest.raises(NotImplementedError, match="appends no keys and values"):
         cache.update(None, None, 0)
 
 

@@ -8,7 +8,9 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import megatron_patch.hf
 from megatron_patch.hf import MetaLAConfig, MetaLAForCausalLM, MetaLAModel
+from megatron_patch.hf.configuration_metala import HYBRID_KEYS
 from megatron_patch.hf.remote_code import AUTO_MAP
+from tests.hf.conftest import HYBRID
 
 # Every key that the authors' configuration class knows, and some that transformers writes beside
 # them.
@@ -56,6 +58,7 @@ def test_authors_config_file_loads_and_is_kept(tmp_path):
             assert getattr(again, key, written.get(key)) == value, key
     assert again.auto_map == AUTO_MAP  # the code written beside it
     assert not {"hidden_size", "num_hidden_layers", "intermediate_size"} & set(written)
+    assert not set(HYBRID_KEYS) & set(written)
 
 
 def test_standard_names_read_and_write_the_authors_keys():
@@ -99,6 +102,42 @@ def test_glu_dim_of_minus_one_is_the_width():
 def test_bad_values_are_named(key, value):
     with pytest.raises(ValueError, match=rf"^{key}: found .*wanted") as error:
         MetaLAConfig(**{key: value})
+    assert "\n" not in str(error.value)
+
+
+def test_a_hybrid_is_kept(tiny_config, tmp_path):
+    tiny_config(**HYBRID).save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert {key: written[key] for key in HYBRID} == HYBRID
+    again = MetaLAConfig.from_pretrained(tmp_path)
+    assert [again.is_attention(layer) for layer in range(2)] == [True, False]
+    assert again.rotary_dim == 8
+
+    plain = tiny_config(layer_types=["linear_attention", "full_attention"], glu_dim=-1)
+    assert (plain.num_key_value_heads, plain.attention_glu_dim) == (2, 32)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("layer_types", ["full_attention"]),
+        ("layer_types", ["full_attention", "metala"]),
+        ("layer_types", "full_attention"),
+        ("num_key_value_heads", 3),
+        ("num_key_value_heads", 0),
+        ("attention_bias", 1),
+        ("attention_glu_dim", 2.5),
+        ("attention_glu_bias", "no"),
+        ("rope_theta", -1),
+        ("rope_theta", "10000"),
+        ("partial_rotary_factor", 0),
+        ("partial_rotary_factor", 1.5),
+        ("partial_rotary_factor", 0.2),  # 3 of 16 channels
+    ],
+)
+def test_bad_values_of_a_hybrid_are_named(tiny_config, key, value):
+    with pytest.raises(ValueError, match=rf"^{key}: found .*wanted") as error:
+        tiny_config(**{**HYBRID, key: value})
     assert "\n" not in str(error.value)
 
 

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from megatron_patch.hf import MetaLAForCausalLM, MetaLAModel
+from tests.hf.conftest import HYBRID, KINDS
 
 
 def expected_logits(
@@ -57,13 +58,43 @@ def expected_logits(
             out.append(get("out_proj.weight") @ (z * torch.sigmoid(z) * y).flatten())
         return out
 
+    def attention(rows, prefix):
+        """Rotary embeddings as products of complex numbers, softmax over one query at a time."""
+
+        def linear(name, x):
+            return state[prefix + name + ".weight"] @ x + state.get(prefix + name + ".bias", 0.0)
+
+        def rotate(x, t):
+            if config.rope_theta is None:
+                return x
+            half = int(value * config.partial_rotary_factor) // 2
+            angles = t * config.rope_theta ** -(torch.arange(half, dtype=torch.float64) / half)
+            turn = torch.complex(torch.cos(angles), torch.sin(angles))
+            turned = torch.complex(x[:, :half], x[:, half : 2 * half]) * turn
+            return torch.cat([turned.real, turned.imag, x[:, 2 * half :]], dim=1)
+
+        out, keys, values = [], [], []
+        group = heads // config.num_key_value_heads
+        for t, x in enumerate(rows):
+            q = rotate(linear("q_proj", x).view(heads, value), t)
+            keys.append(rotate(linear("k_proj", x).view(-1, value), t))
+            values.append(linear("v_proj", x).view(-1, value))
+            read = []
+            for h in range(heads):
+                scores = torch.stack([k[h // group] @ q[h] for k in keys]) / math.sqrt(value)
+                weights = torch.exp(scores) / torch.exp(scores).sum()
+                read.append(sum(w * v[h // group] for w, v in zip(weights, values, strict=True)))
+            out.append(linear("out_proj", torch.cat(read)))
+        return out
+
     logits = []
     for row in input_ids:
         scale = 1.0 if config.no_scale_embedding else math.sqrt(dim)
         rows = [state["model.embed_tokens.weight"][i] * scale for i in row]
         for layer in range(config.decoder_layers):
             prefix = f"model.layers.{layer}."
-            mixed = mixer(
+            token_mixer = attention if config.is_attention(layer) else mixer
+            mixed = token_mixer(
                 [norm(x, prefix + "token_norm.weight") for x in rows], prefix + "token_mixer."
             )
             rows = [x + y for x, y in zip(rows, mixed, strict=True)]
@@ -84,6 +115,15 @@ def expected_logits(
         {"self_augmentation": False, "tau": 4.0, "conv_width": 3},
         {"bias": True, "no_scale_embedding": False, "conv_width": 1},
         {"decoder_attention_heads": 4, "output_norm_eps": 1e-2, "tie_word_embeddings": True},
+        HYBRID,
+        {"layer_types": ["linear_attention", "full_attention"], "norm_type": "rmsnorm"},
+        {
+            "layer_types": ["linear_attention", "full_attention", "full_attention"],
+            "decoder_layers": 3,
+            "decoder_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "rope_theta": 10000,
+        },
     ],
     ids=lambda changes: "-".join(changes) or "defaults",
 )
@@ -96,11 +136,29 @@ def test_forward_equals_the_formulas(tiny_model, tokens, changes):
     torch.testing.assert_close(single.double(), expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_equal_those_of_the_formulas(tiny_model, tokens, kind):
+    model, input_ids = tiny_model(torch.float64, **KINDS[kind]).train(), tokens(2, 7)
+    parameters = dict(model.named_parameters())
+
+    def gradients(logits):
+        loss = F.cross_entropy(logits.flatten(0, 1), input_ids.flatten())
+        return torch.autograd.grad(loss, list(parameters.values()))
+
+    expected = gradients(expected_logits(parameters, model.config, input_ids))
+    for name, one, other in zip(
+        parameters, gradients(model(input_ids).logits), expected, strict=True
+    ):
+        assert other.isfinite().all() and other.any(), name
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-10, msg=name)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_stays_near(tiny_model, tokens, dtype):
+def test_half_precision_stays_near(tiny_model, tokens, dtype, kind):
     input_ids = tokens(2, 50)
-    expected = tiny_model()(input_ids).logits
-    logits = tiny_model(dtype)(input_ids).logits
+    expected = tiny_model(**KINDS[kind])(input_ids).logits
+    logits = tiny_model(dtype, **KINDS[kind])(input_ids).logits
     assert logits.dtype == dtype and logits.isfinite().all()
     assert (logits.float() - expected).abs().max() < 0.1 * expected.abs().max()
 

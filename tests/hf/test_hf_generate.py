@@ -19,15 +19,16 @@ from transformers import (
 )
 
 from megatron_patch.hf import MetaLACache
+from tests.hf.conftest import KINDS
 
 TRANSFORMERS = Version(transformers.__version__)
 NO_END = dict(eos_token_id=None, pad_token_id=0)
 
 
-@pytest.fixture(scope="module")
-def model(tiny_model):
+@pytest.fixture(scope="module", params=KINDS)
+def model(tiny_model, request):
     # float64, so that no near-tie between two tokens falls differently
-    return tiny_model(torch.float64)
+    return tiny_model(torch.float64, **KINDS[request.param])
 
 
 @pytest.fixture

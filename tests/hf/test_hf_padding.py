@@ -4,8 +4,10 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from megatron_patch.hf import MetaLACache
+from tests.hf.conftest import KINDS
 
 ROWS = {
     "none": "11111111",
@@ -34,21 +36,31 @@ def check_rows(model, input_ids, mask, output, starts=None) -> None:
         if starts is not None:
             start = copy.deepcopy(starts)
             start.batch_select_indices(torch.tensor([row]))
+        columns = torch.ones(output.past_key_values.get_seq_length(), dtype=torch.bool)
+        if (padding := output.past_key_values.key_padding) is not None:
+            columns[: padding.shape[1]] = ~padding[row]
         if keep.any():
             alone = model(input_ids[row : row + 1, keep], past_key_values=start)
             same(output.logits[row, keep], alone.logits[0])
             start = alone.past_key_values
         for layer, state in enumerate(output.past_key_values.layers):
             for name, tensor in state.tensors():
+                tensor = tensor[row : row + 1]
+                if name in ("keys", "values"):
+                    tensor = tensor[:, :, columns]
                 if start is None:  # nothing but padding: as new
-                    assert not tensor[row].any(), name
+                    assert not tensor.any(), name
                 else:
-                    same(tensor[row : row + 1], getattr(start.layers[layer], name))
+                    expected = getattr(start.layers[layer], name)
+                    if name in ("keys", "values") and start.key_padding is not None:
+                        rest = F.pad(start.key_padding, (0, expected.shape[2]))[0]
+                        expected = expected[:, :, ~rest[: expected.shape[2]]]
+                    same(tensor, expected)
 
 
-@pytest.fixture(scope="module")
-def model(tiny_model):
-    return tiny_model(torch.float64)
+@pytest.fixture(scope="module", params=KINDS)
+def model(tiny_model, request):
+    return tiny_model(torch.float64, **KINDS[request.param])
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -109,7 +121,7 @@ def test_gradients_are_those_without_padding(model, tokens):
     parameters = [p for p in model.parameters() if p.requires_grad]
 
     def gradients(logits, labels):
-        loss = torch.nn.functional.cross_entropy(logits[0], labels[0], reduction="sum")
+        loss = F.cross_entropy(logits[0], labels[0], reduction="sum")
         return torch.autograd.grad(loss, parameters)
 
     padded = gradients(model(input_ids, attention_mask=mask).logits, labels)

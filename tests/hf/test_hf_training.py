@@ -8,11 +8,12 @@ import torch.nn.functional as F
 from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
 from megatron_patch.hf import MetaLACache, MetaLAForCausalLM
+from tests.hf.conftest import KINDS
 
 
-@pytest.fixture
-def model(tiny_model):
-    return tiny_model(torch.float64).train()
+@pytest.fixture(params=KINDS)
+def model(tiny_model, request):
+    return tiny_model(torch.float64, **KINDS[request.param]).train()
 
 
 def gradients(model, loss: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -32,7 +33,7 @@ def test_loss_is_the_shifted_cross_entropy(model, tokens):
     scores, targets = output.logits[:, :-1].reshape(-1, 61).float(), labels[:, 1:].reshape(-1)
     same(output.loss.double(), F.cross_entropy(scores, targets).double())
     whole = model(input_ids, labels=labels, num_items_in_batch=40).loss
-    same(whole.double(), F.cross_entropy(scores, targets, reduction="sum").double() / 40)
+    same(whole, F.cross_entropy(scores, targets, reduction="sum") / 40)
 
 
 @pytest.mark.parametrize("use_cache", [None, False, True])

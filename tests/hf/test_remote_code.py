@@ -15,9 +15,11 @@ from transformers.dynamic_module_utils import check_imports
 from megatron_patch import ops
 from megatron_patch.hf import MetaLAForCausalLM, exported_ops
 from megatron_patch.hf.remote_code import AUTO_MAP, operators_source, write_model_code
+from tests.hf.conftest import KINDS
 
 IDS = [[5, 6, 7, 8, 9, 10, 11]]
 CODE_FILES = {
+    "attention_metala.py",
     "cache_metala.py",
     "configuration_metala.py",
     "modeling_metala.py",
@@ -61,9 +63,9 @@ def run(code, *arguments, folder, before=ONLY_TORCH_AND_TRANSFORMERS):
 
 
 @pytest.fixture
-def exported(tiny_model, tmp_path):
+def exported(request, tiny_model, tmp_path):
     """A model, and a folder with its weights and code."""
-    model = tiny_model()
+    model = tiny_model(**KINDS[getattr(request, "param", "metala")])
     model.save_pretrained(tmp_path / "model")
     write_model_code(tmp_path / "model")
     return model, tmp_path / "model"
@@ -94,6 +96,7 @@ print(sorted({needed for file in sys.argv[1:] for needed in check_imports(file)}
     assert set(check_imports(folder / "modeling_metala.py")) == needed
 
 
+@pytest.mark.parametrize("exported", KINDS, indirect=True)
 def test_with_torch_and_transformers_alone(exported, tmp_path):
     model, folder = exported
     code = """

@@ -7,6 +7,7 @@ import pytest
 from megatron_patch.neox.settings import (
     MetaLASettings,
     SettingsError,
+    attention_intermediate_size,
     check_settings,
     expand_attention_config,
     metala_intermediate_size,
@@ -34,6 +35,7 @@ def settings(**changes) -> SimpleNamespace:
         pos_emb="none",
         attention_dropout=0.0,
         num_kv_heads=None,
+        mlp_multiple_of=1,
         pipe_partition_method="type:transformer|mlp|metala",
     )
     return SimpleNamespace(**{**values, **changes})
@@ -97,6 +99,29 @@ def test_hybrids_keep_what_their_attention_layers_need():
     assert check_settings(hybrid) == MetaLASettings()
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"intermediate_size": 2816}, "mlp_multiple_of: found 1 with an MLP of 2816"),
+        ({"model_parallel_size": 2, "intermediate_size": 94}, "mlp_multiple_of: .* 31 wide"),
+        ({"num_kv_heads": 3}, "num_kv_heads: found 3, wanted a divisor of num_attention_heads = 4"),
+        (
+            {"num_kv_heads": 1, "model_parallel_size": 2, "intermediate_size": 96},
+            "num_kv_heads: found 1, wanted a multiple of model_parallel_size = 2",
+        ),
+        (
+            {"num_kv_heads": 2, "attention_config": [[["metala", "local"], 2]]},
+            "num_kv_heads: found 2, wanted none with layers of type local",
+        ),
+    ],
+)
+def test_senseless_hybrids_are_named(changes, message):
+    hybrid = {"attention_config": [[["metala", "global"], 2]], **changes}
+    with pytest.raises(SettingsError, match=message) as error:
+        check_settings(settings(**hybrid))
+    assert "\n" not in str(error.value)
+
+
 def test_attention_config_shorthand():
     assert expand_attention_config([[["metala", "global"], 2]], 4) == ["metala", "global"] * 2
     assert expand_attention_config([[["metala"], "all"]], 3) == ["metala"] * 3
@@ -114,3 +139,17 @@ def test_attention_config_shorthand():
 )
 def test_intermediate_size(changes, width):
     assert metala_intermediate_size(settings(**changes)) == width
+
+
+@pytest.mark.parametrize(
+    ("changes", "width"),
+    [
+        ({"intermediate_size": 96}, 32),
+        ({"intermediate_size": 94}, 31),
+        ({"hidden_size": 96}, 128),
+        ({"intermediate_size": 2816, "mlp_multiple_of": 2816}, 2816),
+        ({"intermediate_size": 2816, "mlp_multiple_of": 64}, 960),
+    ],
+)
+def test_intermediate_size_of_attention_layers(changes, width):
+    assert attention_intermediate_size(settings(**changes)) == width
