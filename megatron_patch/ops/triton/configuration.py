@@ -49,7 +49,7 @@ def is_checked(key_width: int, value_width: int, dtype: torch.dtype) -> bool:
     """Whether the configuration for these widths agreed with float64 on a GPU (an H200, by
     `scripts/benchmark_ops.py --no-time`). `backend="auto"` takes these kernels for no other: Triton
     has miscompiled some tiles on Hopper. Every MetaLA model has values twice as wide as keys."""
-    smallest, largest = {torch.bfloat16: (32, 256), torch.float32: (40, 128)}.get(dtype, (1, 0))
+    smallest, largest = (32, 256) if dtype == torch.bfloat16 else (40, 128)
     return value_width == 2 * key_width and smallest <= key_width <= largest
 
 

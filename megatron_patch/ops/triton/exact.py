@@ -128,7 +128,7 @@ def exact_gradients(
     `scores` are read, and their memory then takes their gradient.
     """
     unit, head = unit_and_head(H)
-    sequence, index, link, batch, first, end = locate(unit, chunks, table, bounds, T, C, PACKED)
+    sequence, _, batch, first, end = locate(unit, chunks, table, bounds, T, C, PACKED)
     chunk_at = unit.to(tl.int64) * H + head
     if sequence < 0:
         return

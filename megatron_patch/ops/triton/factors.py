@@ -63,7 +63,7 @@ def factors(
     so that sums along time need few exchanges between threads.
     """
     unit, head = unit_and_head(H)
-    sequence, index, link, batch, first, end = locate(unit, chunks, table, bounds, T, C, PACKED)
+    sequence, _, batch, first, end = locate(unit, chunks, table, bounds, T, C, PACKED)
     if sequence < 0:
         return
     length = tl.minimum(end - first, C).to(tl.int32)

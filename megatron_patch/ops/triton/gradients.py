@@ -74,7 +74,7 @@ def gradients(
     of t cancels; it does so exactly, for both products use the same rounded operands.
     """
     unit, head = unit_and_head(H)
-    sequence, index, link, batch, first, end = locate(unit, chunks, table, bounds, T, C, PACKED)
+    sequence, _, batch, first, end = locate(unit, chunks, table, bounds, T, C, PACKED)
     k_columns = tl.arange(0, BK)
     k_known = k_columns < K
     chunk_at = unit.to(tl.int64) * H + head

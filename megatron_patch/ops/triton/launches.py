@@ -84,8 +84,8 @@ class _Call:
             tiles = triton.cdiv(k, config.carry_k) * triton.cdiv(width, config.carry_v)
             carry[(layout.segment_count * heads, tiles)](
                 self.early if reverse else self.late, y, self.chunk_decays, self.exact,
-                states, entering, leaving, decays, layout.segment_table, self.bounds,
-                self.time, layout.segments, layout.chunks, config.segment // config.chunk,
+                states, entering, leaving, decays, layout.segment_table,
+                layout.chunk_bounds, self.bounds, self.time, layout.segments, layout.chunks,
                 *y.stride(),
                 **self.widths(), V=width, BK=config.carry_k, BV=config.carry_v,
                 SEGMENT=config.segment, HAS_ENTERING=entering is not None, WHOLE=decays is None,

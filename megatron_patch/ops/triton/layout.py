@@ -13,9 +13,8 @@ class Layout(NamedTuple):
     chunks, segments: how many each sequence has, or 0 for packed sequences.
     chunk_count, segment_count: of all sequences; for packed ones an upper bound, since their number
         is known to the device alone. Units beyond the last have sequence -1.
-    chunk_table: [chunk_count, 3] int32, sequence, index within it, and the segment it lies in.
-    segment_table: [segment_count, 3] int32, likewise, and its first chunk.
-    segment_bounds: [N + 1] int32, the first segment of each sequence.
+    chunk_table, segment_table: [count, 2] int32, each unit's sequence and its index within it.
+    chunk_bounds, segment_bounds: [N + 1] int32, the first unit of each sequence.
     """
 
     sequences: int
@@ -25,6 +24,7 @@ class Layout(NamedTuple):
     segment_count: int
     chunk_table: torch.Tensor | None = None
     segment_table: torch.Tensor | None = None
+    chunk_bounds: torch.Tensor | None = None
     segment_bounds: torch.Tensor | None = None
 
 
@@ -51,17 +51,10 @@ def lay_out(
     lengths = bounds.diff()
     chunk_bounds = _bounds((lengths + chunk - 1) // chunk)
     segment_bounds = _bounds((lengths + segment - 1) // segment)
-    per_segment = segment // chunk
-
-    sequence, index = _locate(chunk_bounds, chunk_count)
-    link = segment_bounds[sequence.clamp(min=0)] + index // per_segment
-    chunk_table = torch.stack([sequence, index, link], 1).int()
-    sequence, index = _locate(segment_bounds, segment_count)
-    link = chunk_bounds[sequence.clamp(min=0)] + index * per_segment
-    segment_table = torch.stack([sequence, index, link], 1).int()
     return Layout(
         sequences, 0, 0, chunk_count, segment_count,
-        chunk_table, segment_table, segment_bounds.int(),
+        _table(chunk_bounds, chunk_count), _table(segment_bounds, segment_count),
+        chunk_bounds.int(), segment_bounds.int(),
     )  # fmt: skip
 
 
@@ -69,11 +62,11 @@ def _bounds(counts: torch.Tensor) -> torch.Tensor:
     return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
 
 
-def _locate(bounds: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _table(bounds: torch.Tensor, count: int) -> torch.Tensor:
     """Sequence, or -1 past the last, and index within it, of units 0 .. count - 1."""
     unit = torch.arange(count, device=bounds.device)
     sequence = torch.searchsorted(bounds[1:], unit, right=True)
     known = sequence < len(bounds) - 1
     sequence = torch.where(known, sequence, 0)
     index = unit - bounds[sequence]
-    return torch.where(known, sequence, -1), index
+    return torch.stack([torch.where(known, sequence, -1), index], 1).int()

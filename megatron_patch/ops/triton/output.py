@@ -116,7 +116,7 @@ def output(
 ):
     """out = silu(out_gate + bias) * LayerNorm(y). Grid: (chunks * H,)."""
     unit, head = unit_and_head(H)
-    sequence, index, link, batch, first, end = locate(unit, chunks, table, bounds, T, C, PACKED)
+    sequence, _, batch, first, end = locate(unit, chunks, table, bounds, T, C, PACKED)
     if sequence < 0:
         return
     length = tl.minimum(end - first, C).to(tl.int32)
@@ -213,7 +213,7 @@ def output_backward(
     """From the gradient of `out` to those of y and out_gate, and each chunk's share of the bias's,
     d_bias [chunks, H, V] float32. Grid: (chunks * H,)."""
     unit, head = unit_and_head(H)
-    sequence, index, link, batch, first, end = locate(unit, chunks, table, bounds, T, C, PACKED)
+    sequence, _, batch, first, end = locate(unit, chunks, table, bounds, T, C, PACKED)
     columns = tl.arange(0, BV)
     chunk_at = unit.to(tl.int64) * H + head
     if sequence < 0:

@@ -23,11 +23,11 @@ def carry(
     leaving,
     total_decays,
     table,
+    chunk_bounds,
     bounds,
     T,
     units,
     chunks,
-    chunks_per_segment,
     y_b,
     y_t,
     y_h,
@@ -60,14 +60,14 @@ def carry(
     v_tiles = tl.cdiv(V, BV)
     k_tile = tl.program_id(1) // v_tiles
     v_tile = tl.program_id(1) % v_tiles
-    sequence, index, link, batch, start, end = locate(
-        unit, units, table, bounds, T, SEGMENT, PACKED
-    )
+    sequence, index, batch, start, end = locate(unit, units, table, bounds, T, SEGMENT, PACKED)
     if sequence < 0:
         return
-    first_chunk = link
-    if not PACKED:
-        first_chunk = sequence * chunks + index * chunks_per_segment
+    if PACKED:
+        first_chunk = tl.load(chunk_bounds + sequence).to(tl.int64)
+    else:
+        first_chunk = sequence * chunks
+    first_chunk += index * (SEGMENT // C)
     count = tl.cdiv(tl.minimum(end - start, SEGMENT), C).to(tl.int32)
 
     rows = tl.arange(0, C)[:, None]

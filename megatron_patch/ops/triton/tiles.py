@@ -31,11 +31,10 @@ def unit_and_head(H: tl.constexpr):
 @triton.jit
 def locate(unit, units, table, bounds, T, SIZE: tl.constexpr, PACKED: tl.constexpr):
     """Where the chunk or segment `unit` lies, as int64: sequence (negative: none), index within it,
-    the table's link, batch entry, first token and the token after the last of the sequence."""
+    batch entry, first token and the token after the last of the sequence."""
     if PACKED:
-        sequence = tl.load(table + unit * 3).to(tl.int64)
-        index = tl.load(table + unit * 3 + 1).to(tl.int64)
-        link = tl.load(table + unit * 3 + 2).to(tl.int64)
+        sequence = tl.load(table + unit * 2).to(tl.int64)
+        index = tl.load(table + unit * 2 + 1).to(tl.int64)
         known = tl.maximum(sequence, 0)
         start = tl.load(bounds + known).to(tl.int64) + index * SIZE
         end = tl.load(bounds + known + 1).to(tl.int64)
@@ -43,11 +42,10 @@ def locate(unit, units, table, bounds, T, SIZE: tl.constexpr, PACKED: tl.constex
     else:
         sequence = (unit // units).to(tl.int64)
         index = (unit % units).to(tl.int64)
-        link = sequence * 0
         start = index * SIZE
-        end = link + T
+        end = sequence * 0 + T
         batch = sequence
-    return sequence, index, link, batch, start, end
+    return sequence, index, batch, start, end
 
 
 @triton.jit
