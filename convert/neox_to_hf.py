@@ -10,6 +10,7 @@ import argparse
 import math
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -68,17 +69,19 @@ def neox_to_hf(
     vocab_size = vocabulary_to_write(source, words, keep_vocab_padding)
     shape = replace(source.shape, padded_vocab_size=vocab_size)
     table = tensor_table(shape)
-    dtypes = {rule: dtype or source.shards(rule)[0].dtype for rule in table}
+    dtypes = {rule: dtype or source.dtype(rule) for rule in table}
     main_dtype = dtype or _commonest(dtypes)
     is_rounded = any(
-        torch.promote_types(source.shards(rule)[0].dtype, to) != to for rule, to in dtypes.items()
+        torch.promote_types(source.dtype(rule), to) != to for rule, to in dtypes.items()
     )
     rounded_to = dtype if is_rounded else None
 
     with complete_folder(output, overwrite, mark="config.json") as folder:
         words.write(folder)
         write_config(folder, shape, args, words.special, main_dtype)
-        size = write_weights(folder, table, source.full, dtypes, max_shard_bytes)
+        largest = max(math.prod(rule.shape) * source.dtype(rule).itemsize for rule in source.table)
+        full = partial(source.full, out=torch.empty(largest, dtype=torch.uint8))
+        size = write_weights(folder, table, full, dtypes, max_shard_bytes)
         comparison = verify(neox, source, folder, words.size, rounded_to) if neox else None
 
     print_summary(source, output, words, shape, main_dtype, size, comparison)

@@ -64,12 +64,23 @@ class TensorRule:
             shape[1 if self.split is Split.ROW else 0] //= degree
         return tuple(shape)
 
-    def merge(self, shards: Sequence[torch.Tensor], files: Sequence[object]) -> torch.Tensor:
+    def merge(
+        self,
+        shards: Sequence[torch.Tensor],
+        files: Sequence[object],
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """The full tensor from those of all ranks, in rank order.
+
+        Args:
+            shards: the ranks' tensors.
+            files: each rank's file, for the error.
+            out: uint8, memory for the result, which is then valid until `out` is used again. New
+                memory costs more time than the merging.
 
         Raises:
             ConvertError: replicated copies differ in any bit; the line names tensor, ranks and
-                `files`, which holds each rank's file.
+                files.
         """
         if self.split is Split.REPLICATED:
             for rank, copy in enumerate(shards):
@@ -83,12 +94,13 @@ class TensorRule:
             return shards[0]
         if len(shards) == 1:
             return shards[0]
-        if self.split is Split.ROW:
-            return torch.cat(list(shards), dim=1)
-        if self.parts == 1:
-            return torch.cat(list(shards), dim=0)
-        by_part = [shard.unflatten(0, (self.parts, -1)) for shard in shards]
-        return torch.cat(by_part, dim=1).flatten(0, 1)
+        is_row = self.split is Split.ROW
+        parts = [s if is_row else s.unflatten(0, (self.parts, -1)) for s in shards]
+        if out is not None:
+            shape = (parts[0].shape[0], sum(p.shape[1] for p in parts), *parts[0].shape[2:])
+            out = out[: sum(s.nbytes for s in shards)].view(shards[0].dtype).view(shape)
+        full = torch.cat(parts, dim=1, out=out)
+        return full if is_row else full.flatten(0, 1)
 
     def shard(self, full: torch.Tensor, degree: int, rank: int) -> torch.Tensor:
         """What `rank` of `degree` holds of the full tensor; may be a view of it."""

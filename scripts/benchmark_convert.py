@@ -172,9 +172,9 @@ def main() -> None:
         parameters = sum(math.prod(rule.shape) for rule in table)
         largest = max(math.prod(rule.shape) for rule in table) * DTYPE.itemsize
         print(
-            f"{options.config.name}: {parameters:,} parameters in {str(DTYPE)[6:]}, tensor parallel "
-            f"{options.tensor_parallel}, largest tensor {largest / 1e6:.0f} MB, "
-            f"shards of {options.max_shard_size}"
+            f"{options.config.name}: {parameters:,} parameters in {str(DTYPE)[6:]}, largest tensor "
+            f"{largest / 1e6:.0f} MB, tensor parallel {options.tensor_parallel}, shards of "
+            f"{options.max_shard_size}"
         )
         for form in options.form:
             measure(form, work, shape, settings, largest, options)
@@ -209,7 +209,9 @@ def measure(
     print(f"\n{form} form, {size / 1e9:.2f} GB")
     print(f"  copy       {copy_time:8.2f} s   {size / copy_time / 1e6:6.0f} MB/s")
     print(f"  conversion {convert_time:8.2f} s   {size / convert_time / 1e6:6.0f} MB/s")
-    print(f"  speed, of the copy's    {copy_time / convert_time:6.0%}   wanted {COPY_SPEED_SHARE:.0%}")
+    print(
+        f"  speed, of the copy's    {copy_time / convert_time:6.0%}   wanted {COPY_SPEED_SHARE:.0%}"
+    )
     print(f"  peak resident set   {resident / 1e6:8.0f} MB   allowed {allowed / 1e6:.0f} MB")
     print(f"  peak anonymous      {anonymous / 1e6:8.0f} MB")
     print(f"  all seconds: copy {[round(s, 2) for s in copies]}, conversion ", end="")
