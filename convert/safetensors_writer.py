@@ -53,6 +53,7 @@ class SafetensorsWriter:
         text += b" " * (-len(text) % 8)  # data starts aligned
         self._announced = dict(tensors)
         self._waiting = list(reversed(tensors))
+        self._path = path
         self._file = path.open("wb", buffering=0)
         self._flusher = ThreadPoolExecutor(1)
         self._flushing: Future | None = None
@@ -71,9 +72,12 @@ class SafetensorsWriter:
         self._append(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
 
     def _append(self, data: memoryview) -> None:
-        """Raises an OSError if the disk is full, or an earlier flush failed."""
+        """Raises an OSError, naming the file, if the disk is full or an earlier flush failed."""
         while data.nbytes:
-            written = self._file.write(data)
+            try:
+                written = self._file.write(data)
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, self._path.name) from None
             self._unflushed += written
             data = data[written:]
         if self._unflushed >= FLUSH_BYTES and (not self._flushing or self._flushing.done()):
