@@ -109,6 +109,7 @@ class NeoXCheckpoint:
         is_pipeline_form: which of the two forms this is.
         shape: the model's shape.
         table: the rules of all its tensors.
+        samples: sequences trained on until this iteration, `None` if not recorded.
     """
 
     def __init__(
@@ -162,6 +163,7 @@ class NeoXCheckpoint:
         self.table = tensor_table(self.shape)
         self._check_layers()
         self._check_tensors()
+        self.samples: int | None = None
         self._check_states(rank_files)
 
     def file(self, layer: int, rank: int) -> Path:
@@ -306,6 +308,7 @@ class NeoXCheckpoint:
                     f"{self.step / name}: a whole model among the files of a pipeline; two layouts "
                     "are mixed here"
                 )
+            self.samples = self._samples(states)
             saved = states.get("args") or {}
             for key in ("num_layers", "hidden_size", "num_attention_heads", "model_parallel_size"):
                 if saved.get(key, self.settings.get(key)) != self.settings.get(key, saved.get(key)):
@@ -313,3 +316,11 @@ class NeoXCheckpoint:
                         f"{self.step / name}: saved with {key} {saved[key]}, but the settings say "
                         f"{self.settings[key]}"
                     )
+
+    def _samples(self, states: Mapping[str, Any]) -> int | None:
+        """DeepSpeed counts samples; where its count is absent, all iterations had one size."""
+        counted = states.get("global_samples")
+        if counted is not None:
+            return counted
+        batch = self.settings.get("train_batch_size")
+        return self.iteration * batch if isinstance(batch, int) else None

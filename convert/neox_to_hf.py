@@ -19,8 +19,10 @@ from convert.command import ConvertError, run
 from convert.folder import check_target, complete_folder
 from convert.gpt_neox import need_neox
 from convert.hf_folder import parse_size, write_config, write_weights
+from convert.model_card import write_model_card
 from convert.model_shape import ModelShape, padded_vocabulary, with_defaults
 from convert.neox_checkpoint import NeoXCheckpoint
+from convert.push_to_hub import check_push, push_to_hub
 from convert.tensor_table import tensor_table
 from convert.tokenizer_folder import RunTokenizer, find_tokenizer, read_tokenizer
 from convert.verify import Comparison, verify
@@ -83,6 +85,15 @@ def neox_to_hf(
         full = partial(source.full, out=torch.empty(largest, dtype=torch.uint8))
         size = write_weights(folder, table, full, dtypes, max_shard_bytes)
         comparison = verify(neox, source, folder, words.size, rounded_to) if neox else None
+        write_model_card(
+            folder,
+            shape,
+            source.settings,
+            main_dtype,
+            source.iteration,
+            source.samples,
+            comparison,
+        )
 
     print_summary(source, output, words, shape, main_dtype, size, comparison)
     return comparison
@@ -178,11 +189,23 @@ def main() -> None:
     parser.add_argument(
         "--overwrite", action="store_true", help="replace a Hugging Face folder that is there"
     )
+    parser.add_argument(
+        "--push-to-hub",
+        metavar="REPO",
+        help="upload the folder to this repository of the Hugging Face Hub, made if there is none",
+    )
+    parser.add_argument(
+        "--private", action="store_true", help="with --push-to-hub: make a private repository"
+    )
     options = parser.parse_args()
     try:
         max_shard_bytes = parse_size(options.max_shard_size)
     except ValueError as error:
         parser.error(f"--max-shard-size: {error}")
+    if options.private and not options.push_to_hub:
+        parser.error("--private: without --push-to-hub")
+    if options.push_to_hub:
+        check_push(options.push_to_hub)
     neox_to_hf(
         options.checkpoint,
         options.output,
@@ -195,6 +218,9 @@ def main() -> None:
         options.overwrite,
         max_shard_bytes,
     )
+    if options.push_to_hub:
+        address = push_to_hub(options.output, options.push_to_hub, options.private)
+        print(f"uploaded to {address}")
 
 
 if __name__ == "__main__":
