@@ -65,8 +65,8 @@ def write_synthetic(
 
     def full(rule: TensorRule) -> torch.Tensor:
         place = places.setdefault(rule, 97 * len(places))
-        stretch = block[place : place + 2**24]
         size = math.prod(rule.shape)
+        stretch = block[place : place + min(size, 2**24)]
         return stretch.repeat(-(-size // len(stretch)))[:size].view(rule.shape)
 
     folder.mkdir()
