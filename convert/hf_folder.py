@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -56,7 +57,7 @@ def write_weights(
         bytes of data written.
 
     Raises:
-        ConvertError: a value does not fit into the dtype.
+        ConvertError: the disk has not enough room, or a value does not fit into the dtype.
     """
     planned: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     for rule in table:
@@ -77,6 +78,12 @@ def write_weights(
     )
     file_of = {name: file for names, file in zip(files, file_names, strict=True) for name in names}
     total = sum(nbytes(*planned[name]) for name in planned)
+    free = shutil.disk_usage(folder).free
+    if total > free:
+        raise ConvertError(
+            f"{folder.parent}: the tensors take {total / 1e6:,.1f} MB, but the disk has only "
+            f"{free / 1e6:,.1f} MB free"
+        )
     if len(files) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": file_of}
         write_json(folder / "model.safetensors.index.json", index)

@@ -13,7 +13,7 @@ A checkpoint folder holds one folder for each iteration, `global_stepN`, in one 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from convert.tensor_table import (
     module_layers,
     tensor_table,
 )
-from convert.torch_file import load_torch_file
+from convert.torch_file import load_torch_file, saved_name
 from megatron_patch.neox.yaml_config import merge_yaml, merge_yaml_texts
 
 STEP = re.compile(r"global_step(\d+)")
@@ -37,6 +37,16 @@ RANK_FILE = re.compile(r"mp_rank_(\d+)_model_states\.pt")
 WHOLE_NAME = re.compile(r"sequential\.(\d+)\.(.+)")
 LAYER_FILE_NAME = "layer_00-model_{:02d}-model_states.pt"
 RANK_FILE_NAME = "mp_rank_{:02d}_model_states.pt"
+# What was read of a mapped file counts as this process's memory until the file is closed: files are
+# opened anew after this many bytes.
+MAPPED_BYTES = 512 * 2**20
+
+
+def layer_and_rank(name: str) -> tuple[int, ...] | None:
+    """What a file's name says it holds: (layer, rank) or, in the whole form, (rank,); `None` for a
+    name that GPT-NeoX does not give."""
+    found = LAYER_FILE.fullmatch(name) or RANK_FILE.fullmatch(name)
+    return tuple(map(int, found.groups())) if found else None
 
 
 def find_step(checkpoint: Path, iteration: int | None) -> Path:
@@ -99,6 +109,7 @@ class NeoXCheckpoint:
         is_pipeline_form: which of the two forms this is.
         shape: the model's shape.
         table: the rules of all its tensors.
+        samples: sequences trained on until this iteration, `None` if not recorded.
     """
 
     def __init__(
@@ -129,21 +140,30 @@ class NeoXCheckpoint:
             )
         # The settings are checked before the files, which are named after them.
         model_shape(self.settings, padded_vocab_size=1)
-        self._layers: dict[int, list[Mapping[str, torch.Tensor]]] = {}
-        self._whole: list[dict[int, dict[str, torch.Tensor]]] = []
-        if not self.is_pipeline_form:
-            self._check_ranks(set(rank_files), RANK_FILE_NAME)
-            self._read_whole_files()
-        else:
+        if self.is_pipeline_form:
             self._check_ranks({rank for _, rank in layer_files}, LAYER_FILE_NAME)
-        rows = self._layer(0)[0].get("word_embeddings.weight")
+        else:
+            self._check_ranks(set(rank_files), RANK_FILE_NAME)
+        self._check_names([*layer_files.values(), *rank_files.values()])
+        self._open: dict[int, list[Mapping[str, torch.Tensor]]] = {}
+        self._bytes_read = 0
+        # What the files of each rank hold, by layer: tensors without their data.
+        self._held: list[dict[int, dict[str, torch.Tensor]]] = [
+            {} for _ in range(self.tensor_parallel)
+        ]
+        for layer, rank in sorted(layer_files) or [(0, rank) for rank in sorted(rank_files)]:
+            for index, tensors in self._read(layer, rank).items():
+                self._held[rank][index] = {name: t.to("meta") for name, t in tensors.items()}
+        rows = self._held[0].get(0, {}).get("word_embeddings.weight")
         if rows is None:
-            raise ConvertError(f"{self.file(0, 0)}: word_embeddings.weight is missing")
+            what = "word_embeddings.weight" if self.file(0, 0).is_file() else "the file"
+            raise ConvertError(f"{self.file(0, 0)}: {what} is missing")
         self.shape = model_shape(self.settings, rows.shape[0] * self.tensor_parallel)
         check_tensor_parallel(self.shape, self.tensor_parallel)
         self.table = tensor_table(self.shape)
-        self._check_layers(layer_files)
+        self._check_layers()
         self._check_tensors()
+        self.samples: int | None = None
         self._check_states(rank_files)
 
     def file(self, layer: int, rank: int) -> Path:
@@ -154,50 +174,72 @@ class NeoXCheckpoint:
 
     def shards(self, rule: TensorRule) -> list[torch.Tensor]:
         """A tensor's shards in rank order, read from the disk when they are used."""
-        return [tensors[rule.name] for tensors in self._layer(rule.layer)]
+        if rule.layer not in self._open or self._bytes_read > MAPPED_BYTES:
+            self._open, self._bytes_read = {}, 0
+            files = [self._read(rule.layer, rank) for rank in range(self.tensor_parallel)]
+            self._open = {layer: [file[layer] for file in files] for layer in files[0]}
+        shards = [tensors[rule.name] for tensors in self._open[rule.layer]]
+        self._bytes_read += sum(shard.nbytes for shard in shards)
+        return shards
 
-    def full(self, rule: TensorRule) -> torch.Tensor:
+    def full(self, rule: TensorRule, out: torch.Tensor | None = None) -> torch.Tensor:
         """A tensor over all ranks.
 
         Args:
             rule: of this model's table, or of one with another padding of the vocabulary, to which
                 the tensor is then fitted.
+            out: memory to merge shards in, see `TensorRule.merge`.
 
         Raises:
             ConvertError: replicated copies differ.
         """
         files = [self.file(rule.layer, rank) for rank in range(self.tensor_parallel)]
-        tensor = rule.merge(self.shards(rule), files)
+        tensor = rule.merge(self.shards(rule), files, out)
         return fit_vocabulary(tensor, rule.shape[0]) if rule.split is Split.VOCAB else tensor
 
-    def _layer(self, layer: int) -> list[Mapping[str, torch.Tensor]]:
-        """A layer's tensors on each rank. Only one layer of a pipeline is held open."""
-        if not self.is_pipeline_form:
-            return [layers.get(layer, {}) for layers in self._whole]
-        if layer not in self._layers:
-            self._layers = {
-                layer: [
-                    load_torch_file(self.file(layer, rank)) for rank in range(self.tensor_parallel)
-                ]
-            }
-        return self._layers[layer]
+    def dtype(self, rule: TensorRule) -> torch.dtype:
+        """A tensor's dtype, the same on all ranks."""
+        return self._held[0][rule.layer][rule.name].dtype
 
-    def _read_whole_files(self) -> None:
-        for rank in range(self.tensor_parallel):
-            path = self.file(0, rank)
-            module = load_torch_file(path).get("module")
-            if not isinstance(module, Mapping):
+    def _read(self, layer: int, rank: int) -> dict[int, dict[str, torch.Tensor]]:
+        """The tensors in the file that holds a layer, by layer: in the whole form it holds all."""
+        path = self.file(layer, rank)
+        content = load_torch_file(path)
+        if self.is_pipeline_form:
+            layers = {layer: content}
+        else:
+            layers = self._by_layer(content.get("module"), path)
+        for tensors in layers.values():
+            for name, tensor in tensors.items():
+                if not isinstance(tensor, torch.Tensor):
+                    raise ConvertError(f"{path}: {name} is a {type(tensor).__name__}, no tensor")
+        return layers
+
+    @staticmethod
+    def _by_layer(module: object, path: Path) -> dict[int, dict[str, torch.Tensor]]:
+        if not isinstance(module, Mapping):
+            raise ConvertError(
+                f"{path}: no tensors under 'module': the layer_*-model_*-model_states.pt files of "
+                "a pipeline belong beside it, and are missing"
+            )
+        layers: dict[int, dict[str, torch.Tensor]] = {}
+        for name, tensor in module.items():
+            found = WHOLE_NAME.fullmatch(name)
+            if not found:
+                raise ConvertError(f"{path}: {name} is no tensor of a MetaLA model")
+            layers.setdefault(int(found[1]), {})[found[2]] = tensor
+        return layers
+
+    def _check_names(self, names: Iterable[str]) -> None:
+        """The tensors of a file do not tell its layer and rank, but the name under which PyTorch
+        saved it does: files that were exchanged, or copied over one another, are found by it."""
+        for name in sorted(names):
+            saved = saved_name(self.step / name)
+            if saved and layer_and_rank(saved) not in (None, layer_and_rank(name)):
                 raise ConvertError(
-                    f"{path}: no tensors under 'module': the layer_*-model_*-model_states.pt files "
-                    "of a pipeline belong beside it, and are missing"
+                    f"{self.step / name}: the file was saved as {saved}: it was renamed, or "
+                    "another's content was put in its place"
                 )
-            layers: dict[int, dict[str, torch.Tensor]] = {}
-            for name, tensor in module.items():
-                found = WHOLE_NAME.fullmatch(name)
-                if not found:
-                    raise ConvertError(f"{path}: {name} is no tensor of a MetaLA model")
-                layers.setdefault(int(found[1]), {})[found[2]] = tensor
-            self._whole.append(layers)
 
     def _check_ranks(self, found: set[int], name: str) -> None:
         for rank in range(self.tensor_parallel):
@@ -213,23 +255,16 @@ class NeoXCheckpoint:
                     f"model_parallel_size is {self.tensor_parallel}"
                 )
 
-    def _check_layers(self, layer_files: Mapping[tuple[int, int], str]) -> None:
+    def _check_layers(self) -> None:
         wanted = module_layers(self.shape)
         described = f"num_layers is {self.shape.num_layers}"
-        if self.is_pipeline_form:
+        for rank, held in enumerate(self._held):
             for layer in wanted:
-                for rank in range(self.tensor_parallel):
-                    if (layer, rank) not in layer_files:
-                        raise ConvertError(
-                            f"{self.file(layer, rank)}: the file is missing; {described}"
-                        )
-        for rank in range(self.tensor_parallel):
-            found = (
-                {layer for layer, of_rank in layer_files if of_rank == rank}
-                if self.is_pipeline_form
-                else self._whole[rank]
-            )
-            for layer in sorted(set(found) - set(wanted)):
+                if self.is_pipeline_form and layer not in held:
+                    raise ConvertError(
+                        f"{self.file(layer, rank)}: the file is missing; {described}"
+                    )
+            for layer in sorted(held.keys() - set(wanted)):
                 raise ConvertError(
                     f"{self.file(layer, rank)}: layer {layer} is no layer of this model; "
                     f"{described}, weights are {'tied' if self.shape.tied else 'not tied'}"
@@ -239,7 +274,8 @@ class NeoXCheckpoint:
         """Every file holds the table's tensors, with the table's shapes, and no other."""
         for layer in module_layers(self.shape):
             rules = {rule.name: rule for rule in self.table if rule.layer == layer}
-            for rank, tensors in enumerate(self._layer(layer)):
+            for rank, held in enumerate(self._held):
+                tensors = held.get(layer, {})
                 where = f"{self.file(layer, rank)}: layer {layer}"
                 for name in tensors:
                     if name not in rules:
@@ -247,16 +283,14 @@ class NeoXCheckpoint:
                 for name, rule in rules.items():
                     if name not in tensors:
                         raise ConvertError(f"{where}: {name} is missing")
-                    found, wanted = (
-                        tuple(tensors[name].shape),
-                        rule.shard_shape(self.tensor_parallel),
-                    )
+                    found = tuple(tensors[name].shape)
+                    wanted = rule.shard_shape(self.tensor_parallel)
                     if found != wanted:
                         raise ConvertError(f"{where}: {name} has shape {found}, wanted {wanted}")
-                    first = self._layer(layer)[0][name].dtype
-                    if tensors[name].dtype != first:
+                    if tensors[name].dtype != self.dtype(rule):
                         raise ConvertError(
-                            f"{where}: {name} is {tensors[name].dtype}, on rank 0 it is {first}"
+                            f"{where}: {name} is {tensors[name].dtype}, on rank 0 it is "
+                            f"{self.dtype(rule)}"
                         )
 
     def _check_states(self, rank_files: Mapping[int, str]) -> None:
@@ -274,6 +308,7 @@ class NeoXCheckpoint:
                     f"{self.step / name}: a whole model among the files of a pipeline; two layouts "
                     "are mixed here"
                 )
+            self.samples = self._samples(states)
             saved = states.get("args") or {}
             for key in ("num_layers", "hidden_size", "num_attention_heads", "model_parallel_size"):
                 if saved.get(key, self.settings.get(key)) != self.settings.get(key, saved.get(key)):
@@ -281,3 +316,11 @@ class NeoXCheckpoint:
                         f"{self.step / name}: saved with {key} {saved[key]}, but the settings say "
                         f"{self.settings[key]}"
                     )
+
+    def _samples(self, states: Mapping[str, Any]) -> int | None:
+        """DeepSpeed counts samples; where its count is absent, all iterations had one size."""
+        counted = states.get("global_samples")
+        if counted is not None:
+            return counted
+        batch = self.settings.get("train_batch_size")
+        return self.iteration * batch if isinstance(batch, int) else None

@@ -10,6 +10,7 @@ import argparse
 import math
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,8 +19,10 @@ from convert.command import ConvertError, run
 from convert.folder import check_target, complete_folder
 from convert.gpt_neox import need_neox
 from convert.hf_folder import parse_size, write_config, write_weights
+from convert.model_card import write_model_card
 from convert.model_shape import ModelShape, padded_vocabulary, with_defaults
 from convert.neox_checkpoint import NeoXCheckpoint
+from convert.push_to_hub import check_push, push_to_hub
 from convert.tensor_table import tensor_table
 from convert.tokenizer_folder import RunTokenizer, find_tokenizer, read_tokenizer
 from convert.verify import Comparison, verify
@@ -68,18 +71,29 @@ def neox_to_hf(
     vocab_size = vocabulary_to_write(source, words, keep_vocab_padding)
     shape = replace(source.shape, padded_vocab_size=vocab_size)
     table = tensor_table(shape)
-    dtypes = {rule: dtype or source.shards(rule)[0].dtype for rule in table}
+    dtypes = {rule: dtype or source.dtype(rule) for rule in table}
     main_dtype = dtype or _commonest(dtypes)
     is_rounded = any(
-        torch.promote_types(source.shards(rule)[0].dtype, to) != to for rule, to in dtypes.items()
+        torch.promote_types(source.dtype(rule), to) != to for rule, to in dtypes.items()
     )
     rounded_to = dtype if is_rounded else None
 
     with complete_folder(output, overwrite, mark="config.json") as folder:
         words.write(folder)
         write_config(folder, shape, args, words.special, main_dtype)
-        size = write_weights(folder, table, source.full, dtypes, max_shard_bytes)
+        largest = max(math.prod(rule.shape) * source.dtype(rule).itemsize for rule in source.table)
+        full = partial(source.full, out=torch.empty(largest, dtype=torch.uint8))
+        size = write_weights(folder, table, full, dtypes, max_shard_bytes)
         comparison = verify(neox, source, folder, words.size, rounded_to) if neox else None
+        write_model_card(
+            folder,
+            shape,
+            source.settings,
+            main_dtype,
+            source.iteration,
+            source.samples,
+            comparison,
+        )
 
     print_summary(source, output, words, shape, main_dtype, size, comparison)
     return comparison
@@ -175,11 +189,23 @@ def main() -> None:
     parser.add_argument(
         "--overwrite", action="store_true", help="replace a Hugging Face folder that is there"
     )
+    parser.add_argument(
+        "--push-to-hub",
+        metavar="REPO",
+        help="upload the folder to this repository of the Hugging Face Hub, made if there is none",
+    )
+    parser.add_argument(
+        "--private", action="store_true", help="with --push-to-hub: make a private repository"
+    )
     options = parser.parse_args()
     try:
         max_shard_bytes = parse_size(options.max_shard_size)
     except ValueError as error:
         parser.error(f"--max-shard-size: {error}")
+    if options.private and not options.push_to_hub:
+        parser.error("--private: without --push-to-hub")
+    if options.push_to_hub:
+        check_push(options.push_to_hub)
     neox_to_hf(
         options.checkpoint,
         options.output,
@@ -192,6 +218,9 @@ def main() -> None:
         options.overwrite,
         max_shard_bytes,
     )
+    if options.push_to_hub:
+        address = push_to_hub(options.output, options.push_to_hub, options.private)
+        print(f"uploaded to {address}")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -15,6 +17,10 @@ DTYPE_NAMES = {
     torch.float16: "F16",
     torch.bfloat16: "BF16",
 }
+
+# The disk is kept writing while the next tensors are read: the system alone would wait until much
+# of the memory is taken by unwritten data.
+FLUSH_BYTES = 64 * 2**20
 
 
 def nbytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
@@ -47,8 +53,12 @@ class SafetensorsWriter:
         text += b" " * (-len(text) % 8)  # data starts aligned
         self._announced = dict(tensors)
         self._waiting = list(reversed(tensors))
-        self._file = path.open("wb")
-        self._file.write(len(text).to_bytes(8, "little") + text)
+        self._path = path
+        self._file = path.open("wb", buffering=0)
+        self._flusher = ThreadPoolExecutor(1)
+        self._flushing: Future | None = None
+        self._unflushed = 0
+        self._append(memoryview(len(text).to_bytes(8, "little") + text))
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Appends the next tensor.
@@ -59,14 +69,40 @@ class SafetensorsWriter:
         announced = self._announced[name]
         if self._waiting.pop() != name or (tensor.dtype, tuple(tensor.shape)) != announced:
             raise ValueError(f"{name}: {tensor.dtype} {tuple(tensor.shape)} was not announced")
-        self._file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+        self._append(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+
+    def _append(self, data: memoryview) -> None:
+        """Raises an OSError, naming the file, if the disk is full or an earlier flush failed."""
+        while data.nbytes:
+            try:
+                written = self._file.write(data)
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, self._path.name) from None
+            self._unflushed += written
+            data = data[written:]
+        if self._unflushed >= FLUSH_BYTES and (not self._flushing or self._flushing.done()):
+            if self._flushing:
+                self._flushing.result()
+            self._flushing = self._flusher.submit(os.fdatasync, self._file.fileno())
+            self._unflushed = 0
 
     def close(self) -> None:
-        """Raises a ValueError if an announced tensor was not written."""
-        self._file.close()
-        if self._waiting:
-            raise ValueError(f"{self._waiting[-1]} was announced and not written")
+        """Ends the file, which is then on the disk.
+
+        Raises:
+            ValueError: an announced tensor was not written.
+            OSError: it could not be written to the disk.
+        """
+        try:
+            if self._waiting:
+                raise ValueError(f"{self._waiting[-1]} was announced and not written")
+            if self._flushing:
+                self._flushing.result()
+            os.fsync(self._file.fileno())
+        finally:
+            self.abandon()
 
     def abandon(self) -> None:
         """Closes the unfinished file."""
+        self._flusher.shutdown()
         self._file.close()

@@ -74,12 +74,23 @@ class TensorRule:
             shape[self._dim] //= degree
         return tuple(shape)
 
-    def merge(self, shards: Sequence[torch.Tensor], files: Sequence[object]) -> torch.Tensor:
+    def merge(
+        self,
+        shards: Sequence[torch.Tensor],
+        files: Sequence[object],
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """The full tensor from those of all ranks, in rank order.
+
+        Args:
+            shards: the ranks' tensors.
+            files: each rank's file, for the error.
+            out: uint8, memory for the result, which is then valid until `out` is used again. New
+                memory costs more time than the merging.
 
         Raises:
             ConvertError: replicated copies differ in any bit; the line names tensor, ranks and
-                `files`, which holds each rank's file.
+                files.
         """
         if self.split is Split.REPLICATED:
             for rank, copy in enumerate(shards):
@@ -93,11 +104,18 @@ class TensorRule:
             return shards[0]
         if len(shards) == 1:
             return shards[0]
-        if not self._is_stacked:
-            return torch.cat(list(shards), dim=self._dim)
-        rows = [piece.rows // len(shards) for piece in self.pieces]
-        by_rank = [shard.split(rows) for shard in shards]
-        return torch.cat([share for piece in zip(*by_rank, strict=True) for share in piece])
+        if self._is_stacked:
+            rows = [piece.rows // len(shards) for piece in self.pieces]
+            by_rank = [shard.split(rows) for shard in shards]
+            parts = [share for piece in zip(*by_rank, strict=True) for share in piece]
+        else:
+            parts = list(shards)
+        if out is not None:
+            shape = list(parts[0].shape)
+            shape[self._dim] = sum(part.shape[self._dim] for part in parts)
+            size = sum(part.nbytes for part in parts)
+            out = out[:size].view(parts[0].dtype).view(shape)
+        return torch.cat(parts, dim=self._dim, out=out)
 
     def shard(self, full: torch.Tensor, degree: int, rank: int) -> torch.Tensor:
         """What `rank` of `degree` holds of the full tensor; may be a view of it."""

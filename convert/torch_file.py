@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pickle
 import re
+import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,18 +35,38 @@ def _allow_numpy_states() -> None:
 _allow_numpy_states()
 
 
-def load_torch_file(path: Path) -> Any:
-    """What `torch.save` wrote to `path`; tensors are read from the disk when they are used.
+def saved_name(path: Path) -> str | None:
+    """The name of the file that `torch.save` wrote, which stays inside it when it is renamed;
+    `None` where the file has no such note."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            folder = file.namelist()[0].split("/")[0]
+    except (zipfile.BadZipFile, OSError, IndexError):
+        return None
+    return None if folder == "archive" else f"{folder}.pt"
+
+
+def load_torch_file(path: Path) -> Mapping[str, Any]:
+    """The mapping that `torch.save` wrote to `path`; tensors are read from the disk when they are
+    used.
 
     Raises:
         ConvertError: the file is absent, damaged, or holds more than tensors and plain data.
     """
+    content = _load(path)
+    if not isinstance(content, Mapping):
+        raise ConvertError(f"{path}: found a {type(content).__name__}, wanted tensors by name")
+    return content
+
+
+def _load(path: Path) -> Any:
     for mmap in (True, False):  # files in the format before PyTorch 1.6 cannot be mapped
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         except pickle.UnpicklingError as error:
             found = re.search(r"GLOBAL ([\w.]+)", str(error))
-            if found or "weights_only" in str(error):
+            # an unknown opcode: no pickle that torch.save writes
+            if found or "Unsupported operand" not in str(error):
                 what = found[1] if found else "more than tensors"
                 raise ConvertError(
                     f"{path}: refused: reading it would run code, it holds {what}"

@@ -221,8 +221,10 @@ def test_files_missing_truncated_or_mixed(pp, tmp_path, vocab_file):
         shutil.copytree(kept, step)
 
     file = next(step.glob(holder(pp, 3, 1) + "*"))
-    file.write_bytes(file.read_bytes()[:1000])
-    assert file.name in refused(tmp_path, "truncated or no PyTorch file")
+    whole = file.read_bytes()
+    for length in (0, 1, 1000, len(whole) // 2, len(whole) - 1):
+        file.write_bytes(whole[:length])
+        assert file.name in refused(tmp_path, "truncated or no PyTorch file")
 
     restore()
     for name in step.glob("*model_01*") if pp else step.glob("mp_rank_01*"):
@@ -249,17 +251,61 @@ def test_files_missing_truncated_or_mixed(pp, tmp_path, vocab_file):
     refused(tmp_path, "mp_rank_01.* saved with num_layers 3, but the settings say 2")
 
 
+@pytest.mark.parametrize(
+    ("pp", "one", "other"),
+    [
+        (1, "layer_03-model_00-model_states.pt", "layer_03-model_01-model_states.pt"),
+        (1, "layer_02-model_01-model_states.pt", "layer_03-model_01-model_states.pt"),
+        (1, "mp_rank_00_model_states.pt", "mp_rank_01_model_states.pt"),
+        (0, "mp_rank_00_model_states.pt", "mp_rank_01_model_states.pt"),
+    ],
+)
+def test_files_that_were_exchanged(pp, one, other, tmp_path, vocab_file):
+    """All tensors have the right shapes; only the name inside the file tells."""
+    write(tmp_path / "neox", MODEL, 2, pp, vocab_file)
+    first, second = (tmp_path / "neox/global_step7" / name for name in (one, other))
+    contents = first.read_bytes(), second.read_bytes()
+    first.write_bytes(contents[1])
+    second.write_bytes(contents[0])
+    line = refused(tmp_path, f"{first.name}: the file was saved as {second.name}: it was renamed")
+    second.write_bytes(contents[1])  # a copy over another
+    assert line == refused(tmp_path, "the file was saved as")
+
+
+def test_files_that_were_renamed_by_no_name_of_gpt_neox(tmp_path, vocab_file):
+    """PyTorch keeps no name, or a temporary one, where a checkpoint is written in other ways."""
+    write(tmp_path / "neox", MODEL, 1, 1, vocab_file)
+    step = tmp_path / "neox/global_step7"
+    for file, name in (("layer_02", "checkpoint.tmp"), ("layer_03", None)):
+        path = step / f"{file}-model_00-model_states.pt"
+        content = torch.load(path)
+        if name:
+            torch.save(content, step / name)
+            (step / name).rename(path)
+        else:
+            with path.open("wb") as stream:
+                torch.save(content, stream)
+    neox_to_hf(tmp_path / "neox", tmp_path / "hf")
+
+
 class RunsCode:
+    def __init__(self, witness: Path):
+        self.witness = witness
+
     def __reduce__(self):
-        return os.system, ("touch /tmp/this-must-not-exist",)
+        return os.system, (f"touch {self.witness}",)
 
 
-def test_files_that_would_run_code(pp, tmp_path, vocab_file):
+@pytest.mark.parametrize("zipped", [True, False], ids=["", "format before PyTorch 1.6"])
+@pytest.mark.parametrize("where", ["tensors", "states"])
+def test_files_that_would_run_code(where, zipped, pp, tmp_path, vocab_file):
     write(tmp_path / "neox", MODEL, 1, pp, vocab_file)
-    file = next((tmp_path / "neox/global_step7").glob(holder(pp, 2, 0) + "*"))
-    torch.save({"module": RunsCode()}, file)
+    name = holder(pp, 2, 0) if where == "tensors" else "mp_rank_00"
+    file = next((tmp_path / "neox/global_step7").glob(name + "*"))
+    malicious = {"module": RunsCode(tmp_path / "witness")}
+    torch.save(malicious, file, _use_new_zipfile_serialization=zipped)
     assert file.name in refused(tmp_path, "refused: reading it would run code, it holds posix")
-    assert not Path("/tmp/this-must-not-exist").exists()
+    assert not (tmp_path / "witness").exists()
 
 
 def test_values_too_large_for_float16(tmp_path, vocab_file):
@@ -329,6 +375,26 @@ def test_an_output_that_cannot_be_written(tmp_path, vocab_file):
         neox_to_hf(tmp_path / "neox", tmp_path / "file/hf")
 
 
+def test_a_disk_without_room(tmp_path, vocab_file, monkeypatch):
+    write(tmp_path / "neox", MODEL, 1, 0, vocab_file)
+    usage = shutil.disk_usage(tmp_path)._replace(free=10_000)
+    with monkeypatch.context() as undone:
+        undone.setattr(shutil, "disk_usage", lambda path: usage)
+        refused(tmp_path, f"{tmp_path}: the tensors take 0.1 MB, but the disk has only 0.0 MB free")
+
+
+def test_a_disk_that_is_full(tmp_path, vocab_file, monkeypatch):
+    """The system's own device for this stands in the place of the tensors' file."""
+    write(tmp_path / "neox", MODEL, 1, 0, vocab_file)
+
+    def write_config_and_link(folder, *arguments):
+        (folder / "model-00002-of-00003.safetensors").symlink_to("/dev/full")
+
+    monkeypatch.setattr("convert.neox_to_hf.write_config", write_config_and_link)
+    line = refused(tmp_path, "hf: cannot be written: .* No space left", max_shard_bytes=30_000)
+    assert "model-00002-of-00003.safetensors" in line
+
+
 def test_the_command_fails_with_one_line(tmp_path):
     process = subprocess.run(
         [sys.executable, "convert/neox_to_hf.py", "--checkpoint", tmp_path, "--output", "x"],
@@ -350,9 +416,9 @@ def test_a_stopped_command_leaves_nothing(number, tmp_path, vocab_file):
     program = (
         "import sys, time, convert.neox_to_hf as c, convert.neox_checkpoint as n\n"
         "full = n.NeoXCheckpoint.full\n"
-        "def slow(self, rule):\n"
+        "def slow(self, rule, out):\n"
         "    if rule.name == 'final_linear.weight': print('waiting', flush=True); time.sleep(60)\n"
-        "    return full(self, rule)\n"
+        "    return full(self, rule, out)\n"
         "n.NeoXCheckpoint.full = slow\n"
         "c.run(c.main)\n"
     )

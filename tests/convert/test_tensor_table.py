@@ -73,6 +73,8 @@ def test_what_is_split_merges_and_what_is_exported_imports(shape, degree):
         shards = [rule.shard(full, degree, rank) for rank in range(degree)]
         assert {tuple(s.shape) for s in shards} == {rule.shard_shape(degree)}
         assert torch.equal(rule.merge(shards, ["file"] * degree), full)
+        memory = torch.zeros(full.nbytes + 5, dtype=torch.uint8)
+        assert torch.equal(rule.merge(shards, ["file"] * degree, out=memory), full)
         assert torch.equal(rule.from_hf(rule.to_hf(full)), full)
 
 

@@ -154,7 +154,7 @@ def test_every_wrong_merge_of_a_hybrid_is_found(
 def find_wrong_merge(name, wrong, checkpoint, logits, tmp_path, monkeypatch):
     merge = TensorRule.merge
 
-    def merge_wrongly(rule, shards, files):
+    def merge_wrongly(rule, shards, files, out=None):
         if rule.name != name:
             return merge(rule, shards, files)
         with monkeypatch.context() as undone:
@@ -195,7 +195,7 @@ def test_the_command_fails_and_leaves_nothing_where_the_models_differ(
     program = (
         "import convert.neox_to_hf as command, convert.tensor_table as table\n"
         "merge = table.TensorRule.merge\n"
-        "def swapped(rule, shards, files):\n"
+        "def swapped(rule, shards, files, out=None):\n"
         "    return merge(rule, shards[::-1] if 'out_proj' in rule.name else shards, files)\n"
         "table.TensorRule.merge = swapped\n"
         "command.run(command.main)\n"

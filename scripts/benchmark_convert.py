@@ -1,0 +1,226 @@
+"""Times the conversion of a synthetic GPT-NeoX checkpoint beside a plain copy of its files, and
+measures the memory it takes.
+
+    python scripts/benchmark_convert.py --folder /disk/with/room
+    python scripts/benchmark_convert.py --folder /tmp --config configs/metala_tiny.yml --repeats 1
+
+The checkpoint, its copy and the Hugging Face folder lie in a temporary folder inside `--folder`: it
+takes three times the size of the model, and is removed at the end. Copy and conversion take turns
+under the same conditions: before each, the checkpoint's pages are dropped from the page cache and
+the last output is deleted; both end when their files have been written to the disk (fsync). The
+times are medians and leave out the start of Python and its imports. Memory is that of one
+conversion, in a process of its own, above what it has after its imports: the peak of the resident
+set, mapped pages of files included, and the peak of anonymous memory, which is what cannot be
+given back under pressure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from convert.model_shape import ModelShape, model_shape  # noqa: E402
+from convert.neox_writer import write_checkpoint  # noqa: E402
+from convert.tensor_table import TensorRule, tensor_table  # noqa: E402
+from megatron_patch.neox.yaml_config import merge_yaml  # noqa: E402
+
+TOKENS = 32_000
+DTYPE = torch.bfloat16
+FORMS = {"whole": 0, "pipeline": 1}  # by pipe_parallel_size
+LARGEST_TENSOR_SHARE, MEMORY_ALLOWANCE = 1.3, 2 * 2**30  # the memory allowed
+COPY_SPEED_SHARE = 0.6  # the speed wanted
+
+
+def write_tokenizer(path: Path) -> None:
+    """A tokenizer.json of TOKENS words."""
+    from tokenizers import Tokenizer, models
+
+    Tokenizer(models.WordLevel({f"w{i}": i for i in range(TOKENS)}, unk_token="w0")).save(str(path))
+
+
+def write_synthetic(
+    folder: Path, shape: ModelShape, settings: Mapping[str, Any], tensor_parallel: int, pipe: int
+) -> None:
+    """A checkpoint whose tensors are stretches of one block of random numbers, each from a place
+    of its own."""
+    block = torch.randn(2**24 + 2**16, generator=torch.Generator().manual_seed(0)).to(DTYPE)
+    places: dict[TensorRule, int] = {}
+
+    def full(rule: TensorRule) -> torch.Tensor:
+        place = places.setdefault(rule, 97 * len(places))
+        size = math.prod(rule.shape)
+        stretch = block[place : place + min(size, 2**24)]
+        return stretch.repeat(-(-size // len(stretch)))[:size].view(rule.shape)
+
+    folder.mkdir()
+    configs = {"run.yml": yaml.safe_dump(dict(settings))}
+    write_checkpoint(folder, shape, full, tensor_parallel, pipe, 1000, settings, configs)
+
+
+def flush(folder: Path, drop: bool) -> None:
+    """Writes a folder's files to the disk, and drops them from the page cache if asked."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            file = os.open(path, os.O_RDONLY)
+            os.fsync(file)
+            if drop:
+                os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(file)
+
+
+def folder_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def copy_seconds(source: Path, target: Path) -> float:
+    start = time.perf_counter()
+    shutil.copytree(source, target)
+    flush(target, drop=False)
+    return time.perf_counter() - start
+
+
+def convert_in_child(source: Path, target: Path, max_shard_size: str) -> dict[str, float]:
+    """Seconds and bytes of one conversion, in a new process."""
+    command = [sys.executable, __file__, "--child", source, target, max_shard_size]
+    process = subprocess.run(
+        [*map(str, command)], stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT
+    )
+    return json.loads(process.stdout.splitlines()[-1])
+
+
+def memory(key: str) -> int:
+    """Bytes of /proc/self/status."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1]) * 1024
+    raise KeyError(key)
+
+
+def child(source: Path, target: Path, max_shard_size: str) -> None:
+    """Converts, and prints seconds and bytes as JSON."""
+    import tokenizers  # noqa: F401
+    from transformers import GenerationConfig  # noqa: F401
+
+    import megatron_patch.hf.remote_code  # noqa: F401
+    from convert.hf_folder import parse_size
+    from convert.neox_to_hf import neox_to_hf
+
+    resident, anonymous = memory("VmRSS"), memory("RssAnon")
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the peak of VmRSS
+    peak_anonymous = anonymous
+    done = threading.Event()
+
+    def sample() -> None:
+        nonlocal peak_anonymous
+        while not done.wait(0.005):
+            peak_anonymous = max(peak_anonymous, memory("RssAnon"))
+
+    sampler = threading.Thread(target=sample)
+    sampler.start()
+    start = time.perf_counter()
+    neox_to_hf(source, target, max_shard_bytes=parse_size(max_shard_size))
+    flush(target, drop=False)
+    seconds = time.perf_counter() - start
+    done.set()
+    sampler.join()
+    found = {
+        "seconds": seconds,
+        "resident": memory("VmHWM") - resident,
+        "anonymous": peak_anonymous - anonymous,
+    }
+    print(json.dumps(found))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--folder", type=Path, required=True, help="a folder on the disk to test")
+    parser.add_argument("--config", type=Path, default=ROOT / "configs" / "metala_3b.yml")
+    parser.add_argument("--tensor-parallel", type=int, default=2)
+    parser.add_argument("--form", choices=FORMS, nargs="+", default=list(FORMS))
+    parser.add_argument("--max-shard-size", default="5GB")
+    parser.add_argument("--repeats", type=int, default=3)
+    options = parser.parse_args()
+
+    with tempfile.TemporaryDirectory(prefix="benchmark-convert-", dir=options.folder) as name:
+        work = Path(name)
+        write_tokenizer(work / "tokenizer.json")
+        settings = {
+            **merge_yaml([options.config]),
+            "tokenizer_type": "HFTokenizer",
+            "vocab_file": str(work / "tokenizer.json"),
+            "model_parallel_size": options.tensor_parallel,
+        }
+        shape = model_shape(settings, TOKENS)
+        table = tensor_table(shape)
+        parameters = sum(math.prod(rule.shape) for rule in table)
+        largest = max(math.prod(rule.shape) for rule in table) * DTYPE.itemsize
+        print(
+            f"{options.config.name}: {parameters:,} parameters in {str(DTYPE)[6:]}, largest tensor "
+            f"{largest / 1e6:.0f} MB, tensor parallel {options.tensor_parallel}, shards of "
+            f"{options.max_shard_size}"
+        )
+        for form in options.form:
+            measure(form, work, shape, settings, largest, options)
+
+
+def measure(
+    form: str,
+    work: Path,
+    shape: ModelShape,
+    settings: Mapping[str, Any],
+    largest: int,
+    options: argparse.Namespace,
+) -> None:
+    """Measures one form of checkpoint and prints what was found."""
+    source, copied, converted = work / form, work / "copy", work / "hf"
+    own = {**settings, "pipe_parallel_size": FORMS[form]}
+    write_synthetic(source, shape, own, options.tensor_parallel, FORMS[form])
+    copies, conversions = [], []
+    for _ in range(options.repeats):
+        flush(source, drop=True)
+        copies.append(copy_seconds(source, copied))
+        shutil.rmtree(copied)
+        flush(source, drop=True)
+        conversions.append(convert_in_child(source, converted, options.max_shard_size))
+        shutil.rmtree(converted)
+    size = folder_bytes(source)
+    copy_time = statistics.median(copies)
+    convert_time = statistics.median(found["seconds"] for found in conversions)
+    resident = max(found["resident"] for found in conversions)
+    anonymous = max(found["anonymous"] for found in conversions)
+    allowed = LARGEST_TENSOR_SHARE * largest + MEMORY_ALLOWANCE
+    print(f"\n{form} form, {size / 1e9:.2f} GB")
+    print(f"  copy       {copy_time:8.2f} s   {size / copy_time / 1e6:6.0f} MB/s")
+    print(f"  conversion {convert_time:8.2f} s   {size / convert_time / 1e6:6.0f} MB/s")
+    print(
+        f"  speed, of the copy's    {copy_time / convert_time:6.0%}   wanted {COPY_SPEED_SHARE:.0%}"
+    )
+    print(f"  peak resident set   {resident / 1e6:8.0f} MB   allowed {allowed / 1e6:.0f} MB")
+    print(f"  peak anonymous      {anonymous / 1e6:8.0f} MB")
+    print(f"  all seconds: copy {[round(s, 2) for s in copies]}, conversion ", end="")
+    print([round(found["seconds"], 2) for found in conversions], flush=True)
+    shutil.rmtree(source)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--child"]:
+        child(Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4])
+    else:
+        main()

@@ -1,0 +1,162 @@
+"""Output folders of processes that are killed: absent or complete, and tidied by the next run."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from convert.command import ConvertError
+from convert.folder import complete_folder
+from convert.neox_to_hf import neox_to_hf
+from tests.convert.synthetic import Model, write
+
+OLD = {"config.json": "old", "old.txt": "old"}
+NEW = {"config.json": "new", "weights": "new" * 1000}
+# What a process does to the file system, as Python's audit hooks name it.
+OPERATIONS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "os.scandir"}
+
+
+def contents(folder: Path) -> dict[str, str] | None:
+    if not folder.exists():
+        return None
+    return {path.name: path.read_text() for path in folder.iterdir()}
+
+
+def write_new(target: Path) -> None:
+    with complete_folder(target, overwrite=True, mark="config.json") as folder:
+        for name, text in NEW.items():
+            (folder / name).write_text(text)
+
+
+def in_fork(action: Callable[[], None]) -> int | None:
+    """Runs `action` in a copy of this process.
+
+    Returns:
+        the exit code, `None` if it was killed.
+    """
+    child = os.fork()
+    if child == 0:
+        try:
+            torch.set_num_threads(1)
+            action()
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    return None if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+
+
+def killed_at(number: int, action: Callable[[], None]) -> bool:
+    """Runs `action`, killed just before its operation of this number on the file system; False if
+    it has fewer."""
+
+    def run() -> None:
+        left = number
+
+        def count(event: str, arguments: tuple) -> None:
+            nonlocal left
+            if event not in OPERATIONS:
+                return
+            left -= 1
+            if left < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(count)
+        action()
+
+    code = in_fork(run)
+    assert code in (None, 0)
+    return code is None
+
+
+@pytest.mark.parametrize("before", [None, OLD], ids=["absent", "overwritten"])
+def test_killed_at_any_operation_it_is_absent_or_complete(before, tmp_path, capfd):
+    target = tmp_path / "hf"
+    seen, notes = [], ""
+    for number in range(1000):
+        case = tmp_path / str(number)
+        target = case / "hf"
+        case.mkdir()
+        if before:
+            target.mkdir()
+            for name, text in before.items():
+                (target / name).write_text(text)
+        was_killed = killed_at(number, lambda target=target: write_new(target))
+        found = contents(target)
+        assert found in (None, before, NEW)
+        seen.append(found)
+        if not was_killed:
+            assert found == NEW
+            break
+        # The next run, killed too, and then one that is left in peace.
+        killed_at(number // 2, lambda target=target: write_new(target))
+        assert contents(target) in (None, before, NEW)
+        write_new(target)
+        assert contents(target) == NEW
+        left = [path for path in case.iterdir() if path != target]
+        assert all(path.is_dir() and not any(path.iterdir()) for path in left)
+        notes += capfd.readouterr().err
+    assert number > 10 and seen.count(NEW) > 1  # killed before and after the change of place
+    assert f"note: removed {tmp_path}" in notes
+    if before:
+        assert None in seen and "was put back after a killed conversion" in notes
+
+
+def test_a_folder_being_replaced_is_put_back(tmp_path, capfd):
+    old = tmp_path / ".hf.old-abcd1234"
+    old.mkdir()
+    (old / "config.json").write_text("old")
+    with pytest.raises(ZeroDivisionError):
+        with complete_folder(tmp_path / "hf", overwrite=True, mark="config.json"):
+            raise ZeroDivisionError
+    assert contents(tmp_path / "hf") == {"config.json": "old"}
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+    assert capfd.readouterr().err == (
+        f"note: {tmp_path / 'hf'} was put back after a killed conversion\n"
+    )
+
+
+def test_what_a_running_conversion_writes_is_left_alone(tmp_path, capfd):
+    with pytest.raises(ConvertError, match="hf exists already"):
+        with complete_folder(tmp_path / "hf", overwrite=False, mark="config.json") as folder:
+            (folder / "config.json").write_text("first")
+            with complete_folder(tmp_path / "hf", overwrite=False, mark="config.json") as other:
+                (other / "config.json").write_text("second")
+            assert f"{folder} belongs to another conversion" in capfd.readouterr().err
+            assert contents(folder) == {"config.json": "first"}
+    assert contents(tmp_path / "hf") == {"config.json": "second"}
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_a_conversion_killed_at_random_operations(vocab_file, tmp_path):
+    write(tmp_path / "neox", Model(), 2, 1, vocab_file)
+    target = tmp_path / "out/hf"
+
+    def convert() -> None:
+        neox_to_hf(tmp_path / "neox", target, max_shard_bytes=10_000)
+
+    convert()
+    whole = {path.name: path.read_bytes() for path in target.iterdir()}
+    moments = random.Random(0)
+    number, partial = 0, 0
+    shutil.rmtree(target)
+    while killed_at(number, convert):
+        if target.exists():  # killed after it was complete
+            assert {path.name: path.read_bytes() for path in target.iterdir()} == whole
+            shutil.rmtree(target)
+        partial += any(path.suffix == ".safetensors" for path in target.parent.glob(".hf.*/*"))
+        number += moments.randrange(1, 40)
+    assert partial > 2  # killed while it wrote tensors
+    assert {path.name: path.read_bytes() for path in target.iterdir()} == whole
+    left = [path for path in target.parent.iterdir() if path != target]
+    assert all(not any(path.iterdir()) for path in left)
