@@ -1,4 +1,4 @@
-"""Hugging Face folders to GPT-NeoX checkpoints: there and back, into real GPT-NeoX, and refusals."""
+"""Hugging Face folders to GPT-NeoX: there and back, into real GPT-NeoX, and refusals."""
 
 from __future__ import annotations
 
