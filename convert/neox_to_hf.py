@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from convert.command import ConvertError, run
+from convert.fold_norms import FoldedNorms
 from convert.folder import check_target, complete_folder
 from convert.gpt_neox import need_neox
 from convert.hf_folder import parse_size, write_config, write_weights
@@ -41,6 +42,7 @@ def neox_to_hf(
     keep_vocab_padding: bool = False,
     overwrite: bool = False,
     max_shard_bytes: int = 5 * 10**9,
+    fold_norms: bool = False,
 ) -> Comparison | None:
     """Converts a checkpoint; `output` is then complete, or as it was before if anything fails.
 
@@ -55,6 +57,7 @@ def neox_to_hf(
         keep_vocab_padding: whether to keep the vocabulary's padding rows.
         overwrite: whether to replace a Hugging Face folder that is there.
         max_shard_bytes: size of one safetensors file.
+        fold_norms: whether to fold the scales of norms into the weights that follow.
 
     Returns:
         what `check` found.
@@ -69,7 +72,8 @@ def neox_to_hf(
     args = with_defaults(source.settings)
     words = read_tokenizer(find_tokenizer(tokenizer, args))
     vocab_size = vocabulary_to_write(source, words, keep_vocab_padding)
-    shape = replace(source.shape, padded_vocab_size=vocab_size)
+    folded = FoldedNorms(source) if fold_norms else None
+    shape = replace((folded or source).shape, padded_vocab_size=vocab_size)
     table = tensor_table(shape)
     dtypes = {rule: dtype or source.dtype(rule) for rule in table}
     main_dtype = dtype or _commonest(dtypes)
@@ -77,12 +81,17 @@ def neox_to_hf(
         torch.promote_types(source.dtype(rule), to) != to for rule, to in dtypes.items()
     )
     rounded_to = dtype if is_rounded else None
+    if folded and rounded_to is None:
+        # Products with the scales are rounded to the dtype that they are written in.
+        products = {to for rule, to in dtypes.items() if folded.is_folded(rule)}
+        rounded_to = next((to for to in products if to.itemsize < 4), None)
 
     with complete_folder(output, overwrite, mark="config.json") as folder:
         words.write(folder)
         write_config(folder, shape, args, words.special, main_dtype)
         largest = max(math.prod(rule.shape) * source.dtype(rule).itemsize for rule in source.table)
-        full = partial(source.full, out=torch.empty(largest, dtype=torch.uint8))
+        memory = torch.empty(largest, dtype=torch.uint8)
+        full = partial((folded or source).full, out=memory)
         size = write_weights(folder, table, full, dtypes, max_shard_bytes)
         comparison = verify(neox, source, folder, words.size, rounded_to) if neox else None
         write_model_card(
@@ -184,6 +193,11 @@ def main() -> None:
         help="keep the rows that GPT-NeoX added to the vocabulary; default: trim to the tokenizer",
     )
     parser.add_argument(
+        "--fold-norms",
+        action="store_true",
+        help="fold the weights of `norm: rmsnorm` into those that follow: the authors' format",
+    )
+    parser.add_argument(
         "--max-shard-size", default="5GB", metavar="SIZE", help="of one file, default: 5GB"
     )
     parser.add_argument(
@@ -217,6 +231,7 @@ def main() -> None:
         options.keep_vocab_padding,
         options.overwrite,
         max_shard_bytes,
+        options.fold_norms,
     )
     if options.push_to_hub:
         address = push_to_hub(options.output, options.push_to_hub, options.private)

@@ -94,9 +94,9 @@ def check(case: tuple) -> tuple[bool, str]:
         torch.randn(sequences or 1, heads, k, v, device="cuda"),
     ]
     if kind == "plain":
-        # Without a state before it, a first token's y is alpha v + sigmoid(beta v), which can be all
-        # but constant over a head, and LayerNorm then magnifies any rounding up to 300 times; so
-        # can the next few. The other kinds have a state, and with it check first tokens too.
+        # Without a state before it, a first token's y is alpha v + sigmoid(beta v), which can be
+        # all but constant over a head, and LayerNorm then magnifies any rounding up to 300 times;
+        # so can the next few. The other kinds have a state, and check first tokens too.
         weights[0][:, :UNCHECKED] = 0
     try:
         found = evaluate(tensors, weights, "triton", **arguments)

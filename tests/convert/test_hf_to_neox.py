@@ -1,0 +1,184 @@
+"""Hugging Face folders to GPT-NeoX: there and back, into real GPT-NeoX, and refusals."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from convert.command import ConvertError
+from convert.hf_to_neox import hf_to_neox
+from convert.neox_to_hf import neox_to_hf
+from convert.reshape_neox import reshape_neox
+from megatron_patch.hf import MetaLAConfig, MetaLAForCausalLM
+from megatron_patch.indexed_dataset import IndexedDatasetWriter
+from tests.convert.conftest import write_tokenizer
+from tests.convert.synthetic import Model, write
+from tests.neox.training import TRAINING, train
+
+LAYOUTS = st.tuples(st.sampled_from([1, 2, 4]), st.sampled_from([0, 1, 2, 3]))
+LENGTH = 64
+
+
+@hypothesis_settings(max_examples=12, deadline=None)
+@given(
+    layouts=st.tuples(LAYOUTS, LAYOUTS, LAYOUTS),
+    tied=st.booleans(),
+    norm=st.sampled_from(["simplermsnorm", "rmsnorm"]),
+    tokens=st.integers(60, 130),
+)
+def test_there_and_back_is_the_same_folder(layouts, tied, norm, tokens):
+    model = Model(layers=3, tied=tied, norm=norm, tokens=tokens)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        vocab_file = write_tokenizer(folder / "tokenizer.json", ("<|endoftext|>",), tokens)
+        write(folder / "source", model, *layouts[0], vocab_file)
+        neox_to_hf(folder / "source", folder / "hf")
+        hf_to_neox(folder / "hf", folder / "imported", *layouts[1])
+        reshape_neox(folder / "imported", folder / "reshaped", *layouts[2])
+        neox_to_hf(folder / "reshaped", folder / "back")
+        files = [
+            # The model card tells of the training, which an import does not continue.
+            {p.name: p.read_bytes() for p in (folder / end).iterdir() if p.name != "README.md"}
+            for end in ("hf", "back")
+        ]
+        assert files[0] == files[1]
+
+
+@pytest.mark.parametrize(
+    ("tp", "pp", "values", "safe"),
+    [
+        (2, 0, {"no_scale_embedding": False}, True),
+        (1, 2, {"norm_type": "rmsnorm", "tie_word_embeddings": True}, False),
+    ],
+)
+def test_gpt_neox_starts_with_the_loss_of_hugging_face(
+    tp, pp, values, safe, neox_checkout, tokenizer_file, tmp_path
+):
+    config = MetaLAConfig(
+        vocab_size=512,
+        decoder_embed_dim=64,
+        decoder_layers=2,
+        decoder_attention_heads=4,
+        glu_dim=96,
+        **values,
+    )
+    torch.manual_seed(0)
+    model = MetaLAForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # nothing is left at zero or one
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "hf")
+    if not safe:
+        state = {n: t for n, t in model.state_dict().items() if n != "lm_head.weight"}
+        torch.save(state, tmp_path / "hf/pytorch_model.bin")
+        (tmp_path / "hf/model.safetensors").unlink()
+    shutil.copyfile(tokenizer_file, tmp_path / "hf/tokenizer.json")
+    hf_to_neox(tmp_path / "hf", tmp_path / "neox", tp, pp)
+
+    # Documents of one period are the same sequence in whatever order they are drawn.
+    period = torch.randint(512, (LENGTH,), generator=torch.Generator().manual_seed(1))
+    with IndexedDatasetWriter(tmp_path / "tokens", vocab_size=512) as writer:
+        for _ in range(64):
+            writer.add_document(period.repeat(8).numpy())
+    sequence = torch.cat([period, period[:1]])[None]
+    with torch.no_grad():
+        expected = model(sequence, labels=sequence).loss.item()
+
+    written = {}
+    for name in ("model.yml", "training.yml"):
+        written |= yaml.safe_load((tmp_path / "neox/configs" / name).read_text())
+    lengths = {"seq_length": LENGTH, "max_position_embeddings": LENGTH}
+    own = {"data_path": str(tmp_path / "tokens"), "num_gpus": tp * max(pp, 1), "train_iters": 1}
+    without_zero = {"zero_optimization": {"stage": 0}}
+    run = train(neox_checkout, {**written, **TRAINING, **lengths, **own, **without_zero}, tmp_path)
+    assert run.losses[1] == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.fixture
+def folder(vocab_file, tmp_path) -> Path:
+    write(tmp_path / "source", Model(layers=1), 1, 0, vocab_file)
+    neox_to_hf(tmp_path / "source", tmp_path / "hf")
+    return tmp_path / "hf"
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"glu_act": "gelu"}, "config.json: glu_act: found 'gelu'"),
+        ({"bias": True}, "config.json: bias: found true"),
+        ({"norm_type": "layernorm"}, "config.json: norm_type: found 'layernorm'"),
+        ({"model_type": "llama"}, "config.json: model_type: found 'llama', wanted metala"),
+        ({"no_scale_embedding": False, "tie_word_embeddings": True}, "no_scale_embedding: found"),
+        ({"decoder_layers": 2}, "layers.1.* is missing"),
+        ({"glu_dim": 25}, r"has shape \(24, 32\), wanted \(25, 32\)"),
+        ({"self_augmentation": False}, "aug_balance is no tensor of this model"),
+        ({"tie_word_embeddings": True}, "lm_head.weight differs from model.embed_tokens.weight"),
+        ({"vocab_size": 80}, r"has shape|90 tokens, but the model has 80 rows"),
+    ],
+)
+def test_refusals(values, message, folder, tmp_path):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | values))
+    with pytest.raises(ConvertError, match=message):
+        hf_to_neox(folder, tmp_path / "neox", 1, 0)
+    assert not (tmp_path / "neox").exists()
+
+
+def test_embedding_scale_and_damage(folder, tmp_path):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"no_scale_embedding": False}))
+    hf_to_neox(folder, tmp_path / "neox", 1, 1)
+    layer = torch.load(tmp_path / "neox/global_step0/layer_00-model_00-model_states.pt")
+    rows = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
+    torch.testing.assert_close(layer["word_embeddings.weight"][:90], rows * 32**0.5)
+    with pytest.raises(ConvertError, match="exists already"):
+        hf_to_neox(folder, tmp_path / "neox", 1, 1)
+
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[:-5])
+    with pytest.raises(ConvertError, match="model.safetensors: truncated"):
+        hf_to_neox(folder, tmp_path / "new", 1, 1)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ConvertError, match="holds no weights"):
+        hf_to_neox(folder, tmp_path / "new", 1, 1)
+
+
+def test_sharded_safetensors_and_its_index(folder, tmp_path):
+    neox_to_hf(tmp_path / "source", tmp_path / "sharded", max_shard_bytes=5000)
+    hf_to_neox(tmp_path / "sharded", tmp_path / "neox", 2, 1)
+    neox_to_hf(tmp_path / "neox", tmp_path / "back")
+    one, other = (load_file(f / "model.safetensors") for f in (folder, tmp_path / "back"))
+    assert one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
+    shard = next((tmp_path / "sharded").glob("model-00002*"))
+    save_file({"other": torch.zeros(1)}, shard)
+    with pytest.raises(ConvertError, match="model-00002-of-.*tensor"):
+        hf_to_neox(tmp_path / "sharded", tmp_path / "new", 1, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_folded_norms_are_the_same_model(dtype, neox_checkout, vocab_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("GPT_NEOX_PATH", str(neox_checkout))
+    write(tmp_path / "neox", Model(norm="rmsnorm", dtype=dtype), 2, 1, vocab_file)
+    found = neox_to_hf(tmp_path / "neox", tmp_path / "hf", check=True, fold_norms=True)
+    assert found.is_equal
+    if dtype == torch.float32:
+        assert found.largest_difference < 1e-5 * found.largest_logit
+    assert not [n for n in load_file(tmp_path / "hf/model.safetensors") if "norm" in n]
+    assert json.loads((tmp_path / "hf/config.json").read_text())["norm_type"] == "simplermsnorm"
+
+
+def test_tied_norms_cannot_be_folded(vocab_file, tmp_path):
+    write(tmp_path / "neox", Model(norm="rmsnorm", tied=True, layers=1), 1, 0, vocab_file)
+    with pytest.raises(ConvertError, match="--fold-norms: no_weight_tying is false"):
+        neox_to_hf(tmp_path / "neox", tmp_path / "hf", fold_norms=True)
+    assert not (tmp_path / "hf").exists()
