@@ -505,6 +505,7 @@ class MetaLAForCausalLM(MetaLAPreTrainedModel, GenerationMixin):
 
     # Read as {tied: source} by transformers 5 and as a list of names before.
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}  # beside the configuration's plan
 
     def __init__(self, config: MetaLAConfig):
         super().__init__(config)
