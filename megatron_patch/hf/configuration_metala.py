@@ -52,7 +52,7 @@ class MetaLAConfig(PretrainedConfig):
         "num_attention_heads": "decoder_attention_heads",
         "intermediate_size": "glu_dim",
     }
-    # What transformers 5 shards by its own FSDP; the default plan has another name for the last norm.
+    # For the FSDP of transformers 5, whose default plan has another name for the last norm.
     base_model_fsdp_plan = {
         "embed_tokens": "free_full_weight",
         "layers.*": "free_full_weight",

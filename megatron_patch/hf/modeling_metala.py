@@ -424,7 +424,7 @@ class MetaLAModel(MetaLAPreTrainedModel):
         all_hidden = []
         for index, layer in enumerate(self.layers):
             if output_hidden_states:
-                # What is returned is what the block reads, so that `retain_grad` finds its gradient.
+                # The block reads what is returned, so that `retain_grad` finds its gradient.
                 all_hidden.append(as_given(hidden))
                 hidden = as_computed(all_hidden[-1])
             states = (None, None) if past_key_values is None else past_key_values.states(index)
