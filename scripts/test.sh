@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Sets everything up and runs the tests; arguments go to pytest, e.g. ./scripts/test.sh tests/ops -k
-# chunked. Without arguments all tests run, those of tests/hf also with the oldest transformers, and
-# those of the Triton kernels in a process of their own, since Triton is told to interpret when loaded.
+# chunked. Without arguments all tests run, those of tests/hf also with the oldest transformers, those
+# of evaluation with lm_eval, and those of the Triton kernels in a process of their own, since Triton
+# is told to interpret when loaded.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup.sh
@@ -17,15 +18,22 @@ else
   echo "==== the Triton kernels, where there is no GPU in Triton's interpreter"
   "$METALA_PYTHON" -m pytest tests/ops/triton || status=$?
 
-  oldest="$VIRTUAL_ENV/transformers4"
-  if ! cmp -s constraints-transformers4.txt "$oldest/constraints-transformers4.txt"; then
-    rm -rf "$oldest"
-    "$METALA_PYTHON" -m pip install -qq --disable-pip-version-check --no-deps --target "$oldest" \
-      -r constraints-transformers4.txt
-    cp constraints-transformers4.txt "$oldest"
-  fi
+  # Installs a list of packages, once, in a folder that only some tests see.
+  install_apart() {
+    if ! cmp -s "$1" "$2/$1"; then
+      rm -rf "$2"
+      "$METALA_PYTHON" -m pip install -qq --disable-pip-version-check --no-deps --target "$2" -r "$1"
+      cp "$1" "$2"
+    fi
+  }
+
   echo "==== tests/hf again, with $(grep '^transformers==' constraints-transformers4.txt)"
-  PYTHONPATH="$oldest" "$METALA_PYTHON" -m pytest tests/hf || status=$?
+  install_apart constraints-transformers4.txt "$VIRTUAL_ENV/transformers4"
+  PYTHONPATH="$VIRTUAL_ENV/transformers4" "$METALA_PYTHON" -m pytest tests/hf || status=$?
+
+  echo "==== evaluation, with $(grep '^lm_eval==' constraints-lm_eval.txt)"
+  install_apart constraints-lm_eval.txt "$VIRTUAL_ENV/lm_eval"
+  PYTHONPATH="$VIRTUAL_ENV/lm_eval" "$METALA_PYTHON" -m pytest tests/scripts/test_evaluate.py || status=$?
 fi
 
 echo

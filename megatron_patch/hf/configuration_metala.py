@@ -76,6 +76,12 @@ class MetaLAConfig(PretrainedConfig):
         "num_attention_heads": "decoder_attention_heads",
         "intermediate_size": "glu_dim",
     }
+    # For the FSDP of transformers 5, whose default plan has another name for the last norm.
+    base_model_fsdp_plan = {
+        "embed_tokens": "free_full_weight",
+        "layers.*": "free_full_weight",
+        "final_norm": "keep_full_weight",
+    }
 
     def __init__(
         self,

@@ -33,6 +33,20 @@ try:  # transformers 5: initialisers that leave weights from a checkpoint alone
     from transformers import initialization as init
 except ImportError:
     from torch.nn import init
+try:  # transformers 4.53 and later
+    from transformers.modeling_layers import GradientCheckpointingLayer
+except ImportError:
+
+    class GradientCheckpointingLayer(nn.Module):
+        """A layer that is recomputed in the backward pass where the model is told to."""
+
+        gradient_checkpointing = False
+
+        def __call__(self, *args: Any) -> Any:
+            if self.gradient_checkpointing and self.training:
+                return self._gradient_checkpointing_func(super().__call__, *args)
+            return super().__call__(*args)
+
 
 from .attention_metala import MetaLAAttention, attention_inputs, join_padding
 from .cache_metala import MetaLACache
@@ -208,7 +222,7 @@ class MetaLAChannelMixer(nn.Module):
         return self.l3(F.silu(self.l1(x)) * self.l2(x))
 
 
-class MetaLADecoderLayer(nn.Module):
+class MetaLADecoderLayer(GradientCheckpointingLayer):
     """Pre-norm block: x + token_mixer(norm(x)), then x + channel_mixer(norm(x)).
 
     The token mixer is MetaLA, or in a hybrid's attention layers softmax attention.
@@ -298,7 +312,6 @@ class MetaLAModel(MetaLAPreTrainedModel):
         )
         self.final_norm = MetaLARMSNorm(config.decoder_embed_dim, config.norm_type, config.norm_eps)
         self.has_attention = any(layer.is_attention for layer in self.layers)
-        self.gradient_checkpointing = False
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -359,19 +372,13 @@ class MetaLAModel(MetaLAPreTrainedModel):
             position_ids = position_ids.expand(batch, -1)
 
         # Tokens to the front of their rows; `restore` is the way back.
-        lengths = restore = None
+        lengths = order = restore = None
         if padding is not None:
             lengths = time - padding.sum(1)
             if time > 1:
                 order = padding.to(torch.uint8).argsort(dim=1, stable=True)
                 restore = order.argsort(dim=1)
                 padding = padding.gather(1, order)
-                if inputs_embeds is None:
-                    input_ids = input_ids.gather(1, order)
-                else:
-                    inputs_embeds = inputs_embeds.gather(
-                        1, order[..., None].expand_as(inputs_embeds)
-                    )
                 if position_ids is not None:
                     position_ids = position_ids.gather(1, order)
 
@@ -398,13 +405,23 @@ class MetaLAModel(MetaLAPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = MetaLACache(self.config)
 
+        def as_computed(x: torch.Tensor) -> torch.Tensor:
+            """From the rows and the order in which the tokens came to those that are computed."""
+            x = x if order is None else x.gather(1, order[..., None].expand_as(x))
+            return x.reshape(1, batch * time, -1) if packed else x
+
+        def as_given(x: torch.Tensor) -> torch.Tensor:
+            """The way back."""
+            x = x.reshape(batch, time, -1) if packed else x
+            return x if restore is None else x.gather(1, restore[..., None].expand_as(x))
+
         hidden = inputs_embeds
         if hidden is None:
             hidden = self.embed_tokens(input_ids)
             if self.embed_scale != 1.0:
                 hidden = hidden * self.embed_scale
+        hidden = as_computed(hidden)
         if packed:
-            hidden = hidden.reshape(1, batch * time, -1)
             padding = None if padding is None else padding.reshape(1, -1)
             lengths = None
         attention = key_padding = None
@@ -418,14 +435,13 @@ class MetaLAModel(MetaLAPreTrainedModel):
         all_hidden = []
         for index, layer in enumerate(self.layers):
             if output_hidden_states:
-                all_hidden.append(hidden)
+                # The block reads what is returned, so that `retain_grad` finds its gradient.
+                all_hidden.append(as_given(hidden))
+                hidden = as_computed(all_hidden[-1])
             states = (None, None) if past_key_values is None else past_key_values.states(index)
             how = (attention,) if layer.is_attention else (padding, lengths, cu_seqlens)
-            arguments = (hidden, *states, *how, use_cache)
-            if self.gradient_checkpointing and self.training:
-                outputs = self._gradient_checkpointing_func(layer.__call__, *arguments)
-            else:
-                outputs = layer(*arguments)
+            # By position: reentrant checkpointing gives gradients to no others.
+            outputs = layer(hidden, *states, *how, use_cache)
             hidden = outputs[0]
             if use_cache and layer.is_attention:
                 past_key_values.update_keys_values(outputs[1], outputs[2], index)
@@ -436,15 +452,8 @@ class MetaLAModel(MetaLAPreTrainedModel):
             past_key_values.advance(time, key_padding)
         hidden = self.final_norm(hidden)
 
-        def as_given(x: torch.Tensor) -> torch.Tensor:
-            """To the rows and the order in which the tokens came. Where those are the same it is x
-            itself, so that `retain_grad` finds its gradient."""
-            if packed:
-                x = x.reshape(batch, time, -1)
-            return x if restore is None else x.gather(1, restore[..., None].expand_as(x))
-
         hidden = as_given(hidden)
-        hidden_states = (*map(as_given, all_hidden), hidden) if output_hidden_states else None
+        hidden_states = (*all_hidden, hidden) if output_hidden_states else None
         cache = past_key_values if use_cache else None
         if not return_dict:
             return tuple(value for value in (hidden, cache, hidden_states) if value is not None)
@@ -509,6 +518,7 @@ class MetaLAForCausalLM(MetaLAPreTrainedModel, GenerationMixin):
 
     # Read as {tied: source} by transformers 5 and as a list of names before.
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}  # beside the configuration's plan
 
     def __init__(self, config: MetaLAConfig):
         super().__init__(config)
@@ -559,8 +569,9 @@ class MetaLAForCausalLM(MetaLAPreTrainedModel, GenerationMixin):
             logits_to_keep: the last so many positions get logits (0: all); or positions for all
                 rows [P] or for each [B, P]; or a bool mask [B, T], which gives [true, vocab].
             num_logits_to_keep: the same under its name up to transformers 4.4x.
-            loss_kwargs: `num_items_in_batch` divides the summed loss in place of the number of
-                labels.
+            loss_kwargs: what transformers' loss takes: `num_items_in_batch` divides the summed
+                loss in place of the number of labels; `shift_labels` [B, T], labels that are
+                shifted already, take the place of `labels` (transformers 5).
 
         Returns:
             With `loss` (where labels are given), `logits` [B, T, vocab], `past_key_values`,
@@ -590,10 +601,7 @@ class MetaLAForCausalLM(MetaLAPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(
-                logits=logits,
-                labels=labels,
-                vocab_size=logits.shape[-1],
-                num_items_in_batch=loss_kwargs.get("num_items_in_batch"),
+                logits=logits, labels=labels, vocab_size=logits.shape[-1], **loss_kwargs
             )
         if not return_dict:
             values = (loss, logits, outputs.past_key_values, outputs.hidden_states)

@@ -267,25 +267,71 @@ def test_save_and_load_keep_every_bit(tiny_model, tokens, tmp_path, tied, norm_t
     torch.testing.assert_close(model.lm_head(hidden), model(input_ids).logits)
 
 
-def test_a_folder_as_the_authors_release_it_loads(tiny_model, tokens, tmp_path):
-    model = tiny_model()
+@pytest.mark.parametrize(
+    ("dtype", "no_scale_embedding", "files"),
+    [
+        (torch.float16, False, "bin"),
+        (torch.bfloat16, True, "sharded bin"),
+        (torch.bfloat16, False, "safetensors"),
+        (torch.float32, True, "safetensors"),
+    ],
+    ids=["fp16-bin", "bf16-bins", "bf16-safetensors", "fp32-safetensors"],
+)
+def test_a_folder_as_the_authors_release_it_loads(
+    tiny_model, tokens, tmp_path, dtype, no_scale_embedding, files
+):
+    """Keys and names as in their checkpoints, with what transformers and their code add to them."""
     config = {
-        "model_type": "metala",
         "architectures": ["MetaLAForCausalLM"],
+        "auto_map": {
+            "AutoConfig": "configuration_metala.MetaLAConfig",
+            "AutoModelForCausalLM": "modeling_metala.MetaLAForCausalLM",
+        },
+        "model_type": "metala",
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        "transformers_version": "4.35.0",
+        "vocab_size": 61,
         "decoder_embed_dim": 32,
         "decoder_layers": 2,
         "decoder_attention_heads": 2,
         "glu_dim": 40,
-        "glu_act": "silu",
-        "vocab_size": 61,
+        "glu_act": "swish",
+        "bias": False,
         "norm_type": "simplermsnorm",
+        "no_scale_embedding": no_scale_embedding,
+        "init_std": 0.02,
+        "use_cache": True,
+        "pad_token_id": 2,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "tie_word_embeddings": False,
         "add_bos_token": False,
         "causal": True,
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
-    save_file(model.state_dict(), tmp_path / "model.safetensors", metadata={"format": "pt"})
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    assert torch.equal(loaded(tokens(1, 9)).logits, model(tokens(1, 9)).logits)
+    state = {name: tensor.to(dtype) for name, tensor in tiny_model().state_dict().items()}
+    if files == "safetensors":
+        save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    elif files == "bin":
+        torch.save(state, tmp_path / "pytorch_model.bin")
+    else:
+        places = {n: f"pytorch_model-0000{1 + i % 2}-of-00002.bin" for i, n in enumerate(state)}
+        for file in set(places.values()):
+            torch.save({n: t for n, t in state.items() if places[n] == file}, tmp_path / file)
+        (tmp_path / "pytorch_model.bin.index.json").write_text(
+            json.dumps({"metadata": {"total_size": 0}, "weight_map": places})
+        )
+    loaded, report = AutoModelForCausalLM.from_pretrained(
+        tmp_path, torch_dtype="auto", output_loading_info=True
+    )
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert type(loaded) is MetaLAForCausalLM and not loaded.training
+    for name, tensor in loaded.state_dict().items():
+        assert tensor.dtype == dtype and torch.equal(tensor, state[name]), name
+    input_ids = tokens(1, 9)
+    assert loaded(input_ids).logits.dtype == dtype
+    expected = expected_logits(state, loaded.config, input_ids)
+    torch.testing.assert_close(loaded.double()(input_ids).logits, expected, rtol=1e-10, atol=1e-10)
 
 
 def test_a_missing_tensor_is_initialised_and_the_others_are_kept(tiny_model, tmp_path):

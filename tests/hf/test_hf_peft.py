@@ -1,0 +1,114 @@
+"""LoRA on the projections: against weights W + scaling B A written out, in float64."""
+
+import copy
+
+import pytest
+import torch
+
+peft = pytest.importorskip("peft")
+
+PROJECTIONS = ["q_proj", "k_gate", "v_proj", "g_proj", "out_proj", "l1", "l2", "l3"]
+RANK, ALPHA = 2, 6
+SCALING = ALPHA / RANK
+
+
+def adapted(model, targets):
+    """A copy of the model with adapters that are not zero, as they are when new."""
+    config = peft.LoraConfig(
+        r=RANK, lora_alpha=ALPHA, target_modules=targets, task_type="CAUSAL_LM"
+    )
+    model = peft.get_peft_model(copy.deepcopy(model), config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(0.3 * torch.randn_like(parameter))
+    return model
+
+
+def adapters(model) -> dict[str, dict[str, torch.nn.Parameter]]:
+    """Weight's name in the model without adapters to its A and B."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            layer, _, rest = name.removeprefix("base_model.model.").partition(".lora_")
+            found.setdefault(f"{layer}.weight", {})[rest[0]] = parameter
+    return found
+
+
+@pytest.fixture
+def base(tiny_model):
+    return tiny_model(torch.float64)
+
+
+@pytest.fixture
+def written_out(base):
+    """Function: a model without adapters that equals the one with them."""
+
+    def build(model):
+        plain = copy.deepcopy(base)
+        with torch.no_grad():
+            for name, pair in adapters(model).items():
+                plain.get_parameter(name).add_(SCALING * pair["B"] @ pair["A"])
+        return plain
+
+    return build
+
+
+@pytest.mark.parametrize("target", PROJECTIONS)
+def test_one_projection(base, written_out, tokens, target):
+    """The adapter counts, and has the gradients that the weight's gradient gives it."""
+    model, input_ids = adapted(base, [target]), tokens(2, 9)
+    plain = written_out(model)
+    assert len(adapters(model)) == 2
+    one = model(input_ids, labels=input_ids)
+    other = plain(input_ids, labels=input_ids)
+    torch.testing.assert_close(one.logits, other.logits)
+    assert not torch.allclose(one.logits, base(input_ids).logits, atol=1e-3)
+    one.loss.backward()
+    other.loss.backward()
+    for name, pair in adapters(model).items():
+        gradient = SCALING * plain.get_parameter(name).grad
+        assert gradient.abs().max() > 1e-6
+        torch.testing.assert_close(pair["A"].grad, pair["B"].T @ gradient, rtol=1e-5, atol=1e-9)
+        torch.testing.assert_close(pair["B"].grad, gradient @ pair["A"].T, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_with_a_frozen_base(base, tokens, reentrant):
+    model, input_ids = adapted(base, "all-linear").train(), tokens(2, 9)
+    assert len(adapters(model)) == 2 * len(PROJECTIONS)  # not the head
+    names = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert names and all("lora_" in name for name in names)
+    model(input_ids, labels=input_ids).loss.backward()
+    expected = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()  # transformers 5 does so by itself
+    model(input_ids, labels=input_ids).loss.backward()
+    for name, gradient in expected.items():
+        assert gradient.any()
+        torch.testing.assert_close(model.get_parameter(name).grad, gradient)
+
+
+def test_generating_merging_and_saving(base, written_out, tokens, tmp_path):
+    """Token by token as well, and from a file."""
+    model, prompt = adapted(base, PROJECTIONS).eval(), tokens(2, 5)
+    expected = written_out(model)
+    how = dict(max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
+    how |= dict(return_dict_in_generate=True, output_logits=True)
+
+    def check(model):
+        found, wanted = (m.generate(input_ids=prompt, **how) for m in (model, expected))
+        assert torch.equal(found.sequences, wanted.sequences)
+        torch.testing.assert_close(torch.stack(found.logits), torch.stack(wanted.logits))
+
+    check(model)
+    model.save_pretrained(tmp_path)
+    check(peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path))
+    with model.disable_adapter():
+        torch.testing.assert_close(model(prompt).logits, base(prompt).logits)
+    merged = model.merge_and_unload()
+    assert type(merged) is type(base)
+    for name, parameter in merged.named_parameters():
+        torch.testing.assert_close(parameter, expected.get_parameter(name))
+    check(merged)
