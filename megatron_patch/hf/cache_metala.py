@@ -15,6 +15,8 @@ from transformers.configuration_utils import PretrainedConfig
 # How a cache without a length limit says so: -1 since transformers has cache layers, None before.
 NO_LENGTH_LIMIT = -1 if hasattr(cache_utils, "CacheLayerMixin") else None
 
+DECODING_GRAPHS = (None, "eager", "compiled")
+
 
 class MetaLACacheLayer:
     """State of one layer, of constant size: what the layer needs of all tokens so far.
@@ -91,12 +93,24 @@ class MetaLACache(Cache):
 
     Args:
         config: whose number of layers the cache takes; without it, layers are added as they come.
+        decoding_graph: "compiled" or "eager" lets one-token steps on a GPU replay a CUDA graph,
+            see `decoding_metala`: of compiled layers, which takes a minute once per batch size, or
+            of the layers' own kernels. `None` runs every step by itself. `generate` makes such a
+            cache by `cache_implementation="static"`, "eager" with `disable_compile=True`.
+
+    Raises:
+        ValueError: `decoding_graph` is something else.
     """
 
     is_compileable = False
     is_croppable = False
 
-    def __init__(self, config: PretrainedConfig | None = None):
+    def __init__(self, config: PretrainedConfig | None = None, decoding_graph: str | None = None):
+        if decoding_graph not in DECODING_GRAPHS:
+            raise ValueError(
+                f"decoding_graph: found {decoding_graph!r}, wanted one of "
+                f"{', '.join(map(repr, DECODING_GRAPHS))}"
+            )
         # Up to transformers 4.4x the base class is a torch module with nothing else to set up;
         # later it takes arguments that have changed between releases, and sets the attributes
         # below.
@@ -105,6 +119,7 @@ class MetaLACache(Cache):
         self.layers = [MetaLACacheLayer() for _ in range(config.num_hidden_layers if config else 0)]
         self.layer_class_to_replicate = None
         self.offloading = False
+        self.decoding_graph = decoding_graph
         self._seen_tokens = 0
 
     def __len__(self) -> int:

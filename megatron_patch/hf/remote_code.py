@@ -18,7 +18,12 @@ from pathlib import Path
 
 import megatron_patch
 
-COPIED_FILES = ("cache_metala.py", "configuration_metala.py", "modeling_metala.py")
+COPIED_FILES = (
+    "cache_metala.py",
+    "configuration_metala.py",
+    "decoding_metala.py",
+    "modeling_metala.py",
+)
 OPERATORS_FILE = "ops_metala.py"
 AUTO_MAP = {
     "AutoConfig": "configuration_metala.MetaLAConfig",

@@ -59,6 +59,41 @@ def test_bytes_do_not_grow(tiny_model, tokens):
     assert cache.nbytes == held(cache) == size
 
 
+@pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
+@pytest.mark.parametrize("time", [1, 5])
+def test_without_gradients_states_are_written_in_place(tiny_model, tokens, padded, time):
+    model, ids = tiny_model(torch.float64), tokens(2, time, seed=1)
+    mask = torch.ones(2, time)
+    mask[1, 0] = 0
+    how = dict(attention_mask=mask) if padded else {}
+    with torch.no_grad():
+        cache = model(tokens(2, 6)).past_key_values
+        fork, held = copy.deepcopy(cache), [t for layer in cache.layers for _, t in layer.tensors()]
+        output = model(ids, past_key_values=cache, **how)
+    now = [t for layer in cache.layers for _, t in layer.tensors()]
+    assert all(one is other for one, other in zip(held, now, strict=True))
+
+    before = copy.deepcopy(fork)
+    held = [t for layer in fork.layers for _, t in layer.tensors()]
+    expected = model(ids, past_key_values=fork, **how)  # with gradients: states of its own
+    same(output.logits, expected.logits)
+    same_states(cache, fork)
+    for tensor, kept in zip(held, (t for y in before.layers for _, t in y.tensors()), strict=True):
+        assert torch.equal(tensor, kept)
+
+
+def test_a_state_that_a_gradient_needs_is_not_overwritten(tiny_model, tokens):
+    model = tiny_model(torch.float64)
+    cache = model(tokens(1, 5)).past_key_values
+    fork = copy.copy(cache)
+    fork.layers = [copy.copy(layer) for layer in cache.layers]
+    loss = model(tokens(1, 2), past_key_values=cache).logits.square().sum()
+    expected = torch.autograd.grad(loss, model.lm_head.weight, retain_graph=True)[0]
+    with torch.no_grad():
+        model(tokens(1, 3), past_key_values=fork)
+    assert torch.equal(torch.autograd.grad(loss, model.lm_head.weight)[0], expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_dtypes(tiny_model, tokens, dtype):
     layer = tiny_model(dtype)(tokens(1, 5)).past_key_values.layers[0]

@@ -20,6 +20,7 @@ IDS = [[5, 6, 7, 8, 9, 10, 11]]
 CODE_FILES = {
     "cache_metala.py",
     "configuration_metala.py",
+    "decoding_metala.py",
     "modeling_metala.py",
     "ops_metala.py",
 }
