@@ -10,8 +10,9 @@ import weakref
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
-from megatron_patch.hf import MetaLACache, decoding_metala
+from megatron_patch.hf import MetaLACache, decoding_metala, modeling_metala
 
 NO_END = dict(eos_token_id=None, pad_token_id=0)
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -124,9 +125,26 @@ def test_generate(model, recorded, tokens, device, strategy):
     expected = run()
     assert not recorded
     for _ in range(2):
-        out = run(cache_implementation="static", disable_compile=True)
+        out = run(past_key_values=MetaLACache(model.config, decoding_graph="eager"))
         assert torch.equal(out, expected)
     assert len(recorded) == 1  # for both calls, and all reorderings of beams
+
+
+def test_the_switch_of_generate(model, recorded, tokens, device, monkeypatch):
+    kinds = []
+    monkeypatch.setattr(
+        modeling_metala, "replay_step", lambda model, ids, cache: kinds.append(cache.decoding_graph)
+    )
+    ids = tokens(2, 7).to(device)
+    how = dict(max_new_tokens=3, do_sample=False, **NO_END)
+    expected = model.generate(ids, **how)
+    assert torch.equal(model.generate(ids, cache_implementation="static", **how), expected)
+    if hasattr(GenerationConfig(), "disable_compile"):
+        more = dict(cache_implementation="static", disable_compile=True)
+        assert torch.equal(model.generate(ids, **more, **how), expected)
+        assert kinds == ["compiled"] * 2 + ["eager"] * 2
+    else:
+        assert kinds == ["compiled"] * 2
 
 
 def test_states_stay_in_place(prompt, check):
@@ -335,8 +353,8 @@ def test_graphs_on_a_gpu(tiny_model, tokens, batch, dtype):
 @GPU
 def test_a_model_is_not_kept_alive(tiny_model, tokens):
     model = tiny_model().cuda()
-    model.generate(tokens(1, 5).cuda(), max_new_tokens=3, cache_implementation="static",
-                   disable_compile=True, **NO_END)  # fmt: skip
+    model.generate(tokens(1, 5).cuda(), max_new_tokens=3, **NO_END,
+                   past_key_values=MetaLACache(model.config, decoding_graph="eager"))  # fmt: skip
     gone = weakref.ref(model)
     del model
     gc.collect()
