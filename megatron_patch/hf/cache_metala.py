@@ -187,6 +187,19 @@ class MetaLACache(Cache):
             return False
         return self.layers[-1 if layer_idx is None else layer_idx].has_previous_state
 
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
+        """A layer's convolution state; the layer has one, `state_idx` 0."""
+        return self.states(layer_idx)[0]
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
+        """A layer's recurrent state; the layer has one, `state_idx` 0."""
+        return self.states(layer_idx)[1]
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """Which layers keep a state rather than keys and values."""
+        return [isinstance(layer, MetaLACacheLayer) for layer in self.layers]
+
     @property
     def batch_size(self) -> int:
         """Number of sequences, -1 before the first token."""

@@ -14,6 +14,7 @@ rules know to be recordable, to the plain path: no adapter is ever bypassed.
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable
 from itertools import chain
@@ -35,6 +36,8 @@ MAX_RECORDINGS = 4
 COMPILE_OPTIONS = {"coordinate_descent_tuning": True}
 PLAIN_MODULES = (nn.Linear, nn.Embedding, nn.ModuleList)
 
+# Threads that generate with one model take turns: a step's tensors are shared.
+_lock = threading.Lock()
 _recordings: weakref.WeakKeyDictionary[nn.Module, dict[tuple, _Recording]] = (
     weakref.WeakKeyDictionary()
 )
@@ -57,16 +60,17 @@ def replay_step(
     device = input_ids.device
     if not _records_on(device) or torch.is_autocast_enabled(device.type):
         return None
-    recordings = _recordings.setdefault(model, {})
-    key = (len(input_ids), cache.decoding_graph)
-    recording = recordings.pop(key, None)
-    if recording is None or not recording.model_is_unchanged():
-        recording = None  # frees its memory before another is made
-        while len(recordings) >= MAX_RECORDINGS:
-            recordings.pop(next(iter(recordings)))
-        recording = _Recording(model, input_ids, cache)
-    recordings[key] = recording  # as the latest
-    return recording.step(input_ids, cache)
+    with _lock, torch.cuda.device_of(input_ids):
+        recordings = _recordings.setdefault(model, {})
+        key = (len(input_ids), cache.decoding_graph)
+        recording = recordings.pop(key, None)
+        if recording is None or not recording.model_is_unchanged():
+            recording = None  # frees its memory before another is made
+            while len(recordings) >= MAX_RECORDINGS:
+                recordings.pop(next(iter(recordings)))
+            recording = _Recording(model, input_ids, cache)
+        recordings[key] = recording  # as the latest
+        return recording.step(input_ids, cache)
 
 
 def _records_on(device: torch.device) -> bool:

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 
 from megatron_patch.hf import MetaLACache
 
@@ -168,6 +168,23 @@ def test_conventions(tiny_config):
         cache.crop(-1)
     with pytest.raises(NotImplementedError, match="no keys and values"):
         cache.update(None, None, 0)
+
+
+def test_the_names_of_recurrent_caches_in_transformers_5(tiny_model, tokens):
+    """What its own caches answer for "linear attention" layers, ours answers too."""
+    model = tiny_model()
+    cache = MetaLACache(model.config)
+    assert cache.get_conv_state(1) is cache.get_recurrent_state(1) is None
+    model(tokens(3, 4), past_key_values=cache)
+    layer = cache.layers[1]
+    assert cache.get_conv_state(1) is layer.conv_states
+    assert cache.get_recurrent_state(1, state_idx=0) is layer.recurrent_states
+    assert cache.is_linear == [True, True] and cache.has_previous_state(1)
+    assert cache.batch_size == 3 and cache.get_mask_sizes(2, 0) == (6, 0)
+    for name in ("get_max_length", "get_max_cache_shape"):  # abstract, or in the way of `generate`
+        assert name in vars(MetaLACache)
+    if hasattr(Cache, "is_sliding"):
+        assert not any(cache.is_sliding) and not cache.is_initialized and not cache.is_croppable
 
 
 def test_wrong_caches_are_named(tiny_model, tokens):

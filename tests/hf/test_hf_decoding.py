@@ -7,6 +7,7 @@ anew; all else is what runs on a GPU. With a GPU, every test runs there too, wit
 import copy
 import gc
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -293,6 +294,20 @@ def test_inference_mode_inside_and_outside(model, prompt, tokens, device, record
     for one, other in zip(logits, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
     assert len(recorded) == 1
+
+
+def test_threads_take_turns(model, recorded, tokens, device):
+    prompts = [tokens(1, 6, seed=seed).to(device) for seed in range(3)]
+    how = dict(max_new_tokens=12, do_sample=False, **NO_END)
+    expected = [model.generate(ids, **how) for ids in prompts]
+
+    def run(ids):
+        cache = MetaLACache(model.config, decoding_graph="eager")
+        return model.generate(ids, past_key_values=cache, **how)
+
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(run, prompts))
+    assert all(map(torch.equal, found, expected)) and len(recorded) == 1
 
 
 def test_no_more_recordings_than_few(model, prompt, check, recorded):
