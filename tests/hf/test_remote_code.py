@@ -111,6 +111,27 @@ print(model.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=None).
     assert torch.equal(torch.load(tmp_path / "logits.pt"), model(ids).logits)
 
 
+def test_recorded_steps_with_torch_and_transformers_alone(exported, tmp_path):
+    """Of a folder's own classes, as far as a CPU can: a recording runs the step anew."""
+    model, folder = exported
+    code = """
+model = load(sys.argv[1])
+decoding = sys.modules[type(model).__module__.replace("modeling_metala", "decoding_metala")]
+made = []
+decoding._records_on = lambda device: True
+decoding.record_cuda_graph = lambda step: made.append(step) or step
+cache = decoding.MetaLACache(model.config, decoding_graph="eager")
+how = dict(max_new_tokens=6, do_sample=False, eos_token_id=None)
+out = model.generate(torch.tensor(eval(sys.argv[2])), past_key_values=cache, **how)
+assert len(made) == 1
+print(out.tolist())
+"""
+    line = run(code, folder, IDS, folder=tmp_path)
+    ids = torch.tensor(IDS)
+    expected = model.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=None)
+    assert line == str(expected.tolist())
+
+
 def test_saved_and_loaded_again_without_the_package(exported, tmp_path):
     model, folder = exported
     code = """
