@@ -144,10 +144,12 @@ class _Recording:
             # One compilation serves all layers.
             block = torch.compile(block, dynamic=False, options=COMPILE_OPTIONS)
 
+        arguments = (None, None, None, True, True)  # no padding, one sequence per row, in place
+
         def step() -> None:
             hidden = decoder.embed(self.input_ids)
             for layer, states in zip(decoder.layers, self.states, strict=True):
-                hidden = block(layer, hidden, *states, output_state=True, overwrite_state=True)[0]
+                hidden = block(layer, hidden, *states, *arguments)[0]
             self.logits = model.lm_head(decoder.final_norm(hidden))
 
         return step
