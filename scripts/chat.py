@@ -88,7 +88,7 @@ class Conversation:
 
     def reset(self) -> None:
         """Forgets everything but the system message."""
-        self.cache = MetaLACache(self.model.config)
+        self.cache = MetaLACache(self.model.config, decoding_graph="eager")
         self.messages = []
         self.text = ""
         if self.system and not self.plain:
@@ -211,6 +211,7 @@ class Conversation:
             raise ChatError(f"{path}: the conversation of another model")
         if kept["plain"] != self.plain:
             raise ChatError(f"{path}: kept {'with' if kept['plain'] else 'without'} --plain")
+        cache.decoding_graph = self.cache.decoding_graph
         self.cache, self.messages, self.text = cache, kept["messages"], kept["text"]
 
 

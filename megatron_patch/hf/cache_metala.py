@@ -15,6 +15,8 @@ from transformers.configuration_utils import PretrainedConfig
 # How a cache without a length limit says so: -1 since transformers has cache layers, None before.
 NO_LENGTH_LIMIT = -1 if hasattr(cache_utils, "CacheLayerMixin") else None
 
+DECODING_GRAPHS = (None, "eager", "compiled")
+
 
 class CacheLayer:
     """What a layer keeps of all tokens so far: two tensors, `None` before the first token.
@@ -113,17 +115,29 @@ class MetaLACache(Cache):
 
     Args:
         config: whose layers the cache takes; without it, layers are added as they come.
+        decoding_graph: "compiled" or "eager" lets one-token steps on a GPU replay a CUDA graph,
+            see `decoding_metala`: of compiled layers, which takes a minute once per batch size, or
+            of the layers' own kernels. `None` runs every step by itself. `generate` makes such a
+            cache by `cache_implementation="static"`, "eager" with `disable_compile=True`.
 
     Attributes:
         layers: a `CacheLayer` for each layer.
         key_padding: bool [B, columns], true where keys and values hold padding, up to the last call
             that had any; `None` where there is none, or no attention layer.
+
+    Raises:
+        ValueError: `decoding_graph` is something else.
     """
 
     is_compileable = False
     is_croppable = False
 
-    def __init__(self, config: PretrainedConfig | None = None):
+    def __init__(self, config: PretrainedConfig | None = None, decoding_graph: str | None = None):
+        if decoding_graph not in DECODING_GRAPHS:
+            raise ValueError(
+                f"decoding_graph: found {decoding_graph!r}, wanted one of "
+                f"{', '.join(map(repr, DECODING_GRAPHS))}"
+            )
         # Up to transformers 4.4x the base class is a torch module with nothing else to set up;
         # later it takes arguments that have changed between releases, and sets the attributes
         # below.
@@ -136,6 +150,7 @@ class MetaLACache(Cache):
         self.key_padding: torch.Tensor | None = None
         self.layer_class_to_replicate = None
         self.offloading = False
+        self.decoding_graph = decoding_graph
         self._seen_tokens = 0
 
     def __len__(self) -> int:
@@ -211,6 +226,19 @@ class MetaLACache(Cache):
         if not self.layers:
             return False
         return self.layers[-1 if layer_idx is None else layer_idx].has_previous_state
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
+        """A layer's convolution state; the layer has one, `state_idx` 0."""
+        return self.states(layer_idx)[0]
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
+        """A layer's recurrent state; the layer has one, `state_idx` 0."""
+        return self.states(layer_idx)[1]
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """Which layers keep a state rather than keys and values."""
+        return [isinstance(layer, MetaLACacheLayer) for layer in self.layers]
 
     @property
     def batch_size(self) -> int:

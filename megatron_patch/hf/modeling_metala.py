@@ -12,8 +12,9 @@ decides how batches work, and the attention layers of a hybrid follow it (`atten
 - Packed sequences. `cu_seqlens`, or `position_ids` that restart, separate documents; nothing
   crosses.
 - Cache. `MetaLACache` holds the state, and keys and values of attention layers; a call with it
-  continues with one token or many. Layers are pure functions of inputs and states, so that the
-  cache neither disturbs autograd nor gradient checkpointing.
+  continues with one token or many. Where gradients are on, layers are pure functions of inputs and
+  states, so that the cache neither disturbs autograd nor gradient checkpointing; where they are
+  off, new states are written over the old ones.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ except ImportError:
 from .attention_metala import MetaLAAttention, attention_inputs, join_padding
 from .cache_metala import MetaLACache
 from .configuration_metala import MetaLAConfig
+from .decoding_metala import replay_step
 from .ops_metala import meta_linear_attention, short_convolution
 
 # A gate logit whose sigmoid is 1 in every float type: log decay 0, so decay 1 and key 1 - 1 = 0.
@@ -96,6 +98,7 @@ class MetaLAShortConvolution(nn.Conv1d):
         state: torch.Tensor | None = None,
         output_state: bool = False,
         cu_seqlens: torch.Tensor | None = None,
+        overwrite_state: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """x [B, T, D] and state [B, D, W - 1] to y [B, T, D] and the state after the last token."""
         return short_convolution(
@@ -104,6 +107,7 @@ class MetaLAShortConvolution(nn.Conv1d):
             activation="silu",
             initial_state=None if state is None else state.to(x.dtype),
             output_final_state=output_state,
+            inplace_final_state=overwrite_state,
             cu_seqlens=cu_seqlens,
         )
 
@@ -130,6 +134,17 @@ def convolution_state_at(
         older = (index + past).clamp(max=past - 1)[:, None].expand(-1, channels, -1)
         before = state.to(x.dtype).gather(2, older)
     return torch.where((index >= 0)[:, None], recent, before).contiguous()
+
+
+def may_overwrite(*states: torch.Tensor | None) -> bool:
+    """Whether new states may be written over these: no gradient may need the old ones, and
+    `inference_mode` protects those made under it."""
+    return not torch.is_grad_enabled() and all(
+        state is not None
+        and not state.requires_grad
+        and (torch.is_inference_mode_enabled() or not state.is_inference())
+        for state in states
+    )
 
 
 class MetaLATokenMixer(nn.Module):
@@ -163,8 +178,9 @@ class MetaLATokenMixer(nn.Module):
         lengths: torch.Tensor | None,
         cu_seqlens: torch.Tensor | None,
         output_state: bool,
+        overwrite_state: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """Mixes tokens; a pure function of inputs and states.
+        """Mixes tokens; a pure function of inputs and states, unless told to overwrite the latter.
 
         Args:
             x: [B, T, D].
@@ -176,14 +192,24 @@ class MetaLATokenMixer(nn.Module):
                 `cu_seqlens`.
             cu_seqlens: int32 [N + 1] for N sequences packed along time (B = 1), or `None`.
             output_state: whether to return the states after the last token.
+            overwrite_state: whether to write those over the states given, for decoding without
+                new memory; with `output_state`, while no gradients are recorded.
 
         Returns:
             [B, T, D], and the two new states or `None`.
         """
-        inputs = x
-        x, new_conv_state = self.conv1d(x, conv_state, output_state and lengths is None, cu_seqlens)
-        if output_state and lengths is not None:
+        inputs, padded = x, lengths is not None
+        x, new_conv_state = self.conv1d(
+            x,
+            conv_state,
+            output_state and not padded,
+            cu_seqlens,
+            overwrite_state and not padded,
+        )
+        if output_state and padded:
             new_conv_state = convolution_state_at(inputs, conv_state, lengths, self.conv_width)
+            if overwrite_state:
+                new_conv_state = conv_state.copy_(new_conv_state)
 
         q, gate_logits = self._heads(self.q_proj(x)), self._heads(self.k_gate(x))
         if padding is not None:
@@ -200,6 +226,7 @@ class MetaLATokenMixer(nn.Module):
             norm_eps=self.norm_eps,
             initial_state=recurrent_state,
             output_final_state=output_state,
+            inplace_final_state=overwrite_state,
             cu_seqlens=cu_seqlens,
         )
         return self.out_proj(out.flatten(2)), new_conv_state, new_recurrent_state
@@ -244,7 +271,7 @@ class MetaLADecoderLayer(GradientCheckpointingLayer):
     def forward(
         self, x: torch.Tensor, *mixer_arguments: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """A pure function of its inputs and states.
+        """A pure function of its inputs and states, unless told to overwrite the latter.
 
         Args:
             x: [B, T, D].
@@ -319,6 +346,11 @@ class MetaLAModel(MetaLAPreTrainedModel):
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.embed_tokens = value
+
+    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """[B, T] to what the first block reads, [B, T, D]."""
+        hidden = self.embed_tokens(input_ids)
+        return hidden if self.embed_scale == 1.0 else hidden * self.embed_scale
 
     def forward(
         self,
@@ -417,9 +449,7 @@ class MetaLAModel(MetaLAPreTrainedModel):
 
         hidden = inputs_embeds
         if hidden is None:
-            hidden = self.embed_tokens(input_ids)
-            if self.embed_scale != 1.0:
-                hidden = hidden * self.embed_scale
+            hidden = self.embed(input_ids)
         hidden = as_computed(hidden)
         if packed:
             padding = None if padding is None else padding.reshape(1, -1)
@@ -439,9 +469,14 @@ class MetaLAModel(MetaLAPreTrainedModel):
                 all_hidden.append(as_given(hidden))
                 hidden = as_computed(all_hidden[-1])
             states = (None, None) if past_key_values is None else past_key_values.states(index)
-            how = (attention,) if layer.is_attention else (padding, lengths, cu_seqlens)
             # By position: reentrant checkpointing gives gradients to no others.
-            outputs = layer(hidden, *states, *how, use_cache)
+            if layer.is_attention:
+                outputs = layer(hidden, *states, attention, use_cache)
+            else:
+                overwrite = use_cache and may_overwrite(*states)
+                outputs = layer(
+                    hidden, *states, padding, lengths, cu_seqlens, use_cache, overwrite
+                )
             hidden = outputs[0]
             if use_cache and layer.is_attention:
                 past_key_values.update_keys_values(outputs[1], outputs[2], index)
@@ -579,6 +614,14 @@ class MetaLAForCausalLM(MetaLAPreTrainedModel, GenerationMixin):
         """
         if return_dict is None:
             return_dict = self.config.return_dict
+        if self._may_replay(past_key_values, input_ids, attention_mask, labels, use_cache) and not (
+            output_hidden_states or self.config.output_hidden_states
+        ):
+            logits = replay_step(self, input_ids, past_key_values)
+            if logits is not None:
+                if not return_dict:
+                    return logits, past_key_values
+                return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -611,6 +654,29 @@ class MetaLAForCausalLM(MetaLAPreTrainedModel, GenerationMixin):
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
+        )
+
+    def _may_replay(
+        self,
+        cache: MetaLACache | None,
+        input_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        labels: torch.Tensor | None,
+        use_cache: bool | None,
+    ) -> bool:
+        """Whether a call is a decoding step as `replay_step` takes it. A mask would have to be
+        looked at, which waits for the GPU: `generate` gives none after the prompt."""
+        return (
+            isinstance(cache, MetaLACache)
+            and cache.decoding_graph is not None
+            and input_ids is not None
+            and list(input_ids.shape) == [cache.batch_size, 1]
+            and attention_mask is None
+            and labels is None
+            and use_cache is not False
+            and not self.training
+            and not torch.is_grad_enabled()
+            and not torch.compiler.is_compiling()
         )
 
     @staticmethod
@@ -667,10 +733,30 @@ class MetaLAForCausalLM(MetaLAPreTrainedModel, GenerationMixin):
                 f"{type(self).__name__} cannot be an assistant model: its state cannot go back to "
                 "the last accepted token"
             )
-        # Checks a cache of the caller's, and says that cache_implementation has no effect.
+        # A static cache is what transformers compiles decoding for: ours is static as it is.
+        if (
+            generation_config.cache_implementation == "static"
+            and generation_config.use_cache is not False
+            and model_kwargs.get("past_key_values") is None
+        ):
+            eager = getattr(generation_config, "disable_compile", False)
+            model_kwargs["past_key_values"] = MetaLACache(
+                self.config, decoding_graph="eager" if eager else "compiled"
+            )
+            return
+        # Checks a cache of the caller's, and says that another cache_implementation has no effect.
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = MetaLACache(self.config)
+
+    def _update_model_kwargs_for_generation(
+        self, outputs: Any, model_kwargs: dict, *args: Any, **kwargs: Any
+    ) -> dict:
+        """Without the mask, once a cache has seen it: what follows is no padding, and to lengthen
+        and read a mask at every token would take time that grows with the text."""
+        if outputs.get("past_key_values") is not None:
+            model_kwargs.pop("attention_mask", None)
+        return super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
 
     def _get_deprecated_gen_repo(
         self, generation_mode: GenerationMode, *args: Any, **kwargs: Any

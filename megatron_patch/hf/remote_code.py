@@ -22,6 +22,7 @@ COPIED_FILES = (
     "attention_metala.py",
     "cache_metala.py",
     "configuration_metala.py",
+    "decoding_metala.py",
     "modeling_metala.py",
 )
 OPERATORS_FILE = "ops_metala.py"

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 
 from megatron_patch.hf import MetaLACache
 from tests.hf.conftest import HYBRID, KINDS
@@ -62,6 +62,41 @@ def test_bytes_do_not_grow(tiny_model, tokens):
     mask[0, :40] = 0
     cache = model(tokens(2, 100), attention_mask=mask, past_key_values=cache).past_key_values
     assert cache.nbytes == held(cache) == size
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
+@pytest.mark.parametrize("time", [1, 5])
+def test_without_gradients_states_are_written_in_place(tiny_model, tokens, padded, time):
+    model, ids = tiny_model(torch.float64), tokens(2, time, seed=1)
+    mask = torch.ones(2, time)
+    mask[1, 0] = 0
+    how = dict(attention_mask=mask) if padded else {}
+    with torch.no_grad():
+        cache = model(tokens(2, 6)).past_key_values
+        fork, held = copy.deepcopy(cache), [t for layer in cache.layers for _, t in layer.tensors()]
+        output = model(ids, past_key_values=cache, **how)
+    now = [t for layer in cache.layers for _, t in layer.tensors()]
+    assert all(one is other for one, other in zip(held, now, strict=True))
+
+    before = copy.deepcopy(fork)
+    held = [t for layer in fork.layers for _, t in layer.tensors()]
+    expected = model(ids, past_key_values=fork, **how)  # with gradients: states of its own
+    same(output.logits, expected.logits)
+    same_states(cache, fork)
+    for tensor, kept in zip(held, (t for y in before.layers for _, t in y.tensors()), strict=True):
+        assert torch.equal(tensor, kept)
+
+
+def test_a_state_that_a_gradient_needs_is_not_overwritten(tiny_model, tokens):
+    model = tiny_model(torch.float64)
+    cache = model(tokens(1, 5)).past_key_values
+    fork = copy.copy(cache)
+    fork.layers = [copy.copy(layer) for layer in cache.layers]
+    loss = model(tokens(1, 2), past_key_values=cache).logits.square().sum()
+    expected = torch.autograd.grad(loss, model.lm_head.weight, retain_graph=True)[0]
+    with torch.no_grad():
+        model(tokens(1, 3), past_key_values=fork)
+    assert torch.equal(torch.autograd.grad(loss, model.lm_head.weight)[0], expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
@@ -171,6 +206,23 @@ def test_conventions(tiny_config):
         cache.crop(-1)
     with pytest.raises(NotImplementedError, match="appends no keys and values"):
         cache.update(None, None, 0)
+
+
+def test_the_names_of_recurrent_caches_in_transformers_5(tiny_model, tokens):
+    """What its own caches answer for "linear attention" layers, ours answers too."""
+    model = tiny_model()
+    cache = MetaLACache(model.config)
+    assert cache.get_conv_state(1) is cache.get_recurrent_state(1) is None
+    model(tokens(3, 4), past_key_values=cache)
+    layer = cache.layers[1]
+    assert cache.get_conv_state(1) is layer.conv_states
+    assert cache.get_recurrent_state(1, state_idx=0) is layer.recurrent_states
+    assert cache.is_linear == [True, True] and cache.has_previous_state(1)
+    assert cache.batch_size == 3 and cache.get_mask_sizes(2, 0) == (6, 0)
+    for name in ("get_max_length", "get_max_cache_shape"):  # abstract, or in the way of `generate`
+        assert name in vars(MetaLACache)
+    if hasattr(Cache, "is_sliding"):
+        assert not any(cache.is_sliding) and not cache.is_initialized and not cache.is_croppable
 
 
 def test_wrong_caches_are_named(tiny_model, tokens):

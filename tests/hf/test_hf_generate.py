@@ -234,8 +234,23 @@ def test_what_a_state_cannot_do_is_refused(model, tiny_model, tokens):
 
 
 @pytest.mark.filterwarnings("ignore:This model does not support")
-def test_a_static_cache_is_not_taken(model, tokens):
+def test_other_caches_are_not_taken(model, tokens):
     how = dict(max_new_tokens=3, do_sample=False, **NO_END)
     expected = model.generate(tokens(1, 5), **how)
-    out = model.generate(tokens(1, 5), cache_implementation="static", **how)
-    assert torch.equal(out, expected)
+    for name in ("static", "offloaded_static"):
+        out = model.generate(tokens(1, 5), cache_implementation=name, **how)
+        assert torch.equal(out, expected)
+
+
+def test_no_mask_grows_with_the_text(model, tokens, monkeypatch):
+    """Neither is a mask lengthened nor looked at once the prompt has been read."""
+    masks, forward = [], type(model).forward
+
+    def note(self, *args, attention_mask=None, **kwargs):
+        masks.append(attention_mask)
+        return forward(self, *args, attention_mask=attention_mask, **kwargs)
+
+    monkeypatch.setattr(type(model), "forward", note)
+    ids, mask = left_padded([tokens(1, 5)[0], tokens(1, 3)[0]])
+    model.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False, **NO_END)
+    assert torch.equal(masks[0], mask) and masks[1:] == [None] * 3

@@ -22,6 +22,7 @@ CODE_FILES = {
     "attention_metala.py",
     "cache_metala.py",
     "configuration_metala.py",
+    "decoding_metala.py",
     "modeling_metala.py",
     "ops_metala.py",
 }
@@ -111,6 +112,27 @@ print(model.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=None).
     expected = model.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=None)
     assert line == str(expected.tolist())
     assert torch.equal(torch.load(tmp_path / "logits.pt"), model(ids).logits)
+
+
+def test_recorded_steps_with_torch_and_transformers_alone(exported, tmp_path):
+    """Of a folder's own classes, as far as a CPU can: a recording runs the step anew."""
+    model, folder = exported
+    code = """
+model = load(sys.argv[1])
+decoding = sys.modules[type(model).__module__.replace("modeling_metala", "decoding_metala")]
+made = []
+decoding._records_on = lambda device: True
+decoding.record_cuda_graph = lambda step: made.append(step) or step
+cache = decoding.MetaLACache(model.config, decoding_graph="eager")
+how = dict(max_new_tokens=6, do_sample=False, eos_token_id=None)
+out = model.generate(torch.tensor(eval(sys.argv[2])), past_key_values=cache, **how)
+assert len(made) == 1
+print(out.tolist())
+"""
+    line = run(code, folder, IDS, folder=tmp_path)
+    ids = torch.tensor(IDS)
+    expected = model.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=None)
+    assert line == str(expected.tolist())
 
 
 def test_saved_and_loaded_again_without_the_package(exported, tmp_path):
@@ -203,9 +225,15 @@ def test_the_folders_operators_equal_the_packages(standalone, dtype, packed):
     found = standalone.meta_linear_attention(*inputs, **scalars, **how)
     expected = ops.meta_linear_attention(*inputs, **scalars, **how, backend="chunked")
     assert all(map(torch.equal, found, expected))
+    found = standalone.meta_linear_attention(*inputs, **scalars, **how, inplace_final_state=True)
+    assert found[1] is how["initial_state"]
+    assert all(map(torch.equal, found, expected))
 
     x, weight = torch.randn(batch, time, 6).to(dtype), torch.randn(6, 1, 4)
     how["initial_state"] = torch.randn(states, 6, 3).to(dtype)
     found = standalone.short_convolution(x, weight, **how)
     expected = ops.short_convolution(x, weight, **how, backend="torch")
+    assert all(map(torch.equal, found, expected))
+    found = standalone.short_convolution(x, weight, **how, inplace_final_state=True)
+    assert found[1] is how["initial_state"]
     assert all(map(torch.equal, found, expected))

@@ -1,0 +1,221 @@
+"""One-token steps by replay of a CUDA graph, for a cache that asks for it (`decoding_graph`).
+
+A step of a small model is some hundred kernels of a few microseconds each, which take longer to
+launch than to run. Recorded once per batch size, they are launched as one. What is recorded is the
+model's own layers, run on tensors that stay in place: the token and the states. Those of the cache
+at hand are moved there when it makes its first step, and stay there, since layers write their new
+states over the old ones; where something else has replaced them (a reordering of beams, a prompt
+read from the start), they are moved there again.
+
+Weights that change in place are seen by the next replay. Anything else that changes a model (a
+replaced weight, an adapter, a hook) leads to a new recording, or, where more runs than this file's
+rules know to be recordable, to the plain path: no adapter is ever bypassed.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable
+from itertools import chain
+from operator import is_
+
+import torch
+from torch import nn
+from transformers.utils import logging
+
+from .cache_metala import MetaLACache
+
+logger = logging.get_logger(__name__)
+
+# Runs before the recording, in which kernels are compiled and chosen.
+WARM_UP_RUNS = 3
+# Recordings kept per model, of which each holds the states of a batch.
+MAX_RECORDINGS = 4
+# With a single row, matrix-vector products as generated kernels, into which their neighbours fuse.
+COMPILE_OPTIONS = {"coordinate_descent_tuning": True}
+PLAIN_MODULES = (nn.Linear, nn.Embedding, nn.ModuleList)
+
+# Threads that generate with one model take turns: a step's tensors are shared.
+_lock = threading.Lock()
+_recordings: weakref.WeakKeyDictionary[nn.Module, dict[tuple, _Recording]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def replay_step(
+    model: nn.Module, input_ids: torch.Tensor, cache: MetaLACache
+) -> torch.Tensor | None:
+    """Reads one token per row into the cache.
+
+    Args:
+        model: a `MetaLAForCausalLM`, in evaluation mode, under `torch.no_grad`.
+        input_ids: int64 [B, 1], none of them padding.
+        cache: of B sequences, not empty.
+
+    Returns:
+        Logits [B, 1, vocab]; or `None`, with the cache as it was, where such a step cannot be
+        recorded. A warning says why, once.
+    """
+    device = input_ids.device
+    if not _records_on(device) or torch.is_autocast_enabled(device.type):
+        return None
+    with _lock, torch.cuda.device_of(input_ids):
+        recordings = _recordings.setdefault(model, {})
+        key = (len(input_ids), cache.decoding_graph)
+        recording = recordings.pop(key, None)
+        if recording is None or not recording.model_is_unchanged():
+            recording = None  # frees its memory before another is made
+            while len(recordings) >= MAX_RECORDINGS:
+                recordings.pop(next(iter(recordings)))
+            recording = _Recording(model, input_ids, cache)
+        recordings[key] = recording  # as the latest
+        return recording.step(input_ids, cache)
+
+
+def _records_on(device: torch.device) -> bool:
+    return device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
+
+
+def record_cuda_graph(step: Callable[[], None]) -> Callable[[], None]:
+    """Runs `step` some times, then records it; returns what replays it."""
+    current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+    side.wait_stream(current)
+    with torch.cuda.stream(side):
+        for _ in range(WARM_UP_RUNS):
+            step()
+    current.wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    # Threads that read a streamed text may use the GPU meanwhile.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        step()
+    return graph.replay
+
+
+class _Recording:
+    """A recorded step for one batch size; or, with `obstacle`, that there is none.
+
+    Attributes:
+        obstacle: why the model's step cannot be recorded, or `None`.
+        input_ids: int64 [B, 1], the tokens that a replay reads.
+        states: of all layers, which a replay reads and writes.
+        logits: [B, 1, vocab], which a replay writes.
+    """
+
+    def __init__(self, model: nn.Module, input_ids: torch.Tensor, cache: MetaLACache):
+        # What is looked at is complete in the modules' own tables: adding, removing or replacing a
+        # weight, a module, a hook or an attribute (such as another `forward`) changes one of them.
+        modules = list(model.modules())
+        self._attributes = [vars(module) for module in modules]
+        self._tables = [
+            table
+            for module in modules
+            for table in (
+                module._parameters,
+                module._buffers,
+                module._modules,
+                module._forward_hooks,
+                module._forward_pre_hooks,
+            )
+        ]
+        self._counts, self._values, self._addresses = self._look()
+        self._owner: Callable[[], MetaLACache | None] = lambda: None
+        self.obstacle = _obstacle(model, input_ids.device)
+        if self.obstacle is not None:
+            logger.warning_once(f"Decoding without a CUDA graph: {self.obstacle}.")
+            return
+
+        dtype = model.lm_head.weight.dtype
+        # Ordinary tensors, which may be written under `inference_mode` and outside of it.
+        with torch.inference_mode(False), torch.no_grad():
+            self.input_ids = input_ids.clone()
+            self.states = [
+                (conv_state.to(dtype, copy=True), recurrent_state.clone())
+                for conv_state, recurrent_state in map(cache.states, range(len(cache)))
+            ]
+            self._tensors = list(chain.from_iterable(self.states))
+            self._replay = record_cuda_graph(self._step_of(model, cache.decoding_graph))
+
+    def _step_of(self, model: nn.Module, kind: str) -> Callable[[], None]:
+        """The step on this recording's tensors."""
+        decoder = model.model
+        block = type(decoder.layers[0]).forward
+        if kind == "compiled":
+            # One compilation serves all layers.
+            block = torch.compile(block, dynamic=False, options=COMPILE_OPTIONS)
+
+        arguments = (None, None, None, True, True)  # no padding, one sequence per row, in place
+
+        def step() -> None:
+            hidden = decoder.embed(self.input_ids)
+            for layer, states in zip(decoder.layers, self.states, strict=True):
+                hidden = block(layer, hidden, *states, *arguments)[0]
+            self.logits = model.lm_head(decoder.final_norm(hidden))
+
+        return step
+
+    def _look(self) -> tuple[list[int], list, list[int]]:
+        """Sizes of the modules' tables, all that is in them, and where the weights lie."""
+        values = list(chain.from_iterable(map(dict.values, self._tables)))
+        weights = filter(torch.is_tensor, values)
+        counts = list(map(len, self._attributes))
+        return counts, values, [weight.data_ptr() for weight in weights]
+
+    def model_is_unchanged(self) -> bool:
+        counts, values, addresses = self._look()
+        return (
+            counts == self._counts
+            and len(values) == len(self._values)
+            and all(map(is_, values, self._values))
+            and addresses == self._addresses
+        )
+
+    def step(self, input_ids: torch.Tensor, cache: MetaLACache) -> torch.Tensor | None:
+        """See `replay_step`."""
+        if self.obstacle is not None or not self._take(cache):
+            return None
+        self.input_ids.copy_(input_ids)
+        self._replay()
+        cache.advance(1)
+        return self.logits.clone()
+
+    def _take(self, cache: MetaLACache) -> bool:
+        """Moves the cache's states to where the graph has its own; false where they do not fit."""
+        found = [tensor for layer in cache.layers for _, tensor in layer.tensors()]
+        if len(found) == len(self._tensors) and all(map(is_, found, self._tensors)):
+            return True
+        if [x.shape for x in found] != [x.shape for x in self._tensors]:
+            return False  # the plain path says what is wrong
+        owner = self._owner()
+        if owner is not None and owner is not cache:
+            held = {id(tensor) for tensor in self._tensors}
+            for layer in owner.layers:
+                layer.apply(lambda x: x.clone() if id(x) in held else x)
+        torch._foreach_copy_(self._tensors, found)
+        for layer, index in zip(cache.layers, range(len(self.states)), strict=True):
+            layer.conv_states, layer.recurrent_states = self.states[index]
+        self._owner = weakref.ref(cache)
+        return True
+
+
+def _obstacle(model: nn.Module, device: torch.device) -> str | None:
+    """Why the model's step cannot be recorded as `_Recording` runs it, or `None`."""
+    own = type(model.model).__module__
+    for name, module in model.named_modules():
+        kind = type(module)
+        if kind not in PLAIN_MODULES and kind.__module__ != own and module is not model:
+            return f"found a {kind.__name__} as {name}, wanted the model's own modules"
+        if module is not model and (
+            module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+        ):
+            return f"found a hook on {name}, wanted none"
+    for name, weight in chain(model.named_parameters(), model.named_buffers()):
+        if type(weight) not in (nn.Parameter, torch.Tensor) or weight.device != device:
+            return (
+                f"found {name} as a {type(weight).__name__} on {weight.device}, wanted an ordinary "
+                f"tensor on {device}, as the tokens"
+            )
+    return None
+
+
+__all__ = ["replay_step"]
