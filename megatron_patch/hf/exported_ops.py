@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from megatron_patch.ops.chunked import meta_linear_attention
-from megatron_patch.ops.short_convolution import _convolve, _convolve_packed, _own_memory
+from megatron_patch.ops.short_convolution import _convolve, _convolve_packed, _give_state
 
 
 def short_convolution(
@@ -20,12 +20,14 @@ def short_convolution(
     activation: str | None = "silu",
     initial_state: torch.Tensor | None = None,
     output_final_state: bool = False,
+    inplace_final_state: bool = False,
     cu_seqlens: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Causal depthwise convolution of x [B, T, D] with weight [D, 1, W] along time, and SiLU.
 
     The state [N, D, W - 1] holds the last inputs, oldest first; `cu_seqlens` [N + 1] bounds
-    sequences that are packed along time.
+    sequences that are packed along time; `inplace_final_state` writes the state after the last
+    token over `initial_state`.
     """
     if cu_seqlens is None:
         y, final_state = _convolve(x, weight, initial_state)
@@ -33,7 +35,9 @@ def short_convolution(
         y, final_state = _convolve_packed(x, weight, initial_state, cu_seqlens)
     if activation == "silu":
         y = F.silu(y)
-    return y.to(x.dtype), _own_memory(final_state) if output_final_state else None
+    return y.to(x.dtype), _give_state(
+        final_state, initial_state, output_final_state, inplace_final_state
+    )
 
 
 # The package's own operators choose among GPU kernels: they take the place of the above where it is

@@ -70,6 +70,36 @@ def check_number(name: str, value: object, *, positive: bool) -> None:
         raise ValueError(f"{name}: found {value!r}, wanted {wanted}")
 
 
+def records_gradients(*tensors: torch.Tensor | None) -> bool:
+    """Whether autograd records an operation on these tensors, of which any may be `None`."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def check_inplace_final_state(
+    initial_state: torch.Tensor | None, *others: torch.Tensor | None
+) -> None:
+    """Raises unless the final state may be written over `initial_state`.
+
+    Raises:
+        ValueError: there is no initial state, autograd would need the overwritten one, or several
+            of its entries share memory.
+    """
+    if initial_state is None:
+        raise ValueError(
+            "inplace_final_state: found without initial_state, wanted with the state to write over"
+        )
+    if records_gradients(initial_state, *others):
+        raise ValueError(
+            "inplace_final_state: found while gradients are recorded, which need the state that "
+            "would be overwritten, wanted under torch.no_grad() or inplace_final_state=False"
+        )
+    if 0 in (s for s, n in zip(initial_state.stride(), initial_state.shape, strict=True) if n > 1):
+        raise ValueError(
+            f"initial_state {list(initial_state.shape)}: found an expanded tensor, wanted memory "
+            "for every entry to write the final state to"
+        )
+
+
 def check_cu_seqlens(cu_seqlens: torch.Tensor, batch: int, time: int, device: torch.device) -> None:
     """Checks the boundaries of packed sequences: sequence n is tokens cu_seqlens[n] .. cu_seqlens[n
     + 1].

@@ -24,7 +24,13 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from megatron_patch.ops.epilogue import augment_norm_gate, cast, compute_dtype, decay_and_key
+from megatron_patch.ops.epilogue import (
+    augment_norm_gate,
+    cast,
+    compute_dtype,
+    decay_and_key,
+    give_state,
+)
 
 CHUNK_SIZE = 64
 
@@ -42,6 +48,7 @@ def meta_linear_attention(
     norm_eps: float,
     initial_state: torch.Tensor | None = None,
     output_final_state: bool = False,
+    inplace_final_state: bool = False,
     cu_seqlens: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The operator of `megatron_patch.ops.meta_linear_attention`, on arguments it has checked.
@@ -56,8 +63,9 @@ def meta_linear_attention(
         read_out, final_state = one_step(q, log_decay, key, v, scale, initial_state)
     else:
         read_out, final_state = _chunks(
-            q, log_decay, key, v, scale, initial_state, output_final_state, cu_seqlens
-        )
+            q, log_decay, key, v, scale, initial_state,
+            output_final_state or inplace_final_state, cu_seqlens,
+        )  # fmt: skip
     out = augment_norm_gate(
         read_out,
         q,
@@ -68,7 +76,8 @@ def meta_linear_attention(
         cast(out_gate_bias, dtype),
         norm_eps,
     )
-    return out.to(out_dtype), final_state if output_final_state else None
+    final_state = give_state(final_state, initial_state, output_final_state, inplace_final_state)
+    return out.to(out_dtype), final_state
 
 
 def one_step(

@@ -60,6 +60,18 @@ def augment_norm_gate(
     return out
 
 
+def give_state(
+    final_state: torch.Tensor | None,
+    initial_state: torch.Tensor | None,
+    output_final_state: bool,
+    inplace_final_state: bool,
+) -> torch.Tensor | None:
+    """The state as the caller wants it: written over the initial one, as it is, or not at all."""
+    if inplace_final_state:
+        return initial_state.copy_(final_state)
+    return final_state if output_final_state else None
+
+
 def cast(tensor: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
     """`tensor` in `dtype`; `None` stays `None`."""
     return None if tensor is None else tensor.to(dtype)

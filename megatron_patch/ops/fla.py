@@ -7,7 +7,13 @@ import torch
 from fla.ops.gla import chunk_gla
 
 from megatron_patch.ops.chunked import one_step
-from megatron_patch.ops.epilogue import augment_norm_gate, cast, compute_dtype, decay_and_key
+from megatron_patch.ops.epilogue import (
+    augment_norm_gate,
+    cast,
+    compute_dtype,
+    decay_and_key,
+    give_state,
+)
 
 
 def meta_linear_attention(
@@ -23,6 +29,7 @@ def meta_linear_attention(
     norm_eps: float,
     initial_state: torch.Tensor | None = None,
     output_final_state: bool = False,
+    inplace_final_state: bool = False,
     cu_seqlens: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The operator of `megatron_patch.ops.meta_linear_attention`, on arguments it has checked.
@@ -45,7 +52,7 @@ def meta_linear_attention(
             g=log_decay,
             scale=scale,
             initial_state=initial_state,
-            output_final_state=output_final_state,
+            output_final_state=output_final_state or inplace_final_state,
             cu_seqlens=None if cu_seqlens is None else cu_seqlens.long(),
         )
     out = augment_norm_gate(
@@ -58,4 +65,5 @@ def meta_linear_attention(
         cast(out_gate_bias, dtype),
         norm_eps,
     )
-    return out.to(in_dtype), final_state if output_final_state else None
+    final_state = give_state(final_state, initial_state, output_final_state, inplace_final_state)
+    return out.to(in_dtype), final_state

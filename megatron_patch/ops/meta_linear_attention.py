@@ -13,6 +13,7 @@ from megatron_patch.ops.checks import (
     FLOAT_DTYPES,
     check_choice,
     check_cu_seqlens,
+    check_inplace_final_state,
     check_number,
     check_tensor,
 )
@@ -40,6 +41,7 @@ def meta_linear_attention(
     norm_eps: float = 1e-5,
     initial_state: torch.Tensor | None = None,
     output_final_state: bool = False,
+    inplace_final_state: bool = False,
     cu_seqlens: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -58,7 +60,7 @@ def meta_linear_attention(
     Args:
         q, gate_logits: [B, T, H, K], float16, bfloat16, float32 or float64. They, `v` and
             `out_gate` share dtype and device and may have any strides: transposed time-major
-            tensors and slices of one projection are read where they lie. Nothing is modified.
+            tensors and slices of one projection are read where they lie. Not modified.
         v: [B, T, H, V].
         aug: [H, K], any float dtype; `None` leaves the self-augmentation term out.
         out_gate: [B, T, H, V]; `None` returns LayerNorm(y) ungated.
@@ -69,6 +71,8 @@ def meta_linear_attention(
         initial_state: [N, H, K, V] in float32 (float64 for float64 inputs), N = B or the number of
             packed sequences; `None` for zeros. Gradients flow to it.
         output_final_state: whether to return the state after the last token of each sequence.
+        inplace_final_state: writes the final state over `initial_state` and returns that; implies
+            `output_final_state`. For decoding, with gradients off.
         cu_seqlens: int32 or int64 [N + 1], the boundaries of N sequences packed along time, of
             which any may be empty: B must be 1, the values rise from 0 to T. The values are checked
             on the CPU alone, where that is free.
@@ -83,8 +87,9 @@ def meta_linear_attention(
 
     Raises:
         ValueError: an argument has the wrong shape, dtype, device or value (the message names it,
-            with what was found and what was wanted), or the backend asked for by name cannot run
-            here.
+            with what was found and what was wanted), the backend asked for by name cannot run
+            here, or `inplace_final_state` is asked for without an initial state, with one whose
+            entries share memory, or while gradients are recorded.
     """
     check_choice("backend", backend, BACKENDS)
     check_tensor("q", q, "B, T, H, K", [None] * 4, FLOAT_DTYPES)
@@ -125,6 +130,9 @@ def meta_linear_attention(
             device,
         )
 
+    if inplace_final_state:
+        check_inplace_final_state(initial_state, q, gate_logits, v, aug, out_gate, out_gate_bias)
+
     if backend == "auto":
         backend = _choose(time, key_width, value_width, q.dtype, device)
     implementation = _implementation(backend, q.dtype, device)
@@ -144,6 +152,7 @@ def meta_linear_attention(
             norm_eps=norm_eps,
             initial_state=initial_state,
             output_final_state=output_final_state,
+            inplace_final_state=inplace_final_state,
             cu_seqlens=cu_seqlens,
         )
 

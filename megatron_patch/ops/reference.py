@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from megatron_patch.ops.epilogue import augment_norm_gate, cast, compute_dtype, decay_and_key
+from megatron_patch.ops.epilogue import (
+    augment_norm_gate,
+    cast,
+    compute_dtype,
+    decay_and_key,
+    give_state,
+)
 
 
 def recurrence(
@@ -45,6 +51,7 @@ def meta_linear_attention(
     norm_eps: float,
     initial_state: torch.Tensor | None = None,
     output_final_state: bool = False,
+    inplace_final_state: bool = False,
     cu_seqlens: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The operator of `megatron_patch.ops.meta_linear_attention`, on arguments it has checked.
@@ -84,4 +91,7 @@ def meta_linear_attention(
         cast(out_gate_bias, dtype),
         norm_eps,
     )
-    return out.to(out_dtype), torch.cat(final_states) if output_final_state else None
+    final_state = give_state(
+        torch.cat(final_states), initial_state, output_final_state, inplace_final_state
+    )
+    return out.to(out_dtype), final_state

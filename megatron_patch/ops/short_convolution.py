@@ -7,7 +7,13 @@ from importlib.util import find_spec
 import torch
 import torch.nn.functional as F
 
-from megatron_patch.ops.checks import FLOAT_DTYPES, check_choice, check_cu_seqlens, check_tensor
+from megatron_patch.ops.checks import (
+    FLOAT_DTYPES,
+    check_choice,
+    check_cu_seqlens,
+    check_inplace_final_state,
+    check_tensor,
+)
 from megatron_patch.ops.epilogue import compute_dtype
 
 CONVOLUTION_BACKENDS = ("auto", "causal_conv1d", "torch")
@@ -21,6 +27,7 @@ def short_convolution(
     activation: str | None = "silu",
     initial_state: torch.Tensor | None = None,
     output_final_state: bool = False,
+    inplace_final_state: bool = False,
     cu_seqlens: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -37,6 +44,8 @@ def short_convolution(
         initial_state: [N, D, W - 1] in the dtype of x, the inputs before the first token, oldest
             first; N = B or the number of packed sequences; `None` for zeros. Gradients flow to it.
         output_final_state: whether to return the state after the last token of each sequence.
+        inplace_final_state: writes the final state over `initial_state` and returns that; implies
+            `output_final_state`. For decoding, with gradients off.
         cu_seqlens: int32 or int64 [N + 1], the boundaries of N sequences packed along time, of
             which any may be empty: B must be 1, the values rise from 0 to T (checked on the CPU
             alone).
@@ -48,8 +57,9 @@ def short_convolution(
         `None`.
 
     Raises:
-        ValueError: an argument has the wrong shape, dtype, device or value, or the backend asked
-            for by name cannot run here.
+        ValueError: an argument has the wrong shape, dtype, device or value, the backend asked for
+            by name cannot run here, or `inplace_final_state` is asked for without an initial state,
+            with one whose entries share memory, or while gradients are recorded.
     """
     check_choice("backend", backend, CONVOLUTION_BACKENDS)
     check_choice("activation", activation, ("silu", None))
@@ -65,26 +75,37 @@ def short_convolution(
         shape = [sequences, channels, width - 1]
         check_tensor("initial_state", initial_state, "N, D, W - 1", shape, (x.dtype,), x.device)
 
+    if inplace_final_state:
+        check_inplace_final_state(initial_state, x, weight)
+    states = initial_state, output_final_state, inplace_final_state
+
     packed_state = cu_seqlens is not None and (initial_state is not None or output_final_state)
     obstacle = _causal_conv1d_obstacle(x, width, packed_state)
     if backend == "causal_conv1d" and obstacle is not None:
         raise ValueError(f"backend 'causal_conv1d': {obstacle}; use backend 'auto' or 'torch'")
     if backend != "torch" and obstacle is None:
-        return _with_causal_conv1d(
-            x, weight, activation, initial_state, output_final_state, cu_seqlens
-        )
+        return _with_causal_conv1d(x, weight, activation, *states, cu_seqlens)
     if cu_seqlens is None:
         y, final_state = _convolve(x, weight, initial_state)
     else:
         y, final_state = _convolve_packed(x, weight, initial_state, cu_seqlens)
     if activation == "silu":
         y = F.silu(y)
-    return y.to(x.dtype), _own_memory(final_state) if output_final_state else None
+    return y.to(x.dtype), _give_state(final_state, *states)
 
 
-def _own_memory(state: torch.Tensor) -> torch.Tensor:
-    """A copy, so that a few tokens do not keep a whole sequence in memory."""
-    return state.clone(memory_format=torch.contiguous_format)
+def _give_state(
+    final_state: torch.Tensor,
+    initial_state: torch.Tensor | None,
+    output_final_state: bool,
+    inplace_final_state: bool,
+) -> torch.Tensor | None:
+    """The state as the caller wants it: written over the initial one, on its own, or not at all."""
+    if inplace_final_state:
+        return initial_state.copy_(final_state)
+    # A copy, so that a few tokens do not keep a whole sequence in memory.
+    contiguous = torch.contiguous_format
+    return final_state.clone(memory_format=contiguous) if output_final_state else None
 
 
 def _weighted_sum(padded: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -164,6 +185,7 @@ def _with_causal_conv1d(
     activation: str | None,
     initial_state: torch.Tensor | None,
     output_final_state: bool,
+    inplace_final_state: bool,
     cu_seqlens: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`short_convolution` by the package's kernel, which wants [B, D, T] with channels or time
@@ -171,21 +193,12 @@ def _with_causal_conv1d(
     from causal_conv1d import causal_conv1d_fn
 
     time, past = x.shape[1], weight.shape[-1] - 1
-    final_state = None
-    if output_final_state:
-        if time >= past:
-            inputs = x[:, time - past :]
-        elif initial_state is None:
-            inputs = F.pad(x, (0, 0, past - time, 0))
-        else:
-            inputs = torch.cat([initial_state.transpose(1, 2)[:, time:], x], dim=1)
-        final_state = _own_memory(inputs.transpose(1, 2))
-
     # Channel-last with strides of whole 16-byte words is the only layout that takes a state.
     aligned = x.stride(2) == 1 and x.stride(1) > 1 and not (x.stride(0) % 8 or x.stride(1) % 8)
     channel_last = (x if aligned else x.contiguous()).transpose(1, 2)
-    if initial_state is not None:
-        initial_state = initial_state.transpose(1, 2).contiguous().transpose(1, 2)
+    before = initial_state
+    if before is not None:
+        before = before.transpose(1, 2).contiguous().transpose(1, 2)
     sequence = None
     if cu_seqlens is not None:
         token = torch.arange(time, device=x.device)
@@ -194,7 +207,17 @@ def _with_causal_conv1d(
         channel_last,
         weight[:, 0],
         seq_idx=sequence,
-        initial_states=initial_state,
+        initial_states=before,
         activation=activation,
     )
-    return y.transpose(1, 2), final_state
+    if not output_final_state and not inplace_final_state:
+        return y.transpose(1, 2), None
+    if time >= past:
+        inputs = x[:, time - past :]
+    elif initial_state is None:
+        inputs = F.pad(x, (0, 0, past - time, 0))
+    else:
+        inputs = torch.cat([initial_state.transpose(1, 2)[:, time:], x], dim=1)
+    return y.transpose(1, 2), _give_state(
+        inputs.transpose(1, 2), initial_state, output_final_state, inplace_final_state
+    )

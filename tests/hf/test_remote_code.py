@@ -200,9 +200,15 @@ def test_the_folders_operators_equal_the_packages(standalone, dtype, packed):
     found = standalone.meta_linear_attention(*inputs, **scalars, **how)
     expected = ops.meta_linear_attention(*inputs, **scalars, **how, backend="chunked")
     assert all(map(torch.equal, found, expected))
+    found = standalone.meta_linear_attention(*inputs, **scalars, **how, inplace_final_state=True)
+    assert found[1] is how["initial_state"]
+    assert all(map(torch.equal, found, expected))
 
     x, weight = torch.randn(batch, time, 6).to(dtype), torch.randn(6, 1, 4)
     how["initial_state"] = torch.randn(states, 6, 3).to(dtype)
     found = standalone.short_convolution(x, weight, **how)
     expected = ops.short_convolution(x, weight, **how, backend="torch")
+    assert all(map(torch.equal, found, expected))
+    found = standalone.short_convolution(x, weight, **how, inplace_final_state=True)
+    assert found[1] is how["initial_state"]
     assert all(map(torch.equal, found, expected))

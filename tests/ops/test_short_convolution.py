@@ -289,7 +289,7 @@ def test_causal_conv1d_gets_what_it_wants(monkeypatch, T, last_dim_in_memory, wi
     dim = "BTD".index(last_dim_in_memory)
     x = x.transpose(dim, 2).contiguous().transpose(dim, 2)
     state = state if with_state else None
-    found = module._with_causal_conv1d(x, weight, "silu", state, True, None)
+    found = module._with_causal_conv1d(x, weight, "silu", state, True, False, None)
     wanted = short_convolution(x, weight, initial_state=state, output_final_state=True)
     torch.testing.assert_close(found, wanted)
     inputs = inputs if with_state else inputs[:2]
@@ -309,7 +309,7 @@ def test_causal_conv1d_is_told_the_packed_sequences(monkeypatch):
     )
     x, weight, _ = make(1, 6)
     cu_seqlens = torch.tensor([0, 2, 2, 6])
-    module._with_causal_conv1d(x, weight, "silu", None, False, cu_seqlens)
+    module._with_causal_conv1d(x, weight, "silu", None, False, False, cu_seqlens)
     assert torch.equal(seen[0], torch.tensor([[0, 0, 2, 2, 2, 2]], dtype=torch.int32))
 
 
