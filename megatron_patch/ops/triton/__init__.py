@@ -2,5 +2,6 @@
 
 from megatron_patch.ops.triton.backend import meta_linear_attention
 from megatron_patch.ops.triton.configuration import is_checked
+from megatron_patch.ops.triton.convolution import short_convolution
 
-__all__ = ["is_checked", "meta_linear_attention"]
+__all__ = ["is_checked", "meta_linear_attention", "short_convolution"]
