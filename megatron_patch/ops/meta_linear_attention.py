@@ -16,6 +16,7 @@ from megatron_patch.ops.checks import (
     check_inplace_final_state,
     check_number,
     check_tensor,
+    records_gradients,
 )
 
 BACKENDS = ("auto", "triton", "fla", "chunked", "reference")
@@ -77,9 +78,9 @@ def meta_linear_attention(
             which any may be empty: B must be 1, the values rise from 0 to T. The values are checked
             on the CPU alone, where that is free.
         backend: "auto" takes the first of "triton" (where its configuration for these widths was
-            checked on a GPU, and T > 1) and "fla" that is installed for CUDA tensors, "chunked"
-            (PyTorch) for all others and for float64. "reference" is the recurrence step
-            by step.
+            checked on a GPU and T > 1, or where T = 1 and no gradient is recorded) and "fla" that
+            is installed for CUDA tensors, "chunked" (PyTorch) for all others and for float64.
+            "reference" is the recurrence step by step.
 
     Returns:
         out [B, T, H, V] in the dtype of `v`, and the final state [N, H, K, V] in float32 (float64
@@ -134,7 +135,9 @@ def meta_linear_attention(
         check_inplace_final_state(initial_state, q, gate_logits, v, aug, out_gate, out_gate_bias)
 
     if backend == "auto":
-        backend = _choose(time, key_width, value_width, q.dtype, device)
+        tensors = (q, gate_logits, v, aug, out_gate, out_gate_bias, initial_state)
+        step = time == 1 and cu_seqlens is None and not records_gradients(*tensors)
+        backend = _choose(time, key_width, value_width, q.dtype, device, step)
     implementation = _implementation(backend, q.dtype, device)
     # Every backend chooses its own precision: autocast would halve that of the matrix products.
     kind = device.type
@@ -158,13 +161,18 @@ def meta_linear_attention(
 
 
 def _choose(
-    time: int, key_width: int, value_width: int, dtype: torch.dtype, device: torch.device
+    time: int,
+    key_width: int,
+    value_width: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    step: bool = False,
 ) -> str:
-    """The backend that "auto" stands for."""
-    if time > 1 and _obstacle("triton", dtype, device) is None:
+    """The backend that "auto" stands for; `step` where the kernel for one token serves the call."""
+    if (step or time > 1) and _obstacle("triton", dtype, device) is None:
         from megatron_patch.ops.triton import is_checked
 
-        if is_checked(key_width, value_width, dtype):
+        if step or is_checked(key_width, value_width, dtype):
             return "triton"
     return "fla" if _obstacle("fla", dtype, device) is None else "chunked"
 

@@ -15,7 +15,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_patch.ops.epilogue import give_state
 from megatron_patch.ops.triton.tiles import sigmoid
 
 # Tokens per program: longer runs read fewer rows twice, and give fewer shares of the weight's
@@ -410,24 +409,6 @@ def backward(
         tl.store(at, shares[tap], mask=inside)
 
 
-def short_convolution(
-    x: Tensor,
-    weight: Tensor,
-    activation: str | None,
-    initial_state: Tensor | None,
-    output_final_state: bool,
-    inplace_final_state: bool,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:
-    """The operator of `megatron_patch.ops.short_convolution`, on arguments it has checked. Sums are
-    float32; y has the strides of x."""
-    y, final_state = _forward(
-        x, weight, initial_state, cu_seqlens, activation == "silu",
-        output_final_state or inplace_final_state,
-    )  # fmt: skip
-    return y, give_state(final_state, initial_state, output_final_state, inplace_final_state)
-
-
 class _Call:
     """What the launches of both passes share."""
 
@@ -467,7 +448,7 @@ def _contiguous(x: Tensor | None) -> Tensor | None:
 
 
 @torch.library.custom_op("metala::short_convolution", mutates_args=())
-def _forward(
+def short_convolution(
     x: Tensor,
     weight: Tensor,
     initial_state: Tensor | None,
@@ -475,6 +456,7 @@ def _forward(
     silu: bool,
     output_final_state: bool,
 ) -> tuple[Tensor, Tensor]:
+    """y with the strides of x, and the final state, empty if not wanted. Sums are float32."""
     call = _Call(x, weight, cu_seqlens, silu, FORWARD_RUN, FORWARD_ROWS)
     x = _rows(x)
     y = torch.empty_like(x)
@@ -489,7 +471,7 @@ def _forward(
     return y, final_state
 
 
-@_forward.register_fake
+@short_convolution.register_fake
 def _(x, weight, initial_state, cu_seqlens, silu, output_final_state):
     y = torch.empty_like(_rows(x))
     if not output_final_state:
@@ -555,4 +537,4 @@ def _autograd_backward(ctx, d_y, d_final_state):
     return d_x, d_weight, d_state if initial_state is not None else None, None, None, None
 
 
-_forward.register_autograd(_autograd_backward, setup_context=_setup_context)
+short_convolution.register_autograd(_autograd_backward, setup_context=_setup_context)
