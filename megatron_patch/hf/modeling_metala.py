@@ -474,9 +474,7 @@ class MetaLAModel(MetaLAPreTrainedModel):
                 outputs = layer(hidden, *states, attention, use_cache)
             else:
                 overwrite = use_cache and may_overwrite(*states)
-                outputs = layer(
-                    hidden, *states, padding, lengths, cu_seqlens, use_cache, overwrite
-                )
+                outputs = layer(hidden, *states, padding, lengths, cu_seqlens, use_cache, overwrite)
             hidden = outputs[0]
             if use_cache and layer.is_attention:
                 past_key_values.update_keys_values(outputs[1], outputs[2], index)

@@ -77,9 +77,9 @@ def meta_linear_attention(
             which any may be empty: B must be 1, the values rise from 0 to T. The values are checked
             on the CPU alone, where that is free.
         backend: "auto" takes the first of "triton" (where its configuration for these widths was
-            checked on a GPU, and T > 1) and "fla" that is installed for CUDA tensors, "chunked"
-            (PyTorch) for all others and for float64. "reference" is the recurrence step
-            by step.
+            checked on a GPU, and T > 1: the kernel for one token was not yet) and "fla" that is
+            installed for CUDA tensors, "chunked" (PyTorch) for all others and for float64.
+            "reference" is the recurrence step by step.
 
     Returns:
         out [B, T, H, V] in the dtype of `v`, and the final state [N, H, K, V] in float32 (float64

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 
 import torch
@@ -16,7 +17,13 @@ from megatron_patch.ops.checks import (
 )
 from megatron_patch.ops.epilogue import compute_dtype
 
-CONVOLUTION_BACKENDS = ("auto", "causal_conv1d", "torch")
+CONVOLUTION_BACKENDS = ("auto", "triton", "causal_conv1d", "torch")
+# "auto" takes the first of these that can serve a call. The Triton kernels, compiled for GPUs but not
+# yet checked on one (scripts/benchmark_convolution.py), run by name alone.
+FASTEST_FIRST = ("causal_conv1d", "torch")
+TRITON_INSTALLED = (
+    find_spec("triton") is not None and find_spec("megatron_patch.ops.triton") is not None
+)
 CAUSAL_CONV1D_INSTALLED = find_spec("causal_conv1d") is not None
 
 
@@ -49,8 +56,9 @@ def short_convolution(
         cu_seqlens: int32 or int64 [N + 1], the boundaries of N sequences packed along time, of
             which any may be empty: B must be 1, the values rise from 0 to T (checked on the CPU
             alone).
-        backend: "causal_conv1d" (the package of that name: CUDA, W of 2 to 4, D a multiple of 8, no
-            state together with cu_seqlens), "torch", or "auto", which takes the first that can run.
+        backend: "triton" (CUDA), "causal_conv1d" (the package of that name: CUDA, W of 2 to 4, D a
+            multiple of 8, no state together with cu_seqlens), "torch", or "auto", which takes the
+            first of the latter two that can run.
 
     Returns:
         y [B, T, D] in the dtype of x, and the final state [N, D, W - 1] in the dtype of x, or
@@ -79,11 +87,25 @@ def short_convolution(
         check_inplace_final_state(initial_state, x, weight)
     states = initial_state, output_final_state, inplace_final_state
 
-    packed_state = cu_seqlens is not None and (initial_state is not None or output_final_state)
-    obstacle = _causal_conv1d_obstacle(x, width, packed_state)
-    if backend == "causal_conv1d" and obstacle is not None:
-        raise ValueError(f"backend 'causal_conv1d': {obstacle}; use backend 'auto' or 'torch'")
-    if backend != "torch" and obstacle is None:
+    def obstacle(name: str) -> str | None:
+        if name == "triton":
+            return _triton_obstacle(x)
+        if name == "causal_conv1d":
+            packed_state = cu_seqlens is not None and (
+                initial_state is not None or output_final_state
+            )
+            return _causal_conv1d_obstacle(x, width, packed_state)
+        return None
+
+    if backend == "auto":
+        backend = next(name for name in FASTEST_FIRST if obstacle(name) is None)
+    elif (reason := obstacle(backend)) is not None and not _interpreted(backend, x):
+        raise ValueError(f"backend {backend!r}: {reason}; use backend 'auto' or 'torch'")
+    if backend == "triton":
+        from megatron_patch.ops.triton import short_convolution as implementation
+
+        return implementation(x, weight, activation, *states, cu_seqlens)
+    if backend == "causal_conv1d":
         return _with_causal_conv1d(x, weight, activation, *states, cu_seqlens)
     if cu_seqlens is None:
         y, final_state = _convolve(x, weight, initial_state)
@@ -160,6 +182,23 @@ def _convolve_packed(
     y = _weighted_sum(padded[None], weight)[:, token_rows - past]
     final_state = padded[state_rows[1:] - past].transpose(1, 2)
     return y, final_state
+
+
+def _triton_obstacle(x: torch.Tensor) -> str | None:
+    """Why the Triton kernels cannot serve this call, or `None` if they can."""
+    if not TRITON_INSTALLED:
+        return "the package triton or the kernels in megatron_patch.ops.triton are not installed"
+    if x.device.type != "cuda":
+        return f"found tensors on {x.device}, wanted cuda"
+    if x.dtype == torch.float64:
+        return "found float64 tensors, wanted float16, bfloat16 or float32"
+    return None
+
+
+def _interpreted(backend: str, x: torch.Tensor) -> bool:
+    """Whether the kernels run anywhere, in Triton's interpreter: slowly, for tests."""
+    interpreting = os.environ.get("TRITON_INTERPRET") == "1"
+    return backend == "triton" and interpreting and TRITON_INSTALLED and x.dtype != torch.float64
 
 
 def _causal_conv1d_obstacle(x: torch.Tensor, width: int, packed_state: bool) -> str | None:

@@ -1,6 +1,6 @@
 """The MetaLA operator as fused Triton kernels, for GPUs."""
 
-from megatron_patch.ops.triton.backend import meta_linear_attention
+from megatron_patch.ops.triton.backend import meta_linear_attention, short_convolution
 from megatron_patch.ops.triton.configuration import is_checked
 
-__all__ = ["is_checked", "meta_linear_attention"]
+__all__ = ["is_checked", "meta_linear_attention", "short_convolution"]

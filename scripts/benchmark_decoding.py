@@ -1,0 +1,108 @@
+"""Checks the decoding step's kernels against float64 on a GPU, then times the mixer core's.
+
+    python scripts/benchmark_decoding.py
+
+Times are of a replayed CUDA graph, medians with a cold cache, bfloat16 with a float32 state that is
+updated in place. The floor is the time to read and write the state once at the copy bandwidth of
+this run.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from benchmark_ops import bandwidth, graph_ms, make  # noqa: E402
+
+from megatron_patch.ops import meta_linear_attention, short_convolution  # noqa: E402
+
+# (heads, K, V)
+WIDTHS = [(8, 64, 128), (8, 128, 256), (16, 64, 128), (4, 256, 512), (8, 40, 80), (8, 48, 96)]
+TIMED = WIDTHS[:3]
+LIMITS = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
+
+
+def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return ((found.double() - wanted).norm() / wanted.norm()).item()
+
+
+def check(operator, tensors: dict, judge: str, limit: float, name: str) -> bool:
+    """Whether both forms of a step agree with float64, and with each other bit by bit."""
+    exact = {n: x.double() for n, x in tensors.items()}
+    wanted = operator(**exact, output_final_state=True, backend=judge)
+    found = operator(**tensors, output_final_state=True, backend="triton")
+    inplace = operator(**tensors, inplace_final_state=True, backend="triton")
+    errors = [relative_error(x, want) for x, want in zip(found, wanted, strict=True)]
+    right = max(errors) <= limit and all(map(torch.equal, found, inplace))
+    print(f"{'ok   ' if right else 'WRONG'} {name}: " + ", ".join(f"{e:.1e}" for e in errors))
+    return right
+
+
+def check_all() -> bool:
+    right = True
+    for dtype, limit in LIMITS.items():
+        for heads, k, v in WIDTHS:
+            for batch, gates in ((1, 1.0), (5, 1.0), (5, 1e4)):
+                x = make(batch, 1, heads, k, v, dtype, state=True, gates=gates)
+                name = f"core, batch {batch}, {heads} heads, K {k}, V {v}, gates {gates:g}, {dtype}"
+                right &= check(meta_linear_attention, x, "reference", limit, name)
+        for width in (1, 2, 4, 5):
+            shapes = {"x": (5, 1, 1000), "weight": (1000, 1, width)}
+            shapes["initial_state"] = (5, 1000, width - 1)
+            x = {n: torch.randn(s, device="cuda").to(dtype) for n, s in shapes.items()}
+            if width == 1:
+                del x["initial_state"]
+                y = short_convolution(**x, backend="triton")[0]
+                exact = {n: t.double() for n, t in x.items()}
+                error = relative_error(y, short_convolution(**exact, backend="torch")[0])
+                print(f"{'ok   ' if error <= limit else 'WRONG'} convolution, W 1: {error:.1e}")
+                right &= error <= limit
+            else:
+                name = f"convolution, W {width}, {dtype}"
+                right &= check(short_convolution, x, "torch", limit, name)
+    return right
+
+
+def time_all() -> None:
+    speed = bandwidth()
+    print(f"copy bandwidth {speed / 1e9:.2f} TB/s; times in microseconds")
+    print(f"{'':<42}{'step':>8}{'floor':>8}{'ratio':>7}{'convolution':>13}")
+    for batch in (1, 64):
+        for heads, k, v in TIMED:
+            x = make(batch, 1, heads, k, v, torch.bfloat16, state=True)
+            channels = heads * v
+            row = torch.randn(batch, 1, channels, device="cuda").bfloat16()
+            weight = torch.randn(channels, 1, 4, device="cuda").bfloat16()
+            past = torch.randn(batch, channels, 3, device="cuda").bfloat16()
+
+            def step(x=x):
+                return meta_linear_attention(**x, inplace_final_state=True, backend="triton")
+
+            def convolution(row=row, weight=weight, past=past):
+                return short_convolution(
+                    row, weight, initial_state=past, inplace_final_state=True, backend="triton"
+                )
+
+            with torch.no_grad():
+                found = 1e3 * graph_ms(step)
+                beside = 1e3 * graph_ms(convolution)
+            floor = 1e3 * 2 * x["initial_state"].numel() * 4 / speed
+            name = f"batch {batch}, d {channels}, {heads} heads, K {k}, V {v}"
+            print(f"{name:<42}{found:>8.1f}{floor:>8.1f}{found / floor:>7.2f}{beside:>13.1f}")
+
+
+def main() -> None:
+    if not torch.cuda.is_available():
+        sys.exit("benchmark_decoding: found no CUDA device, wanted one to check and time on")
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
+    if not check_all():
+        sys.exit("benchmark_decoding: the kernels are wrong on this machine; not timed")
+    time_all()
+
+
+if __name__ == "__main__":
+    main()
