@@ -35,9 +35,10 @@ LENGTH = 64
     tied=st.booleans(),
     norm=st.sampled_from(["simplermsnorm", "rmsnorm"]),
     tokens=st.integers(60, 130),
+    attention=st.sampled_from([(), (1,), (0, 2)]),
 )
-def test_there_and_back_is_the_same_folder(layouts, tied, norm, tokens):
-    model = Model(layers=3, tied=tied, norm=norm, tokens=tokens)
+def test_there_and_back_is_the_same_folder(layouts, tied, norm, tokens, attention):
+    model = Model(layers=3, tied=tied, norm=norm, tokens=tokens, attention=attention)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         vocab_file = write_tokenizer(folder / "tokenizer.json", ("<|endoftext|>",), tokens)
