@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from convert.command import ConvertError
+from convert.fold_norms import FOLDED_INTO
 from convert.hf_to_neox import hf_to_neox
 from convert.neox_to_hf import neox_to_hf
 from convert.reshape_neox import reshape_neox
@@ -166,16 +167,32 @@ def test_sharded_safetensors_and_its_index(folder, tmp_path):
         hf_to_neox(tmp_path / "sharded", tmp_path / "new", 1, 0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_folded_norms_are_the_same_model(dtype, neox_checkout, vocab_file, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("dtype", "attention"),
+    [(torch.float32, ()), (torch.bfloat16, ()), (torch.float32, (1,))],
+)
+def test_folded_norms_are_the_same_model(
+    dtype, attention, neox_checkout, vocab_file, tmp_path, monkeypatch
+):
     monkeypatch.setenv("GPT_NEOX_PATH", str(neox_checkout))
-    write(tmp_path / "neox", Model(norm="rmsnorm", dtype=dtype), 2, 1, vocab_file)
+    model = Model(norm="rmsnorm", dtype=dtype, attention=attention)
+    write(tmp_path / "neox", model, 2, 1, vocab_file)
     found = neox_to_hf(tmp_path / "neox", tmp_path / "hf", check=True, fold_norms=True)
     assert found.is_equal
     if dtype == torch.float32:
         assert found.largest_difference < 1e-5 * found.largest_logit
     assert not [n for n in load_file(tmp_path / "hf/model.safetensors") if "norm" in n]
     assert json.loads((tmp_path / "hf/config.json").read_text())["norm_type"] == "simplermsnorm"
+
+
+@pytest.mark.parametrize("tensor", sorted(FOLDED_INTO))
+def test_no_scale_is_lost(tensor, vocab_file, tmp_path, monkeypatch):
+    write(tmp_path / "neox", Model(norm="rmsnorm", attention=(1,)), 1, 0, vocab_file)
+    scale = FOLDED_INTO[tensor][0]
+    monkeypatch.delitem(FOLDED_INTO, tensor)
+    with pytest.raises(ConvertError, match=f"--fold-norms: layer .*: no place for {scale}"):
+        neox_to_hf(tmp_path / "neox", tmp_path / "hf", fold_norms=True)
+    assert not (tmp_path / "hf").exists()
 
 
 def test_tied_norms_cannot_be_folded(vocab_file, tmp_path):
