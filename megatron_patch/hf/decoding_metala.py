@@ -200,6 +200,8 @@ class _Recording:
 
 def _obstacle(model: nn.Module, device: torch.device) -> str | None:
     """Why the model's step cannot be recorded as `_Recording` runs it, or `None`."""
+    if model.model.has_attention:
+        return "found attention layers, whose keys and values grow, wanted MetaLA layers alone"
     own = type(model.model).__module__
     for name, module in model.named_modules():
         kind = type(module)

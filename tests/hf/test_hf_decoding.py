@@ -14,6 +14,7 @@ import torch
 from transformers import GenerationConfig
 
 from megatron_patch.hf import MetaLACache, decoding_metala, modeling_metala
+from tests.hf.conftest import HYBRID
 
 NO_END = dict(eos_token_id=None, pad_token_id=0)
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -270,6 +271,22 @@ def test_what_is_not_replayed(model, prompt, recorded, tokens, device):
     with torch.no_grad(), torch.autocast(device, dtype=torch.bfloat16):
         model.float()(ids, past_key_values=MetaLACache(model.config, decoding_graph="eager"))
     assert not recorded
+
+
+def test_hybrids_take_the_plain_path(tiny_model, recorded, tokens, device, monkeypatch):
+    """A recording would keep the prompt's keys and values; its tensors would not grow."""
+    said = []
+    monkeypatch.setattr(decoding_metala.logger, "warning_once", said.append)
+    model = tiny_model(torch.float64, **HYBRID).to(device)
+    ids = tokens(2, 9).to(device)
+    with torch.no_grad():
+        wanted = model(ids).logits[:, 6:]
+        cache = MetaLACache(model.config, decoding_graph="eager")
+        model(ids[:, :6], past_key_values=cache)
+        found = [model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(6, 9)]
+    torch.testing.assert_close(torch.cat(found, 1), wanted, rtol=1e-9, atol=1e-9)
+    assert cache.get_seq_length() == 9 and not recorded
+    assert said and all("attention layers" in text for text in said)
 
 
 def test_as_a_tuple(model, prompt, recorded, tokens, device):
