@@ -81,6 +81,8 @@ def configure(key_width: int, value_width: int, dtype: torch.dtype) -> Configura
         output_registers=160 if small and half else None,
         backward_warps=4 if small and half else 8,
         backward_registers=None,
+        # On Hopper with Triton 3.6, an earlier kernel's tiles of 64 tokens by 32 channels gave
+        # wrong gradients with 4 warps: check every change here on the GPU.
         gradient_v=min(v, 16 if wide and not half else 32),
         gradient_warps=4 if small else 8,
         gradient_stages=3 if half and not wide else 2,
