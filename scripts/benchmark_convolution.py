@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -22,6 +23,13 @@ from megatron_patch.ops import short_convolution  # noqa: E402
 
 LIMITS = {torch.bfloat16: 6e-3, torch.float16: 1e-3, torch.float32: 1e-5}
 BATCH, TIME = 16, 2048
+KINDS = ("plain", "time-major", "state", "packed", "packed with state")
+# dtype, channels, W, kind: all kinds as models have them, and each dtype and width of filter once.
+CASES = [
+    *product((torch.bfloat16,), (1000,), (4,), KINDS),
+    *product((torch.bfloat16,), (37,), (2, 5), ("state", "packed")),
+    *product((torch.float16, torch.float32), (1000,), (4,), ("time-major", "packed with state")),
+]
 
 
 def draw(batch, time, channels, width, dtype, *, sequences=None, time_major=False):
@@ -44,37 +52,33 @@ def evaluate(tensors, weights, backend, dtype=None, **arguments):
 def check_all() -> bool:
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills new memory with NaN
     wrong = 0
-    for dtype, limit in LIMITS.items():
-        for channels in (1000, 1024, 37):
-            for width in (2, 4, 5):
-                for kind in ("plain", "time-major", "state", "packed", "packed with state"):
-                    for length in (3, 33, 300):
-                        packed, stateful = "packed" in kind, "state" in kind
-                        bounds = [0, length // 3, length // 3, length // 2, length]
-                        tensors = draw(
-                            1 if packed else 2, length, channels, width, dtype,
-                            sequences=4 if packed else None, time_major=kind == "time-major",
-                        )  # fmt: skip
-                        if not stateful:
-                            del tensors["initial_state"]
-                        how = {"output_final_state": stateful}
-                        if packed:
-                            how["cu_seqlens"] = torch.tensor(bounds, device="cuda")
-                        weights = [torch.randn_like(tensors["x"])]
-                        if stateful:
-                            weights += [torch.randn_like(tensors["initial_state"])]
-                        found = evaluate(tensors, weights, "triton", **how)
-                        again = evaluate(tensors, weights, "triton", **how)
-                        wanted = evaluate(tensors, weights, "torch", torch.float64, **how)
-                        error = max(
-                            ((x.double() - want).norm() / want.norm()).item()
-                            for x, want in zip(found, wanted, strict=True)
-                        )
-                        if not error <= limit or not all(map(torch.equal, found, again)):
-                            wrong += 1
-                            print(f"WRONG {dtype} D {channels} W {width} {kind} T {length} {error}")
+    for (dtype, channels, width, kind), length in product(CASES, (3, 33, 300)):
+        packed, stateful = "packed" in kind, "state" in kind
+        bounds = [0, length // 3, length // 3, length // 2, length]
+        tensors = draw(
+            1 if packed else 2, length, channels, width, dtype,
+            sequences=4 if packed else None, time_major=kind == "time-major",
+        )  # fmt: skip
+        if not stateful:
+            del tensors["initial_state"]
+        how = {"output_final_state": stateful}
+        if packed:
+            how["cu_seqlens"] = torch.tensor(bounds, device="cuda")
+        weights = [torch.randn_like(tensors["x"])]
+        if stateful:
+            weights += [torch.randn_like(tensors["initial_state"])]
+        found = evaluate(tensors, weights, "triton", **how)
+        again = evaluate(tensors, weights, "triton", **how)
+        wanted = evaluate(tensors, weights, "torch", torch.float64, **how)
+        error = max(
+            ((x.double() - want).norm() / want.norm()).item()
+            for x, want in zip(found, wanted, strict=True)
+        )
+        if not error <= LIMITS[dtype] or not all(map(torch.equal, found, again)):
+            wrong += 1
+            print(f"WRONG {dtype} D {channels} W {width} {kind} T {length} {error}")
     torch.use_deterministic_algorithms(False)
-    print(f"checked against float64, {wrong} wrong", flush=True)
+    print(f"{3 * len(CASES)} checks against float64, {wrong} wrong", flush=True)
     return wrong == 0
 
 

@@ -2,9 +2,9 @@
 
     python scripts/benchmark_decoding.py
 
-Times are of a replayed CUDA graph, medians with a cold cache, bfloat16 with a float32 state that is
-updated in place. The floor is the time to read and write the state once at the copy bandwidth of
-this run.
+Times are of a replayed CUDA graph that holds the step of several layers, one after the other, each
+with a float32 state of its own that is updated in place; inputs are bfloat16. The floor is the time
+to read and write the state once at the copy bandwidth of this run.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from megatron_patch.ops import meta_linear_attention, short_convolution  # noqa:
 # (heads, K, V)
 WIDTHS = [(8, 64, 128), (8, 128, 256), (16, 64, 128), (4, 256, 512), (8, 40, 80), (8, 48, 96)]
 TIMED = WIDTHS[:3]
+LAYERS = 16
 LIMITS = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
 
 
@@ -69,28 +70,31 @@ def check_all() -> bool:
 
 def time_all() -> None:
     speed = bandwidth()
-    print(f"copy bandwidth {speed / 1e9:.2f} TB/s; times in microseconds")
+    print(f"copy bandwidth {speed / 1e9:.2f} TB/s; microseconds a layer, of {LAYERS} in one graph")
     print(f"{'':<42}{'step':>8}{'floor':>8}{'ratio':>7}{'convolution':>13}")
     for batch in (1, 64):
         for heads, k, v in TIMED:
-            x = make(batch, 1, heads, k, v, torch.bfloat16, state=True)
+            shape = (batch, 1, heads, k, v, torch.bfloat16)
+            layers = [make(*shape, state=True) for _ in range(LAYERS)]
             channels = heads * v
             row = torch.randn(batch, 1, channels, device="cuda").bfloat16()
             weight = torch.randn(channels, 1, 4, device="cuda").bfloat16()
-            past = torch.randn(batch, channels, 3, device="cuda").bfloat16()
+            pasts = torch.randn(LAYERS, batch, channels, 3, device="cuda").bfloat16()
 
-            def step(x=x):
-                return meta_linear_attention(**x, inplace_final_state=True, backend="triton")
+            def step(layers=layers):
+                for x in layers:
+                    meta_linear_attention(**x, inplace_final_state=True, backend="triton")
 
-            def convolution(row=row, weight=weight, past=past):
-                return short_convolution(
-                    row, weight, initial_state=past, inplace_final_state=True, backend="triton"
-                )
+            def convolution(row=row, weight=weight, pasts=pasts):
+                for past in pasts:
+                    short_convolution(
+                        row, weight, initial_state=past, inplace_final_state=True, backend="triton"
+                    )
 
             with torch.no_grad():
-                found = 1e3 * graph_ms(step)
-                beside = 1e3 * graph_ms(convolution)
-            floor = 1e3 * 2 * x["initial_state"].numel() * 4 / speed
+                found = 1e3 * graph_ms(step) / LAYERS
+                beside = 1e3 * graph_ms(convolution) / LAYERS
+            floor = 1e3 * 2 * layers[0]["initial_state"].numel() * 4 / speed
             name = f"batch {batch}, d {channels}, {heads} heads, K {k}, V {v}"
             print(f"{name:<42}{found:>8.1f}{floor:>8.1f}{found / floor:>7.2f}{beside:>13.1f}")
 

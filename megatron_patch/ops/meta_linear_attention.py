@@ -77,9 +77,8 @@ def meta_linear_attention(
             which any may be empty: B must be 1, the values rise from 0 to T. The values are checked
             on the CPU alone, where that is free.
         backend: "auto" takes the first of "triton" (where its configuration for these widths was
-            checked on a GPU, and T > 1: the kernel for one token was not yet) and "fla" that is
-            installed for CUDA tensors, "chunked" (PyTorch) for all others and for float64.
-            "reference" is the recurrence step by step.
+            checked on a GPU) and "fla" that is installed for CUDA tensors, "chunked" (PyTorch) for
+            all others and for float64. "reference" is the recurrence step by step.
 
     Returns:
         out [B, T, H, V] in the dtype of `v`, and the final state [N, H, K, V] in float32 (float64
@@ -134,11 +133,11 @@ def meta_linear_attention(
         check_inplace_final_state(initial_state, q, gate_logits, v, aug, out_gate, out_gate_bias)
 
     if backend == "auto":
-        backend = _choose(time, key_width, value_width, q.dtype, device)
+        backend = _choose(key_width, value_width, q.dtype, device)
     implementation = _implementation(backend, q.dtype, device)
     # Every backend chooses its own precision: autocast would halve that of the matrix products.
     kind = device.type
-    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    autocast = kind in ("cuda", "cpu") and torch.is_autocast_enabled(kind)
     with torch.autocast(kind, enabled=False) if autocast else contextlib.nullcontext():
         return implementation(
             q,
@@ -157,11 +156,9 @@ def meta_linear_attention(
         )
 
 
-def _choose(
-    time: int, key_width: int, value_width: int, dtype: torch.dtype, device: torch.device
-) -> str:
+def _choose(key_width: int, value_width: int, dtype: torch.dtype, device: torch.device) -> str:
     """The backend that "auto" stands for."""
-    if time > 1 and _obstacle("triton", dtype, device) is None:
+    if _obstacle("triton", dtype, device) is None:
         from megatron_patch.ops.triton import is_checked
 
         if is_checked(key_width, value_width, dtype):

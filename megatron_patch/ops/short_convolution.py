@@ -18,9 +18,7 @@ from megatron_patch.ops.checks import (
 from megatron_patch.ops.epilogue import compute_dtype
 
 CONVOLUTION_BACKENDS = ("auto", "triton", "causal_conv1d", "torch")
-# "auto" takes the first of these that can serve a call. The Triton kernels compile for GPUs, but
-# were not yet checked on one (scripts/benchmark_convolution.py): they run by name alone.
-FASTEST_FIRST = ("causal_conv1d", "torch")
+FASTEST_FIRST = ("causal_conv1d", "triton", "torch")  # "auto" takes the first that serves a call
 TRITON_INSTALLED = (
     find_spec("triton") is not None and find_spec("megatron_patch.ops.triton") is not None
 )

@@ -204,24 +204,21 @@ def installed(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("names", "time", "key_width", "dtype", "device", "taken"),
+    ("names", "key_width", "dtype", "device", "taken"),
     [
-        (("triton", "fla"), 9, 64, torch.bfloat16, CUDA, "triton"),
-        (("triton",), 9, 64, torch.float32, CUDA, "triton"),
-        (("triton", "fla"), 9, 16, torch.bfloat16, CUDA, "fla"),  # not checked on a GPU
-        (("triton",), 9, 16, torch.bfloat16, CUDA, "chunked"),
-        (("triton",), 1, 64, torch.bfloat16, CUDA, "chunked"),
-        (("fla",), 9, 64, torch.float16, CUDA, "fla"),
-        ((), 9, 64, torch.bfloat16, CUDA, "chunked"),
-        (("triton", "fla"), 9, 64, torch.float64, CUDA, "chunked"),
-        (("triton", "fla"), 9, 64, torch.bfloat16, CPU, "chunked"),
+        (("triton", "fla"), 64, torch.bfloat16, CUDA, "triton"),
+        (("triton",), 64, torch.float32, CUDA, "triton"),
+        (("triton", "fla"), 16, torch.bfloat16, CUDA, "fla"),  # not checked on a GPU
+        (("triton",), 16, torch.bfloat16, CUDA, "chunked"),
+        (("fla",), 64, torch.float16, CUDA, "fla"),
+        ((), 64, torch.bfloat16, CUDA, "chunked"),
+        (("triton", "fla"), 64, torch.float64, CUDA, "chunked"),
+        (("triton", "fla"), 64, torch.bfloat16, CPU, "chunked"),
     ],
 )
-def test_auto_takes_the_fastest_that_can_run(
-    installed, names, time, key_width, dtype, device, taken
-):
+def test_auto_takes_the_fastest_that_can_run(installed, names, key_width, dtype, device, taken):
     installed(*names)
-    assert module._choose(time, key_width, 2 * key_width, dtype, device) == taken
+    assert module._choose(key_width, 2 * key_width, dtype, device) == taken
 
 
 @pytest.mark.parametrize(
@@ -246,7 +243,7 @@ def test_triton_interpreter_runs_the_kernels_on_the_cpu_on_request_alone(install
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     named = module._implementation("triton", torch.float32, CPU)
     assert named == "triton implementation"
-    assert module._choose(9, 64, 128, torch.float32, CPU) == "chunked"
+    assert module._choose(64, 128, torch.float32, CPU) == "chunked"
     with pytest.raises(ValueError, match="found float64"):
         module._implementation("triton", torch.float64, CPU)
 

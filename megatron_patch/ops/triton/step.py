@@ -9,9 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_patch.ops.triton.tiles import decays, key, sigmoid
+from megatron_patch.ops.triton.configuration import configure
+from megatron_patch.ops.triton.tiles import decays, exp2, key, sigmoid
 
-TILE = 4096  # entries of the state that a program has in registers at a time
+TILE = 8192  # entries of the state that a program has in registers at a time
 
 
 @triton.jit
@@ -45,6 +46,7 @@ def attention_step(
     HAS_GATE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_STATE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """One token of one head: the state K by V passes through in tiles, read once and written once.
 
@@ -56,27 +58,35 @@ def attention_step(
     columns = tl.arange(0, BV)
     v_mask = columns < V
     value = tl.load(v + batch * v_b + head * v_h + columns, mask=v_mask, other=0.0).to(tl.float32)
+    # All that the epilogue reads, too, is asked for before the state comes.
+    if HAS_GATE:
+        z = tl.load(out_gate + batch * z_b + head * z_h + columns, mask=v_mask, other=0.0)
+        z = z.to(tl.float32)
+        if HAS_BIAS:
+            z += tl.load(bias + head * V + columns, mask=v_mask, other=0.0).to(tl.float32)
     q += batch * q_b + head * q_h
     gates += batch * gate_b + head * gate_h
-    shares = tl.zeros([BK, BV], tl.float32)
+    y = tl.zeros([BV], tl.float32)
     similarities = tl.zeros([BK], tl.float32)
-    for first in tl.range(0, K, BK, num_stages=3):
+    for first in tl.range(0, K, BK, loop_unroll_factor=4):
         rows = first + tl.arange(0, BK)
         k_mask = rows < K
-        query = tl.load(q + rows, mask=k_mask, other=0.0).to(tl.float32)
-        g = decays(gates + rows, k_mask, inverse_tau, "float32")
-        k = key(g, "float32")
         offsets = unit * (K * V) + rows[:, None] * V + columns[None, :]
         mask = k_mask[:, None] & v_mask[None, :]
-        tile = k[:, None] * value[None, :]
         if HAS_STATE:
-            tile += tl.exp2(g)[:, None] * tl.load(state + offsets, mask=mask, other=0.0)
-        tl.store(new_state + offsets, tile, mask=mask)
-        shares += query[:, None] * tile
+            past = tl.load(state + offsets, mask=mask, other=0.0)
+        query = tl.load(q + rows, mask=k_mask, other=0.0).to(tl.float32)
+        g = decays(gates + rows, k_mask, inverse_tau, PRECISION)
+        k = key(g, PRECISION)
         if HAS_AUG:
             weight = tl.load(aug + head * K + rows, mask=k_mask, other=0.0).to(tl.float32)
             similarities += query * weight * k
-    y = tl.sum(shares, 0) * scale
+        tile = k[:, None] * value[None, :]
+        if HAS_STATE:
+            tile += exp2(g, PRECISION)[:, None] * past
+        tl.store(new_state + offsets, tile, mask=mask)
+        y += tl.sum(query[:, None] * tile, 0)
+    y *= scale
     if HAS_AUG:
         y += sigmoid(tl.sum(similarities, 0) * value)
     y = tl.where(v_mask, y, 0.0)
@@ -84,10 +94,6 @@ def attention_step(
     variance = tl.sum(centred * centred, 0) * (1 / V)
     y = centred * tl.rsqrt(variance + norm_eps)
     if HAS_GATE:
-        z = tl.load(out_gate + batch * z_b + head * z_h + columns, mask=v_mask, other=0.0)
-        z = z.to(tl.float32)
-        if HAS_BIAS:
-            z += tl.load(bias + head * V + columns, mask=v_mask, other=0.0).to(tl.float32)
         y *= z * sigmoid(z)
     tl.store(out + unit * V + columns, y.to(out.dtype.element_ty), mask=v_mask)
 
@@ -157,7 +163,8 @@ def _launch_attention(
             gate_logits.stride(0), gate_logits.stride(2), v.stride(0), v.stride(2), *gate_strides,
             H=heads, K=k, V=width, BK=block_k, BV=block_v,
             HAS_AUG=aug is not None, HAS_GATE=out_gate is not None, HAS_BIAS=bias is not None,
-            HAS_STATE=state is not None, num_warps=max(1, min(8, block_k * block_v // 512)),
+            HAS_STATE=state is not None, PRECISION=configure(k, width, q.dtype).precision,
+            num_warps=max(1, min(8, block_k * block_v // 2048)),
         )  # fmt: skip
     return out
 

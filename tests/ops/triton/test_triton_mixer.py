@@ -118,11 +118,16 @@ def test_many_segments(monkeypatch):
 @pytest.mark.parametrize("gates", [30.0, 1e4, 1e30])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gates_of_any_size(gates, dtype):
-    """Beyond the range in which scores factor, the exact path serves; and both in one sequence."""
-    tensors = make(1, 40, 2, 16, 32, dtype=dtype, gates=gates)
-    assert_right(tensors)
+    """Beyond the range in which scores factor, the exact path serves; and both in one sequence.
+
+    Where gates saturate, y nears a multiple of v, and LayerNorm's gradient has no part along y: the
+    gradients of q and aug are small differences of larger terms, which bfloat16 rounds.
+    """
+    tolerance = 1.5 * TOLERANCE[dtype] if dtype == torch.bfloat16 else None
+    tensors = make(1, 40, 2, 32, 64, dtype=dtype, gates=gates)
+    assert_right(tensors, tolerance)
     tensors["gate_logits"][:, :, 1] *= 1e-3 / gates
-    assert_right(tensors, tau=1.0)
+    assert_right(tensors, tolerance, tau=1.0)
 
 
 @pytest.mark.parametrize("gate", [-1e4, 1e4])
@@ -159,7 +164,8 @@ def test_strided_inputs_are_read_where_they_lie():
         # The gradient of a transposed sum is strided too.
         return torch.autograd.grad((out.transpose(1, 2) * 0.5).square().sum(), x)[0]
 
-    assert torch.allclose(loss("triton"), loss("chunked"), rtol=1e-4, atol=1e-5)
+    found, wanted = loss("triton"), loss("chunked")
+    assert (found - wanted).norm() <= TOLERANCE[torch.float32] * wanted.norm()
 
 
 def test_two_runs_have_equal_bits_and_inputs_stay():
