@@ -1,22 +1,26 @@
 #!/usr/bin/env bash
 # Sets everything up and runs the tests; arguments go to pytest, e.g. ./scripts/test.sh tests/ops -k
-# chunked. Without arguments all tests run, those of tests/hf also with the oldest transformers, those
-# of evaluation with lm_eval, and those of the Triton kernels in a process of their own, since Triton
-# is told to interpret when loaded.
+# chunked. Without arguments all tests run, on up to four cores at once, those of tests/hf also with
+# the oldest transformers, those of evaluation with lm_eval, and those of the Triton kernels in
+# processes of their own, since Triton is told to interpret when loaded.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup.sh
 
 # Threads that spin while they wait slow several processes on few cores tenfold.
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
+# More would not fit a GPU. A worker takes tests in their order, so that most fixtures are made once.
+parallel=(-n logical --maxprocesses 4 --dist worksteal)
 status=0
 if [ $# -gt 0 ]; then
   "$METALA_PYTHON" -m pytest "$@" || status=$?
 else
-  "$METALA_PYTHON" -m pytest --ignore tests/ops/triton || status=$?
+  # The cores are busy with the tests beside each other.
+  export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+  "$METALA_PYTHON" -m pytest "${parallel[@]}" --ignore tests/ops/triton || status=$?
 
   echo "==== the Triton kernels, where there is no GPU in Triton's interpreter"
-  "$METALA_PYTHON" -m pytest tests/ops/triton || status=$?
+  "$METALA_PYTHON" -m pytest "${parallel[@]}" tests/ops/triton || status=$?
 
   # Installs a list of packages, once, in a folder that only some tests see.
   install_apart() {
@@ -29,7 +33,7 @@ else
 
   echo "==== tests/hf again, with $(grep '^transformers==' constraints-transformers4.txt)"
   install_apart constraints-transformers4.txt "$VIRTUAL_ENV/transformers4"
-  PYTHONPATH="$VIRTUAL_ENV/transformers4" "$METALA_PYTHON" -m pytest tests/hf || status=$?
+  PYTHONPATH="$VIRTUAL_ENV/transformers4" "$METALA_PYTHON" -m pytest "${parallel[@]}" tests/hf || status=$?
 
   echo "==== evaluation, with $(grep '^lm_eval==' constraints-lm_eval.txt)"
   if install_apart constraints-lm_eval.txt "$VIRTUAL_ENV/lm_eval"; then

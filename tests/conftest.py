@@ -14,8 +14,6 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 VOCABULARY = 512
 
-_neox_state = "not asked for"
-
 
 def find_neox() -> Path | None:
     """The checkout that `GPT_NEOX_PATH` names, or the one that set-up cloned."""
@@ -26,21 +24,37 @@ def find_neox() -> Path | None:
 @pytest.fixture(scope="session")
 def neox_checkout(tmp_path_factory) -> Path:
     """A linked copy of the GPT-NeoX checkout; the tests that need one are skipped where none is."""
-    global _neox_state
     source = find_neox()
     if source is None:
-        _neox_state = "SKIPPED: no checkout, set GPT_NEOX_PATH or run scripts/setup.sh"
         pytest.skip("no GPT-NeoX checkout")
     copy = tmp_path_factory.mktemp("neox") / "gpt-neox"
     shutil.copytree(source, copy, ignore=shutil.ignore_patterns(".git"))
     subprocess.run([sys.executable, ROOT / "scripts/link_neox.py", copy], check=True)
-    _neox_state = f"RAN with real GPT-NeoX from {source}"
     return copy
 
 
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "neox_checkout" in item.fixturenames:
+            item.add_marker("trains_in_neox")
+
+
 def pytest_terminal_summary(terminalreporter):
+    """From the reports, since the tests may have run in other processes (pytest-xdist)."""
+    counts = {
+        outcome: sum("trains_in_neox" in report.keywords for report in reports)
+        for outcome in ("passed", "failed", "error", "skipped")
+        if (reports := terminalreporter.getreports(outcome))
+    }
+    told = ", ".join(f"{count} {outcome}" for outcome, count in counts.items() if count)
+    if not told:
+        state = "not asked for"
+    elif source := find_neox():
+        state = f"RAN with real GPT-NeoX from {source} ({told})"
+    else:
+        state = f"SKIPPED: no checkout, set GPT_NEOX_PATH or run scripts/setup.sh ({told})"
     terminalreporter.section("GPT-NeoX")
-    terminalreporter.write_line(f"Tests that train in GPT-NeoX: {_neox_state}")
+    terminalreporter.write_line(f"Tests that train in GPT-NeoX: {state}")
 
 
 @pytest.fixture(scope="session")

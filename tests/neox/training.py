@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 import socket
 import subprocess
 import sys
@@ -78,9 +79,15 @@ class Run:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port that is still free when, seconds later, its process listens: none that systems give to
+    sockets without one, and none that another worker of pytest-xdist chooses."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    ports = range(20_000, 32_000)[worker % 16 :: 16]
+    while True:
+        port = secrets.choice(ports)
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) != 0:
+                return port
 
 
 def settings(token_data: Path, tokenizer_file: Path, tp: int = 1, pp: int = 0, **changes) -> dict:
