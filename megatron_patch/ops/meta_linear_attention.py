@@ -137,7 +137,7 @@ def meta_linear_attention(
     implementation = _implementation(backend, q.dtype, device)
     # Every backend chooses its own precision: autocast would halve that of the matrix products.
     kind = device.type
-    autocast = kind in ("cuda", "cpu") and torch.is_autocast_enabled(kind)
+    autocast = kind != "meta" and torch.is_autocast_enabled(kind)  # "meta" has none to ask for
     with torch.autocast(kind, enabled=False) if autocast else contextlib.nullcontext():
         return implementation(
             q,

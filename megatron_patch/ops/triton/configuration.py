@@ -47,18 +47,23 @@ def power_of_two(width: int) -> int:
 
 def is_checked(key_width: int, value_width: int, dtype: torch.dtype) -> bool:
     """Whether the configuration for these widths agreed with float64 on a GPU (an H200, by
-    `scripts/benchmark_ops.py --no-time`). `backend="auto"` takes these kernels for no other: Triton
-    has miscompiled some tiles on Hopper. Every MetaLA model has values twice as wide as keys."""
+    `scripts/benchmark_ops.py --no-time`, and for one token by `scripts/benchmark_decoding.py`).
+    `backend="auto"` takes these kernels for no other: Triton has miscompiled some tiles on Hopper.
+    Every MetaLA model has values twice as wide as keys."""
     smallest, largest = (32, 256) if dtype == torch.bfloat16 else (40, 128)
     return value_width == 2 * key_width and smallest <= key_width <= largest
+
+
+def precision_of(dtype: torch.dtype) -> str:
+    """How kernels compute for tensors of this dtype: float16 operands would overflow in factors and
+    gradients."""
+    return "bf16" if dtype == torch.bfloat16 else "tf32x3"
 
 
 def configure(key_width: int, value_width: int, dtype: torch.dtype) -> Configuration:
     """The configuration for these widths. It depends on nothing else."""
     k, v = power_of_two(key_width), power_of_two(value_width)
     half = dtype == torch.bfloat16
-    # float16 operands would overflow in factors and gradients.
-    precision = "bf16" if half else "tf32x3"
     small = k <= 64 and v <= 128
     wide = k > 128 or v > 256
     if half:
@@ -68,7 +73,7 @@ def configure(key_width: int, value_width: int, dtype: torch.dtype) -> Configura
     return Configuration(
         chunk=chunk,
         segment=2048,
-        precision=precision,
+        precision=precision_of(dtype),
         factor_warps=8,
         factor_run=2,
         carry_k=min(k, 128 if half else 64),

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_patch.ops.triton.configuration import configure
+from megatron_patch.ops.triton.configuration import precision_of
 from megatron_patch.ops.triton.tiles import decays, exp2, key, sigmoid
 
 TILE = 8192  # entries of the state that a program has in registers at a time
@@ -163,8 +163,8 @@ def _launch_attention(
             gate_logits.stride(0), gate_logits.stride(2), v.stride(0), v.stride(2), *gate_strides,
             H=heads, K=k, V=width, BK=block_k, BV=block_v,
             HAS_AUG=aug is not None, HAS_GATE=out_gate is not None, HAS_BIAS=bias is not None,
-            HAS_STATE=state is not None, PRECISION=configure(k, width, q.dtype).precision,
-            num_warps=max(1, min(8, block_k * block_v // 2048)),
+            HAS_STATE=state is not None, PRECISION=precision_of(q.dtype),
+            num_warps=max(1, block_k * block_v // 2048),
         )  # fmt: skip
     return out
 
