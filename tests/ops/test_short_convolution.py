@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
 
 from megatron_patch.ops import CONVOLUTION_BACKENDS, short_convolution
 
@@ -263,6 +264,36 @@ def test_named_backend_that_cannot_run_says_why(monkeypatch):
     monkeypatch.setattr(module, "CAUSAL_CONV1D_INSTALLED", True)
     with pytest.raises(ValueError, match="found tensors on cpu, wanted cuda"):
         short_convolution(x, weight, backend="causal_conv1d")
+
+
+@pytest.mark.parametrize(
+    ("installed", "device", "dtype", "taken"),
+    [
+        (("causal_conv1d", "triton"), "cuda", torch.bfloat16, "causal_conv1d"),
+        (("triton",), "cuda", torch.bfloat16, "triton"),
+        ((), "cuda", torch.bfloat16, "torch"),
+        (("causal_conv1d", "triton"), "cuda", torch.float64, "torch"),
+        (("causal_conv1d", "triton"), "cpu", torch.bfloat16, "torch"),
+    ],
+)
+def test_auto_takes_the_first_that_serves(monkeypatch, installed, device, dtype, taken):
+    """On tensors without memory, which need no GPU."""
+    module = sys.modules[short_convolution.__module__]
+    calls = []
+
+    def marker(name):
+        return lambda x, *arguments: (calls.append(name), (x, None))[1]
+
+    for name in ("causal_conv1d", "triton"):
+        monkeypatch.setattr(module, f"{name.upper()}_INSTALLED", name in installed)
+    kernels = SimpleNamespace(short_convolution=marker("triton"))
+    monkeypatch.setitem(sys.modules, "megatron_patch.ops.triton", kernels)
+    monkeypatch.setattr(module, "_with_causal_conv1d", marker("causal_conv1d"))
+    monkeypatch.setattr(module, "_convolve", marker("torch"))
+    with FakeTensorMode():
+        x, weight = (torch.empty(s, device=device, dtype=dtype) for s in ((1, 3, 8), (8, 1, 4)))
+        short_convolution(x, weight)
+    assert calls == [taken]
 
 
 @pytest.mark.parametrize("T", [1, 2, 3, 9])
