@@ -26,7 +26,16 @@ EXTRAS = {
     "wandb": ["wandb"],
     "eval": ["lm_eval>=0.4.5,<0.5"],
 }
-TOOLS = ["hypothesis", "matplotlib", "peft", "pre-commit", "pytest", "pytest-xdist", "ruff"]
+TOOLS = [
+    "filelock",
+    "hypothesis",
+    "matplotlib",
+    "peft",
+    "pre-commit",
+    "pytest",
+    "pytest-xdist",
+    "ruff",
+]
 TOOLS += ['triton>=3.3; platform_system == "Linux"']  # its interpreter runs the kernels on the CPU
 EXTRAS["dev"] = sorted({*EXTRAS["hf"], *TOOLS})
 

@@ -6,10 +6,12 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCABULARY = 512
@@ -22,15 +24,41 @@ def find_neox() -> Path | None:
 
 
 @pytest.fixture(scope="session")
-def neox_checkout(tmp_path_factory) -> Path:
-    """A linked copy of the GPT-NeoX checkout; the tests that need one are skipped where none is."""
+def make_once(tmp_path_factory) -> Callable[[str, Callable[[Path], None]], Path]:
+    """Function: a folder of this name that `fill` has written, once for all workers of
+    pytest-xdist."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+
+    def make(name: str, fill: Callable[[Path], None]) -> Path:
+        folder = root / name
+        with FileLock(f"{folder}.lock"):
+            if not folder.exists():
+                try:
+                    fill(folder)
+                except BaseException:
+                    shutil.rmtree(folder, ignore_errors=True)
+                    raise
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def neox_checkout(make_once) -> Path:
+    """A linked copy of the GPT-NeoX checkout with its helper compiled, which each training would
+    do that finds none; the tests that need one are skipped where none is."""
     source = find_neox()
     if source is None:
         pytest.skip("no GPT-NeoX checkout")
-    copy = tmp_path_factory.mktemp("neox") / "gpt-neox"
-    shutil.copytree(source, copy, ignore=shutil.ignore_patterns(".git"))
-    subprocess.run([sys.executable, ROOT / "scripts/link_neox.py", copy], check=True)
-    return copy
+
+    def copy(folder: Path) -> None:
+        shutil.copytree(source, folder, ignore=shutil.ignore_patterns(".git"))
+        subprocess.run([sys.executable, ROOT / "scripts/link_neox.py", folder], check=True)
+        subprocess.run(["make", "-C", folder / "megatron/data"], check=True)
+
+    return make_once("gpt-neox", copy)
 
 
 def pytest_collection_modifyitems(items):

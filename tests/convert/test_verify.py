@@ -16,7 +16,6 @@ from convert.neox_checkpoint import NeoXCheckpoint
 from convert.neox_to_hf import neox_to_hf
 from convert.tensor_table import Piece, TensorRule
 from tests.convert.synthetic import TOKENS, Model, write
-from tests.neox.training import settings, train
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -219,32 +218,6 @@ def test_rounded_weights_are_measured_by_their_dtype(dtype, two_ranks, neox_logi
     assert verify.compare(expected, found, rounding, dtype).is_equal
     assert not verify.compare(expected, found.flip(1), rounding, dtype).is_equal
     assert not verify.compare(expected, found * float("nan"), rounding, dtype).is_equal
-
-
-@pytest.mark.parametrize(("tp", "pp"), [(1, 0), (2, 1)])
-def test_what_gpt_neox_saved_is_verified(
-    tp, pp, neox_checkout, token_data, tokenizer_file, tmp_path
-):
-    """A new model, trained one step and saved by GPT-NeoX; verified in a checkout that is not
-    linked to the plugin."""
-    from tests.conftest import find_neox
-
-    config = settings(
-        token_data,
-        tokenizer_file,
-        tp,
-        pp,
-        save=str(tmp_path / "neox"),
-        train_iters=1,
-        checkpoint_factor=1,
-        no_weight_tying=tp == 1,
-    )
-    train(neox_checkout, config, tmp_path / "run")
-    flags = ("--checkpoint", tmp_path / "neox", "--output", tmp_path / "hf", "--verify")
-    process = run_command(find_neox(), "convert/neox_to_hf.py", *flags)
-    assert process.returncode == 0, process.stderr
-    assert "verified largest logit difference" in process.stdout
-    assert (tmp_path / "hf/model.safetensors").is_file()
 
 
 def test_without_gpt_neox_it_says_so(vocab_file, tmp_path):

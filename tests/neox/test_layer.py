@@ -6,10 +6,17 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.neox.process import in_neox
+from tests.neox.process import NeoXProcess
 from tests.neox.training import settings
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+
+
+@pytest.fixture(scope="module")
+def in_neox(neox_checkout, tmp_path_factory):
+    process = NeoXProcess(neox_checkout, tmp_path_factory.mktemp("in_neox"))
+    yield process
+    process.close()
 
 
 @pytest.fixture
@@ -17,7 +24,7 @@ def config(token_data, tokenizer_file) -> dict:
     return settings(token_data, tokenizer_file)
 
 
-def test_parameters_and_their_marks(neox_checkout, config):
+def test_parameters_and_their_marks(in_neox, config):
     """Shapes; what gradient clipping counts on every rank; what weight decay skips: the output
     gate's bias, the self-augmentation's per-channel scale, and (not here) norm weights."""
     code = """
@@ -31,7 +38,7 @@ def test_parameters_and_their_marks(neox_checkout, config):
     shapes = {n: list(p.shape) for n, p in layer.named_parameters()}
     answer([shapes, sorted(undecayed), sorted(split)])
     """
-    shapes, undecayed, split = in_neox(neox_checkout, config, code)
+    shapes, undecayed, split = in_neox(config, code)
     assert shapes == {
         "mixer.out_gate_bias": [4, 16],
         "mixer.aug_balance": [4, 8],
@@ -45,7 +52,7 @@ def test_parameters_and_their_marks(neox_checkout, config):
     assert split == sorted(set(shapes) - {"mixer.conv1d.weight"})
 
 
-def test_output_is_the_recurrence(neox_checkout, config):
+def test_output_is_the_recurrence(in_neox, config):
     """One layer in float64 against the formulas of its parts, written out token by token."""
     code = """
     from megatron.training import get_model
@@ -80,10 +87,10 @@ def test_output_is_the_recurrence(neox_checkout, config):
     expected = x1 + (F.silu(h @ w1.T) * (h @ w3.T)) @ layer.mlp.down_proj.weight.T
     answer((layer((x, None))[0] - expected).abs().max().item())
     """
-    assert in_neox(neox_checkout, config, code) < 1e-12
+    assert in_neox(config, code) < 1e-12
 
 
-def test_cached_steps_continue_the_sequence(neox_checkout, config):
+def test_cached_steps_continue_the_sequence(in_neox, config):
     code = """
     from megatron.training import get_model
     layer = get_model(neox_args).sequential[2].double()
@@ -94,11 +101,11 @@ def test_cached_steps_continue_the_sequence(neox_checkout, config):
     parts = torch.cat([run(x[:5]), run(x[5:6]), run(x[6:7]), run(x[7:])])
     answer((whole - parts).abs().max().item())
     """
-    assert in_neox(neox_checkout, config, code) < 1e-12
+    assert in_neox(config, code) < 1e-12
 
 
 @pytest.mark.parametrize("pipe_parallel_size", [0, 1])
-def test_layers_are_recomputed(neox_checkout, config, pipe_parallel_size):
+def test_layers_are_recomputed(in_neox, config, pipe_parallel_size):
     """With activation checkpointing each layer runs twice in a step, which changes no weight."""
     code = """
     from megatron.training import setup_model_and_optimizer, train_step
@@ -118,9 +125,9 @@ def test_layers_are_recomputed(neox_checkout, config, pipe_parallel_size):
     answer([calls, [p.double().sum().item() for p in model.module.parameters()]])
     """
     config.update(pipe_parallel_size=pipe_parallel_size)
-    calls, weights = in_neox(neox_checkout, config, code)
+    calls, weights = in_neox(config, code)
     assert calls == 2
-    calls, recomputed = in_neox(neox_checkout, {**config, "checkpoint_activations": True}, code)
+    calls, recomputed = in_neox({**config, "checkpoint_activations": True}, code)
     assert calls == 4
     assert recomputed == weights
 
@@ -140,7 +147,7 @@ def on_cpu(file: Path, config: dict) -> dict:
         ("3b", 2_914_922_496, 1024 * 2048),
     ],
 )
-def test_sizes_of_the_configurations(neox_checkout, config, name, parameters, batch):
+def test_sizes_of_the_configurations(in_neox, config, name, parameters, batch):
     """Parameters of the model that GPT-NeoX builds, on the meta device, with 32,000 tokens; tokens
     of a batch on one GPU and on 32. The former is also what the file's first line tells."""
     code = """
@@ -157,7 +164,7 @@ def test_sizes_of_the_configurations(neox_checkout, config, name, parameters, ba
     model.init_specs()
     layers = [spec.build() for spec in model.specs if isinstance(spec, LayerSpec)]
     def batch(gpus):
-        args = NeoXArgs.from_dict({**json.loads(sys.argv[1]), "global_num_gpus": gpus})
+        args = NeoXArgs.from_dict({**settings, "global_num_gpus": gpus})
         sequences = args.train_micro_batch_size_per_gpu * args.gradient_accumulation_steps * gpus
         return sequences * args.seq_length
     answer([sum(p.numel() for layer in layers for p in layer.parameters()), batch(1), batch(32)])
@@ -165,12 +172,12 @@ def test_sizes_of_the_configurations(neox_checkout, config, name, parameters, ba
     file = CONFIGS / f"metala_{name}.yml"
     if name == "380m":
         assert (CONFIGS / "metala.yml").read_text() == file.read_text()
-    found = in_neox(neox_checkout, on_cpu(file, config), code)
+    found = in_neox(on_cpu(file, config), code)
     assert found == [parameters, batch, batch]
     assert f"{parameters:,} parameters" in file.read_text()
 
 
-def test_the_command_of_the_readme_finds_its_settings(neox_checkout, config):
+def test_the_command_of_the_readme_finds_its_settings(in_neox, config):
     """`-d configs metala.yml local_setup.yml` with GPT-NeoX's own local_setup.yml and with ours."""
     code = """
     sizes = []
@@ -181,10 +188,10 @@ def test_the_command_of_the_readme_finds_its_settings(neox_checkout, config):
     answer(sizes)
     """
     code %= str(CONFIGS / "local_setup.yml")
-    assert in_neox(neox_checkout, config, code) == [[1024, 24, "checkpoints"]] * 2
+    assert in_neox(config, code) == [[1024, 24, "checkpoints"]] * 2
 
 
-def test_printed_flops_match_the_formula(neox_checkout, config):
+def test_printed_flops_match_the_formula(in_neox, config):
     """Against an independent count: matrix shapes of the built model, and the recurrence."""
     code = """
     from megatron.logging import get_actual_flops, get_forward_backward_flops
@@ -194,9 +201,7 @@ def test_printed_flops_match_the_formula(neox_checkout, config):
                    and "word_embeddings" not in n and "aug" not in n and "bias" not in n)
     answer([matrices, get_actual_flops(neox_args, 2.0), get_forward_backward_flops(neox_args, 2.0)])
     """
-    matrices, actual, needed = in_neox(
-        neox_checkout, {**config, "checkpoint_activations": True}, code
-    )
+    matrices, actual, needed = in_neox({**config, "checkpoint_activations": True}, code)
     heads, key_width, value_width, layers = 4, 8, 16, 2
     forward = 2 * matrices + layers * heads * 5 * key_width * value_width
     tokens = 4 * 64
@@ -204,7 +209,7 @@ def test_printed_flops_match_the_formula(neox_checkout, config):
     assert needed == pytest.approx(3 * tokens * forward / 2.0)
 
 
-def test_an_unread_attention_mask_is_not_built(neox_checkout, config):
+def test_an_unread_attention_mask_is_not_built(in_neox, config):
     code = """
     from megatron.training import get_model
     from megatron.utils import get_ltor_masks_and_position_ids
@@ -212,12 +217,12 @@ def test_an_unread_attention_mask_is_not_built(neox_checkout, config):
     mask, _, _ = get_ltor_masks_and_position_ids(torch.zeros(1, 32, dtype=torch.long), 0)
     answer(list(mask.shape))
     """
-    assert in_neox(neox_checkout, config, code) == [1, 1, 1, 1]
+    assert in_neox(config, code) == [1, 1, 1, 1]
     hybrid = {**config, "attention_config": ["metala", "global"]}
-    assert in_neox(neox_checkout, hybrid, code) == [1, 1, 32, 32]
+    assert in_neox(hybrid, code) == [1, 1, 32, 32]
 
 
-def test_authors_initialisation(neox_checkout, config):
+def test_authors_initialisation(in_neox, config):
     """Linears normal(0.02); q and gate logits Xavier-uniform with gain 2**-2.5 over [d/2, d]."""
     code = """
     from megatron.training import get_model
@@ -230,7 +235,7 @@ def test_authors_initialisation(neox_checkout, config):
     """
     config.update(hidden_size=1024, num_attention_heads=16, intermediate_size=256, num_layers=1)
     config.update(attention_config=["metala"])
-    largest, uniform, normal, out, aug, bias = in_neox(neox_checkout, config, code)
+    largest, uniform, normal, out, aug, bias = in_neox(config, code)
     bound = 2**-2.5 * (6 / (1024 + 512)) ** 0.5
     assert largest == pytest.approx(bound, rel=1e-3) and largest <= bound
     assert uniform == pytest.approx(bound / 3**0.5, rel=0.01)

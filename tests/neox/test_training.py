@@ -6,54 +6,64 @@ import json
 import os
 import signal
 import struct
-import subprocess
-import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from convert import neox_to_hf, reshape_neox
+from tests.conftest import find_neox
 from tests.neox.training import FLOPS, LOSS, Run, neox, settings, start, train
 
-ROOT = Path(__file__).resolve().parents[2]
 LAYOUTS = [(1, 1), (2, 1), (1, 2)]  # (tensor, pipeline) parallel; (1, 0) is what they must equal
 
 
-def convert(program: str, checkout: Path, *arguments) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, ROOT / "convert" / program, *map(str, arguments)],
-        env={**os.environ, "GPT_NEOX_PATH": str(checkout), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+def convert(program: ModuleType, checkout: Path, *arguments) -> None:
+    """Runs a command of `convert` in this process, which has loaded all that it needs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GPT_NEOX_PATH", str(checkout))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setattr("sys.argv", [program.__name__, *map(str, arguments)])
+        program.main()
 
 
 def export(checkout: Path, checkpoint: Path, output: Path, *flags) -> dict[str, torch.Tensor]:
     """The tensors of the checkpoint's Hugging Face folder, by the converter's command."""
-    process = convert(
-        "neox_to_hf.py", checkout, "--checkpoint", checkpoint, "--output", output, *flags
-    )
-    assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-3000:]
+    convert(neox_to_hf, checkout, "--checkpoint", checkpoint, "--output", output, *flags)
     return load_file(output / "model.safetensors")
 
 
 @pytest.fixture(scope="module")
-def reference(neox_checkout, token_data, tokenizer_file, tmp_path_factory) -> tuple[Run, Path]:
-    """Twenty steps on one rank without a pipeline, with checkpoints of steps 0 and 20."""
-    folder = tmp_path_factory.mktemp("reference")
-    checkpoints = folder / "checkpoints"
-    config = settings(
-        token_data,
-        tokenizer_file,
-        save=str(checkpoints),
-        extra_save_iters=[0],
-        checkpoint_factor=20,
-        eval_interval=10,
-        do_valid=True,
-    )
-    return train(neox_checkout, config, folder), checkpoints
+def reference(neox_checkout, token_data, tokenizer_file, make_once) -> tuple[Run, Path]:
+    """Twenty steps on one rank without a pipeline, logged by wandb offline, with checkpoints of
+    steps 0 and 20, in the folder `checkpoints` of the one returned."""
+
+    def run(folder: Path) -> None:
+        config = settings(
+            token_data,
+            tokenizer_file,
+            save=str(folder / "checkpoints"),
+            extra_save_iters=[0],
+            checkpoint_factor=20,
+            eval_interval=10,
+            do_valid=True,
+            use_wandb=True,
+            wandb_project="metala",
+        )
+        wandb = {"WANDB_MODE": "offline", "WANDB_DIR": str(folder)}
+        (folder / "output").write_text(train(neox_checkout, config, folder, **wandb).output)
+
+    folder = make_once("reference", run)
+    return Run(0, (folder / "output").read_text()), folder
+
+
+@pytest.fixture(scope="module")
+def reference_at_start(neox_checkout, reference, tmp_path_factory) -> dict[str, torch.Tensor]:
+    """The tensors of the reference before its first step, as Hugging Face has them."""
+    output = tmp_path_factory.mktemp("reference_at_start") / "hf"
+    return export(neox_checkout, reference[1] / "checkpoints", output, "--iteration", 0)
 
 
 def test_the_loss_falls(reference):
@@ -75,21 +85,19 @@ def test_printed_flops_follow_from_the_printed_time(reference):
 
 @pytest.mark.parametrize(("tp", "pp"), LAYOUTS)
 def test_layouts_train_alike_and_convert_alike(
-    neox_checkout, token_data, tokenizer_file, reference, tmp_path, tp, pp
+    neox_checkout, token_data, tokenizer_file, reference, reference_at_start, tmp_path, tp, pp
 ):
-    run, checkpoints = reference
+    run, folder = reference
     start_from = tmp_path / "step0"
-    process = convert(
-        "reshape_neox.py", neox_checkout,
-        "--checkpoint", checkpoints, "--iteration", 0, "--output", start_from,
+    convert(
+        reshape_neox, neox_checkout,
+        "--checkpoint", folder / "checkpoints", "--iteration", 0, "--output", start_from,
         "--tensor-parallel", tp, "--pipeline-parallel", pp,
     )  # fmt: skip
-    assert process.returncode == 0, process.stderr
 
     # one model, two layouts: the same tensors, byte for byte
-    flags = ("--iteration", 0)
-    one = export(neox_checkout, checkpoints, tmp_path / "hf_one", *flags)
-    other = export(neox_checkout, start_from, tmp_path / "hf_other", *flags)
+    one = reference_at_start
+    other = export(neox_checkout, start_from, tmp_path / "hf_other", "--iteration", 0)
     assert one.keys() == other.keys()
     for name in one:
         assert one[name].numpy().tobytes() == other[name].numpy().tobytes(), name
@@ -122,19 +130,25 @@ def test_layouts_train_alike_and_convert_alike(
     assert moved.abs().max() > 1e-3  # what starts at zero has learned
 
 
-def test_the_convolution_stays_identical_on_all_ranks(
-    neox_checkout, token_data, tokenizer_file, tmp_path
-):
+def test_a_new_model_of_two_ranks(neox_checkout, token_data, tokenizer_file, tmp_path):
+    """The convolution, which all ranks have, stays identical. What GPT-NeoX saved is verified."""
     config = settings(
-        token_data, tokenizer_file, tp=2, pp=1, save=str(tmp_path / "c"), checkpoint_factor=20
+        token_data,
+        tokenizer_file,
+        tp=2,
+        pp=1,
+        save=str(tmp_path / "checkpoints"),
+        checkpoint_factor=20,
+        no_weight_tying=False,
     )
     train(neox_checkout, config, tmp_path)
-    ranks = [
-        torch.load(tmp_path / f"c/global_step20/layer_02-model_0{rank}-model_states.pt")
-        for rank in (0, 1)
-    ]
+    step = tmp_path / "checkpoints/global_step20"
+    ranks = [torch.load(step / f"layer_02-model_0{rank}-model_states.pt") for rank in (0, 1)]
     assert torch.equal(ranks[0]["mixer.conv1d.weight"], ranks[1]["mixer.conv1d.weight"])
     assert not torch.equal(ranks[0]["mixer.aug_balance"], ranks[1]["mixer.aug_balance"])
+
+    # in a checkout that is not linked to the plugin
+    export(find_neox(), tmp_path / "checkpoints", tmp_path / "hf", "--verify")
 
 
 def assert_they_generate_alike(checkout: Path, config: dict, folder: Path, model_folder: Path):
@@ -165,10 +179,12 @@ def assert_they_generate_alike(checkout: Path, config: dict, folder: Path, model
 
 
 def test_the_reference_layout_converts_and_generates_alike(
-    neox_checkout, token_data, tokenizer_file, reference, tmp_path
+    neox_checkout, token_data, tokenizer_file, reference, tmp_path, capsys
 ):
-    checkpoints = reference[1]
-    export(neox_checkout, checkpoints, tmp_path / "hf", "--verify")
+    checkpoints = reference[1] / "checkpoints"
+    # in a checkout that is not linked to the plugin
+    export(find_neox(), checkpoints, tmp_path / "hf", "--verify")
+    assert "verified largest logit difference" in capsys.readouterr().out
     config = settings(token_data, tokenizer_file, load=str(checkpoints))
     assert_they_generate_alike(neox_checkout, config, tmp_path, tmp_path / "hf")
 
@@ -265,15 +281,9 @@ def logged_values(file: Path, name: str) -> dict[int, float]:
     return values
 
 
-def test_wandb_offline_holds_the_loss_of_every_logged_step(
-    neox_checkout, token_data, tokenizer_file, tmp_path
-):
-    config = settings(
-        token_data, tokenizer_file, train_iters=5, use_wandb=True, wandb_project="metala"
-    )
-    environment = {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path)}
-    run = train(neox_checkout, config, tmp_path, **environment)
-    (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+def test_wandb_offline_holds_the_loss_of_every_logged_step(reference):
+    run, folder = reference
+    (file,) = folder.glob("wandb/offline-run-*/run-*.wandb")
     logged = logged_values(file, "train/lm_loss")
     assert logged == pytest.approx(run.losses, abs=1e-5)
 
