@@ -37,7 +37,8 @@ else
 
   echo "==== evaluation, with $(grep '^lm_eval==' constraints-lm_eval.txt)"
   if install_apart constraints-lm_eval.txt "$VIRTUAL_ENV/lm_eval"; then
-    PYTHONPATH="$VIRTUAL_ENV/lm_eval" "$METALA_PYTHON" -m pytest tests/scripts/test_evaluate.py || status=$?
+    PYTHONPATH="$VIRTUAL_ENV/lm_eval" "$METALA_PYTHON" -m pytest "${parallel[@]}" \
+      tests/scripts/test_evaluate.py || status=$?
   else
     rm -rf "$VIRTUAL_ENV/lm_eval"
     echo "==== ITS TESTS WERE SKIPPED: lm_eval could not be installed"
