@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable
-from importlib.util import find_spec
 
 import torch
 
+from megatron_patch.ops import availability
 from megatron_patch.ops.checks import (
     FLOAT_DTYPES,
     check_choice,
@@ -19,13 +18,6 @@ from megatron_patch.ops.checks import (
 )
 
 BACKENDS = ("auto", "triton", "fla", "chunked", "reference")
-
-# Looked up once: a decoding step must not search the file system. Nothing is imported before its
-# use.
-TRITON_INSTALLED = (
-    find_spec("triton") is not None and find_spec("megatron_patch.ops.triton") is not None
-)
-FLA_INSTALLED = find_spec("fla") is not None
 
 
 def meta_linear_attention(
@@ -173,7 +165,7 @@ def _implementation(backend: str, dtype: torch.dtype, device: torch.device) -> C
         ValueError: a backend named by the caller cannot run here; the message says why.
     """
     obstacle = _obstacle(backend, dtype, device)
-    if obstacle is not None and not (backend == "triton" and _interpreted(dtype)):
+    if obstacle is not None and not (backend == "triton" and availability.interpreted(dtype)):
         raise ValueError(f"backend {backend!r}: {obstacle}; use backend 'auto' or 'chunked'")
 
     if backend == "triton":
@@ -191,18 +183,8 @@ def _obstacle(backend: str, dtype: torch.dtype, device: torch.device) -> str | N
     """Why `backend` cannot run on such tensors, or `None` if it can."""
     if backend in ("chunked", "reference"):
         return None
-    if dtype == torch.float64:
-        return "found float64 tensors, wanted float16, bfloat16 or float32"
-    if backend == "triton" and not TRITON_INSTALLED:
-        return "the package triton or the kernels in megatron_patch.ops.triton are not installed"
-    if backend == "fla" and not FLA_INSTALLED:
+    if backend == "triton":
+        return availability.triton_obstacle(dtype, device)
+    if not availability.FLA_INSTALLED:
         return "the package flash-linear-attention is not installed"
-    if device.type != "cuda":
-        return f"found tensors on {device}, wanted cuda"
-    return None
-
-
-def _interpreted(dtype: torch.dtype) -> bool:
-    """Whether the Triton kernels run anywhere, in Triton's interpreter: slowly, for tests."""
-    interpreting = os.environ.get("TRITON_INTERPRET") == "1"
-    return interpreting and TRITON_INSTALLED and dtype != torch.float64
+    return availability.gpu_obstacle(dtype, device)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-from importlib.util import find_spec
-
 import torch
 import torch.nn.functional as F
 
+from megatron_patch.ops import availability
 from megatron_patch.ops.checks import (
     FLOAT_DTYPES,
     check_choice,
@@ -19,10 +17,6 @@ from megatron_patch.ops.epilogue import compute_dtype
 
 CONVOLUTION_BACKENDS = ("auto", "triton", "causal_conv1d", "torch")
 FASTEST_FIRST = ("causal_conv1d", "triton", "torch")  # "auto" takes the first that serves a call
-TRITON_INSTALLED = (
-    find_spec("triton") is not None and find_spec("megatron_patch.ops.triton") is not None
-)
-CAUSAL_CONV1D_INSTALLED = find_spec("causal_conv1d") is not None
 
 
 def short_convolution(
@@ -87,7 +81,7 @@ def short_convolution(
 
     def obstacle(name: str) -> str | None:
         if name == "triton":
-            return _triton_obstacle(x)
+            return availability.triton_obstacle(x.dtype, x.device)
         if name == "causal_conv1d":
             packed_state = cu_seqlens is not None and (
                 initial_state is not None or output_final_state
@@ -97,7 +91,9 @@ def short_convolution(
 
     if backend == "auto":
         backend = next(name for name in FASTEST_FIRST if obstacle(name) is None)
-    elif (reason := obstacle(backend)) is not None and not _interpreted(backend, x):
+    elif (reason := obstacle(backend)) is not None and not (
+        backend == "triton" and availability.interpreted(x.dtype)
+    ):
         raise ValueError(f"backend {backend!r}: {reason}; use backend 'auto' or 'torch'")
     if backend == "triton":
         from megatron_patch.ops.triton import short_convolution as implementation
@@ -182,31 +178,12 @@ def _convolve_packed(
     return y, final_state
 
 
-def _triton_obstacle(x: torch.Tensor) -> str | None:
-    """Why the Triton kernels cannot serve this call, or `None` if they can."""
-    if not TRITON_INSTALLED:
-        return "the package triton or the kernels in megatron_patch.ops.triton are not installed"
-    if x.device.type != "cuda":
-        return f"found tensors on {x.device}, wanted cuda"
-    if x.dtype == torch.float64:
-        return "found float64 tensors, wanted float16, bfloat16 or float32"
-    return None
-
-
-def _interpreted(backend: str, x: torch.Tensor) -> bool:
-    """Whether the kernels run anywhere, in Triton's interpreter: slowly, for tests."""
-    interpreting = os.environ.get("TRITON_INTERPRET") == "1"
-    return backend == "triton" and interpreting and TRITON_INSTALLED and x.dtype != torch.float64
-
-
 def _causal_conv1d_obstacle(x: torch.Tensor, width: int, packed_state: bool) -> str | None:
     """Why the package causal-conv1d cannot serve this call, or `None` if it can."""
-    if not CAUSAL_CONV1D_INSTALLED:
+    if not availability.CAUSAL_CONV1D_INSTALLED:
         return "the package causal-conv1d is not installed"
-    if x.device.type != "cuda":
-        return f"found tensors on {x.device}, wanted cuda"
-    if x.dtype == torch.float64:
-        return "found float64 tensors, wanted float16, bfloat16 or float32"
+    if (reason := availability.gpu_obstacle(x.dtype, x.device)) is not None:
+        return reason
     if not 2 <= width <= 4:
         return f"found a width of W = {width}, wanted 2, 3 or 4"
     if x.shape[-1] % 8:

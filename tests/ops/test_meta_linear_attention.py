@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_patch.ops import BACKENDS, meta_linear_attention
+from megatron_patch.ops import BACKENDS, availability, meta_linear_attention
 
 B, T, H, K, V = 2, 6, 3, 4, 5
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -196,7 +196,7 @@ def installed(monkeypatch):
                 meta_linear_attention=f"{name} implementation",
                 is_checked=lambda key_width, value_width, dtype: key_width >= 32,
             )
-            monkeypatch.setattr(module, f"{name.upper()}_INSTALLED", name in names)
+            monkeypatch.setattr(availability, f"{name.upper()}_INSTALLED", name in names)
             monkeypatch.setitem(sys.modules, f"megatron_patch.ops.{name}", marker)
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 

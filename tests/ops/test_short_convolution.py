@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
 
-from megatron_patch.ops import CONVOLUTION_BACKENDS, short_convolution
+from megatron_patch.ops import CONVOLUTION_BACKENDS, availability, short_convolution
 
 
 def make(B=2, T=9, D=8, W=4, *, N=None, dtype=torch.float64):
@@ -256,12 +256,11 @@ def test_error_messages(change, message):
 
 
 def test_named_backend_that_cannot_run_says_why(monkeypatch):
-    module = sys.modules[short_convolution.__module__]
     x, weight, _ = make(dtype=torch.float32)
-    monkeypatch.setattr(module, "CAUSAL_CONV1D_INSTALLED", False)
+    monkeypatch.setattr(availability, "CAUSAL_CONV1D_INSTALLED", False)
     with pytest.raises(ValueError, match="causal-conv1d is not installed; use backend 'auto'"):
         short_convolution(x, weight, backend="causal_conv1d")
-    monkeypatch.setattr(module, "CAUSAL_CONV1D_INSTALLED", True)
+    monkeypatch.setattr(availability, "CAUSAL_CONV1D_INSTALLED", True)
     with pytest.raises(ValueError, match="found tensors on cpu, wanted cuda"):
         short_convolution(x, weight, backend="causal_conv1d")
 
@@ -285,7 +284,7 @@ def test_auto_takes_the_first_that_serves(monkeypatch, installed, device, dtype,
         return lambda x, *arguments: (calls.append(name), (x, None))[1]
 
     for name in ("causal_conv1d", "triton"):
-        monkeypatch.setattr(module, f"{name.upper()}_INSTALLED", name in installed)
+        monkeypatch.setattr(availability, f"{name.upper()}_INSTALLED", name in installed)
     kernels = SimpleNamespace(short_convolution=marker("triton"))
     monkeypatch.setitem(sys.modules, "megatron_patch.ops.triton", kernels)
     monkeypatch.setattr(module, "_with_causal_conv1d", marker("causal_conv1d"))
@@ -358,7 +357,7 @@ def test_causal_conv1d_is_told_the_packed_sequences(monkeypatch):
 )
 def test_limits_of_causal_conv1d(monkeypatch, width, channels, dtype, packed_state, reason):
     module = sys.modules[short_convolution.__module__]
-    monkeypatch.setattr(module, "CAUSAL_CONV1D_INSTALLED", True)
+    monkeypatch.setattr(availability, "CAUSAL_CONV1D_INSTALLED", True)
     x = SimpleNamespace(device=torch.device("cuda"), dtype=dtype, shape=(1, 5, channels))
     obstacle = module._causal_conv1d_obstacle(x, width, packed_state)
     assert (obstacle is None) if reason is None else (reason in obstacle)
