@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from megatron_patch.ops.chunked import meta_linear_attention
-from megatron_patch.ops.short_convolution import _convolve, _convolve_packed, _give_state
+from megatron_patch.ops.epilogue import give_state
+from megatron_patch.ops.short_convolution import _convolve, _convolve_packed
 
 
 def short_convolution(
@@ -35,7 +36,7 @@ def short_convolution(
         y, final_state = _convolve_packed(x, weight, initial_state, cu_seqlens)
     if activation == "silu":
         y = F.silu(y)
-    return y.to(x.dtype), _give_state(
+    return y.to(x.dtype), give_state(
         final_state, initial_state, output_final_state, inplace_final_state
     )
 

@@ -13,7 +13,7 @@ from megatron_patch.ops.checks import (
     check_inplace_final_state,
     check_tensor,
 )
-from megatron_patch.ops.epilogue import compute_dtype
+from megatron_patch.ops.epilogue import compute_dtype, give_state
 
 CONVOLUTION_BACKENDS = ("auto", "triton", "causal_conv1d", "torch")
 FASTEST_FIRST = ("causal_conv1d", "triton", "torch")  # "auto" takes the first that serves a call
@@ -107,21 +107,7 @@ def short_convolution(
         y, final_state = _convolve_packed(x, weight, initial_state, cu_seqlens)
     if activation == "silu":
         y = F.silu(y)
-    return y.to(x.dtype), _give_state(final_state, *states)
-
-
-def _give_state(
-    final_state: torch.Tensor,
-    initial_state: torch.Tensor | None,
-    output_final_state: bool,
-    inplace_final_state: bool,
-) -> torch.Tensor | None:
-    """The state as the caller wants it: written over the initial one, on its own, or not at all."""
-    if inplace_final_state:
-        return initial_state.copy_(final_state)
-    # A copy, so that a few tokens do not keep a whole sequence in memory.
-    contiguous = torch.contiguous_format
-    return final_state.clone(memory_format=contiguous) if output_final_state else None
+    return y.to(x.dtype), give_state(final_state, *states)
 
 
 def _weighted_sum(padded: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -141,13 +127,13 @@ def _convolve(
     x: torch.Tensor, weight: torch.Tensor, initial_state: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sequences of one length: the sums [B, T, D] before the activation, and the final state
-    [B, D, W - 1]."""
+    [B, D, W - 1], in memory of its own: a few tokens must not keep a whole sequence."""
     time, width = x.shape[1], weight.shape[-1]
     if initial_state is None:
         padded = F.pad(x, (0, 0, width - 1, 0))
     else:
         padded = torch.cat([initial_state.transpose(1, 2), x], dim=1)
-    return _weighted_sum(padded, weight), padded[:, time:].transpose(1, 2)
+    return _weighted_sum(padded, weight), _transposed(padded[:, time:])
 
 
 def _convolve_packed(
@@ -174,8 +160,12 @@ def _convolve_packed(
         rows = initial_state.transpose(1, 2).reshape(-1, channels)
         padded = padded.index_copy(0, state_rows[:-1].reshape(-1), rows)
     y = _weighted_sum(padded[None], weight)[:, token_rows - past]
-    final_state = padded[state_rows[1:] - past].transpose(1, 2)
-    return y, final_state
+    return y, _transposed(padded[state_rows[1:] - past])
+
+
+def _transposed(rows: torch.Tensor) -> torch.Tensor:
+    """[N, W - 1, D] to [N, D, W - 1], copied."""
+    return rows.transpose(1, 2).clone(memory_format=torch.contiguous_format)
 
 
 def _causal_conv1d_obstacle(x: torch.Tensor, width: int, packed_state: bool) -> str | None:
@@ -232,6 +222,6 @@ def _with_causal_conv1d(
         inputs = F.pad(x, (0, 0, past - time, 0))
     else:
         inputs = torch.cat([initial_state.transpose(1, 2)[:, time:], x], dim=1)
-    return y.transpose(1, 2), _give_state(
-        inputs.transpose(1, 2), initial_state, output_final_state, inplace_final_state
+    return y.transpose(1, 2), give_state(
+        _transposed(inputs), initial_state, output_final_state, inplace_final_state
     )
