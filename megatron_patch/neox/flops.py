@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from megatron_patch.neox.settings import MetaLASettings, metala_intermediate_size
+from megatron_patch.neox.settings import (
+    MetaLASettings,
+    attention_intermediate_size,
+    metala_intermediate_size,
+)
 
 
 def forward_flops_per_token(args) -> float:
@@ -18,8 +22,15 @@ def forward_flops_per_token(args) -> float:
         convolution    2 W d
         MLP            6 d f
 
-    An attention layer counts as in GPT-NeoX's own formula, 24 d^2 + 4 s d. The output layer is 2 d
-    times the padded vocabulary; the embedding look-up costs nothing.
+    An attention layer of type global or flash, with G key heads of H, an MLP of width f' and
+    sequences of s tokens, of which each reads all, as in GPT-NeoX's own formulas:
+
+        projections    2 d (d + 2 d G / H) + 2 d^2
+        attention      4 s d                         scores and read-out
+        MLP            6 d f'
+
+    A layer of another type counts by GPT-NeoX's formula for a GPT, 24 d^2 + 4 s d. The output layer
+    is 2 d times the padded vocabulary; the embedding look-up costs nothing.
     """
     d, heads = args.hidden_size, args.num_attention_heads
     metala = (
@@ -28,9 +39,18 @@ def forward_flops_per_token(args) -> float:
         + 2 * MetaLASettings.parse(args.metala).conv_width * d
         + 6 * d * metala_intermediate_size(args)
     )
-    attention = 24 * d**2 + 4 * args.seq_length * d
-    number = args.attention_config.count("metala")
-    return number * metala + (args.num_layers - number) * attention + 2 * d * args.padded_vocab_size
+    pairs = 4 * args.seq_length * d
+    total = 2 * d * args.padded_vocab_size
+    for kind in args.attention_config:
+        if kind == "metala":
+            total += metala
+        elif kind in ("global", "flash"):
+            key_heads = args.num_kv_heads or heads
+            total += 4 * d**2 * (1 + key_heads / heads) + pairs
+            total += 6 * d * attention_intermediate_size(args)
+        else:
+            total += 24 * d**2 + pairs
+    return total
 
 
 def flops_per_second(args, iteration_seconds: float, passes: int) -> float:

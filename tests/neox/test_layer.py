@@ -191,8 +191,10 @@ def test_the_command_of_the_readme_finds_its_settings(in_neox, config):
     assert in_neox(config, code) == [[1024, 24, "checkpoints"]] * 2
 
 
-def test_printed_flops_match_the_formula(in_neox, config):
-    """Against an independent count: matrix shapes of the built model, and the recurrence."""
+@pytest.mark.parametrize("layers", [["metala", "metala"], ["metala", "global"]])
+def test_printed_flops_match_the_formula(in_neox, config, layers):
+    """Against an independent count: matrix shapes of the built model, the recurrence, and attention
+    to all of a sequence's tokens, with half the key heads and an MLP of another width."""
     code = """
     from megatron.logging import get_actual_flops, get_forward_backward_flops
     from megatron.training import get_model
@@ -201,10 +203,15 @@ def test_printed_flops_match_the_formula(in_neox, config):
                    and "word_embeddings" not in n and "aug" not in n and "bias" not in n)
     answer([matrices, get_actual_flops(neox_args, 2.0), get_forward_backward_flops(neox_args, 2.0)])
     """
-    matrices, actual, needed = in_neox({**config, "checkpoint_activations": True}, code)
-    heads, key_width, value_width, layers = 4, 8, 16, 2
-    forward = 2 * matrices + layers * heads * 5 * key_width * value_width
-    tokens = 4 * 64
+    config.update(attention_config=layers, checkpoint_activations=True)
+    if "global" in layers:
+        config.update(num_kv_heads=2, mlp_multiple_of=20)
+    matrices, actual, needed = in_neox(config, code)
+    heads, key_width, value_width, hidden_size, length = 4, 8, 16, 64, 64
+    recurrence = heads * 5 * key_width * value_width
+    attention = 2 * 2 * length * hidden_size
+    forward = 2 * matrices + sum(recurrence if x == "metala" else attention for x in layers)
+    tokens = 4 * length
     assert actual == pytest.approx(4 * tokens * forward / 2.0)
     assert needed == pytest.approx(3 * tokens * forward / 2.0)
 
