@@ -3,6 +3,7 @@ the same configuration, and the first call compiles each kernel once."""
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -60,6 +61,7 @@ def precision_of(dtype: torch.dtype) -> str:
     return "bf16" if dtype == torch.bfloat16 else "tf32x3"
 
 
+@cache
 def configure(key_width: int, value_width: int, dtype: torch.dtype) -> Configuration:
     """The configuration for these widths. It depends on nothing else."""
     k, v = power_of_two(key_width), power_of_two(value_width)

@@ -6,6 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
+from megatron_patch.ops.triton.compilation import compiled_together, launcher
 from megatron_patch.ops.triton.configuration import Configuration, configure, power_of_two
 from megatron_patch.ops.triton.exact import exact_gradients
 from megatron_patch.ops.triton.factors import factors
@@ -61,7 +62,7 @@ class _Call:
         self.exact = self.empty(layout.chunk_count, heads, dtype=torch.int32)
         self.scores = self.empty(*shape, config.chunk, dtype=self.dtype)
         self.similarity = self.empty(*shape) if self.aug is not None else None
-        factors[(layout.chunk_count * heads,)](
+        launcher(factors, (layout.chunk_count * heads,))(
             self.q, self.gates, self.aug, self.early, self.late, self.chunk_decays, self.exact,
             self.scores, self.similarity, layout.chunk_table, self.bounds,
             self.time, layout.chunks, self.scale, self.inverse_tau,
@@ -82,7 +83,7 @@ class _Call:
 
         def walk(entering: Tensor | None, leaving: Tensor | None, decays: Tensor | None) -> None:
             tiles = triton.cdiv(k, config.carry_k) * triton.cdiv(width, config.carry_v)
-            carry[(layout.segment_count * heads, tiles)](
+            launcher(carry, (layout.segment_count * heads, tiles))(
                 self.early if reverse else self.late, y, self.chunk_decays, self.exact,
                 states, entering, leaving, decays, layout.segment_table,
                 layout.chunk_bounds, self.bounds, self.time, layout.segments, layout.chunks,
@@ -101,7 +102,8 @@ class _Call:
         decays = self.empty(layout.segment_count, heads, k)
         walk(None, entering, decays)
         block_k, block_v = 16, min(64, power_of_two(width))
-        scan[(layout.sequences * heads, triton.cdiv(k, block_k) * triton.cdiv(width, block_v))](
+        tiles = triton.cdiv(k, block_k) * triton.cdiv(width, block_v)
+        launcher(scan, (layout.sequences * heads, tiles))(
             entering, decays, boundary, final, layout.segment_bounds, layout.segments,
             H=heads, K=k, V=width, BK=block_k, BV=block_v,
             HAS_INITIAL=boundary is not None, REVERSE=reverse, PACKED=self.packed,
@@ -141,7 +143,7 @@ def _sum(shares: Tensor, dtype: torch.dtype) -> Tensor:
     """Sum of the chunks' shares [chunks, H, W] in a fixed order."""
     rows, width = shares.shape[0], shares.shape[1] * shares.shape[2]
     total = torch.empty(shares.shape[1:], dtype=dtype, device=shares.device)
-    sum_shares[(triton.cdiv(width, 32),)](shares, total, rows, width, num_warps=4)
+    launcher(sum_shares, (triton.cdiv(width, 32),))(shares, total, rows, width, num_warps=4)
     return total
 
 
@@ -149,6 +151,16 @@ def _boundary(state: Tensor | None) -> Tensor | None:
     return None if state is None else state.contiguous()
 
 
+def _kernels(q: Tensor, gate_logits: Tensor, v: Tensor, *others: object) -> tuple:
+    """What decides which kernels a pass launches, but for strides and addresses, to which Triton
+    specialises them."""
+    _, time, heads, k = q.shape
+    width = v.shape[3]
+    many_segments = time > configure(k, width, q.dtype).segment
+    return q.device, q.dtype, heads, k, width, many_segments, *[x is None for x in others]
+
+
+@compiled_together(_kernels)
 def forward(
     q: Tensor,
     gate_logits: Tensor,
@@ -172,7 +184,7 @@ def forward(
         config = call.config
         states, final_state = call.states(v, _boundary(initial_state), reverse=False)
         out = call.outputs(*v.shape)
-        output[(call.layout.chunk_count * call.heads,)](
+        launcher(output, (call.layout.chunk_count * call.heads,))(
             v, out_gate, call.bias, *call.shared(), states, out,
             *call.numbers(), norm_eps, *v.stride(), *call.gate_strides(),
             **call.output_options(config.output_warps, config.output_registers),
@@ -182,9 +194,8 @@ def forward(
     return out, final_state, states
 
 
+@compiled_together(_kernels)
 def backward(
-    d_out: Tensor,
-    d_final_state: Tensor | None,
     q: Tensor,
     gate_logits: Tensor,
     v: Tensor,
@@ -194,6 +205,8 @@ def backward(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     states: Tensor,
+    d_out: Tensor,
+    d_final_state: Tensor | None,
     tau: float,
     scale: float,
     norm_eps: float,
@@ -210,7 +223,7 @@ def backward(
         d_y = call.outputs(*v.shape, dtype=call.dtype)
         d_out_gate = call.outputs(*(v.shape if out_gate is not None else (0,)))
         d_bias = call.empty(*((*chunks, call.width) if call.bias is not None else (0,)))
-        output_backward[grid](
+        launcher(output_backward, grid)(
             v, out_gate, call.bias, *call.shared(), states,
             d_out, d_y, d_out_gate, d_bias, *call.numbers(), norm_eps,
             *v.stride(), *call.gate_strides(), *d_out.stride(),
@@ -224,13 +237,13 @@ def backward(
             call.inverse_tau, *call.strides(),
         )  # fmt: skip
         options = dict(**call.widths(), V=call.width, HAS_AUG=aug is not None, PACKED=call.packed)
-        gradients[grid](
+        launcher(gradients, grid)(
             q, gate_logits, v, call.aug, d_y, call.early, call.late, call.chunk_decays, call.exact,
             call.similarity, *common, **options,
             BK=power_of_two(call.k), BV=config.gradient_v, STAGES=config.gradient_stages,
             num_warps=config.gradient_warps, maxnreg=config.gradient_registers,
         )  # fmt: skip
-        exact_gradients[grid](
+        launcher(exact_gradients, grid)(
             q, gate_logits, v, call.aug, d_y, *call.shared(), *common, **options,
             BV=min(32, power_of_two(call.width)), num_warps=4,
         )  # fmt: skip

@@ -52,7 +52,7 @@ def _(
     tau, scale, norm_eps, output_final_state,
 ):  # fmt: skip
     (batch, time, heads, k), width = q.shape, v.shape[3]
-    config = configure(k, width, q.dtype)
+    config = configure(int(k), int(width), q.dtype)  # kernels are compiled for their widths
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     chunks = unit_count(batch, time, config.chunk, cu_seqlens)
     final = (sequences, heads, k, width) if output_final_state else (0,)
@@ -65,8 +65,8 @@ def _(
 
 @_backward.register_fake
 def _(
-    d_out, d_final_state, q, gate_logits, v, aug, out_gate, out_gate_bias, initial_state,
-    cu_seqlens, states, tau, scale, norm_eps,
+    q, gate_logits, v, aug, out_gate, out_gate_bias, initial_state, cu_seqlens,
+    states, d_out, d_final_state, tau, scale, norm_eps,
 ):  # fmt: skip
     def like(tensor, dtype=None):
         if tensor is None:
@@ -94,7 +94,7 @@ def _gradients(ctx: Any, run: Any, d_out: Tensor | None, d_final_state: Tensor |
         if d_final_state is None:
             return (None,) * 12
         d_out = torch.zeros_like(tensors[2])
-    found = run(d_out, d_final_state, *tensors, *ctx.numbers)
+    found = run(*tensors, d_out, d_final_state, *ctx.numbers)
     found = tuple(
         gradient if tensor is not None else None
         for gradient, tensor in zip(found, tensors[:7], strict=True)

@@ -1,0 +1,157 @@
+"""What the first call compiles, and when: by a driver that launches nothing, on any machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+import triton
+from triton.backends import backends
+
+from megatron_patch.ops.triton import compilation
+
+# In a process of its own, without Triton's interpreter: the kernels are compiled for Hopper.
+DRIVER = """
+import json
+import threading
+from types import SimpleNamespace
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from megatron_patch.ops.triton import compilation, operator
+
+launched, compiled, rounds, lock = [], [], [], threading.Lock()
+
+
+def launcher(source, metadata):  # stands for the one that Triton makes of the kernel's signature
+    return lambda *arguments: launched.append(source.name)
+
+
+utils = SimpleNamespace(
+    get_device_properties=lambda device: {"max_shared_mem": 232448},
+    load_binary=lambda *arguments: (None, None, 0, 0, 1024),
+)
+driver = SimpleNamespace(
+    get_current_target=lambda: GPUTarget("cuda", 90, 32),
+    get_current_device=lambda: 0,
+    get_current_stream=lambda device: 0,
+    launcher_cls=launcher,
+    utils=utils,
+)
+triton.runtime.driver.set_active(driver)
+# `is_manual_warmup`: before the launch, and not by it.
+triton.knobs.runtime.jit_post_compile_hook = lambda *, fn, is_manual_warmup, **_: compiled.append(
+    [fn.name, is_manual_warmup]
+)
+one_round = compilation._compile
+
+
+def counted(run, arguments):
+    rounds.append(run.__name__)
+    one_round(run, arguments)
+
+
+compilation._compile = counted
+
+
+def call(T, **arguments):
+    widths = (16, 16, 32, 32)
+    inputs = [torch.ones(1, T, 1, w, dtype=torch.bfloat16, requires_grad=True) for w in widths]
+    q, gate_logits, v, out_gate = inputs
+    parameters = [torch.ones(1, w, requires_grad=True) for w in (16, 32)]
+    aug, bias = parameters
+    out, _ = operator.meta_linear_attention(
+        q, gate_logits, v, aug, out_gate, out_gate_bias=bias, tau=16.0, scale=0.25, norm_eps=1e-5,
+        **arguments,
+    )
+    torch.autograd.grad(out, inputs + parameters, torch.ones_like(out))
+
+
+def answer():
+    print(json.dumps([compiled, launched, rounds]))
+"""
+FORWARD = ["factors", "carry", "output"]
+BACKWARD = [
+    "factors", "output_backward", "carry", "gradients", "exact_gradients", "sum_shares",
+    "sum_shares",
+]  # fmt: skip
+
+needs_asynchronous_compilation = pytest.mark.skipif(
+    not hasattr(triton, "AsyncCompileMode"), reason="Triton before 3.5"
+)
+
+
+def in_new_process(code: str, folder) -> list:
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(folder)}
+    environment.pop("TRITON_INTERPRET", None)
+    result = subprocess.run(
+        [sys.executable, "-c", DRIVER + textwrap.dedent(code) + "\nanswer()"],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+@pytest.mark.skipif("nvidia" not in backends, reason="this Triton compiles for no NVIDIA GPU")
+@needs_asynchronous_compilation
+def test_each_pass_compiles_its_kernels_together_and_once(tmp_path):
+    """Nothing is left for the launches to compile, from two threads at once; a second call, of
+    another length, compiles nothing, and looks for nothing to compile."""
+    code = """
+    threads = [threading.Thread(target=call, args=[length]) for length in (40, 40)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    call(73)
+    """
+    compiled, launched, rounds = in_new_process(code, tmp_path)
+    assert sorted(launched) == sorted(3 * (FORWARD + BACKWARD))
+    # `factors` and the second `sum_shares` are compiled already, `carry` runs in two directions.
+    kernels = {*FORWARD, *BACKWARD}
+    assert sorted(compiled) == sorted([[kernel, True] for kernel in [*kernels, "carry"]])
+    assert sorted(rounds) == ["backward", "forward"]
+
+
+@needs_asynchronous_compilation
+def test_a_compilation_that_failed_is_tried_again(monkeypatch):
+    """Also where the caller compiles asynchronously himself."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    rounds = []  # whether each is the one that compiles
+
+    @compilation.compiled_together(lambda x: x.shape)
+    def run(x):
+        rounds.append(compilation._compiling.get())
+        if len(rounds) == 1:
+            raise RuntimeError("no memory")
+        return x + 1
+
+    x = torch.zeros(2)
+    with ThreadPoolExecutor() as executor, triton.AsyncCompileMode(executor):
+        with pytest.raises(RuntimeError, match="no memory"):
+            run(x)
+        assert torch.equal(run(x), x + 1)
+        assert rounds == [True, True, False]
+        run(x)
+        run(torch.zeros(3))
+    assert rounds[3:] == [False, True, False]
+
+
+@pytest.mark.parametrize("reason", ["interpreter", "old Triton"])
+def test_nothing_changes_where_nothing_can_be_compiled_together(monkeypatch, reason):
+    if reason == "interpreter":
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    else:
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+        monkeypatch.delattr(triton, "AsyncCompileMode", raising=False)
+    assert compilation.compiled_together(len)(print) is print
