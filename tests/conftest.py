@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -61,28 +62,56 @@ def neox_checkout(make_once) -> Path:
     return make_once("gpt-neox", copy)
 
 
+@pytest.fixture(scope="session")
+def two_gpus() -> None:
+    """Skips a test where there are fewer."""
+    if (found := torch.cuda.device_count()) < 2:
+        pytest.skip(f"needs two GPUs, found {found}")
+
+
 def pytest_collection_modifyitems(items):
     for item in items:
         if "neox_checkout" in item.fixturenames:
             item.add_marker("trains_in_neox")
+        if "two_gpus" in item.fixturenames:
+            item.add_marker("needs_two_gpus")
 
 
 def pytest_terminal_summary(terminalreporter):
-    """From the reports, since the tests may have run in other processes (pytest-xdist)."""
-    counts = {
-        outcome: sum("trains_in_neox" in report.keywords for report in reports)
-        for outcome in ("passed", "failed", "error", "skipped")
-        if (reports := terminalreporter.getreports(outcome))
-    }
-    told = ", ".join(f"{count} {outcome}" for outcome, count in counts.items() if count)
-    if not told:
-        state = "not asked for"
-    elif source := find_neox():
-        state = f"RAN with real GPT-NeoX from {source} ({told})"
-    else:
-        state = f"SKIPPED: no checkout, set GPT_NEOX_PATH or run scripts/setup.sh ({told})"
-    terminalreporter.section("GPT-NeoX")
-    terminalreporter.write_line(f"Tests that train in GPT-NeoX: {state}")
+    """From the reports, since the tests may have run in other processes (pytest-xdist); those of
+    files that could not be collected have no keywords."""
+
+    def outcomes(marker: str) -> str:
+        counts = {
+            outcome: sum(marker in getattr(report, "keywords", ()) for report in reports)
+            for outcome in ("passed", "failed", "error", "skipped")
+            if (reports := terminalreporter.getreports(outcome))
+        }
+        return ", ".join(f"{count} {outcome}" for outcome, count in counts.items() if count)
+
+    def tell(tests: str, marker: str, source: str, lack: str) -> None:
+        if not (told := outcomes(marker)):
+            state = "not asked for"
+        elif source:
+            state = f"RAN with {source} ({told})"
+        else:
+            state = f"SKIPPED: {lack} ({told})"
+        terminalreporter.write_line(f"{tests}: {state}")
+
+    terminalreporter.section("GPT-NeoX, GPUs")
+    checkout, gpus = find_neox(), torch.cuda.device_count()
+    tell(
+        "Tests that train in GPT-NeoX",
+        "trains_in_neox",
+        f"real GPT-NeoX from {checkout}" if checkout else "",
+        "no checkout, set GPT_NEOX_PATH or run scripts/setup.sh",
+    )
+    tell(
+        "Tests on two GPUs",
+        "needs_two_gpus",
+        f"{gpus} GPUs" if gpus > 1 else "",
+        f"found {gpus}",
+    )
 
 
 @pytest.fixture(scope="session")

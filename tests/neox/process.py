@@ -65,7 +65,7 @@ class NeoXProcess:
             self.process = subprocess.Popen(
                 [sys.executable, "-c", SERVER],
                 cwd=checkout,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,

@@ -7,32 +7,16 @@ import os
 import signal
 import struct
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from convert import neox_to_hf, reshape_neox
+from convert import reshape_neox
 from tests.conftest import find_neox
+from tests.neox.conversion import convert, export
 from tests.neox.training import FLOPS, LOSS, Run, neox, settings, start, train
 
 LAYOUTS = [(1, 1), (2, 1), (1, 2)]  # (tensor, pipeline) parallel; (1, 0) is what they must equal
-
-
-def convert(program: ModuleType, checkout: Path, *arguments) -> None:
-    """Runs a command of `convert` in this process, which has loaded all that it needs."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GPT_NEOX_PATH", str(checkout))
-        patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setattr("sys.argv", [program.__name__, *map(str, arguments)])
-        program.main()
-
-
-def export(checkout: Path, checkpoint: Path, output: Path, *flags) -> dict[str, torch.Tensor]:
-    """The tensors of the checkpoint's Hugging Face folder, by the converter's command."""
-    convert(neox_to_hf, checkout, "--checkpoint", checkpoint, "--output", output, *flags)
-    return load_file(output / "model.safetensors")
 
 
 @pytest.fixture(scope="module")

@@ -104,7 +104,10 @@ def settings(token_data: Path, tokenizer_file: Path, tp: int = 1, pp: int = 0, *
 def start(
     checkout: Path, program: str, config: dict, folder: Path, start_new_session=False, **environment
 ) -> subprocess.Popen:
-    """Starts `deepy.py PROGRAM` on `config`, written to a YAML file in `folder`."""
+    """Starts `deepy.py PROGRAM` on `config`, written to a YAML file in `folder`; with gloo on the
+    CPU, whatever the machine has."""
+    if config["distributed_backend"] == "gloo":
+        environment["CUDA_VISIBLE_DEVICES"] = ""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{Path(program).stem}.yml"
     file.write_text(yaml.safe_dump({**config, "master_port": free_port()}))

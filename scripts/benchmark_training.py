@@ -1,0 +1,209 @@
+#!/usr/bin/env python3
+"""Times training steps in GPT-NeoX, beside the same model with softmax attention.
+
+    python scripts/benchmark_training.py                                # one GPU
+    python scripts/benchmark_training.py --gpus 2                       # data parallel
+    python scripts/benchmark_training.py --gpus 2 --tensor-parallel 2
+
+needs a linked GPT-NeoX checkout (`GPT_NEOX_PATH`, or the one of scripts/setup.sh). The stock
+`deepy.py train.py` trains on random tokens with the settings of `--config`, without accumulation,
+and the numbers are those that it prints: the mean time of an iteration after the first ten, and the
+largest allocation on the first GPU. The other model has GPT-NeoX's attention of type `flash` where
+flash-attn is installed, else `global`, with rotary positions, and MLPs of the same width.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "scripts"))
+from link_neox import MARK, entry_point  # noqa: E402
+
+from convert.command import ConvertError  # noqa: E402
+from convert.gpt_neox import need_neox  # noqa: E402
+from megatron_patch.indexed_dataset import IndexedDatasetWriter  # noqa: E402
+from megatron_patch.neox.settings import SettingsError  # noqa: E402
+from megatron_patch.neox.yaml_config import merge_yaml  # noqa: E402
+
+TOKENS = 32_000
+INTERVAL = 10  # iterations of which GPT-NeoX prints the mean time; the first are left out
+TIME = re.compile(r"elapsed time per iteration \(ms\): (\S+) \|")
+MEMORY = re.compile(r"\| max allocated: (\S+) \|")
+PARAMETERS = re.compile(r"number of parameters on model parallel rank 0: (\d+)")
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Of one training.
+
+    Attributes:
+        milliseconds: of an iteration, mean of each interval after the first.
+        tokens_per_second: of all GPUs together.
+        gigabytes: largest allocation on the first GPU.
+        parameters: of the first rank.
+    """
+
+    milliseconds: list[float]
+    tokens_per_second: float
+    gigabytes: float
+    parameters: int
+
+
+def write_data(folder: Path) -> dict[str, Any]:
+    """A tokenizer of TOKENS words and four million random tokens; returns the settings."""
+    from tokenizers import Tokenizer, models
+
+    words = ["<|endoftext|>", "<|padding|>", *(f"w{i}" for i in range(TOKENS - 2))]
+    vocabulary = {word: index for index, word in enumerate(words)}
+    Tokenizer(models.WordLevel(vocabulary, unk_token=words[0])).save(str(folder / "tokenizer.json"))
+    rng = np.random.default_rng(0)
+    with IndexedDatasetWriter(folder / "tokens", vocab_size=TOKENS) as writer:
+        for _ in range(64):
+            writer.add_document(rng.integers(TOKENS, size=2**16))
+    return {
+        "data_path": str(folder / "tokens"),
+        "tokenizer_type": "HFTokenizer",
+        "vocab_file": str(folder / "tokenizer.json"),
+    }
+
+
+def training_settings(options: argparse.Namespace) -> dict[str, Any]:
+    """The settings of `--config`, of the number of GPUs and steps asked for."""
+    given = merge_yaml([options.config])
+    micro = options.micro_batch or given["train_micro_batch_size_per_gpu"]
+    return {
+        **given,
+        "num_gpus": options.gpus,
+        "model_parallel_size": options.tensor_parallel,
+        "train_batch_size": micro * options.gpus // options.tensor_parallel,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": 1,
+        "train_iters": options.steps,
+        "lr_decay_iters": options.steps,
+        "log_interval": INTERVAL,
+        "split": "1,0,0",
+        "do_valid": False,
+        "do_test": False,
+        "use_wandb": False,
+    }
+
+
+def with_attention(settings: dict[str, Any], kind: str) -> dict[str, Any]:
+    """The same with all layers of type `kind`."""
+    rest = {key: value for key, value in settings.items() if key != "metala"}
+    return {
+        **rest,
+        "attention_config": [[[kind], settings["num_layers"]]],
+        "pos_emb": "rotary",
+        # GPT-NeoX rounds a third of intermediate_size up to a multiple of this.
+        "mlp_multiple_of": settings["intermediate_size"],
+    }
+
+
+def free_port() -> int:
+    """Another training on this machine may have GPT-NeoX's usual one."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def measure(checkout: Path, settings: dict[str, Any], folder: Path, name: str) -> Measurement:
+    """Trains, and reads what was printed.
+
+    Raises:
+        RuntimeError: the training failed; its last lines.
+    """
+    config = folder / f"{name}.yml"
+    config.write_text(yaml.safe_dump({**settings, "master_port": free_port()}))
+    run = subprocess.run(
+        [sys.executable, "./deepy.py", "train.py", str(config)],
+        cwd=checkout,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    if run.returncode:
+        raise RuntimeError("\n".join([*run.stdout.splitlines()[-40:], f"training {name} failed"]))
+    times = [float(time) for time in TIME.findall(run.stdout)][1:]
+    tokens = settings["train_batch_size"] * settings["seq_length"]
+    return Measurement(
+        times,
+        tokens / (statistics.mean(times) / 1e3),
+        float(MEMORY.search(run.stdout)[1]) * 2**20 / 1e9,
+        int(PARAMETERS.search(run.stdout)[1]),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", type=Path, default=ROOT / "configs/metala_380m.yml")
+    parser.add_argument("--gpus", type=int, default=1, help="of this machine (default: 1)")
+    parser.add_argument("--tensor-parallel", type=int, default=1, help="ranks (default: 1)")
+    parser.add_argument("--micro-batch", type=int, help="sequences (default: as in --config)")
+    parser.add_argument("--steps", type=int, default=40, help="default: 40")
+    parser.add_argument("--no-peer", action="store_true", help="MetaLA alone")
+    options = parser.parse_args()
+    if options.gpus % options.tensor_parallel:
+        parser.error(f"--gpus: found {options.gpus}, wanted a multiple of --tensor-parallel")
+    if options.steps < 2 * INTERVAL:
+        parser.error(f"--steps: found {options.steps}, wanted {2 * INTERVAL} or more")
+    try:
+        checkout = need_neox()
+        settings = training_settings(options)
+    except (ConvertError, SettingsError) as error:
+        sys.exit(f"benchmark_training: {error}")
+    if MARK not in entry_point(checkout).read_text():
+        sys.exit(f"benchmark_training: link it first: scripts/link_neox.py {checkout}")
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    print(
+        f"{options.gpus} x {device}, torch {torch.__version__}: {options.config.name}, "
+        f"tensor parallel {options.tensor_parallel}, {settings['train_batch_size']} sequences of "
+        f"{settings['seq_length']:,} tokens a step",
+        flush=True,
+    )
+    kind = "flash" if find_spec("flash_attn") else "global"
+    models = {"metala": settings}
+    if not options.no_peer:
+        models[f"attention, {kind}"] = with_attention(settings, kind)
+    head = f"{'':<20}{'step':>12}{'intervals':>20}{'tokens/s':>12}{'memory':>11}"
+    print(f"{head}{'parameters':>14}")
+    found = []
+    with tempfile.TemporaryDirectory() as work:
+        data = write_data(Path(work))
+        for name, changes in models.items():
+            try:
+                one = measure(checkout, {**changes, **data}, Path(work), name.split(",")[0])
+            except RuntimeError as error:
+                sys.exit(f"benchmark_training: {error}")
+            found.append(one)
+            span = f"{min(one.milliseconds):.1f} to {max(one.milliseconds):.1f}"
+            print(
+                f"{name:<20}{statistics.mean(one.milliseconds):>9.1f} ms{span:>20}"
+                f"{one.tokens_per_second:>12,.0f}{one.gigabytes:>8.1f} GB{one.parameters:>14,}",
+                flush=True,
+            )
+    if len(found) == 2:
+        speed = found[0].tokens_per_second / found[1].tokens_per_second
+        memory = found[0].gigabytes / found[1].gigabytes if found[1].gigabytes else float("nan")
+        print(f"{'ratio':<52}{speed:>12.2f}{memory:>8.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""Training in GPT-NeoX on two GPUs, by NCCL, with the Triton kernels, in bfloat16 and float32: all
+layouts against one GPU, and what was trained against Hugging Face on the second GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from convert import reshape_neox
+from megatron_patch.embedded.samples import PackedSamples, split_documents
+from megatron_patch.hf import MetaLAForCausalLM
+from megatron_patch.indexed_dataset import IndexedDataset
+from tests.neox.conversion import convert, export
+from tests.neox.training import Run, settings, train
+
+pytestmark = pytest.mark.usefixtures("two_gpus")
+
+BATCH, LENGTH, STEPS, EVALUATIONS = 8, 512, 20, 2
+MODEL = {  # K 64, V 128
+    "num_layers": 4,
+    "hidden_size": 512,
+    "num_attention_heads": 4,
+    "intermediate_size": 1408,
+    "seq_length": LENGTH,
+    "max_position_embeddings": LENGTH,
+    "attention_config": [[["metala"], 4]],
+    "metala": {"init": "authors", "backend": "triton"},
+    "distributed_backend": "nccl",
+    "train_micro_batch_size_per_gpu": BATCH,
+    # Small steps: those of Adam amplify rounding.
+    "optimizer": {
+        "type": "Adam",
+        "params": {"lr": 3.0e-4, "betas": [0.9, 0.95], "eps": 1.0e-8},
+    },
+    "min_lr": 3.0e-5,
+    "checkpoint_factor": STEPS,
+    "do_valid": True,
+    "eval_interval": STEPS // 2,
+    "eval_iters": EVALUATIONS,
+}
+ZERO_1 = {"zero_optimization": {"stage": 1}}
+PRECISIONS = {
+    # DeepSpeed accumulates bfloat16 gradients in float32 under ZeRO alone.
+    "bfloat16": {"precision": "bfloat16", "data_types": {"grad_accum_dtype": "fp32"}, **ZERO_1},
+    "float32": {"precision": "fp32"},
+}
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+# By precision: how far the loss of the first step, and of any, may be from that of one GPU. The
+# first is the rounding of one forward pass, of 2^-9 of each value in bfloat16.
+TOLERANCES = {"bfloat16": (2e-3, 1e-2), "float32": (1e-5, 3e-4)}
+LAYOUTS = {
+    "tensor parallel": dict(tp=2, pp=1),
+    "pipeline": dict(tp=1, pp=2),
+    "data parallel, ZeRO 1": dict(
+        tp=1,
+        pp=0,
+        train_micro_batch_size_per_gpu=BATCH // 2,
+        **ZERO_1,
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=PRECISIONS)
+def precision(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def one_gpu(precision, neox_checkout, token_data, tokenizer_file, make_once) -> tuple[Run, Path]:
+    """Twenty steps on one GPU, with checkpoints of steps 0 and 20, in the folder `checkpoints` of
+    the one returned."""
+
+    def run(folder: Path) -> None:
+        changes = {**MODEL, **PRECISIONS[precision]}
+        config = settings(
+            token_data,
+            tokenizer_file,
+            **changes,
+            save=str(folder / "checkpoints"),
+            extra_save_iters=[0],
+            num_gpus=1,
+        )
+        (folder / "output").write_text(train(neox_checkout, config, folder).output)
+
+    folder = make_once(f"one-gpu-{precision}", run)
+    return Run(0, (folder / "output").read_text()), folder
+
+
+def assert_losses_are_near(found: dict, wanted: dict, first: float, later: float) -> None:
+    """All steps, printed."""
+    assert found.keys() == wanted.keys() and wanted
+    away = {step: abs(found[step] - loss) for step, loss in wanted.items()}
+    for step, loss in wanted.items():
+        print(f"{step:>40}  {loss:.6f}  {found[step]:.6f}  {away[step]:.1e}")
+    print(f"largest difference {max(away.values()):.2e}")
+    assert away.get(1, 0.0) <= first
+    assert max(away.values()) <= later
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_two_gpus_train_as_one(
+    neox_checkout, token_data, tokenizer_file, precision, one_gpu, tmp_path, layout
+):
+    run, folder = one_gpu
+    changes = {**MODEL, **PRECISIONS[precision], **LAYOUTS[layout]}
+    convert(
+        reshape_neox, neox_checkout,
+        "--checkpoint", folder / "checkpoints", "--iteration", 0, "--output", tmp_path / "step0",
+        "--tensor-parallel", changes["tp"], "--pipeline-parallel", changes["pp"],
+    )  # fmt: skip
+    config = settings(
+        token_data,
+        tokenizer_file,
+        **changes,
+        load=str(tmp_path / "step0"),
+        finetune=True,
+        save=str(tmp_path / "checkpoints"),
+        num_gpus=2,
+    )
+    two = train(neox_checkout, config, tmp_path)
+    first, later = TOLERANCES[precision]
+    assert_losses_are_near(two.losses, run.losses, first, later)
+    assert_losses_are_near(two.validation_losses, run.validation_losses, 0.0, later)
+    export(neox_checkout, tmp_path / "checkpoints", tmp_path / "hf", "--verify")
+
+
+def test_the_loss_falls(one_gpu):
+    run, _ = one_gpu
+    assert sorted(run.losses) == list(range(1, STEPS + 1))
+    assert run.losses[STEPS] < 0.8 * run.losses[1]
+
+
+def test_the_export_has_the_validation_loss_on_the_second_gpu(
+    neox_checkout, token_data, precision, one_gpu, tmp_path
+):
+    run, folder = one_gpu
+    export(neox_checkout, folder / "checkpoints", tmp_path / "hf", "--verify")
+    model = MetaLAForCausalLM.from_pretrained(tmp_path / "hf").to("cuda:1", DTYPES[precision])
+
+    # The validation after the last step is the second of three.
+    data = IndexedDataset(token_data)
+    _, documents, _ = split_documents("90,5,5", len(data))
+    number = EVALUATIONS * BATCH
+    samples = PackedSamples(data, documents, LENGTH, 3 * number, seed=1234)
+    losses = []
+    with torch.no_grad():
+        for index in range(number, 2 * number):
+            ids = torch.cat([samples[index]["input_ids"], samples[index]["labels"][-1:]])
+            ids = ids[None].to("cuda:1")
+            losses.append(model(ids, labels=ids, use_cache=False).loss.item())
+    assert torch.cuda.current_device() == 0
+    found = {"iteration 20": float(np.mean(losses))}
+    wanted = {"iteration 20": run.validation_losses["iteration 20"]}
+    assert_losses_are_near(found, wanted, 0.0, TOLERANCES[precision][0])

@@ -1,0 +1,51 @@
+"""Tensors on the second GPU while the first is the current one: kernels must be launched where the
+tensors are. Against float64, as in the tests of one GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_patch.ops import meta_linear_attention, short_convolution
+from tests.ops.triton import test_triton_convolution, test_triton_mixer, test_triton_step
+
+pytestmark = pytest.mark.usefixtures("two_gpus")
+DTYPES = [torch.bfloat16, torch.float32]
+
+
+@pytest.fixture(autouse=True)
+def tensors_on_the_second_gpu(two_gpus, monkeypatch):
+    for module in (test_triton_convolution, test_triton_mixer, test_triton_step):
+        monkeypatch.setattr(module, "DEVICE", "cuda:1")
+    assert torch.cuda.current_device() == 0
+    yield
+    assert torch.cuda.current_device() == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_operator(dtype):
+    tensors = test_triton_mixer.make(2, 200, 2, 64, 128, dtype=dtype)
+    assert {str(x.device) for x in tensors.values()} == {"cuda:1"}
+    test_triton_mixer.assert_right(tensors)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_operator_on_packed_sequences(dtype):
+    bounds = torch.tensor([0, 70, 200], device="cuda:1")
+    tensors = test_triton_mixer.make(1, 200, 2, 64, 128, N=2, dtype=dtype)
+    test_triton_mixer.assert_right(tensors, cu_seqlens=bounds)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_convolution(dtype):
+    tensors = test_triton_convolution.make(2, 200, 96, dtype=dtype)
+    test_triton_convolution.assert_right(tensors)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_decoding_steps(dtype):
+    tolerance = test_triton_step.TOLERANCE[dtype]
+    attention = test_triton_step.make(2, 2, 64, 128, dtype=dtype)
+    test_triton_step.assert_right(meta_linear_attention, attention, "reference", tolerance)
+    convolution = test_triton_step.make_convolution(2, 96, dtype=dtype)
+    test_triton_step.assert_right(short_convolution, convolution, "torch", tolerance)

@@ -1,0 +1,47 @@
+"""The benchmark of training, on a small model and the CPU: it says what GPT-NeoX measured."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+ROW = r"{} +([\d.]+) ms +([\d.]+) to ([\d.]+) +([\d,]+) +0.0 GB +([\d,]+)"
+
+
+def number(text: str) -> float:
+    return float(text.replace(",", ""))
+
+
+def test_both_models_are_trained_and_compared(neox_checkout, run_script, tmp_path):
+    settings = yaml.safe_load((CONFIGS / "metala_tiny.yml").read_text())
+    settings |= {"num_layers": 2, "attention_config": [[["metala"], 2]], "hidden_size": 64}
+    settings |= {"intermediate_size": 96, "seq_length": 64, "max_position_embeddings": 64}
+    (tmp_path / "small.yml").write_text(yaml.safe_dump(settings))
+    flags = ["--config", tmp_path / "small.yml", "--micro-batch", 2, "--steps", 20]
+    process = run_script("benchmark_training.py", *flags, GPT_NEOX_PATH=str(neox_checkout))
+    assert process.returncode == 0, process.stderr
+    rows = [re.search(ROW.format(name), process.stdout) for name in ("metala", "attention, global")]
+    assert all(rows), process.stdout
+    speeds = []
+    for step, fastest, slowest, tokens, _ in (map(number, row.groups()) for row in rows):
+        assert fastest <= step <= slowest
+        assert tokens == pytest.approx(2 * 64 / (step / 1e3), rel=0.05 / step + 1 / tokens)
+        speeds.append(tokens)
+    ratio = float(re.search(r"ratio +([\d.]+)", process.stdout)[1])
+    assert ratio == pytest.approx(speeds[0] / speeds[1], abs=0.01)
+    # An MLP of another width would differ by three times that.
+    parameters = [number(row[5]) for row in rows]
+    assert parameters[0] == pytest.approx(parameters[1], rel=1e-3)
+
+
+def test_a_checkout_that_is_not_linked_is_refused(run_script, tmp_path):
+    for name in ("deepy.py", "train.py", "megatron/__init__.py", "megatron/model/gpt2_model.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    process = run_script("benchmark_training.py", GPT_NEOX_PATH=str(tmp_path))
+    assert process.returncode == 1
+    assert process.stderr == f"benchmark_training: link it first: scripts/link_neox.py {tmp_path}\n"
