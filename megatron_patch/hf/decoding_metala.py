@@ -2,10 +2,11 @@
 
 A step of a small model is some hundred kernels of a few microseconds each, which take longer to
 launch than to run. Recorded once per batch size, they are launched as one. What is recorded is the
-model's own layers, run on tensors that stay in place: the token and the states. Those of the cache
-at hand are moved there when it makes its first step, and stay there, since layers write their new
-states over the old ones; where something else has replaced them (a reordering of beams, a prompt
-read from the start), they are moved there again.
+model's own layers; or, for "compiled" steps of a single row, a kernel that does the same in one
+launch (`token_decoder`), where there is one. Both run on tensors that stay in place: the token and
+the states. Those of the cache at hand are moved there when it makes its first step, and stay there,
+since new states are written over the old ones; where something else has replaced them (a reordering
+of beams, a prompt read from the start), they are moved there again.
 
 Weights that change in place are seen by the next replay. Anything else that changes a model (a
 replaced weight, an adapter, a hook) leads to a new recording, or, where more runs than this file's
@@ -19,12 +20,14 @@ import weakref
 from collections.abc import Callable
 from itertools import chain
 from operator import is_
+from typing import Any
 
 import torch
 from torch import nn
 from transformers.utils import logging
 
 from .cache_metala import MetaLACache
+from .ops_metala import token_decoder
 
 logger = logging.get_logger(__name__)
 
@@ -32,7 +35,7 @@ logger = logging.get_logger(__name__)
 WARM_UP_RUNS = 3
 # Recordings kept per model, of which each holds the states of a batch.
 MAX_RECORDINGS = 4
-# With a single row, matrix-vector products as generated kernels, into which their neighbours fuse.
+# Matrix-vector products as generated kernels, into which their neighbours fuse.
 COMPILE_OPTIONS = {"coordinate_descent_tuning": True}
 PLAIN_MODULES = (nn.Linear, nn.Embedding, nn.ModuleList)
 
@@ -107,7 +110,7 @@ class _Recording:
         # weight, a module, a hook or an attribute (such as another `forward`) changes one of them.
         modules = list(model.modules())
         self._attributes = [vars(module) for module in modules]
-        self._tables = [
+        tables = [
             table
             for module in modules
             for table in (
@@ -118,7 +121,13 @@ class _Recording:
                 module._forward_pre_hooks,
             )
         ]
-        self._counts, self._values, self._addresses = self._look()
+        # Apart, for at every token all are looked at: most are empty.
+        self._empty_tables = [table for table in tables if not table]
+        self._tables = [table for table in tables if table]
+        self._counts = list(map(len, self._attributes))
+        self._values = list(chain.from_iterable(map(dict.values, self._tables)))
+        self._weights = list(filter(torch.is_tensor, self._values))
+        self._addresses = list(map(torch.Tensor.data_ptr, self._weights))
         self._owner: Callable[[], MetaLACache | None] = lambda: None
         self.obstacle = _obstacle(model, input_ids.device)
         if self.obstacle is not None:
@@ -138,6 +147,10 @@ class _Recording:
 
     def _step_of(self, model: nn.Module, kind: str) -> Callable[[], None]:
         """The step on this recording's tensors."""
+        if kind == "compiled" and len(self.input_ids) == 1:
+            kernel = _kernel(model, self.states)
+            if kernel is not None:
+                return self._step_by(kernel, model)
         decoder = model.model
         block = type(decoder.layers[0]).forward
         if kind == "compiled":
@@ -154,20 +167,24 @@ class _Recording:
 
         return step
 
-    def _look(self) -> tuple[list[int], list, list[int]]:
-        """Sizes of the modules' tables, all that is in them, and where the weights lie."""
-        values = list(chain.from_iterable(map(dict.values, self._tables)))
-        weights = filter(torch.is_tensor, values)
-        counts = list(map(len, self._attributes))
-        return counts, values, [weight.data_ptr() for weight in weights]
+    def _step_by(self, kernel: Any, model: nn.Module) -> Callable[[], None]:
+        """The step of a single row, as one launch behind the embedding."""
+        self.logits = kernel.logits[None, None]
+
+        def step() -> None:
+            kernel.x.copy_(model.model.embed(self.input_ids)[0, 0])
+            kernel.step()
+
+        return step
 
     def model_is_unchanged(self) -> bool:
-        counts, values, addresses = self._look()
+        values = list(chain.from_iterable(map(dict.values, self._tables)))
         return (
-            counts == self._counts
+            not any(self._empty_tables)
+            and list(map(len, self._attributes)) == self._counts
             and len(values) == len(self._values)
             and all(map(is_, values, self._values))
-            and addresses == self._addresses
+            and list(map(torch.Tensor.data_ptr, self._weights)) == self._addresses
         )
 
     def step(self, input_ids: torch.Tensor, cache: MetaLACache) -> torch.Tensor | None:
@@ -196,6 +213,50 @@ class _Recording:
             layer.conv_states, layer.recurrent_states = self.states[index]
         self._owner = weakref.ref(cache)
         return True
+
+
+def _kernel(model: nn.Module, states: list[tuple[torch.Tensor, torch.Tensor]]) -> Any | None:
+    """`token_decoder` of a model of MetaLA layers alone, or `None` where there is no kernel."""
+    layers = []
+    unbiased = [model.lm_head]
+    for layer, (conv_state, recurrent_state) in zip(model.model.layers, states, strict=True):
+        mixer, mlp = layer.token_mixer, layer.channel_mixer
+        tensors = dict(
+            token_norm=layer.token_norm.weight,
+            convolution=mixer.conv1d.weight,
+            q=mixer.q_proj.weight,
+            gate_logits=mixer.k_gate.weight,
+            v=mixer.v_proj.weight,
+            out_gate=mixer.g_proj.weight,
+            out_gate_bias=mixer.g_proj.bias,
+            aug=mixer.aug_balance,
+            out=mixer.out_proj.weight,
+            channel_norm=layer.channel_norm.weight,
+            l1=mlp.l1.weight,
+            l1_bias=mlp.l1.bias,
+            l2=mlp.l2.weight,
+            l2_bias=mlp.l2.bias,
+            l3=mlp.l3.weight,
+            l3_bias=mlp.l3.bias,
+            convolution_state=conv_state,
+            state=recurrent_state,
+        )
+        layers.append(tensors)
+        unbiased += [mixer.conv1d, mixer.q_proj, mixer.k_gate, mixer.v_proj, mixer.out_proj]
+        if mixer.g_proj.bias is None:
+            return None
+    if any(module.bias is not None for module in unbiased):
+        return None  # somebody's own
+    norm = model.model.final_norm
+    return token_decoder(
+        layers,
+        norm.weight,
+        model.lm_head.weight,
+        tau=mixer.tau,
+        scale=mixer.scale,
+        norm_eps=norm.eps,
+        output_norm_eps=mixer.norm_eps,
+    )
 
 
 def _obstacle(model: nn.Module, device: torch.device) -> str | None:

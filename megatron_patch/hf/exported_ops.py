@@ -41,11 +41,15 @@ def short_convolution(
     )
 
 
+def token_decoder(*args: object, **kwargs: object) -> None:
+    """No kernel runs a whole decoding step without the package."""
+
+
 # The package's own operators choose among GPU kernels: they take the place of the above where it is
 # installed.
 try:
-    from megatron_patch.ops import meta_linear_attention, short_convolution
+    from megatron_patch.ops import meta_linear_attention, short_convolution, token_decoder
 except ImportError:
     pass
 
-__all__ = ["meta_linear_attention", "short_convolution"]
+__all__ = ["meta_linear_attention", "short_convolution", "token_decoder"]

@@ -33,7 +33,7 @@ AUTO_MAP = {
 }
 
 OPERATORS_DOCSTRING = f"""\
-The two operators that the model calls: those of the package `megatron_patch` where it is installed,
+The operators that the model calls: those of the package `megatron_patch` where it is installed,
 plain PyTorch otherwise. Written from the sources of its version {megatron_patch.__version__}; not
 meant to be edited."""
 

@@ -1,6 +1,13 @@
-"""The MetaLA operator on plain tensors."""
+"""MetaLA's operators on plain tensors."""
 
 from megatron_patch.ops.meta_linear_attention import BACKENDS, meta_linear_attention
 from megatron_patch.ops.short_convolution import CONVOLUTION_BACKENDS, short_convolution
+from megatron_patch.ops.token_decoder import token_decoder
 
-__all__ = ["BACKENDS", "CONVOLUTION_BACKENDS", "meta_linear_attention", "short_convolution"]
+__all__ = [
+    "BACKENDS",
+    "CONVOLUTION_BACKENDS",
+    "meta_linear_attention",
+    "short_convolution",
+    "token_decoder",
+]

@@ -103,6 +103,13 @@ def log_decay(logits, inverse_tau, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def bounded_log_decay(logits, inverse_tau, PRECISION: tl.constexpr):
+    """`log_decay`, never below `LOWEST_LOG_DECAY`."""
+    g = log_decay(logits, inverse_tau, PRECISION)
+    return tl.where(g < LOWEST_LOG_DECAY, LOWEST_LOG_DECAY, g)
+
+
+@triton.jit
 def key(g, PRECISION: tl.constexpr):
     """k = 1 - 2^g, with all digits where the decay is close to one."""
     if PRECISION == "bf16":
@@ -122,9 +129,8 @@ def key(g, PRECISION: tl.constexpr):
 def decays(gates, mask, inverse_tau, PRECISION: tl.constexpr):
     """Log decays of the tile behind the pointers `gates`, zero where masked, never below
     `LOWEST_LOG_DECAY`."""
-    g = log_decay(tl.load(gates, mask=mask, other=0.0).to(tl.float32), inverse_tau, PRECISION)
-    g = tl.where(g < LOWEST_LOG_DECAY, LOWEST_LOG_DECAY, g)
-    return tl.where(mask, g, 0.0)
+    logits = tl.load(gates, mask=mask, other=0.0).to(tl.float32)
+    return tl.where(mask, bounded_log_decay(logits, inverse_tau, PRECISION), 0.0)
 
 
 @triton.jit

@@ -1,0 +1,91 @@
+"""A whole decoder's step for one token of one sequence, where there is a kernel for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron_patch.ops.availability import interpreted, triton_obstacle
+
+if TYPE_CHECKING:
+    from megatron_patch.ops.triton.decoder import Decoder
+
+
+class LayerTensors(NamedTuple):
+    """A layer's weights, biases and states; `None` for what it does not have.
+
+    D channels, H heads with keys K = D / 2H and values V = D / H wide, an MLP of F channels, a
+    convolution of W taps. Norms [D]; convolution [D, 1, W]; q and gate_logits [D / 2, D]; v,
+    out_gate and out [D, D]; out_gate_bias [D]; aug [D / 2]; l1 and l2 [F, D], l3 [D, F], with biases
+    [F], [F], [D]; convolution_state [1, D, W - 1], oldest input first; state [1, H, K, V] float32.
+    """
+
+    token_norm: Tensor | None
+    convolution: Tensor
+    q: Tensor
+    gate_logits: Tensor
+    v: Tensor
+    out_gate: Tensor
+    out_gate_bias: Tensor
+    aug: Tensor | None
+    out: Tensor
+    channel_norm: Tensor | None
+    l1: Tensor
+    l1_bias: Tensor | None
+    l2: Tensor
+    l2_bias: Tensor | None
+    l3: Tensor
+    l3_bias: Tensor | None
+    convolution_state: Tensor
+    state: Tensor
+
+
+def token_decoder(
+    layers: Sequence[Mapping[str, Tensor | None]],
+    final_norm: Tensor | None,
+    head: Tensor,
+    *,
+    tau: float,
+    scale: float,
+    norm_eps: float,
+    output_norm_eps: float,
+) -> Decoder | None:
+    """A decoder's step on tensors that stay where they are.
+
+    Args:
+        layers: each layer's tensors by their names in `LayerTensors`; all of the same shapes.
+        final_norm: [D], or `None` where norms have no weights.
+        head: [vocabulary, D].
+        tau, scale: as in `meta_linear_attention`.
+        norm_eps, output_norm_eps: of the RMS norms, and of the LayerNorm over a head's output.
+
+    Returns:
+        What has `x` [D] float32, into which the caller writes the token's embedding, `step()`, and
+        `logits` [vocabulary] in the head's dtype, which that writes, as it does all states. `None`
+        where no kernel does it: no GPU with Triton, tensors of several dtypes (but the states) or
+        devices, not contiguous, or not from a multiple of 16 bytes on, heads too wide or too many.
+    """
+    layers = [LayerTensors(**layer) for layer in layers]
+    tensors = [x for x in chain(chain.from_iterable(layers), (final_norm, head)) if x is not None]
+    states = {id(layer.state) for layer in layers}
+    obstacle = triton_obstacle(head.dtype, head.device)
+    if (obstacle is not None and not interpreted(head.dtype)) or any(
+        x.dtype != (torch.float32 if id(x) in states else head.dtype)
+        or x.device != head.device
+        or not x.is_contiguous()
+        or x.data_ptr() % 16
+        for x in tensors
+    ):
+        return None
+    from megatron_patch.ops.triton import decoder
+
+    if not decoder.fits(*layers[0].state.shape[1:], head.device):
+        return None
+    return decoder.Decoder(layers, final_norm, head, tau, scale, norm_eps, output_norm_eps)
+
+
+__all__ = ["token_decoder"]
