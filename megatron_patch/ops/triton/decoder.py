@@ -536,8 +536,8 @@ def decode_token(
 
     x, middle [D] float32: the residual stream before a layer and between its two parts. From stage
     to stage: normed [D] as the weights; projected [3 D] (decays in place of gate logits), keys
-    [D / 2], shares [H, D], activated [F] float32. PROJECT, ...: rows of a tile, tiles that are asked
-    for at a time, and how often. Grid: as many programs as run at once, at least H.
+    [D / 2], shares [H, D], activated [F] float32. PROJECT, ...: rows of a tile, tiles asked for at
+    a time, and how often. Grid: as many programs as run at once, at least H.
     """
     programs = tl.num_programs(0)
     for stage in range(first_stage, last_stage):
