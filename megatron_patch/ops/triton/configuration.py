@@ -30,6 +30,10 @@ class Configuration(NamedTuple):
     output_registers: int | None
     backward_warps: int
     backward_registers: int | None
+    value_v: int
+    value_stages: int
+    value_registers: int | None
+    gradient_k: int
     gradient_v: int
     gradient_warps: int
     gradient_stages: int
@@ -88,11 +92,15 @@ def configure(key_width: int, value_width: int, dtype: torch.dtype) -> Configura
         output_registers=160 if small and half else None,
         backward_warps=4 if small and half else 8,
         backward_registers=None,
-        # On Hopper with Triton 3.6, an earlier kernel's tiles of 64 tokens by 32 channels gave
-        # wrong gradients with 4 warps: check every change here on the GPU.
-        gradient_v=min(v, 16 if wide and not half else 32),
-        gradient_warps=4 if small else 8,
-        gradient_stages=3 if half and not wide else 2,
+        value_v=64,
+        value_stages=2,
+        value_registers=168,
+        # On Hopper with Triton 3.6, tiles of K of 32 and 16 channels gave wrong gradients in
+        # bfloat16, or illegal accesses: check every change here on the GPU.
+        gradient_k=64 if half else k,
+        gradient_v=min(v, (32 if small else 64) if half else 16 if wide else 32),
+        gradient_warps=4 if half or small else 8,
+        gradient_stages=3 if half and small else 2,
         # Left alone, ptxas spills nearly all registers of the float32 kernel.
         gradient_registers=None if half else 255,
     )

@@ -123,7 +123,7 @@ def exact_gradients(
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """What `gradients` computes, for the chunks flagged exact. Grid: (chunks * H,).
+    """All that `value_gradients` and `gradients` do, for chunks flagged exact. Grid: (chunks * H,).
 
     `scores` are read, and their memory then takes their gradient.
     """

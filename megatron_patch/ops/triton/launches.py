@@ -10,7 +10,7 @@ from megatron_patch.ops.triton.compilation import compiled_together, launcher
 from megatron_patch.ops.triton.configuration import Configuration, configure, power_of_two
 from megatron_patch.ops.triton.exact import exact_gradients
 from megatron_patch.ops.triton.factors import factors
-from megatron_patch.ops.triton.gradients import gradients
+from megatron_patch.ops.triton.gradients import gradients, value_gradients
 from megatron_patch.ops.triton.layout import Layout, lay_out
 from megatron_patch.ops.triton.output import output, output_backward
 from megatron_patch.ops.triton.shares import sum_shares
@@ -230,17 +230,27 @@ def backward(
             **call.output_options(config.backward_warps, config.backward_registers),
         )  # fmt: skip
         d_states, d_initial = call.states(d_y, _boundary(d_final_state), reverse=True)
-        d_q, d_gates, d_v = map(call.gradient_in, (call.early, call.late, d_y))
+        tiles = triton.cdiv(call.k, config.gradient_k)
+        d_q, d_gates = map(call.gradient_in, (call.early, call.late))
+        # d_y is read for the last time where d_v is written, unless by several tiles of K.
+        d_v = call.gradient_in(d_y) if tiles == 1 else call.outputs(*v.shape)
         d_aug = call.empty(*((*chunks, call.k) if aug is not None else (0,)))
         common = (
             states, d_states, d_q, d_gates, d_v, d_aug, *call.numbers(), call.scale,
             call.inverse_tau, *call.strides(),
         )  # fmt: skip
         options = dict(**call.widths(), V=call.width, HAS_AUG=aug is not None, PACKED=call.packed)
-        launcher(gradients, grid)(
+        if tiles > 1:
+            launcher(value_gradients, grid)(
+                v, d_y, call.early, call.late, call.exact, call.similarity,
+                d_v, call.scores, call.similarity, d_states, *call.numbers(), *v.stride(),
+                **options, BK=power_of_two(call.k), BV=config.value_v, STAGES=config.value_stages,
+                num_warps=4, maxnreg=config.value_registers,
+            )  # fmt: skip
+        launcher(gradients, (grid[0] * tiles,))(
             q, gate_logits, v, call.aug, d_y, call.early, call.late, call.chunk_decays, call.exact,
-            call.similarity, *common, **options,
-            BK=power_of_two(call.k), BV=config.gradient_v, STAGES=config.gradient_stages,
+            call.similarity, call.scores, call.similarity, *common, **options,
+            BK=config.gradient_k, BV=config.gradient_v, STAGES=config.gradient_stages,
             num_warps=config.gradient_warps, maxnreg=config.gradient_registers,
         )  # fmt: skip
         launcher(exact_gradients, grid)(

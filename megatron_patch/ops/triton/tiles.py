@@ -21,10 +21,10 @@ LOWEST_LOG_DECAY = tl.constexpr(-300.0)
 
 
 @triton.jit
-def unit_and_head(H: tl.constexpr):
-    """This program's chunk or segment, and its head as int64: heads first, for they are neighbours
-    in memory."""
-    program = tl.program_id(0)
+def unit_and_head(H: tl.constexpr, TILES: tl.constexpr = 1):
+    """This program's chunk or segment, which TILES programs in a row share, and its head as int64:
+    heads first, for they are neighbours in memory."""
+    program = tl.program_id(0) // TILES
     return program // H, (program % H).to(tl.int64)
 
 

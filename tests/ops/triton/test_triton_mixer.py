@@ -115,6 +115,22 @@ def test_many_segments(monkeypatch):
     assert_right(make(1, segment + 70, 1, 16, 16, N=3), cu_seqlens=bounds)
 
 
+@pytest.mark.parametrize(
+    ("K", "absent", "boundaries"),
+    [(72, (), None), (72, ("aug",), None), (72, (), [0, 9, 10, 70]), (130, (), None)],
+)
+def test_wide_heads(K, absent, boundaries):
+    """Two kernels share their gradients. Strong decays, of one sequence, go to a third."""
+    assert configure(K, 40, torch.bfloat16).gradient_k < K
+    N = 1 if boundaries is None else len(boundaries) - 1
+    tensors = make(1, 70, 2, K, 40, N=N, dtype=torch.bfloat16, absent=absent)
+    bounds = None
+    if boundaries is not None:
+        bounds = torch.tensor(boundaries, device=DEVICE)
+        tensors["gate_logits"][:, : boundaries[1], 1] *= 1e3
+    assert_right(tensors, cu_seqlens=bounds)
+
+
 @pytest.mark.parametrize("gates", [30.0, 1e4, 1e30])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gates_of_any_size(gates, dtype):
