@@ -169,6 +169,7 @@ class _Recording:
 
     def _step_by(self, kernel: Any, model: nn.Module) -> Callable[[], None]:
         """The step of a single row, as one launch behind the embedding."""
+        self._kernel = kernel  # a graph does not keep alive what it reads
         self.logits = kernel.logits[None, None]
 
         def step() -> None:
