@@ -90,6 +90,7 @@ def training_settings(options: argparse.Namespace) -> dict[str, Any]:
     return {
         **given,
         "num_gpus": options.gpus,
+        "global_num_gpus": options.gpus,  # GPT-NeoX counts all of the machine's, used or not
         "model_parallel_size": options.tensor_parallel,
         "train_batch_size": micro * options.gpus // options.tensor_parallel,
         "train_micro_batch_size_per_gpu": micro,

@@ -18,10 +18,11 @@ if TYPE_CHECKING:
 class LayerTensors(NamedTuple):
     """A layer's weights, biases and states; `None` for what it does not have.
 
-    D channels, H heads with keys K = D / 2H and values V = D / H wide, an MLP of F channels, W taps.
-    Norms [D]; convolution [D, 1, W]; q and gate_logits [D / 2, D]; v,
-    out_gate and out [D, D]; out_gate_bias [D]; aug [D / 2]; l1 and l2 [F, D], l3 [D, F], with biases
-    [F], [F], [D]; convolution_state [1, D, W - 1], oldest input first; state [1, H, K, V] float32.
+    D channels, H heads with keys K = D / 2H and values V = D / H wide, an MLP of F channels, a
+    convolution of W taps. Norms [D]; convolution [D, 1, W]; q and gate_logits [D / 2, D]; v,
+    out_gate and out [D, D]; out_gate_bias [D]; aug [D / 2]; l1 and l2 [F, D], l3 [D, F], their
+    biases [F], [F], [D]; convolution_state [1, D, W - 1], oldest input first; state [1, H, K, V]
+    in float32.
     """
 
     token_norm: Tensor | None
