@@ -36,10 +36,16 @@ PROGRAMS_INTERPRETED = 6
 LARGEST_STATE = 16384  # entries of a head's state, which a program has in registers
 
 FIELDS = tl.constexpr(len(LayerTensors._fields))
-TOKEN_NORM, CONVOLUTION, Q, _, _, _, OUT_GATE_BIAS, AUG, OUT, CHANNEL_NORM = map(
-    tl.constexpr, range(10)
+TOKEN_NORM, CONVOLUTION, PROJECTIONS, OUT_GATE_BIAS, AUG, OUT, CHANNEL_NORM = (
+    tl.constexpr(LayerTensors._fields.index(name))
+    for name in ("token_norm", "convolution", "q", "out_gate_bias", "aug", "out", "channel_norm")
 )
-L1, L1_BIAS, L2, L2_BIAS, L3, L3_BIAS, CONVOLUTION_STATE, STATE = map(tl.constexpr, range(10, 18))
+L1, L1_BIAS, L2, L2_BIAS, L3, L3_BIAS, CONVOLUTION_STATE, STATE = (
+    tl.constexpr(LayerTensors._fields.index(name))
+    for name in (
+        "l1", "l1_bias", "l2", "l2_bias", "l3", "l3_bias", "convolution_state", "state",
+    )
+)  # fmt: skip
 
 
 @triton.jit
@@ -145,14 +151,14 @@ def rows_of(weight, row, end, column, N: tl.constexpr, STRIDE: tl.constexpr):
 
 @triton.jit
 def projection_rows(layer, row, like, D: tl.constexpr):
-    """Pointers to rows of q, gate logits (D / 2 rows each), v and output gate (D each), one below
-    the other; null from 3 D on."""
+    """Pointers to rows of q, gate logits (D / 2 rows each), v and output gate (D each), as if one
+    below the other."""
     half = row // (D // 2)
     is_wide = half >= 2
-    field = Q + tl.where(is_wide, half // 2 + 1, half)
+    field = PROJECTIONS + tl.where(is_wide, half // 2 + 1, half)
     first = tl.where(is_wide, half // 2 * 2, half) * (D // 2)
     weight = tl.load(layer + field, mask=row < 3 * D, other=0).to(like.dtype)
-    return tl.multiple_of(weight + (row - first) * D, [16])
+    return tl.multiple_of(weight, [16]) + (row - first) * D
 
 
 @triton.jit
@@ -254,7 +260,6 @@ def mix(
     eps,
     D: tl.constexpr,
     H: tl.constexpr,
-    F: tl.constexpr,
     W: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
@@ -559,7 +564,7 @@ def decode_token(
             elif kind == 1:
                 mix(
                     layer, normed, projected, keys, shares, arrivals, awaited, scale,
-                    output_norm_eps, D, H, F, W, BK, BV, LV, MIX[0], MIX[1], MIX[2], BC, HAS_AUG,
+                    output_norm_eps, D, H, W, BK, BV, LV, MIX[0], MIX[1], MIX[2], BC, HAS_AUG,
                 )  # fmt: skip
             elif kind == 2:
                 expand(

@@ -83,6 +83,8 @@ def check(dtype: torch.dtype, **sizes) -> None:
     [
         (torch.float32, {}),
         (torch.bfloat16, dict(decoder_embed_dim=96, decoder_attention_heads=6, glu_dim=200)),
+        # Rows that begin at no multiple of 16 bytes.
+        (torch.bfloat16, dict(decoder_embed_dim=36, glu_dim=50, vocab_size=301)),
         (torch.float16, dict(norm_type="rmsnorm")),
         (torch.float32, dict(norm_type="rmsnorm", bias=True)),
         (torch.float32, dict(self_augmentation=False, conv_width=2)),
