@@ -28,8 +28,8 @@ class Configuration(NamedTuple):
     output_v: int
     output_warps: int
     output_registers: int | None
+    backward_rows: int
     backward_warps: int
-    backward_registers: int | None
     value_v: int
     value_stages: int
     value_registers: int | None
@@ -90,8 +90,8 @@ def configure(key_width: int, value_width: int, dtype: torch.dtype) -> Configura
         output_v=v,
         output_warps=4 if half and v <= 256 else 8,
         output_registers=160 if small and half else None,
-        backward_warps=4 if small and half else 8,
-        backward_registers=None,
+        backward_rows=min(chunk, 4096 // v),
+        backward_warps=4,
         value_v=64,
         value_stages=2,
         value_registers=168,

@@ -2,15 +2,15 @@
 
 Only non-positive numbers are exponentiated and sums are never subtracted, as in the recurrence. In
 these chunks early = scale q 2^G and late = k 2^(sum of the later log decays), which serve the
-states alone, with 1 in place of 2^m; scores stand in memory. By narrow tiles of channels: what is
-rare shall cost neither registers nor time to compile.
+states alone, with 1 in place of 2^m; `output` finds their scores in memory. By narrow tiles of
+channels: what is rare shall cost neither registers nor time to compile.
 """
 
 import triton
 import triton.language as tl
 
 from megatron_patch.ops.triton.states import load_state
-from megatron_patch.ops.triton.tiles import decays, key, locate, matmul, sigmoid, unit_and_head
+from megatron_patch.ops.triton.tiles import decays, key, locate, matmul, sigmoid
 
 NARROW = tl.constexpr(16)
 
@@ -29,7 +29,6 @@ def exact_factors(
     gates,
     early,
     late,
-    scores,
     length,
     scale,
     inverse_tau,
@@ -42,44 +41,61 @@ def exact_factors(
     C: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Writes early and late, and the scores: zeros above the diagonal. All pointers
-    are to the chunk's first row."""
-    token = tl.arange(0, C)
-    rows = token[:, None]
-    sums = tl.zeros([C, C], tl.float32)
+    """Writes early and late. All pointers are to the chunk's first row."""
+    rows = tl.arange(0, C)[:, None]
     for narrow in range(0, (K + NARROW - 1) // NARROW):
         columns = narrow * NARROW + tl.arange(0, NARROW)
         k_mask = (columns < K)[None, :]
         mask = (rows < length) & k_mask
         tile = gates + (rows * gate_t + columns[None, :] * gate_k)
         g = decays(tile, mask, inverse_tau, PRECISION)
-        k = key(g, PRECISION)
         raw_q = tl.load(q + (rows * q_t + columns[None, :] * q_k), mask=mask, other=0.0)
         offsets = rows * (H * K) + columns[None, :]
         factor = raw_q.to(tl.float32) * tl.exp2(tl.cumsum(g, 0)) * scale
         tl.store(early + offsets, factor.to(early.dtype.element_ty), mask=mask)
         until = until_end(tile, gate_t, rows, length, k_mask, inverse_tau, PRECISION)
-        tl.store(late + offsets, (k * tl.exp2(until)).to(late.dtype.element_ty), mask=mask)
+        factor = key(g, PRECISION) * tl.exp2(until)
+        tl.store(late + offsets, factor.to(late.dtype.element_ty), mask=mask)
 
+
+@triton.jit
+def exact_scores(
+    q,
+    gates,
+    length,
+    scale,
+    inverse_tau,
+    q_t,
+    q_k,
+    gate_t,
+    gate_k,
+    K: tl.constexpr,
+    C: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Scores [C, C] float32: zeros above the diagonal. Pointers are to the chunk's first row."""
+    token = tl.arange(0, C)
+    rows = token[:, None]
+    scores = tl.zeros([C, C], tl.float32)
+    for narrow in range(0, (K + NARROW - 1) // NARROW):
+        columns = narrow * NARROW + tl.arange(0, NARROW)
+        k_known = columns < K
+        mask = (rows < length) & k_known[None, :]
+        tile = gates + (rows * gate_t + columns[None, :] * gate_k)
+        k = key(decays(tile, mask, inverse_tau, PRECISION), PRECISION)
         between = tl.zeros([C, NARROW], tl.float32)  # log decay after token j up to token i
         for i in range(0, length):
-            q_row = tl.load(q + i * q_t + columns * q_k, mask=columns < K, other=0.0)
-            g_row = decays(
-                gates + i * gate_t + columns * gate_k, columns < K, inverse_tau, PRECISION
-            )
+            q_row = tl.load(q + i * q_t + columns * q_k, mask=k_known, other=0.0)
+            g_row = decays(gates + i * gate_t + columns * gate_k, k_known, inverse_tau, PRECISION)
             between = tl.where(rows < i, between + g_row[None, :], 0.0)
             score = tl.sum(k * tl.exp2(between) * q_row.to(tl.float32)[None, :], 1)
             score = tl.where(token <= i, score, 0.0)
-            sums += tl.where(rows == i, score[None, :], 0.0)
-    tl.store(
-        scores + (rows * (H * C) + token[None, :]),
-        (sums * scale).to(scores.dtype.element_ty),
-        mask=rows < length,
-    )
+            scores += tl.where(rows == i, score[None, :], 0.0)
+    return scores * scale
 
 
-@triton.jit(do_not_specialize=["T", "chunks"])
-def exact_gradients(
+@triton.jit
+def exact_chunk(
     q,
     gates,
     v,
@@ -87,32 +103,25 @@ def exact_gradients(
     d_y,
     early,
     late,
-    exact,
-    scores,
     similarity,
+    d_scores,
     states,
     d_states,
     d_q,
     d_gates,
     d_v,
     d_aug,
-    table,
-    bounds,
-    T,
-    chunks,
+    length,
+    head,
+    chunk_at,
+    token_at,
     scale,
     inverse_tau,
-    q_b,
     q_t,
-    q_h,
     q_k,
-    gate_b,
     gate_t,
-    gate_h,
     gate_k,
-    v_b,
     v_t,
-    v_h,
     v_v,
     H: tl.constexpr,
     K: tl.constexpr,
@@ -120,55 +129,31 @@ def exact_gradients(
     C: tl.constexpr,
     BV: tl.constexpr,
     HAS_AUG: tl.constexpr,
-    PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """All that `value_gradients` and `gradients` do, for chunks flagged exact. Grid: (chunks * H,).
-
-    `scores` are read, and their memory then takes their gradient.
-    """
-    unit, head = unit_and_head(H)
-    sequence, _, batch, first, end = locate(unit, chunks, table, bounds, T, C, PACKED)
-    chunk_at = unit.to(tl.int64) * H + head
-    if sequence < 0:
-        return
-    if tl.load(exact + chunk_at) == 0:
-        return
-    length = tl.minimum(end - first, C).to(tl.int32)
-    token_at = (batch * T + first) * H + head
+    """All that `value_gradients` and `gradients` do, for one chunk and head. q, gates and v point
+    to its first row, d_scores [C, C] to memory that is written to be read again."""
     token = tl.arange(0, C)
     rows = token[:, None]
-    q += batch * q_b + head * q_h + first * q_t
-    gates += batch * gate_b + head * gate_h + first * gate_t
-    v += batch * v_b + head * v_h + first * v_t
     d_y += token_at * V
     d_v += token_at * V
-    score_row = scores + token_at * C + token
-    weights = tl.load(
-        scores + token_at * C + (rows * (H * C) + token[None, :]), mask=rows < length, other=0.0
-    )
     if HAS_AUG:
         weight = tl.load(similarity + token_at + token * H, mask=token < length, other=0.0)
 
-    d_scores = tl.zeros([C, C], tl.float32)
+    dp = tl.zeros([C, C], tl.float32)
     d_similarity = tl.zeros([C], tl.float32)
     for v_tile in range(0, (V + BV - 1) // BV):
         v_columns = v_tile * BV + tl.arange(0, BV)
         v_mask = (rows < length) & (v_columns < V)[None, :]
         values = tl.load(v + (rows * v_t + v_columns[None, :] * v_v), mask=v_mask, other=0.0)
         dy = tl.load(d_y + (rows * (H * V) + v_columns[None, :]), mask=v_mask, other=0.0)
-        d_scores += matmul(dy, tl.trans(values), PRECISION)
+        dp += matmul(dy, tl.trans(values), PRECISION)
         if HAS_AUG:
             values = values.to(tl.float32)
             s = sigmoid(weight[:, None] * values)
             d_similarity += tl.sum(dy.to(tl.float32) * s * (1 - s) * values, 1)
-    d_scores = tl.where(rows >= token[None, :], d_scores, 0.0)
-    tl.debug_barrier()
-    tl.store(
-        scores + token_at * C + (rows * (H * C) + token[None, :]),
-        d_scores.to(scores.dtype.element_ty),
-        mask=rows < length,
-    )
+    dp = tl.where(rows >= token[None, :], dp, 0.0).to(d_scores.dtype.element_ty)
+    tl.store(d_scores + (rows * C + token[None, :]), dp)
     tl.debug_barrier()
 
     for narrow in range(0, (K + NARROW - 1) // NARROW):
@@ -208,7 +193,8 @@ def exact_gradients(
             q_row = tl.load(q + i * q_t + columns * q_k, mask=k_known, other=0.0)
             g_row = decays(gates + i * gate_t + columns * gate_k, k_known, inverse_tau, PRECISION)
             between = tl.where(rows < i, between + g_row[None, :], 0.0)
-            d_row = tl.load(score_row + i * (H * C), mask=token <= i, other=0.0).to(tl.float32)
+            d_row = tl.load(d_scores + i * C + token, mask=token <= i, other=0.0)
+            d_row = d_row.to(tl.float32)
             pair = tl.exp2(between) * d_row[:, None]
             dq += tl.where(rows == i, tl.sum(pair * k, 0)[None, :], 0.0)
             pair *= q_row.to(tl.float32)[None, :] * scale
@@ -230,6 +216,10 @@ def exact_gradients(
         tl.store(d_q + k_offsets, dq.to(d_q.dtype.element_ty), mask=mask)
         tl.store(d_gates + k_offsets, d_logits.to(d_gates.dtype.element_ty), mask=mask)
 
+    # Rounded before it is transposed: `tl.trans(weights).to(...)` gave a wrong d v on Hopper.
+    weights = exact_scores(
+        q, gates, length, scale, inverse_tau, q_t, q_k, gate_t, gate_k, K, C, PRECISION
+    ).to(late.dtype.element_ty)
     tl.debug_barrier()
     for v_tile in range(0, (V + BV - 1) // BV):
         v_columns = v_tile * BV + tl.arange(0, BV)
@@ -252,3 +242,74 @@ def exact_gradients(
             s = sigmoid(weight[:, None] * values.to(tl.float32))
             dv += weight[:, None] * dy.to(tl.float32) * s * (1 - s)
         tl.store(d_v + offsets, dv.to(d_v.dtype.element_ty), mask=v_mask)
+
+
+@triton.jit(do_not_specialize=["T", "chunks", "count"])
+def exact_gradients(
+    q,
+    gates,
+    v,
+    aug,
+    d_y,
+    early,
+    late,
+    exact,
+    similarity,
+    d_scores,
+    states,
+    d_states,
+    d_q,
+    d_gates,
+    d_v,
+    d_aug,
+    table,
+    bounds,
+    T,
+    chunks,
+    count,
+    scale,
+    inverse_tau,
+    q_b,
+    q_t,
+    q_h,
+    q_k,
+    gate_b,
+    gate_t,
+    gate_h,
+    gate_k,
+    v_b,
+    v_t,
+    v_h,
+    v_v,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    C: tl.constexpr,
+    BV: tl.constexpr,
+    HAS_AUG: tl.constexpr,
+    PACKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The gradients of chunks flagged exact, of `count` chunks and heads. Grid: any number of
+    programs, each with memory d_scores [C, C] of its own: these chunks are rare."""
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    for turn in range(0, tl.cdiv(count - program, programs)):
+        place = program + turn * programs
+        unit, head = place // H, (place % H).to(tl.int64)
+        sequence, _, batch, first, end = locate(unit, chunks, table, bounds, T, C, PACKED)
+        chunk_at = unit.to(tl.int64) * H + head
+        is_exact = 0
+        if sequence >= 0:
+            is_exact = tl.load(exact + chunk_at)
+        if is_exact != 0:
+            exact_chunk(
+                q + batch * q_b + head * q_h + first * q_t,
+                gates + batch * gate_b + head * gate_h + first * gate_t,
+                v + batch * v_b + head * v_h + first * v_t,
+                aug, d_y, early, late, similarity, d_scores + program * (C * C),
+                states, d_states, d_q, d_gates, d_v, d_aug,
+                tl.minimum(end - first, C).to(tl.int32), head, chunk_at,
+                (batch * T + first) * H + head, scale, inverse_tau,
+                q_t, q_k, gate_t, gate_k, v_t, v_v, H, K, V, C, BV, HAS_AUG, PRECISION,
+            )  # fmt: skip
+            tl.debug_barrier()  # before the next chunk's d_scores

@@ -15,7 +15,7 @@ A chunk and head for which a factor could overflow is flagged exact (`exact.py`)
 import triton
 import triton.language as tl
 
-from megatron_patch.ops.triton.exact import exact_factors
+from megatron_patch.ops.triton.exact import exact_factors, exact_scores
 from megatron_patch.ops.triton.tiles import FACTOR_LIMIT, decays, exp2, key, locate, unit_and_head
 
 
@@ -109,6 +109,12 @@ def factors(
         # Its threads write where others have written.
         tl.debug_barrier()
         exact_factors(
-            q, gates, early, late, scores + token_at * C, length, scale, inverse_tau, q_t, q_k,
-            gate_t, gate_k, H, K, C, PRECISION,
+            q, gates, early, late, length, scale, inverse_tau, q_t, q_k, gate_t, gate_k,
+            H, K, C, PRECISION,
         )  # fmt: skip
+        weights = exact_scores(
+            q, gates, length, scale, inverse_tau, q_t, q_k, gate_t, gate_k, K, C, PRECISION
+        )
+        i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
+        pair = token_at * C + (i * (H * C) + j)
+        tl.store(scores + pair, weights.to(scores.dtype.element_ty), mask=i < length)

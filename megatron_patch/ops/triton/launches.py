@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 from torch import Tensor
@@ -16,17 +18,29 @@ from megatron_patch.ops.triton.output import output, output_backward
 from megatron_patch.ops.triton.shares import sum_shares
 from megatron_patch.ops.triton.states import carry, scan
 
+EXACT_PROGRAMS = 256  # of the kernel for exact chunks; two fit a multiprocessor
+
+
+class Factors(NamedTuple):
+    """What the kernel `factors` writes, but for scores."""
+
+    early: Tensor
+    late: Tensor
+    chunk_decays: Tensor
+    exact: Tensor
+    similarity: Tensor
+
 
 class _Call:
     """One call's tensors and numbers, and the launches that its two passes share."""
 
-    def __init__(self, q, gate_logits, v, aug, out_gate, bias, cu_seqlens, tau, scale, norm_eps):
+    def __init__(self, q, gate_logits, v, aug, out_gate, bias, cu_seqlens, tau, scale):
         self.q, self.gates, self.v, self.out_gate = q, gate_logits, v, out_gate
         self.aug = None if aug is None else aug.contiguous()
         self.bias = None if bias is None else bias.contiguous()
         self.batch, self.time, self.heads, self.k = q.shape
         self.width = v.shape[-1]
-        self.scale, self.inverse_tau, self.norm_eps = scale, 1.0 / tau, norm_eps
+        self.scale, self.inverse_tau = scale, 1.0 / tau
         self.config: Configuration = configure(self.k, self.width, q.dtype)
         self.bounds = cu_seqlens
         self.packed = cu_seqlens is not None
@@ -34,7 +48,6 @@ class _Call:
             self.batch, self.time, self.config.chunk, self.config.segment, cu_seqlens
         )
         self.dtype = self.config.dtype
-        self._factors()
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.q.device)
@@ -44,34 +57,40 @@ class _Call:
         make = torch.zeros if self.packed else torch.empty
         return make(shape, dtype=dtype or self.q.dtype, device=self.q.device)
 
-    def gradient_in(self, memory: Tensor) -> Tensor:
-        """Where a gradient goes: into `memory`, which its last reader overwrites, if the dtype
-        fits."""
-        return memory if memory.dtype == self.q.dtype else self.outputs(*memory.shape)
-
     def widths(self) -> dict:
         return dict(H=self.heads, K=self.k, C=self.config.chunk, PRECISION=self.config.precision)
 
-    def _factors(self) -> None:
+    def scores(self) -> Tensor:
+        """Memory for scores, or their gradients."""
+        shape = (self.batch, self.time, self.heads, self.config.chunk)
+        return self.empty(*shape, dtype=self.dtype)
+
+    def factors(self) -> tuple[Factors, Tensor]:
+        """The factors, and the scores of exact chunks."""
         layout, config, heads = self.layout, self.config, self.heads
         shape = (self.batch, self.time, heads)
-        # `outputs`, for gradients take their place.
-        self.early = self.outputs(*shape, self.k, dtype=self.dtype)
-        self.late = self.outputs(*shape, self.k, dtype=self.dtype)
-        self.chunk_decays = self.empty(layout.chunk_count, heads, self.k)
-        self.exact = self.empty(layout.chunk_count, heads, dtype=torch.int32)
-        self.scores = self.empty(*shape, config.chunk, dtype=self.dtype)
-        self.similarity = self.empty(*shape) if self.aug is not None else None
+        found = Factors(
+            # `outputs`, for gradients take their place.
+            early=self.outputs(*shape, self.k, dtype=self.dtype),
+            late=self.outputs(*shape, self.k, dtype=self.dtype),
+            chunk_decays=self.empty(layout.chunk_count, heads, self.k),
+            exact=self.empty(layout.chunk_count, heads, dtype=torch.int32),
+            similarity=self.empty(*(shape if self.aug is not None else (0,))),
+        )
+        scores = self.scores()
         launcher(factors, (layout.chunk_count * heads,))(
-            self.q, self.gates, self.aug, self.early, self.late, self.chunk_decays, self.exact,
-            self.scores, self.similarity, layout.chunk_table, self.bounds,
+            self.q, self.gates, self.aug, found.early, found.late, found.chunk_decays, found.exact,
+            scores, found.similarity, layout.chunk_table, self.bounds,
             self.time, layout.chunks, self.scale, self.inverse_tau,
             *self.q.stride(), *self.gates.stride(),
             **self.widths(), BK=power_of_two(self.k), RUN=config.factor_run,
             HAS_AUG=self.aug is not None, PACKED=self.packed, num_warps=config.factor_warps,
         )  # fmt: skip
+        return found, scores
 
-    def states(self, y: Tensor, boundary: Tensor | None, reverse: bool) -> tuple[Tensor, Tensor]:
+    def states(
+        self, found: Factors, y: Tensor, boundary: Tensor | None, reverse: bool
+    ) -> tuple[Tensor, Tensor]:
         """Carries the state over all chunks: forwards with y = v, backwards with y = dy.
 
         Returns the states that `load_state` reads, and the state that leaves the last token
@@ -84,7 +103,7 @@ class _Call:
         def walk(entering: Tensor | None, leaving: Tensor | None, decays: Tensor | None) -> None:
             tiles = triton.cdiv(k, config.carry_k) * triton.cdiv(width, config.carry_v)
             launcher(carry, (layout.segment_count * heads, tiles))(
-                self.early if reverse else self.late, y, self.chunk_decays, self.exact,
+                found.early if reverse else found.late, y, found.chunk_decays, found.exact,
                 states, entering, leaving, decays, layout.segment_table,
                 layout.chunk_bounds, self.bounds, self.time, layout.segments, layout.chunks,
                 *y.stride(),
@@ -112,9 +131,6 @@ class _Call:
         walk(entering, None, None)
         return states, final
 
-    def shared(self) -> tuple[Tensor | None, ...]:
-        return self.early, self.late, self.exact, self.scores, self.similarity
-
     def numbers(self) -> tuple:
         return self.layout.chunk_table, self.bounds, self.time, self.layout.chunks
 
@@ -124,18 +140,13 @@ class _Call:
     def gate_strides(self) -> tuple[int, ...]:
         return (0, 0, 0, 0) if self.out_gate is None else self.out_gate.stride()
 
-    def output_options(self, warps: int, registers: int | None) -> dict:
+    def gate_options(self) -> dict:
         return dict(
-            **self.widths(),
             V=self.width,
-            BK=self.config.output_k,
             BV=self.config.output_v,
-            HAS_AUG=self.aug is not None,
             HAS_GATE=self.out_gate is not None,
             HAS_BIAS=self.bias is not None,
             PACKED=self.packed,
-            num_warps=warps,
-            maxnreg=registers,
         )
 
 
@@ -143,7 +154,7 @@ def _sum(shares: Tensor, dtype: torch.dtype) -> Tensor:
     """Sum of the chunks' shares [chunks, H, W] in a fixed order."""
     rows, width = shares.shape[0], shares.shape[1] * shares.shape[2]
     total = torch.empty(shares.shape[1:], dtype=dtype, device=shares.device)
-    launcher(sum_shares, (triton.cdiv(width, 32),))(shares, total, rows, width, num_warps=4)
+    launcher(sum_shares, (triton.cdiv(width, 32),))(shares, total, rows, width, num_warps=8)
     return total
 
 
@@ -157,7 +168,8 @@ def _kernels(q: Tensor, gate_logits: Tensor, v: Tensor, *others: object) -> tupl
     _, time, heads, k = q.shape
     width = v.shape[3]
     many_segments = time > configure(k, width, q.dtype).segment
-    return q.device, q.dtype, heads, k, width, many_segments, *[x is None for x in others]
+    kinds = [x if isinstance(x, bool) else x is None for x in others]
+    return q.device, q.dtype, heads, k, width, many_segments, *kinds
 
 
 @compiled_together(_kernels)
@@ -174,24 +186,34 @@ def forward(
     scale: float,
     norm_eps: float,
     output_final_state: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, final state (empty where not asked for), and the states before each chunk, which
-    `backward` would otherwise compute again."""
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Output, final state, and what `backward` has: the states before each chunk, LayerNorm(y),
+    1 / its standard deviation, and the five `Factors`. Empty is the final state where it is not
+    asked for, and what is not to be kept."""
     with torch.cuda.device_of(q):
-        call = _Call(
-            q, gate_logits, v, aug, out_gate, out_gate_bias, cu_seqlens, tau, scale, norm_eps
-        )
+        call = _Call(q, gate_logits, v, aug, out_gate, out_gate_bias, cu_seqlens, tau, scale)
         config = call.config
-        states, final_state = call.states(v, _boundary(initial_state), reverse=False)
+        found, scores = call.factors()
+        states, final_state = call.states(found, v, _boundary(initial_state), reverse=False)
         out = call.outputs(*v.shape)
+        normalised = inverse_std = None
+        if keep:
+            # `outputs`, for gradients take their place.
+            normalised = call.outputs(*v.shape, dtype=call.dtype)
+            inverse_std = call.empty(*v.shape[:3])
         launcher(output, (call.layout.chunk_count * call.heads,))(
-            v, out_gate, call.bias, *call.shared(), states, out,
+            v, out_gate, call.bias, found.early, found.late, found.exact, scores, found.similarity,
+            states, out, normalised, inverse_std,
             *call.numbers(), norm_eps, *v.stride(), *call.gate_strides(),
-            **call.output_options(config.output_warps, config.output_registers),
+            **call.widths(), **call.gate_options(), BK=config.output_k, HAS_AUG=aug is not None,
+            num_warps=config.output_warps, maxnreg=config.output_registers,
         )  # fmt: skip
     if not output_final_state:
-        final_state = final_state.new_empty(0)
-    return out, final_state, states
+        final_state = q.new_empty(0, dtype=torch.float32)
+    if keep:
+        return out, final_state, states, normalised, inverse_std, *found
+    return out, final_state, *[q.new_empty(0) for _ in range(8)]
 
 
 @compiled_together(_kernels)
@@ -205,56 +227,72 @@ def backward(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     states: Tensor,
+    normalised: Tensor,
+    inverse_std: Tensor,
+    early: Tensor,
+    late: Tensor,
+    chunk_decays: Tensor,
+    exact: Tensor,
+    similarity: Tensor,
     d_out: Tensor,
     d_final_state: Tensor | None,
     tau: float,
     scale: float,
-    norm_eps: float,
+    overwrite: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, gate logits, v, aug, out_gate, out_gate_bias and the initial state; empty for
-    those that were None. Computes the factors again, and has the states from the forward pass."""
+    those that were None. With `overwrite`, gradients may take the memory of `normalised`, `early`
+    and `late`, which nobody reads afterwards."""
     with torch.cuda.device_of(q):
-        call = _Call(
-            q, gate_logits, v, aug, out_gate, out_gate_bias, cu_seqlens, tau, scale, norm_eps
-        )
+        call = _Call(q, gate_logits, v, aug, out_gate, out_gate_bias, cu_seqlens, tau, scale)
         config, chunks = call.config, (call.layout.chunk_count, call.heads)
         grid = (chunks[0] * chunks[1],)
-        # float16 would overflow under loss scaling.
-        d_y = call.outputs(*v.shape, dtype=call.dtype)
+        # Not in float16, which would overflow under loss scaling.
+        d_y = normalised if overwrite else call.outputs(*v.shape, dtype=call.dtype)
         d_out_gate = call.outputs(*(v.shape if out_gate is not None else (0,)))
         d_bias = call.empty(*((*chunks, call.width) if call.bias is not None else (0,)))
         launcher(output_backward, grid)(
-            v, out_gate, call.bias, *call.shared(), states,
-            d_out, d_y, d_out_gate, d_bias, *call.numbers(), norm_eps,
-            *v.stride(), *call.gate_strides(), *d_out.stride(),
-            **call.output_options(config.backward_warps, config.backward_registers),
+            normalised, inverse_std, out_gate, call.bias, d_out, d_y, d_out_gate, d_bias,
+            *call.numbers(), *call.gate_strides(), *d_out.stride(),
+            H=call.heads, C=config.chunk, ROWS=config.backward_rows, **call.gate_options(),
+            num_warps=config.backward_warps,
         )  # fmt: skip
-        d_states, d_initial = call.states(d_y, _boundary(d_final_state), reverse=True)
+        found = Factors(early, late, chunk_decays, exact, similarity)
+        d_states, d_initial = call.states(found, d_y, _boundary(d_final_state), reverse=True)
         tiles = triton.cdiv(call.k, config.gradient_k)
-        d_q, d_gates = map(call.gradient_in, (call.early, call.late))
-        # d_y is read for the last time where d_v is written, unless by several tiles of K.
-        d_v = call.gradient_in(d_y) if tiles == 1 else call.outputs(*v.shape)
+
+        def gradient_in(memory: Tensor, is_free: bool) -> Tensor:
+            """Where a gradient goes: into what its kernel reads for the last time, if it fits."""
+            free = is_free and memory.dtype == q.dtype
+            return memory if free else call.outputs(*memory.shape)
+
+        d_q, d_gates = gradient_in(early, overwrite), gradient_in(late, overwrite)
+        # Several tiles of K read d_y after d_v has been written.
+        d_v = gradient_in(d_y, tiles == 1)
         d_aug = call.empty(*((*chunks, call.k) if aug is not None else (0,)))
-        common = (
-            states, d_states, d_q, d_gates, d_v, d_aug, *call.numbers(), call.scale,
-            call.inverse_tau, *call.strides(),
-        )  # fmt: skip
+        results = (states, d_states, d_q, d_gates, d_v, d_aug, *call.numbers())
+        numbers = (call.scale, call.inverse_tau, *call.strides())
         options = dict(**call.widths(), V=call.width, HAS_AUG=aug is not None, PACKED=call.packed)
+        d_scores = d_similarity = None
         if tiles > 1:
+            d_scores, d_similarity = call.scores(), torch.empty_like(similarity)
             launcher(value_gradients, grid)(
-                v, d_y, call.early, call.late, call.exact, call.similarity,
-                d_v, call.scores, call.similarity, d_states, *call.numbers(), *v.stride(),
+                v, d_y, early, late, exact, similarity,
+                d_v, d_scores, d_similarity, d_states, *call.numbers(), *v.stride(),
                 **options, BK=power_of_two(call.k), BV=config.value_v, STAGES=config.value_stages,
                 num_warps=4, maxnreg=config.value_registers,
             )  # fmt: skip
         launcher(gradients, (grid[0] * tiles,))(
-            q, gate_logits, v, call.aug, d_y, call.early, call.late, call.chunk_decays, call.exact,
-            call.similarity, call.scores, call.similarity, *common, **options,
+            q, gate_logits, v, call.aug, d_y, early, late, chunk_decays, exact,
+            similarity, d_scores, d_similarity, *results, *numbers, **options,
             BK=config.gradient_k, BV=config.gradient_v, STAGES=config.gradient_stages,
             num_warps=config.gradient_warps, maxnreg=config.gradient_registers,
         )  # fmt: skip
-        launcher(exact_gradients, grid)(
-            q, gate_logits, v, call.aug, d_y, *call.shared(), *common, **options,
+        programs = min(grid[0], EXACT_PROGRAMS)
+        launcher(exact_gradients, (programs,))(
+            q, gate_logits, v, call.aug, d_y, early, late, exact, similarity,
+            call.empty(programs, config.chunk, config.chunk, dtype=call.dtype),
+            *results, grid[0], *numbers, **options,
             BV=min(32, power_of_two(call.width)), num_warps=4,
         )  # fmt: skip
         if aug is not None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_patch.ops.checks import records_gradients
 from megatron_patch.ops.triton import launches
 from megatron_patch.ops.triton.configuration import configure
 from megatron_patch.ops.triton.layout import unit_count
@@ -32,13 +33,14 @@ def meta_linear_attention(
     States are float32, sums of decays and of products too. Matrix products take bfloat16 operands
     for bfloat16 tensors, TensorFloat-32 for float16, and three of them per product for float32.
     """
+    tensors = (q, gate_logits, v, aug, out_gate, out_gate_bias, initial_state)
+    keep = records_gradients(*tensors)
     # The custom operator is what torch.compile and fake tensors see; without them, PyTorch's way
     # through it would take longer than the kernels do on short sequences.
     traced = torch.compiler.is_compiling() or type(q) is not Tensor
     out, final_state, *_ = (_forward if traced else _Eager.apply)(
-        q, gate_logits, v, aug, out_gate, out_gate_bias, initial_state, cu_seqlens,
-        float(tau), float(scale), float(norm_eps), output_final_state,
-    )  # fmt: skip
+        *tensors, cu_seqlens, float(tau), float(scale), float(norm_eps), output_final_state, keep
+    )
     return out, final_state if output_final_state else None
 
 
@@ -49,24 +51,36 @@ _backward = torch.library.custom_op("metala::backward", launches.backward, mutat
 @_forward.register_fake
 def _(
     q, gate_logits, v, aug, out_gate, out_gate_bias, initial_state, cu_seqlens,
-    tau, scale, norm_eps, output_final_state,
+    tau, scale, norm_eps, output_final_state, keep,
 ):  # fmt: skip
     (batch, time, heads, k), width = q.shape, v.shape[3]
     config = configure(int(k), int(width), q.dtype)  # kernels are compiled for their widths
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     chunks = unit_count(batch, time, config.chunk, cu_seqlens)
     final = (sequences, heads, k, width) if output_final_state else (0,)
+
+    def kept(*shape, dtype=torch.float32):
+        return q.new_empty(shape, dtype=dtype) if keep else q.new_empty(0)
+
     return (
         torch.empty(v.shape, dtype=v.dtype, device=v.device),
         q.new_empty(final, dtype=torch.float32),
-        q.new_empty((chunks, heads, k, width), dtype=config.dtype),
+        kept(chunks, heads, k, width, dtype=config.dtype),
+        kept(*v.shape, dtype=config.dtype),
+        kept(batch, time, heads),
+        kept(*q.shape, dtype=config.dtype),
+        kept(*q.shape, dtype=config.dtype),
+        kept(chunks, heads, k),
+        kept(chunks, heads, dtype=torch.int32),
+        kept(*((batch, time, heads) if aug is not None else (0,))),
     )
 
 
 @_backward.register_fake
 def _(
     q, gate_logits, v, aug, out_gate, out_gate_bias, initial_state, cu_seqlens,
-    states, d_out, d_final_state, tau, scale, norm_eps,
+    states, normalised, inverse_std, early, late, chunk_decays, exact, similarity,
+    d_out, d_final_state, tau, scale, overwrite,
 ):  # fmt: skip
     def like(tensor, dtype=None):
         if tensor is None:
@@ -80,30 +94,32 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    tensors, ctx.numbers = inputs[:8], inputs[8:11]
+    tensors, ctx.numbers = inputs[:8], inputs[8:10]
     ctx.save_for_backward(*tensors, *output[2:])
     ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx: Any, run: Any, d_out: Tensor | None, d_final_state: Tensor | None) -> tuple:
+def _gradients(
+    ctx: Any, run: Any, overwrite: bool, d_out: Tensor | None, d_final_state: Tensor | None
+) -> tuple:
     tensors = ctx.saved_tensors
     if d_final_state is not None and d_final_state.numel() == 0:
         d_final_state = None
     if d_out is None:
         if d_final_state is None:
-            return (None,) * 12
+            return (None,) * 13
         d_out = torch.zeros_like(tensors[2])
-    found = run(*tensors, d_out, d_final_state, *ctx.numbers)
+    found = run(*tensors, d_out, d_final_state, *ctx.numbers, overwrite)
     found = tuple(
         gradient if tensor is not None else None
         for gradient, tensor in zip(found, tensors[:7], strict=True)
     )
-    return (*found, None, None, None, None, None)
+    return (*found, *(None,) * 6)
 
 
 _forward.register_autograd(
-    lambda ctx, d_out, d_final_state, *_: _gradients(ctx, _backward, d_out, d_final_state),
+    lambda ctx, d_out, d_final_state, *_: _gradients(ctx, _backward, False, d_out, d_final_state),
     setup_context=_setup_context,
 )
 
@@ -120,4 +136,6 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_out: Tensor | None, d_final_state: Tensor | None, *_: Any) -> tuple:
-        return _gradients(ctx, launches.backward, d_out, d_final_state)
+        # Unless the caller retains the graph, nobody reads what was kept after this pass.
+        overwrite = not torch._C._autograd._get_current_graph_task_keep_graph()
+        return _gradients(ctx, launches.backward, overwrite, d_out, d_final_state)

@@ -5,7 +5,7 @@ import triton.language as tl
 
 
 @triton.jit(do_not_specialize=["rows", "width"])
-def sum_shares(shares, total, rows, width, BLOCK: tl.constexpr = 32, DEPTH: tl.constexpr = 64):
+def sum_shares(shares, total, rows, width, BLOCK: tl.constexpr = 32, DEPTH: tl.constexpr = 256):
     """total [width] is the sum of shares [rows, width] float32 over its rows, always in the same
     order. Grid: (width / BLOCK,)."""
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

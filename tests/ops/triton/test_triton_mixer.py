@@ -215,7 +215,7 @@ def test_operator_check():
     for absent in ((), ("initial_state", "aug")):
         x = make(1, 5, 1, 16, 16, absent=absent)
         x = {name: value.requires_grad_() for name, value in x.items()}
-        arguments = (*(x.get(name) for name in NAMES), None, 16.0, 0.25, 1e-5, True)
+        arguments = (*(x.get(name) for name in NAMES), None, 16.0, 0.25, 1e-5, True, True)
         torch.library.opcheck(_forward, arguments)
 
 
