@@ -80,8 +80,7 @@ def answer():
 """
 FORWARD = ["factors", "carry", "output"]
 BACKWARD = [
-    "factors", "output_backward", "carry", "gradients", "exact_gradients", "sum_shares",
-    "sum_shares",
+    "output_backward", "carry", "gradients", "exact_gradients", "sum_shares", "sum_shares",
 ]  # fmt: skip
 
 needs_asynchronous_compilation = pytest.mark.skipif(
@@ -117,7 +116,7 @@ def test_each_pass_compiles_its_kernels_together_and_once(tmp_path):
     """
     compiled, launched, rounds = in_new_process(code, tmp_path)
     assert sorted(launched) == sorted(3 * (FORWARD + BACKWARD))
-    # `factors` and the second `sum_shares` are compiled already, `carry` runs in two directions.
+    # The second `sum_shares` is compiled already, `carry` runs in two directions.
     kernels = {*FORWARD, *BACKWARD}
     assert sorted(compiled) == sorted([[kernel, True] for kernel in [*kernels, "carry"]])
     assert sorted(rounds) == ["backward", "forward"]

@@ -192,6 +192,25 @@ def test_two_runs_have_equal_bits_and_inputs_stay():
     assert all(torch.equal(before[name], x) for name, x in tensors.items())
 
 
+@pytest.mark.parametrize(("K", "dtype"), [(16, torch.float32), (72, torch.bfloat16)])
+def test_a_retained_graph_gives_the_same_gradients_again(K, dtype):
+    """Gradients take the memory of what the forward pass kept, but not where it is needed again."""
+    tensors = make(1, 40, 1, K, 32, dtype=dtype)
+    leaves = {name: x.requires_grad_() for name, x in tensors.items()}
+    out, _ = meta_linear_attention(**leaves, backend="triton")
+    kept = {x.data_ptr() for x in out.grad_fn.saved_tensors if x is not None}
+    weight = torch.randn_like(out)
+    first, second = (
+        torch.autograd.grad(out, list(leaves.values()), weight, retain_graph=True) for _ in range(2)
+    )
+    assert all(map(torch.equal, first, second))
+    assert not kept & {x.data_ptr() for x in first}
+    last = torch.autograd.grad(out, list(leaves.values()), weight)
+    assert all(map(torch.equal, first, last))
+    d_q, d_gate_logits = last[:2]
+    assert {d_q.data_ptr(), d_gate_logits.data_ptr()} <= kept
+
+
 def test_state_continues_a_sequence():
     whole = make(1, 40, 1, 16, 32, absent=("initial_state",))
     parts, state = [], None
@@ -215,8 +234,10 @@ def test_operator_check():
     for absent in ((), ("initial_state", "aug")):
         x = make(1, 5, 1, 16, 16, absent=absent)
         x = {name: value.requires_grad_() for name, value in x.items()}
-        arguments = (*(x.get(name) for name in NAMES), None, 16.0, 0.25, 1e-5, True, True)
-        torch.library.opcheck(_forward, arguments)
+        arguments = (*(x.get(name) for name in NAMES), None, 16.0, 0.25, 1e-5, True)
+        torch.library.opcheck(_forward, (*arguments, True))
+    with torch.no_grad():
+        torch.library.opcheck(_forward, (*arguments, False))
 
 
 def test_compiled_as_eager():
