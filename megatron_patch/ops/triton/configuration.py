@@ -76,12 +76,14 @@ def configure(key_width: int, value_width: int, dtype: torch.dtype) -> Configura
         chunk = 32 if wide else 64
     else:
         chunk = 16 if wide else 32
+    factor_warps = 8 if k > 64 else 4
     return Configuration(
         chunk=chunk,
         segment=2048,
         precision=precision_of(dtype),
-        factor_warps=8,
-        factor_run=2,
+        factor_warps=factor_warps,
+        # Each thread then has a run's tokens in 16 bytes of neighbouring channels.
+        factor_run=max(2, chunk * k // (32 * factor_warps * (8 if half else 4))),
         carry_k=min(k, 128 if half else 64),
         carry_v=min(v, 128 if half and k <= 64 else 64 if half else 32),
         carry_warps=4,

@@ -16,7 +16,17 @@ import triton
 import triton.language as tl
 
 from megatron_patch.ops.triton.exact import exact_factors, exact_scores
-from megatron_patch.ops.triton.tiles import FACTOR_LIMIT, decays, exp2, key, locate, unit_and_head
+from megatron_patch.ops.triton.tiles import (
+    FACTOR_LIMIT,
+    LOWEST_LOG_DECAY,
+    exp2,
+    key,
+    locate,
+    log_decay,
+    reciprocal,
+    unit_and_head,
+    widen,
+)
 
 
 @triton.jit(do_not_specialize=["T", "chunks"])
@@ -59,50 +69,57 @@ def factors(
     exact [chunks, H] int32; similarity [B, T, H] float32, q . (aug * k); and scores [B, T, H, C]
     in exact chunks alone.
 
-    Tiles are [RUN, C / RUN, BK]: the tokens of a run, which follow each other, lie in one thread,
-    so that sums along time need few exchanges between threads.
+    Tiles are [C / RUN, RUN, BK]: Triton hands out the last and then the first dimension to threads,
+    so that where these suffice (`configure`) the tokens of a run, which follow each other, lie in
+    one, and sums and products along a run need no exchanges.
     """
     unit, head = unit_and_head(H)
     sequence, _, batch, first, end = locate(unit, chunks, table, bounds, T, C, PACKED)
     if sequence < 0:
         return
     length = tl.minimum(end - first, C).to(tl.int32)
-    run = tl.arange(0, C // RUN)
-    token = run[None, :] * RUN + tl.arange(0, RUN)[:, None]
+    run, place = tl.arange(0, C // RUN), tl.arange(0, RUN)
+    token = run[:, None] * RUN + place[None, :]
     rows = token[:, :, None]
     columns = tl.arange(0, BK)
     mask = (rows < length) & (columns < K)[None, None, :]
     q += batch * q_b + head * q_h + first * q_t
     gates += batch * gate_b + head * gate_h + first * gate_t
     raw_q = tl.load(q + (rows * q_t + columns[None, None, :] * q_k), mask=mask, other=0.0)
-    raw_q = raw_q.to(tl.float32)
-    g = decays(
-        gates + (rows * gate_t + columns[None, None, :] * gate_k), mask, inverse_tau, PRECISION
+    # Infinite logits: no decay. That of a chunk is bounded below, once for all of its tokens.
+    logits = tl.load(
+        gates + (rows * gate_t + columns[None, None, :] * gate_k), mask=mask, other=float("inf")
     )
-    k = key(g, PRECISION)
-    within = tl.cumsum(g, 0)
-    runs = tl.sum(g, 0)
-    total = tl.sum(runs, 0)
-    before = tl.cumsum(runs, 0) - runs - 0.5 * total[None, :]
-    since = within + before[None, :, :]
+    g = log_decay(widen(logits), inverse_tau, PRECISION)
+    runs = tl.sum(g, 1)
+    until = tl.cumsum(runs, 0)
+    # The last of the sums, which lie where the scan left them; runs would be summed anew.
+    total = tl.sum(tl.where((run == C // RUN - 1)[:, None], until, 0.0), 0)
+    until -= 0.5 * total[None, :]
 
     at = unit.to(tl.int64) * H + head
     token_at = (batch * T + first) * H + head
     early += token_at * K
     late += token_at * K
     offsets = rows * (H * K) + columns[None, None, :]
-    factor = exp2(since, PRECISION) * scale
-    tl.store(early + offsets, (raw_q * factor).to(early.dtype.element_ty), mask=mask)
-    factor = exp2(-since, PRECISION)
-    tl.store(late + offsets, (k * factor).to(late.dtype.element_ty), mask=mask)
-    tl.store(totals + at * K + columns, total, mask=columns < K)
+    # Not sooner: what lives through the exchange between threads takes registers.
+    raw_q = widen(raw_q)
+    k = key(g, PRECISION)
     if HAS_AUG:
-        weight = tl.load(aug + head * K + columns, mask=columns < K, other=0.0).to(tl.float32)
+        weight = widen(tl.load(aug + head * K + columns, mask=columns < K, other=0.0))
         tl.store(
             similarity + token_at + token * H,
             tl.sum(raw_q * k * weight[None, None, :], 2),
             mask=token < length,
         )
+    # 2^(G - m): before the run an exponential, within it products with decays, which k took too.
+    decay = exp2(g, PRECISION)
+    before = exp2(until - runs, PRECISION)[:, None, :]
+    factor = tl.cumprod(tl.where((place == 0)[None, :, None], before * decay, decay), 1)
+    tl.store(early + offsets, (raw_q * scale * factor).to(early.dtype.element_ty), mask=mask)
+    tl.store(late + offsets, (k * reciprocal(factor)).to(late.dtype.element_ty), mask=mask)
+    total = tl.where(total < LOWEST_LOG_DECAY, LOWEST_LOG_DECAY, total)
+    tl.store(totals + at * K + columns, total, mask=columns < K)
     is_exact = tl.min(total) < FACTOR_LIMIT
     tl.store(exact + at, is_exact.to(tl.int32))
     if is_exact:

@@ -74,8 +74,8 @@ def exp2(x, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def sigmoid(x):
-    x = 1.0 + exp2(x * -LOG2_E, "bf16")  # what is flushed to zero is lost beside 1 anyhow
+def reciprocal(x):
+    """1 / x, to one unit in the last place, by one instruction."""
     if INTERPRETED:
         return 1.0 / x
     else:
@@ -85,8 +85,27 @@ def sigmoid(x):
 
 
 @triton.jit
+def sigmoid(x):
+    # What `exp2` flushes to zero is lost beside 1 anyhow.
+    return reciprocal(1.0 + exp2(x * -LOG2_E, "bf16"))
+
+
+@triton.jit
+def widen(x):
+    """x in float32. Of two bfloat16 numbers in a register by two instructions: alone, Triton takes
+    three."""
+    if INTERPRETED or x.dtype != tl.bfloat16:
+        return x.to(tl.float32)
+    else:
+        return tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=f,=f,r", [x], dtype=tl.float32,
+            is_pure=True, pack=2,
+        )  # fmt: skip
+
+
+@triton.jit
 def log_decay(logits, inverse_tau, PRECISION: tl.constexpr):
-    """logsigmoid(logits) / tau in base 2."""
+    """logsigmoid(logits) / tau in base 2; zero for infinite logits."""
     x = exp2(tl.abs(logits) * -LOG2_E, PRECISION)
     # log(1 + x) = x p(x) keeps the digits of small x.
     if PRECISION == "bf16":
@@ -113,11 +132,9 @@ def bounded_log_decay(logits, inverse_tau, PRECISION: tl.constexpr):
 def key(g, PRECISION: tl.constexpr):
     """k = 1 - 2^g, with all digits where the decay is close to one."""
     if PRECISION == "bf16":
-        # Fitted on [-1, 0]; relative error 1.3e-5.
-        p = 0.05410262943 + 0.00730319740 * g
-        p = 0.23994404078 + g * p
-        series = -g * (0.69313794374 + g * p)
-        return tl.where(g > -1.0, series, 1.0 - exp2(g, PRECISION))
+        # Fitted on [-1 / 32, 0]; relative error 9.8e-6, and 1.1e-5 where `exp2` serves.
+        series = g * (-0.69314042222 - 0.23849897567 * g)
+        return tl.where(g > -0.03125, series, 1.0 - exp2(g, PRECISION))
     else:
         x = g / LOG2_E
         series = 1 + x * (1 / 5) * (1 + x * (1 / 6))
@@ -129,8 +146,8 @@ def key(g, PRECISION: tl.constexpr):
 def decays(gates, mask, inverse_tau, PRECISION: tl.constexpr):
     """Log decays of the tile behind the pointers `gates`, zero where masked, never below
     `LOWEST_LOG_DECAY`."""
-    logits = tl.load(gates, mask=mask, other=0.0).to(tl.float32)
-    return tl.where(mask, bounded_log_decay(logits, inverse_tau, PRECISION), 0.0)
+    logits = tl.load(gates, mask=mask, other=float("inf")).to(tl.float32)
+    return bounded_log_decay(logits, inverse_tau, PRECISION)
 
 
 @triton.jit
