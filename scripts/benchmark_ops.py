@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
@@ -27,7 +28,7 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from megatron_patch.ops import meta_linear_attention  # noqa: E402
+from megatron_patch.ops import chunked, meta_linear_attention  # noqa: E402
 
 # (batch, tokens, heads, K, V); the first is the one that targets are stated for.
 SHAPES = [
@@ -59,9 +60,17 @@ def make(batch, time_, heads, k, v, dtype, *, sequences=None, gates=1.0, state=F
     return tensors
 
 
-def evaluate(tensors, weights, backend, dtype=None, **arguments):
+def chunked_in_bfloat16(**arguments):
+    """Chunked PyTorch, whose matrix products take bfloat16 operands, as the kernels' do."""
+    with torch.autocast("cuda", torch.bfloat16):
+        return chunked.meta_linear_attention(
+            **arguments, tau=16.0, scale=arguments["q"].shape[-1] ** -0.5, norm_eps=1e-5
+        )
+
+
+def evaluate(tensors, weights, operator, dtype=None, **arguments):
     leaves = {n: x.detach().to(dtype or x.dtype).requires_grad_() for n, x in tensors.items()}
-    out, final = meta_linear_attention(**leaves, backend=backend, **arguments)
+    out, final = operator(**leaves, **arguments)
     results = [out] if final is None else [out, final]
     weights = [w.to(x) for w, x in zip(weights, results, strict=False)]
     gradients = torch.autograd.grad(results, list(leaves.values()), weights)
@@ -99,33 +108,38 @@ def check(case: tuple) -> tuple[bool, str]:
         # so can the next few. The other kinds have a state, and check first tokens too.
         weights[0][:, :UNCHECKED] = 0
     try:
-        found = evaluate(tensors, weights, "triton", **arguments)
-        again = evaluate(tensors, weights, "triton", **arguments)
-        chunked = evaluate(tensors, weights, "chunked", **arguments)
-        wanted = evaluate(tensors, weights, "chunked", torch.float64, **arguments)
+        kernels = partial(meta_linear_attention, backend="triton")
+        in_float32 = partial(meta_linear_attention, backend="chunked")
+        forms = [in_float32, chunked_in_bfloat16] if dtype == torch.bfloat16 else [in_float32]
+        found, again = (evaluate(tensors, weights, kernels, **arguments) for _ in range(2))
+        peers = [evaluate(tensors, weights, form, **arguments) for form in forms]
+        wanted = evaluate(tensors, weights, in_float32, torch.float64, **arguments)
         torch.cuda.synchronize()
     except Exception as error:  # an illegal access ends the process: report it
         return False, f"{k:>4} {v:>4} {str(dtype)[6:]:>9} {length:>5} {kind:<13} {error!r:.120}"
-    worst, ratio, right = 0.0, 0.0, all(map(torch.equal, found, again))
+    worst, ratios, right = 0.0, [0.0] * len(peers), all(map(torch.equal, found, again))
     same = "bits equal" if right else "BITS DIFFER"
     if kind == "plain":
-        for results in (found, chunked, wanted):
+        for results in (found, *peers, wanted):
             results[0] = results[0][:, UNCHECKED:]
-    for x, y, want in zip(found, chunked, wanted, strict=True):
+    for x, want, *others in zip(found, wanted, *peers, strict=True):
         norm = want.norm().item()
         # What is zero up to rounding has no relative error.
         if norm <= 1e-5 * want.numel() ** 0.5:
             right &= bool(torch.isfinite(x).all())
             continue
-        error, floor = relative_change(x, want), relative_change(y, want)
+        error, *floors = (relative_change(y, want) for y in (x, *others))
         worst = max(worst, error) if error == error else float("nan")
         if x.dtype == dtype:
-            ratio = max(ratio, error / max(floor, 1e-7))
+            ratios = [max(r, error / max(f, 1e-7)) for r, f in zip(ratios, floors, strict=True)]
         right &= error <= (
-            BFLOAT16_LIMIT if dtype == torch.bfloat16 else max(OTHER_LIMIT * floor, 2e-6)
+            BFLOAT16_LIMIT if dtype == torch.bfloat16 else max(OTHER_LIMIT * floors[0], 2e-6)
         )
     line = f"{k:>4} {v:>4} {str(dtype)[6:]:>9} {length:>5} {kind:<13} worst error {worst:.1e}, "
-    return right, line + f"{ratio:4.1f} times chunked PyTorch's at most, {same}"
+    line += f"{ratios[0]:4.1f} times chunked PyTorch's at most, "
+    if dtype == torch.bfloat16:
+        line += f"{ratios[1]:4.1f} times with its products in bfloat16, "
+    return right, line + same
 
 
 def check_all(jobs: int) -> bool:
