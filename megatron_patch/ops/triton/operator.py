@@ -124,6 +124,10 @@ _forward.register_autograd(
 )
 
 
+# PyTorch before 2.6 does not tell.
+_retains_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+
+
 class _Eager(torch.autograd.Function):
     """The same without the custom operators."""
 
@@ -137,5 +141,4 @@ class _Eager(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_out: Tensor | None, d_final_state: Tensor | None, *_: Any) -> tuple:
         # Unless the caller retains the graph, nobody reads what was kept after this pass.
-        overwrite = not torch._C._autograd._get_current_graph_task_keep_graph()
-        return _gradients(ctx, launches.backward, overwrite, d_out, d_final_state)
+        return _gradients(ctx, launches.backward, not _retains_graph(), d_out, d_final_state)
