@@ -1,4 +1,4 @@
-"""The first call of a pass compiles its kernels side by side, not one before each launch.
+"""The first call compiles its kernels side by side, not one before each launch.
 
 Threads serve: nearly all of it is MLIR, LLVM, ptxas and the C compiler, which run without Python's
 lock.
@@ -22,9 +22,14 @@ _compiling = contextvars.ContextVar("compiling", default=False)
 _lock = threading.Lock()
 
 
+def is_compiling() -> bool:
+    """Whether this is a round that launches nothing, but has kernels compiled."""
+    return _compiling.get()
+
+
 def launcher(kernel: Any, grid: tuple[int, ...]) -> Callable:
     """`kernel[grid]`; in the round that compiles, what compiles the same launch."""
-    return functools.partial(kernel.warmup, grid=grid) if _compiling.get() else kernel[grid]
+    return functools.partial(kernel.warmup, grid=grid) if is_compiling() else kernel[grid]
 
 
 def compiled_together(kernels: Callable[..., Hashable]) -> Callable[[Callable], Callable]:
@@ -33,8 +38,9 @@ def compiled_together(kernels: Callable[..., Hashable]) -> Callable[[Callable], 
 
     Args:
         kernels: of the function's arguments, what decides which kernels it launches. For a new
-            value the function runs twice; in the first round it launches nothing. What the value
-            does not tell, Triton's specialisation to other strides say, is compiled when launched.
+            value the function runs twice; in the first round it launches nothing, and may call
+            others of its kind, whose kernels are then compiled too. What the value does not tell,
+            Triton's specialisation to other strides say, is compiled when launched.
     """
 
     def decorate(run: Callable) -> Callable:
@@ -46,7 +52,9 @@ def compiled_together(kernels: Callable[..., Hashable]) -> Callable[[Callable], 
         @functools.wraps(run)
         def compiling_first(*arguments: Any) -> Any:
             value = kernels(*arguments)
-            if value not in compiled:
+            if is_compiling():  # within the round of another function, which calls this one
+                compiled.add(value)
+            elif value not in compiled:
                 with _lock:
                     if value not in compiled:
                         # In a context of its own: a caller may compile asynchronously himself.
