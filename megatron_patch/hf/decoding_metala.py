@@ -89,8 +89,10 @@ def record_cuda_graph(step: Callable[[], None]) -> Callable[[], None]:
             step()
     current.wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    # Threads that read a streamed text may use the GPU meanwhile.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    # On a stream of this device: PyTorch's own lies on the device of the process's first recording,
+    # and what runs on another is not recorded. Threads that read a streamed text may use the GPU
+    # meanwhile.
+    with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
         step()
     return graph.replay
 

@@ -16,6 +16,9 @@ def test_generation_on_the_second_gpu(tiny_model, tokens, graph):
     """Greedy tokens and their logits, of the kernels with and without a CUDA graph, are those of
     float64 on the CPU."""
     assert torch.cuda.current_device() == 0
+    # From now on PyTorch records on a stream of the first GPU, unless told another.
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        torch.zeros(1, device="cuda")
     model, judge = tiny_model(**SIZES).to("cuda:1"), tiny_model(torch.float64, **SIZES)
     prompt = tokens(2, 70)
     found = model.generate(
