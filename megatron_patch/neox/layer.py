@@ -44,15 +44,15 @@ class ParallelMetaLALayer(nn.Module):
         self.mlp = ParallelSwiGLU(
             neox_args, metala_intermediate_size(neox_args), init_method, output_layer_init_method
         )
-        # GPT-NeoX's generation switches `use_cache` on and clears `layer_past` between prompts.
+        # GPT-NeoX's generation switches `use_cache` on. It leaves `layer_past` where it is when it
+        # switches it off again, to train or to evaluate.
         self.use_cache = False
         self.layer_past: MixerState | None = None
 
     def forward(self, x: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """[T, B, d] to [T, B, d]. `attention_mask` is not read: the recurrence is causal."""
-        mixed, state = self.mixer(self.input_norm(x), self.layer_past, self.use_cache)
-        if self.use_cache:
-            self.layer_past = state
+        past = self.layer_past if self.use_cache else None
+        mixed, self.layer_past = self.mixer(self.input_norm(x), past, self.use_cache)
         x = x + self._dropout(mixed)
         return x + self._dropout(self.mlp(self.mlp_norm(x)))
 

@@ -104,6 +104,23 @@ def test_cached_steps_continue_the_sequence(in_neox, config):
     assert in_neox(config, code) < 1e-12
 
 
+def test_without_the_cache_no_state_of_a_generation_is_left(in_neox, config):
+    """As in `eval_tasks` during training, which generate with the cache and then train on."""
+    code = """
+    from megatron.training import get_model
+    model = get_model(neox_args)
+    layer = model.sequential[2]
+    x = torch.randn(11, 1, 64)
+    run = lambda: layer((x, None))[0]
+    expected = run()
+    model.inference_mode(use_cache=True)
+    run()
+    model.train_mode()
+    answer([(run() - expected).abs().max().item() for _ in range(2)])
+    """
+    assert in_neox(config, code) == [0, 0]
+
+
 @pytest.mark.parametrize("pipe_parallel_size", [0, 1])
 def test_layers_are_recomputed(in_neox, config, pipe_parallel_size):
     """With activation checkpointing each layer runs twice in a step, which changes no weight."""
