@@ -43,6 +43,7 @@ def register() -> None:
     _initialize_without_cuda()
     _find_data_sets()
     _fix_pipeline_validation()
+    _forget_earlier_prompts()
     _shrink_unread_attention_mask()
     _log_to_wandb()
 
@@ -224,6 +225,22 @@ def _fix_pipeline_validation() -> None:
         return result if isinstance(result, tuple) else (result, {})
 
     _replace(forward_step, forward_step_with_metrics)
+
+
+def _forget_earlier_prompts() -> None:
+    """Generation from several prompts keeps the caches of one for the next, and the last one's for
+    whatever the model does then."""
+    from megatron.text_generation_utils import stream_tokens
+
+    @functools.wraps(stream_tokens)
+    def stream_tokens_of_one_prompt(neox_args, model, *args, **kwargs):
+        model.module.clear_cache()
+        try:
+            yield from stream_tokens(neox_args, model, *args, **kwargs)
+        finally:
+            model.module.clear_cache()
+
+    _replace(stream_tokens, stream_tokens_of_one_prompt)
 
 
 def _shrink_unread_attention_mask() -> None:

@@ -121,6 +121,29 @@ def test_without_the_cache_no_state_of_a_generation_is_left(in_neox, config):
     assert in_neox(config, code) == [0, 0]
 
 
+@pytest.mark.parametrize("layers", [["metala", "metala"], ["metala", "global"]])
+def test_a_prompt_is_continued_alike_whatever_was_generated_before(in_neox, config, layers):
+    code = """
+    from functools import partial
+    from types import SimpleNamespace
+    from megatron.text_generation_utils import generate_samples_from_prompt
+    from megatron.training import get_batch_sequential, get_model
+    neox_args.return_logits = True
+    model = get_model(neox_args, use_cache=True)
+    model.set_batch_fn(partial(get_batch_sequential, neox_args=neox_args))
+    model.inference_mode(use_cache=True)
+    engine = SimpleNamespace(module=model, eval=model.eval)
+    def first_logits(*prompts):  # of one token: GPT-NeoX has no room for the logits of more
+        samples = generate_samples_from_prompt(neox_args, engine, [*prompts], maximum_tokens=8)
+        return torch.tensor(samples[-1]["logits"][0])
+    difference = first_logits("a") - first_logits("b", "a")
+    left = [layer.layer_past is None for layer in model.sequential[2:4]]
+    answer([difference.abs().max().item(), left])
+    """
+    config["attention_config"] = layers
+    assert in_neox(config, code) == [0, [True, True]]
+
+
 @pytest.mark.parametrize("pipe_parallel_size", [0, 1])
 def test_layers_are_recomputed(in_neox, config, pipe_parallel_size):
     """With activation checkpointing each layer runs twice in a step, which changes no weight."""
