@@ -44,6 +44,7 @@ def register() -> None:
     _find_data_sets()
     _fix_pipeline_validation()
     _forget_earlier_prompts()
+    _gather_logits_for_inference()
     _shrink_unread_attention_mask()
     _log_to_wandb()
 
@@ -241,6 +242,50 @@ def _forget_earlier_prompts() -> None:
             model.module.clear_cache()
 
     _replace(stream_tokens, stream_tokens_of_one_prompt)
+
+
+def _gather_logits_for_inference() -> None:
+    """`inference_mode` means the logits to be gathered over the tensor-parallel ranks, and leaves
+    out models without a pipeline and tied heads: each rank would take its own share of the
+    vocabulary for the whole."""
+    from megatron.model.gpt2_model import GPT2ModelPipe
+    from megatron.model.utils import SequentialWrapper
+
+    to_sequential = GPT2ModelPipe.to_sequential
+    set_parallel_output = GPT2ModelPipe._set_parallel_output
+    inference_mode, train_mode = SequentialWrapper.inference_mode, SequentialWrapper.train_mode
+
+    @functools.wraps(set_parallel_output)
+    def set_parallel_output_of_any_head(self, value):
+        set_parallel_output(self, value)
+        self.parallel_output = value  # a tied head looks here at each call
+
+    @functools.wraps(to_sequential)
+    def to_sequential_with_head(self):
+        model, in_training = to_sequential(self), self.parallel_output
+
+        def gather_logits(is_wanted: bool) -> None:
+            self.parallel_output = in_training and not is_wanted
+            if hasattr(model.sequential[-1], "final_linear"):
+                model.sequential[-1].final_linear.set_parallel_output(self.parallel_output)
+
+        model.gather_logits = gather_logits
+        return model
+
+    @functools.wraps(inference_mode)
+    def gathering_inference_mode(self, use_cache=True):
+        inference_mode(self, use_cache)
+        self.gather_logits(True)
+
+    @functools.wraps(train_mode)
+    def parallel_train_mode(self):
+        train_mode(self)
+        self.gather_logits(False)
+
+    GPT2ModelPipe.to_sequential = to_sequential_with_head
+    GPT2ModelPipe._set_parallel_output = set_parallel_output_of_any_head
+    SequentialWrapper.inference_mode = gathering_inference_mode
+    SequentialWrapper.train_mode = parallel_train_mode
 
 
 def _shrink_unread_attention_mask() -> None:

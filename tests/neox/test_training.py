@@ -136,6 +136,23 @@ def test_a_new_model_of_two_ranks(neox_checkout, token_data, tokenizer_file, tmp
     # in a checkout that is not linked to the plugin
     export(find_neox(), tmp_path / "checkpoints", tmp_path / "hf", "--verify")
 
+    # the best token of all ranks' shares of the vocabulary, with a tied head too
+    config |= {"load": config.pop("save"), "finetune": True}
+    assert_they_generate_alike(neox_checkout, config, tmp_path, tmp_path / "hf")
+    assert_whole_form_generates_alike(neox_checkout, config, tmp_path)
+
+
+def assert_whole_form_generates_alike(checkout: Path, config: dict, folder: Path) -> None:
+    """The model of `config`, whose Hugging Face folder is `hf`, on two ranks without a pipeline."""
+    whole = folder / "whole"
+    convert(
+        reshape_neox, checkout, "--checkpoint", config["load"], "--output", whole,
+        "--tensor-parallel", 2, "--pipeline-parallel", 0,
+    )  # fmt: skip
+    layout = {"model_parallel_size": 2, "pipe_parallel_size": 0, "num_gpus": 2}
+    config = {**config, **layout, "load": str(whole), "finetune": True}
+    assert_they_generate_alike(checkout, config, folder, folder / "hf")
+
 
 def assert_they_generate_alike(checkout: Path, config: dict, folder: Path, model_folder: Path):
     """NeoX's own generate.py and Hugging Face's generate continue a prompt greedily alike."""
@@ -173,6 +190,7 @@ def test_the_reference_layout_converts_and_generates_alike(
     assert "verified largest logit difference" in capsys.readouterr().out
     config = settings(token_data, tokenizer_file, load=str(checkpoints))
     assert_they_generate_alike(neox_checkout, config, tmp_path, tmp_path / "hf")
+    assert_whole_form_generates_alike(neox_checkout, config, tmp_path)
 
 
 def test_a_killed_run_resumes_as_if_unbroken(neox_checkout, token_data, tokenizer_file, tmp_path):
