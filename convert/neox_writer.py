@@ -39,8 +39,7 @@ def write_checkpoint(
     settings: Mapping[str, Any],
     configs: Mapping[str, str],
 ) -> None:
-    """Writes a checkpoint that GPT-NeoX loads with `finetune: true`, or with `no_load_optim: true`
-    and `no_load_rng: true` to keep the iteration's number.
+    """Writes a checkpoint that GPT-NeoX loads with `finetune: true`.
 
     Args:
         folder: what GPT-NeoX's `load` will name; exists and is empty.
