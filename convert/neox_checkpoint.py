@@ -29,7 +29,7 @@ from convert.tensor_table import (
     tensor_table,
 )
 from convert.torch_file import load_torch_file, saved_name
-from megatron_patch.neox.yaml_config import merge_yaml, merge_yaml_texts
+from megatron_patch.neox.yaml_config import SUFFIXES, merge_yaml, merge_yaml_texts
 
 STEP = re.compile(r"global_step(\d+)")
 LAYER_FILE = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
@@ -95,7 +95,7 @@ def config_texts(step: Path) -> dict[str, str]:
     """The text of each YAML file that the checkpoint carries, by file name."""
     folder = step / "configs"
     files = sorted(folder.iterdir()) if folder.is_dir() else []
-    return {p.name: p.read_text(encoding="utf-8") for p in files if p.suffix in (".yml", ".yaml")}
+    return {p.name: p.read_text(encoding="utf-8") for p in files if p.suffix in SUFFIXES}
 
 
 class NeoXCheckpoint:

@@ -18,7 +18,7 @@ from convert.model_shape import padded_vocabulary, with_defaults
 from convert.neox_checkpoint import NeoXCheckpoint, config_texts
 from convert.neox_writer import adapt_configs, check_layout, write_checkpoint
 from convert.tokenizer_folder import find_tokenizer, read_tokenizer
-from megatron_patch.neox.yaml_config import merge_yaml_texts
+from megatron_patch.neox.yaml_config import merge_yaml_texts, read_yaml
 
 
 def reshape_neox(
@@ -53,6 +53,7 @@ def reshape_neox(
         ConvertError: something is missing, damaged or impossible; see the line.
         SettingsError: the settings are malformed.
     """
+    output = output.resolve()  # the current folder is another one once its place is taken
     check_target(output, overwrite, mark="latest")
     source = NeoXCheckpoint(checkpoint, iteration, config)
     args = with_defaults(source.settings)
@@ -69,8 +70,8 @@ def reshape_neox(
         rows = padded_vocabulary(words.size, divisible_by, tensor_parallel)
     shape = replace(source.shape, padded_vocab_size=rows)
     check_layout(shape, tensor_parallel, pipeline_parallel)
-    texts = {p.name: p.read_text(encoding="utf-8") for p in config} if config else None
-    configs = adapt_configs(texts or config_texts(source.step), tensor_parallel, pipeline_parallel)
+    texts = in_one_folder(read_yaml(config)) if config else config_texts(source.step)
+    configs = adapt_configs(texts, tensor_parallel, pipeline_parallel)
     settings = merge_yaml_texts(configs)
     with complete_folder(output, overwrite, mark="latest") as folder:
         write_checkpoint(
@@ -84,6 +85,19 @@ def reshape_neox(
             configs,
         )
     return NeoXCheckpoint(output)
+
+
+def in_one_folder(texts: dict[str, str]) -> dict[str, str]:
+    """Texts by the names that their files have inside a checkpoint, in one folder."""
+    by_name: dict[str, str] = {}
+    for path, text in texts.items():
+        if (name := Path(path).name) in by_name:
+            raise ConvertError(
+                f"--config: found two files named {name}, wanted different names: a checkpoint "
+                "holds them in one folder"
+            )
+        by_name[name] = text
+    return by_name
 
 
 def main() -> None:

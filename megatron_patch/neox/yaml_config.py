@@ -10,6 +10,9 @@ import yaml
 
 from megatron_patch.neox.settings import SettingsError
 
+# GPT-NeoX reads the last as YAML too.
+SUFFIXES = (".yml", ".yaml", ".json")
+
 
 def merge_yaml(paths: Iterable[str | Path]) -> dict[str, Any]:
     """The settings of all files as one mapping; '-' in a key means '_'.
@@ -20,16 +23,25 @@ def merge_yaml(paths: Iterable[str | Path]) -> dict[str, Any]:
         SettingsError: a file cannot be read, is not YAML or not a mapping, or gives a key that the
             same or an earlier file already gave. The line names the file and, if any, the key.
     """
+    return merge_yaml_texts(read_yaml(paths))
+
+
+def read_yaml(paths: Iterable[str | Path]) -> dict[str, str]:
+    """The text of each file by its name, of which `.yml` may be left out.
+
+    Raises:
+        SettingsError: a file cannot be read, or is given twice.
+    """
     texts: dict[str, str] = {}
     for path in paths:
-        name = str(path) if str(path).endswith((".yml", ".yaml")) else f"{path}.yml"
+        name = str(path) if str(path).endswith(SUFFIXES) else f"{path}.yml"
         if name in texts:
             raise SettingsError(f"{name}: the file is given twice")
         try:
             texts[name] = Path(name).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise SettingsError(f"{name}: cannot be read: {error}") from None
-    return merge_yaml_texts(texts)
+    return texts
 
 
 def merge_yaml_texts(texts: Mapping[str, str]) -> dict[str, Any]:

@@ -178,6 +178,48 @@ def test_the_vocabulary_needs_its_tokenizer_where_the_padding_could_change(vocab
     assert NeoXCheckpoint(tmp_path / "new").shape.padded_vocab_size == 128
 
 
+def split_settings(folder: Path, vocab_file: Path, names: tuple[str, str]) -> list[Path]:
+    """A checkpoint's settings in two files, `metala:` in the first."""
+    rest = Model().yaml(1, 0, vocab_file)
+    files = [folder / name for name in names]
+    for file, values in zip(
+        files, ({"metala": {**rest.pop("metala"), "tau": 8.0}}, rest), strict=True
+    ):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(yaml.safe_dump(values))
+    return files
+
+
+def test_all_the_configs_that_are_given_are_written(vocab_file, tmp_path):
+    write(tmp_path / "neox", Model(), 1, 0, vocab_file)
+    files = split_settings(tmp_path, vocab_file, ("a/one.yml", "b/two.yml"))
+    given = [file.with_suffix("") for file in files]  # as on GPT-NeoX's command line
+    written = reshape_neox(tmp_path / "neox", tmp_path / "new", 1, 1, config=given)
+    assert written.settings["metala"]["tau"] == 8
+    assert sorted(p.name for p in (written.step / "configs").iterdir()) == ["one.yml", "two.yml"]
+
+    files = split_settings(tmp_path, vocab_file, ("a/run.yml", "b/run.yml"))
+    with pytest.raises(ConvertError, match="--config: found two files named run.yml"):
+        reshape_neox(tmp_path / "neox", tmp_path / "other", 1, 1, config=files)
+    assert not (tmp_path / "other").exists()
+
+
+def test_settings_in_json_are_read(vocab_file, tmp_path):
+    """GPT-NeoX takes them, and keeps them in the checkpoint, beside those in YAML."""
+    files = split_settings(tmp_path, vocab_file, ("model.json", "rest.yml"))
+    configs = {file.name: file.read_text() for file in files}
+    write(tmp_path / "neox", Model(), 1, 0, vocab_file, configs=configs)
+    assert NeoXCheckpoint(tmp_path / "neox").settings["metala"]["tau"] == 8
+    assert NeoXCheckpoint(tmp_path / "neox", config=files).settings["metala"]["tau"] == 8
+
+
+def test_the_folder_one_stands_in_can_be_written(vocab_file, tmp_path, monkeypatch):
+    write(tmp_path / "neox", Model(), 1, 0, vocab_file)
+    (tmp_path / "new").mkdir()
+    monkeypatch.chdir(tmp_path / "new")
+    assert reshape_neox(tmp_path / "neox", Path(), 1, 1).iteration == 7
+
+
 def test_the_command(vocab_file, tmp_path):
     write(tmp_path / "neox", Model(), 1, 0, vocab_file)
     flags = ["--checkpoint", tmp_path / "neox", "--output", tmp_path / "new"]
