@@ -52,7 +52,8 @@ install_package() {
   key="$(cat "$METALA_ROOT"/{constraints.txt,setup.py,scripts/setup.sh} | cksum) $METALA_ROOT"
   if [ -f "$stamp" ] && [ "$(head -1 "$stamp")" = "$key" ]; then
     NEOX_INSTALLED="$(tail -1 "$stamp")"
-    return
+    # What could not be installed is tried again: the network or a compiler may be there by now.
+    if [ "$NEOX_INSTALLED" = yes ] || [ "${METALA_ENGINE:-}" = embedded ]; then return; fi
   fi
   constraints="$(mktemp)"
   torch="$("$METALA_PYTHON" -c 'import torch; print(torch.__version__)' 2>/dev/null || true)"

@@ -117,3 +117,16 @@ def test_the_embedded_engine_can_be_asked_for(set_up):
     result, clone = set_up(METALA_ENGINE="embedded")
     assert "embedded engine, as METALA_ENGINE says" in result.stdout
     assert not clone.exists()
+
+
+def test_what_could_not_be_installed_is_tried_again(set_up, tmp_path):
+    """As where there was no network, or no compiler, at the first time."""
+    stamp, python = (tmp_path / "environment" / name for name in (".metala-set-up", "bin/python"))
+    stamp.write_text(stamp.read_text().replace("yes", "no"))
+    python.write_text(f'#!/bin/sh\n[ "$2" = pip ] || exec "{sys.executable}" "$@"\n')
+    result, clone = set_up(METALA_ENGINE="embedded")
+    assert result.stdout.rstrip().endswith("engine embedded")
+    assert stamp.read_text().endswith("no\n")
+    result, clone = set_up()
+    assert f"engine {clone}" in result.stdout
+    assert stamp.read_text().endswith("yes\n")
