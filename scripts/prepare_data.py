@@ -63,12 +63,16 @@ def iterate_documents(
 
 
 def _documents_of(path: Path, json_key: str) -> Iterator[str]:
-    if path.suffix != ".jsonl":
-        try:
+    try:
+        if path.suffix == ".jsonl":
+            yield from _texts_of_lines(path, json_key)
+        else:
             yield path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: not UTF-8 text: {error}") from None
-        return
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text: {error}") from None
+
+
+def _texts_of_lines(path: Path, json_key: str) -> Iterator[str]:
     with open(path, encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():

@@ -111,6 +111,8 @@ def test_other_bad_inputs(folder, tokenizer_path, tmp_path, run_script):
     assert "no-such: no such file or folder" in message(tmp_path / "no-such", *tokenizer)
     assert "no files ending in .c found" in message(folder, "--suffix", ".c", *tokenizer)
     assert "picture.bin: not UTF-8 text" in message(folder / "picture.bin", *tokenizer)
+    (tmp_path / "latin.jsonl").write_bytes(b'{"text": "\xff"}')
+    assert "latin.jsonl: not UTF-8 text" in message(tmp_path / "latin.jsonl", *tokenizer)
     assert "no-such.json: no such file" in message(folder, "--tokenizer", "no-such.json")
     other = tmp_path / "other.json"
     other.write_text(tokenizer_path.read_text().replace("<|endoftext|>", "</s>"))
