@@ -104,13 +104,21 @@ def expand_attention_config(attention_config: list | None, num_layers: int) -> l
     """
     if attention_config is None:
         return ["global"] * num_layers
+    if not isinstance(attention_config, (list, tuple)):
+        raise SettingsError(
+            f"attention_config: found {attention_config!r}, wanted a list of layer types"
+        )
     if all(isinstance(item, str) for item in attention_config):
         layers = list(attention_config)
     else:
         layers = []
         for item in attention_config:
             if not (
-                isinstance(item, (list, tuple)) and len(item) == 2 and isinstance(item[0], list)
+                isinstance(item, (list, tuple))
+                and len(item) == 2
+                and isinstance(item[0], list)
+                and item[0]
+                and (item[1] == "all" or isinstance(item[1], int))
             ):
                 raise SettingsError(
                     f"attention_config: found {item!r}, wanted [[layer types], repetitions]"

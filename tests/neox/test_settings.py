@@ -84,6 +84,9 @@ def test_a_run_without_metala_layers_is_left_alone():
         ({"pipe_partition_method": "type:mlp"}, "pipe_partition_method: found 'type:mlp'"),
         ({"num_layers": 6}, "attention_config: found 4 layers, wanted num_layers = 6"),
         ({"attention_config": [["metala", 4]]}, r"attention_config: found \['metala', 4\], wanted"),
+        ({"attention_config": [[["metala"], "4"]]}, r"found \[\['metala'\], '4'\], wanted"),
+        ({"attention_config": [[[], "all"]]}, r"attention_config: found \[\[\], 'all'\], wanted"),
+        ({"attention_config": "metala"}, "attention_config: found 'metala', wanted a list"),
     ],
 )
 def test_senseless_settings_are_named(changes, message):
