@@ -439,13 +439,16 @@ class MetaLAModel(MetaLAPreTrainedModel):
 
         def as_computed(x: torch.Tensor) -> torch.Tensor:
             """From the rows and the order in which the tokens came to those that are computed."""
-            x = x if order is None else x.gather(1, order[..., None].expand_as(x))
+            if order is not None:
+                x = x.gather(1, order.to(x.device)[..., None].expand_as(x))
             return x.reshape(1, batch * time, -1) if packed else x
 
         def as_given(x: torch.Tensor) -> torch.Tensor:
             """The way back."""
             x = x.reshape(batch, time, -1) if packed else x
-            return x if restore is None else x.gather(1, restore[..., None].expand_as(x))
+            if restore is not None:  # blocks may lie on other devices than the mask
+                x = x.gather(1, restore.to(x.device)[..., None].expand_as(x))
+            return x
 
         hidden = inputs_embeds
         if hidden is None:
@@ -682,6 +685,7 @@ class MetaLAForCausalLM(MetaLAPreTrainedModel, GenerationMixin):
         """hidden [B, T, D] at the positions that `logits_to_keep` asks for."""
         if isinstance(keep, int):
             return hidden[:, -keep:] if keep else hidden
+        keep = keep.to(hidden.device)
         if keep.ndim == 1:
             return hidden[:, keep]
         if keep.dtype == torch.bool:
