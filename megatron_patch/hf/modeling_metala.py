@@ -147,6 +147,14 @@ def may_overwrite(*states: torch.Tensor | None) -> bool:
     )
 
 
+def apart(state: torch.Tensor | None) -> torch.Tensor | None:
+    """A copy of a state for or from what autograd records, which may keep it for the gradients of
+    others, while the cache's own is written over; the state itself where that cannot be."""
+    if state is None or state.requires_grad or not torch.is_grad_enabled():
+        return state
+    return state.clone()
+
+
 class MetaLATokenMixer(nn.Module):
     """Convolution, projections and Meta Linear Attention over time."""
 
@@ -477,13 +485,14 @@ class MetaLAModel(MetaLAPreTrainedModel):
                 outputs = layer(hidden, *states, attention, use_cache)
             else:
                 overwrite = use_cache and may_overwrite(*states)
+                states = map(apart, states)
                 outputs = layer(hidden, *states, padding, lengths, cu_seqlens, use_cache, overwrite)
             hidden = outputs[0]
             if use_cache and layer.is_attention:
                 past_key_values.update_keys_values(outputs[1], outputs[2], index)
             elif use_cache:
-                past_key_values.update_conv_state(outputs[1], index)
-                past_key_values.update_recurrent_state(outputs[2], index)
+                past_key_values.update_conv_state(apart(outputs[1]), index)
+                past_key_values.update_recurrent_state(apart(outputs[2]), index)
         if use_cache:
             past_key_values.advance(time, key_padding)
         hidden = self.final_norm(hidden)

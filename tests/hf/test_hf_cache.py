@@ -99,6 +99,28 @@ def test_a_state_that_a_gradient_needs_is_not_overwritten(tiny_model, tokens):
     assert torch.equal(torch.autograd.grad(loss, model.lm_head.weight)[0], expected)
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("trained", ["", "q_proj"], ids=["all", "queries"])
+@pytest.mark.parametrize("use_cache", [False, True])
+@pytest.mark.parametrize("time", [1, 3])
+def test_a_state_without_gradient_of_its_own_is_kept_for_others(
+    tiny_model, tokens, mode, trained, use_cache, time
+):
+    """A prefix read without gradients, or states that no trained weight reaches: the gradients of
+    queries need them all the same."""
+    model = tiny_model(torch.float64)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trained in name)
+    with mode():
+        cache = model(tokens(1, 5)).past_key_values
+    loss = model(tokens(1, time), past_key_values=cache, use_cache=use_cache).logits.square().sum()
+    weight = model.model.layers[0].token_mixer.q_proj.weight
+    expected = torch.autograd.grad(loss, weight, retain_graph=True)[0]
+    with mode():
+        model(tokens(1, time), past_key_values=cache)
+    assert torch.equal(torch.autograd.grad(loss, weight)[0], expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_dtypes(tiny_model, tokens, dtype):
     layer = tiny_model(dtype)(tokens(1, 5)).past_key_values.layers[0]
