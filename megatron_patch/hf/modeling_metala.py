@@ -479,7 +479,8 @@ class MetaLAModel(MetaLAPreTrainedModel):
                 # The block reads what is returned, so that `retain_grad` finds its gradient.
                 all_hidden.append(as_given(hidden))
                 hidden = as_computed(all_hidden[-1])
-            states = (None, None) if past_key_values is None else past_key_values.states(index)
+            # Where a first call was interrupted, some layers hold states, but not the last.
+            states = past_key_values.states(index) if continued else (None, None)
             # By position: reentrant checkpointing gives gradients to no others.
             if layer.is_attention:
                 outputs = layer(hidden, *states, attention, use_cache)
@@ -506,9 +507,8 @@ class MetaLAModel(MetaLAPreTrainedModel):
             last_hidden_state=hidden, past_key_values=cache, hidden_states=hidden_states
         )
 
-    @staticmethod
-    def _check_cache(cache: MetaLACache | None, batch: int) -> None:
-        """Raises a ValueError for a cache of another kind or of another batch size."""
+    def _check_cache(self, cache: MetaLACache | None, batch: int) -> None:
+        """Raises a ValueError for a cache of another kind, another model or another batch size."""
         if cache is None:
             return
         if not isinstance(cache, MetaLACache):
@@ -516,7 +516,11 @@ class MetaLAModel(MetaLAPreTrainedModel):
                 f"past_key_values: found a {type(cache).__name__}, wanted a MetaLACache: pass "
                 "MetaLACache(config), or leave it out"
             )
-        if cache.batch_size not in (-1, batch):
+        if len(cache) not in (0, len(self.layers)):
+            raise ValueError(
+                f"past_key_values: found a cache of {len(cache)} layers, wanted {len(self.layers)}"
+            )
+        if cache.has_previous_state() and cache.batch_size != batch:
             raise ValueError(
                 f"past_key_values: found the states of {cache.batch_size} sequences, wanted {batch}"
             )

@@ -260,3 +260,28 @@ def test_wrong_caches_are_named(tiny_model, tokens):
         ValueError, match="^past_key_values: found the states of 2 sequences, wanted 3"
     ):
         model(tokens(3, 3), past_key_values=cache)
+    deeper = tiny_model(decoder_layers=3)
+    for one, other in ((model, deeper), (deeper, model)):
+        n, wanted = one.config.num_hidden_layers, other.config.num_hidden_layers
+        for cache in (one(tokens(1, 3)).past_key_values, MetaLACache(one.config)):
+            with pytest.raises(
+                ValueError, match=f"^past_key_values: found a cache of {n} layers, wanted {wanted}"
+            ):
+                other(tokens(1, 3), past_key_values=cache)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_interrupted_first_call_leaves_nothing(tiny_model, tokens, kind):
+    """A prompt that did not fit the memory is read again in pieces, say."""
+    model, ids = tiny_model(torch.float64, **KINDS[kind]), tokens(2, 6)
+
+    def interrupt(*_):
+        raise MemoryError
+
+    cache = MetaLACache(model.config)
+    hook = model.model.layers[1].register_forward_pre_hook(interrupt)
+    with pytest.raises(MemoryError):
+        model(ids, past_key_values=cache)
+    hook.remove()
+    first, second = (model(piece, past_key_values=cache).logits for piece in ids.split(3, dim=1))
+    same(torch.cat([first, second], dim=1), model(ids).logits)
