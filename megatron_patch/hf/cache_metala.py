@@ -123,8 +123,8 @@ class MetaLACache(Cache):
 
     Attributes:
         layers: a `CacheLayer` for each layer.
-        key_padding: bool [B, columns], true where keys and values hold padding, up to the last call
-            that had any; `None` where there is none, or no attention layer.
+        key_padding: bool [B, columns], true where keys and values hold padding, which MetaLA layers
+            have left out, up to the last call that had any; `None` where there is none.
 
     Raises:
         ValueError: `decoding_graph` is something else.

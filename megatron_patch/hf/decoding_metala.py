@@ -196,7 +196,7 @@ class _Recording:
             return None
         self.input_ids.copy_(input_ids)
         self._replay()
-        cache.advance(1)
+        cache.advance(1, cache.key_padding)
         return self.logits.clone()
 
     def _take(self, cache: MetaLACache) -> bool:

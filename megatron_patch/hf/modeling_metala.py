@@ -405,7 +405,9 @@ class MetaLAModel(MetaLAPreTrainedModel):
         batch, time = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
         self._check_cache(past_key_values, batch)
         continued = past_key_values is not None and past_key_values.has_previous_state()
-        padding = self._padding(attention_mask, batch, time, continued)
+        past = past_key_values.get_seq_length() if continued else 0
+        before = past_key_values.key_padding if continued else None
+        padding = self._padding(attention_mask, batch, time, past, before)
         if position_ids is not None:
             if (shape := list(position_ids.shape)) not in ([1, time], [batch, time]):
                 raise ValueError(f"position_ids: found {shape}, wanted [{batch}, {time}]")
@@ -465,12 +467,9 @@ class MetaLAModel(MetaLAPreTrainedModel):
         if packed:
             padding = None if padding is None else padding.reshape(1, -1)
             lengths = None
-        attention = key_padding = None
+        key_padding = None if packed else join_padding(before, padding, past)
+        attention = None
         if self.has_attention:
-            past = past_key_values.get_seq_length() if continued else 0
-            if not packed:
-                before = past_key_values.key_padding if continued else None
-                key_padding = join_padding(before, padding, past)
             attention = attention_inputs(self.config, hidden, past, key_padding, cu_seqlens)
 
         all_hidden = []
@@ -527,21 +526,41 @@ class MetaLAModel(MetaLAPreTrainedModel):
 
     @staticmethod
     def _padding(
-        attention_mask: torch.Tensor | None, batch: int, time: int, continued: bool
+        attention_mask: torch.Tensor | None,
+        batch: int,
+        time: int,
+        past: int,
+        before: torch.Tensor | None,
     ) -> torch.Tensor | None:
-        """bool [B, T], true at padding, or `None` where there is none."""
+        """bool [B, T], true at padding, or `None` where there is none.
+
+        Args:
+            past: number of columns before these, 0 without a state.
+            before: `key_padding` of the cache.
+        """
         if attention_mask is None:
             return None
         shape = list(attention_mask.shape)
         spare = shape[1] - time if len(shape) == 2 and shape[0] == batch else -1
-        if spare < 0 or (spare > 0 and not continued):
-            columns = f"{time} or more (those of the tokens before first)" if continued else time
+        if spare < 0 or (spare > 0 and not past):
+            columns = f"{time} or more (those of the tokens before first)" if past else time
             raise ValueError(f"attention_mask: found {shape}, wanted [{batch}, {columns}]")
-        padding = attention_mask[:, spare:] == 0
+        padding = attention_mask == 0
         # Most masks mark nothing. Looking costs a synchronisation: a compiled graph cannot have it.
-        if not torch.compiler.is_compiling() and not padding.any():
+        if torch.compiler.is_compiling():
+            return padding[:, spare:]
+        if not padding.any():
             return None
-        return padding
+        if spare and spare == past:
+            left_out = 0 if before is None else before.sum(1)
+            if (padding[:, :spare].sum(1) > left_out).any():
+                raise ValueError(
+                    "attention_mask: found padding among the tokens before which the cache has "
+                    "read as tokens, as `generate` lets rows that end early read on until all "
+                    "have ended, wanted such rows to be read again without the cache"
+                )
+        padding = padding[:, spare:]
+        return padding if padding.any() else None
 
     @staticmethod
     def _boundaries(
@@ -767,8 +786,9 @@ class MetaLAForCausalLM(MetaLAPreTrainedModel, GenerationMixin):
     def _update_model_kwargs_for_generation(
         self, outputs: Any, model_kwargs: dict, *args: Any, **kwargs: Any
     ) -> dict:
-        """Without the mask, once a cache has seen it: what follows is no padding, and to lengthen
-        and read a mask at every token would take time that grows with the text."""
+        """Without the mask, once a cache has seen it: what follows is no padding, but in rows that
+        have ended, whose results nobody reads. To lengthen and read a mask at every token would
+        take time that grows with the text."""
         if outputs.get("past_key_values") is not None:
             model_kwargs.pop("attention_mask", None)
         return super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)

@@ -194,6 +194,21 @@ def test_whatever_happens_to_a_cache(model, prompt, check, recorded, tokens, dev
     torch.testing.assert_close(output.logits, model(tokens(1, 1).to(device)).logits)
 
 
+def test_padding_before_is_remembered(model, recorded, tokens, device):
+    """A later call's mask of all tokens is compared with it."""
+    ids = tokens(2, 9).to(device)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    with torch.no_grad():
+        wanted = model(ids, attention_mask=mask).logits[:, -2:]
+        cache = MetaLACache(model.config, decoding_graph="eager")
+        model(ids[:, :6], attention_mask=mask[:, :6], past_key_values=cache)
+        model(ids[:, 6:7], past_key_values=cache)
+        found = model(ids[:, 7:], attention_mask=mask, past_key_values=cache).logits
+    assert len(recorded) == 1
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+
+
 def test_changed_weights(model, prompt, check, recorded):
     cache = prompt()
     assert check(cache)
