@@ -793,6 +793,13 @@ class MetaLAForCausalLM(MetaLAPreTrainedModel, GenerationMixin):
             model_kwargs.pop("attention_mask", None)
         return super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
 
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> None:
+        """transformers 5's `generate_batch`, which pages keys and values, starts here."""
+        raise ValueError(
+            "continuous batching is not supported with stateful models, such as "
+            f"{type(self).__name__}"
+        )
+
     def _get_deprecated_gen_repo(
         self, generation_mode: GenerationMode, *args: Any, **kwargs: Any
     ) -> str | None:

@@ -250,6 +250,9 @@ def test_what_a_state_cannot_do_is_refused(model, tiny_model, tokens):
             model.generate(ids, max_new_tokens=3, **how)
     with pytest.raises(ValueError, match=f"contrastive search is {stateful}"):
         model.generate(ids, max_new_tokens=3, penalty_alpha=0.6, top_k=4)
+    if hasattr(model, "generate_batch"):  # transformers 5
+        with pytest.raises(ValueError, match=f"continuous batching is {stateful}"):
+            model.generate_batch(ids.tolist())
 
     sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
     target = LlamaForCausalLM(LlamaConfig(vocab_size=61, **sizes)).eval()
