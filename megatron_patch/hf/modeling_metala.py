@@ -29,6 +29,7 @@ from transformers.generation import GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 try:  # transformers 5: initialisers that leave weights from a checkpoint alone
     from transformers import initialization as init
@@ -811,6 +812,9 @@ class MetaLAForCausalLM(MetaLAPreTrainedModel, GenerationMixin):
             )
         return super()._get_deprecated_gen_repo(generation_mode, *args, **kwargs)
 
+
+# The Trainer shifts labels for its label smoothing where it finds the model's name here.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[MetaLAConfig.model_type] = MetaLAForCausalLM.__name__
 
 if __name__.startswith("transformers_modules."):
     # Loaded from a model folder: saved with this code. transformers 5 would say so by itself.
