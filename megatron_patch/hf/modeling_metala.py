@@ -386,7 +386,7 @@ class MetaLAModel(MetaLAPreTrainedModel):
             past_key_values: the cache to continue from; it is updated in place.
             inputs_embeds: [B, T, D], taken as they are (not scaled).
             use_cache: whether to return a cache. By default the configuration says, not so in
-                training unless a cache is given.
+                training and in `DataParallel` unless a cache is given.
             output_hidden_states: whether to return the inputs of all blocks and the last norm's
                 output.
             return_dict: false for a tuple.
@@ -442,8 +442,11 @@ class MetaLAModel(MetaLAPreTrainedModel):
                 "packed sequences"
             )
         if use_cache is None:
+            # `DataParallel`, by which the Trainer evaluates on several GPUs, cannot join caches.
+            alone = not getattr(self, "_is_replica", False)
             use_cache = not packed and (
-                past_key_values is not None or (self.config.use_cache and not self.training)
+                past_key_values is not None
+                or (self.config.use_cache and not self.training and alone)
             )
         if use_cache and past_key_values is None:
             past_key_values = MetaLACache(self.config)

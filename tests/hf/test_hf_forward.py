@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch.nn.parallel import scatter_gather
 from transformers import AutoModelForCausalLM
 
 from megatron_patch.hf import MetaLAForCausalLM, MetaLAModel
@@ -219,6 +220,19 @@ def test_outputs_as_transformers_gives_them(tiny_model, tokens):
     mask = tokens(2, 7) % 2 == 0
     masked = model(input_ids, logits_to_keep=mask).logits
     torch.testing.assert_close(masked, full.logits[mask])
+
+
+def test_outputs_of_data_parallel_replicas_are_gathered(tiny_model, tokens, monkeypatch):
+    """As the Trainer evaluates on several GPUs in one process."""
+    gather = lambda device, dim, *x: torch.cat([y.reshape(-1, *y.shape[1:]) for y in x])  # noqa: E731
+    monkeypatch.setattr(scatter_gather.Gather, "apply", gather)  # which wants GPUs
+    replica, ids = tiny_model()._replicate_for_data_parallel(), tokens(4, 7)
+    whole = replica(ids, labels=ids)
+    assert whole.past_key_values is not None
+    replica.model = replica.model._replicate_for_data_parallel()
+    found = scatter_gather.gather([replica(x, labels=x) for x in ids.split(2)], 0)
+    torch.testing.assert_close(found.logits, whole.logits)
+    assert found.loss.shape == (2,)
 
 
 def test_wrong_inputs_are_named(tiny_model, tokens):
