@@ -208,9 +208,10 @@ class _Recording:
             return False  # the plain path says what is wrong
         owner = self._owner()
         if owner is not None and owner is not cache:
-            held = {id(tensor) for tensor in self._tensors}
+            # By address: `detach_` leaves other tensors on the same memory.
+            held = {tensor.data_ptr() for tensor in self._tensors}
             for layer in owner.layers:
-                layer.apply(lambda x: x.clone() if id(x) in held else x)
+                layer.apply(lambda x: x.clone() if x.data_ptr() in held else x)
         torch._foreach_copy_(self._tensors, found)
         for layer, index in zip(cache.layers, range(len(self.states)), strict=True):
             layer.conv_states, layer.recurrent_states = self.states[index]

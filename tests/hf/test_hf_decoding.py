@@ -170,6 +170,17 @@ def test_several_caches_take_turns(prompt, check, recorded):
     assert not shared & {t.data_ptr() for layer in other.layers for _, t in layer.tensors()}
 
 
+def test_a_detached_cache_keeps_its_states(prompt, check):
+    one, other = prompt(), prompt(seed=1)
+    assert check(one)
+    one.detach_()
+    kept = copy.deepcopy(one)
+    assert check(other, 1)
+    for layer, wanted in zip(one.layers, kept.layers, strict=True):
+        assert torch.equal(layer.recurrent_states, wanted.recurrent_states)
+        assert torch.equal(layer.conv_states, wanted.conv_states)
+
+
 def test_whatever_happens_to_a_cache(model, prompt, check, recorded, tokens, device, tmp_path):
     cache = prompt()
     assert check(cache)
