@@ -53,7 +53,7 @@ except ImportError:
 from .attention_metala import MetaLAAttention, attention_inputs, join_padding
 from .cache_metala import MetaLACache
 from .configuration_metala import MetaLAConfig
-from .decoding_metala import replay_step
+from .decoding_metala import replay_step, take_back
 from .ops_metala import meta_linear_attention, short_convolution
 
 # A gate logit whose sigmoid is 1 in every float type: log decay 0, so decay 1 and key 1 - 1 = 0.
@@ -476,6 +476,9 @@ class MetaLAModel(MetaLAPreTrainedModel):
         if self.has_attention:
             attention = attention_inputs(self.config, hidden, past, key_padding, cu_seqlens)
 
+        recorded = continued and past_key_values.decoding_graph is not None
+        if recorded and not torch.compiler.is_compiling():
+            take_back(past_key_values)
         all_hidden = []
         for index, layer in enumerate(self.layers):
             if output_hidden_states:

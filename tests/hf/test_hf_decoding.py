@@ -353,6 +353,36 @@ def test_threads_take_turns(model, recorded, tokens, device):
     assert all(map(torch.equal, found, expected)) and len(recorded) == 1
 
 
+def test_a_step_within_another_threads_call(model, prompt, check, tokens, device, monkeypatch):
+    """Of another cache, which takes the recorded step's tensors from the one that is being read."""
+    one, other = prompt(), prompt(seed=1)
+    assert check(one)
+    caches = [copy.deepcopy(cache) for cache in (one, other)]
+    for cache in caches:
+        cache.decoding_graph = None
+    ids, step = tokens(2, 5, seed=2).to(device), tokens(2, 1, seed=3).to(device)
+    expected = [
+        model(x, past_key_values=c).logits for x, c in zip((ids, step), caches, strict=True)
+    ]
+    may_overwrite, found = modeling_metala.may_overwrite, []
+
+    @torch.no_grad()
+    def read(ids, cache):
+        found.append(model(ids, past_key_values=cache).logits)
+
+    def step_first(*states):  # with a layer's states at hand
+        if not found:
+            with ThreadPoolExecutor(1) as pool:
+                pool.submit(read, step, other).result()
+        return may_overwrite(*states)
+
+    monkeypatch.setattr(modeling_metala, "may_overwrite", step_first)
+    read(ids, one)
+    for logits, wanted in zip(found, reversed(expected), strict=True):
+        torch.testing.assert_close(logits, wanted, rtol=1e-9, atol=1e-9)
+    assert check(one) and check(other)
+
+
 def test_no_more_recordings_than_few(model, prompt, check, recorded):
     for batch in range(1, 8):
         assert check(prompt(batch))
