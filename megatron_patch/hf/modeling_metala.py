@@ -404,6 +404,12 @@ class MetaLAModel(MetaLAPreTrainedModel):
         if return_dict is None:
             return_dict = self.config.return_dict
         batch, time = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
+        if not time:
+            name = "input_ids" if inputs_embeds is None else "inputs_embeds"
+            raise ValueError(
+                f"{name}: found no tokens, wanted at least one (`generate` passes on those that a "
+                "cache has not read: its prompt begins with those that it has)"
+            )
         self._check_cache(past_key_values, batch)
         continued = past_key_values is not None and past_key_values.has_previous_state()
         past = past_key_values.get_seq_length() if continued else 0

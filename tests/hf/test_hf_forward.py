@@ -241,6 +241,11 @@ def test_wrong_inputs_are_named(tiny_model, tokens):
         model()
     with pytest.raises(ValueError, match="^input_ids, inputs_embeds: wanted exactly one"):
         model(input_ids, inputs_embeds=model.model.embed_tokens(input_ids))
+    for kind in KINDS.values():
+        with pytest.raises(ValueError, match="^input_ids: found no tokens"):
+            tiny_model(**kind)(input_ids[:, :0])
+    with pytest.raises(ValueError, match="^inputs_embeds: found no tokens"):
+        model(inputs_embeds=model.model.embed_tokens(input_ids[:, :0]))
 
 
 def test_initialisation_is_the_authors(tiny_config):
