@@ -130,10 +130,12 @@ class Conversation:
             # A turn is a new line of the text.
             new = f"{self.system}\n{words}" if first and self.system else words
             new = new if first else f"\n{new}"
-            self.text += new
             ids = self.tokenizer(new, add_special_tokens=first)["input_ids"]
             if first and ids and ids[-1] in self.end_ids:
                 ids.pop()  # of a tokenizer that ends every text
+            if not ids:
+                raise ChatError("nothing to read: the tokenizer makes no tokens of this")
+            self.text += new
             return ids
 
         messages = [*self.messages, {"role": "user", "content": words}]
@@ -199,15 +201,17 @@ class Conversation:
         except (OSError, SafetensorError, ValueError, KeyError) as error:
             raise ChatError(f"{path}: no saved conversation ({error})") from None
         config = self.model.config
-        heads = config.num_attention_heads
+        heads, width = config.num_attention_heads, config.head_value_dim
+        keys = [1, config.num_key_value_heads, cache.get_seq_length(), width]
         wanted = {
             "conv_states": [1, config.hidden_size, config.conv_width - 1],
-            "recurrent_states": [1, heads, config.head_key_dim, config.head_value_dim],
+            "recurrent_states": [1, heads, config.head_key_dim, width],
+            "keys": keys,
+            "values": keys,
         }
         found = [(name, list(x.shape)) for layer in cache.layers for name, x in layer.tensors()]
-        if len(cache) != config.num_hidden_layers or any(
-            shape != wanted[name] for name, shape in found
-        ):
+        kinds = [[layer.layer_type for layer in c.layers] for c in (cache, MetaLACache(config))]
+        if kinds[0] != kinds[1] or any(shape != wanted[name] for name, shape in found):
             raise ChatError(f"{path}: the conversation of another model")
         if kept["plain"] != self.plain:
             raise ChatError(f"{path}: kept {'with' if kept['plain'] else 'without'} --plain")

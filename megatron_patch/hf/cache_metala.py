@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import threading
 from collections.abc import Callable, Iterator
 
 import torch
@@ -16,6 +18,10 @@ from transformers.configuration_utils import PretrainedConfig
 NO_LENGTH_LIMIT = -1 if hasattr(cache_utils, "CacheLayerMixin") else None
 
 DECODING_GRAPHS = (None, "eager", "compiled")
+
+# Held while states are read or moved: a recorded step, run by another thread for another cache, may
+# take the tensors in which a cache's states lie, and leave it copies (`decoding_metala`).
+states_lock = threading.RLock()
 
 
 class CacheLayer:
@@ -46,14 +52,16 @@ class CacheLayer:
         # torch refuses to copy tensors inside an autograd graph; clones stay in it.
         copied = type(self)()
         memo[id(self)] = copied
-        for name, tensor in self.tensors():
-            setattr(copied, name, tensor.clone())
+        with states_lock:
+            for name, tensor in self.tensors():
+                setattr(copied, name, tensor.clone())
         return copied
 
     def apply(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Replaces each tensor by `function` of it."""
-        for name, tensor in list(self.tensors()):
-            setattr(self, name, function(tensor))
+        with states_lock:
+            for name, tensor in list(self.tensors()):
+                setattr(self, name, function(tensor))
 
     @property
     def has_previous_state(self) -> bool:
@@ -123,8 +131,8 @@ class MetaLACache(Cache):
 
     Attributes:
         layers: a `CacheLayer` for each layer.
-        key_padding: bool [B, columns], true where keys and values hold padding, up to the last call
-            that had any; `None` where there is none, or no attention layer.
+        key_padding: bool [B, columns], true where keys and values hold padding, which MetaLA layers
+            have left out, up to the last call that had any; `None` where there is none.
 
     Raises:
         ValueError: `decoding_graph` is something else.
@@ -308,7 +316,7 @@ class MetaLACache(Cache):
         """
         tensors = {
             f"layers.{index}.{name}": tensor.detach().contiguous()
-            for index, layer in enumerate(self.layers)
+            for index, layer in enumerate(copy.deepcopy(self.layers))
             for name, tensor in layer.tensors()
         }
         if self.key_padding is not None:

@@ -15,7 +15,6 @@ rules know to be recordable, to the plain path: no adapter is ever bypassed.
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections.abc import Callable
 from itertools import chain
@@ -26,7 +25,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from .cache_metala import MetaLACache
+from .cache_metala import MetaLACache, states_lock
 from .ops_metala import token_decoder
 
 logger = logging.get_logger(__name__)
@@ -39,8 +38,7 @@ MAX_RECORDINGS = 4
 COMPILE_OPTIONS = {"coordinate_descent_tuning": True}
 PLAIN_MODULES = (nn.Linear, nn.Embedding, nn.ModuleList)
 
-# Threads that generate with one model take turns: a step's tensors are shared.
-_lock = threading.Lock()
+# Threads that generate with one model take turns, by `states_lock`: a step's tensors are shared.
 _recordings: weakref.WeakKeyDictionary[nn.Module, dict[tuple, _Recording]] = (
     weakref.WeakKeyDictionary()
 )
@@ -63,7 +61,7 @@ def replay_step(
     device = input_ids.device
     if not _records_on(device) or torch.is_autocast_enabled(device.type):
         return None
-    with _lock, torch.cuda.device_of(input_ids):
+    with states_lock, torch.cuda.device_of(input_ids):
         recordings = _recordings.setdefault(model, {})
         key = (len(input_ids), cache.decoding_graph)
         recording = recordings.pop(key, None)
@@ -74,6 +72,16 @@ def replay_step(
             recording = _Recording(model, input_ids, cache)
         recordings[key] = recording  # as the latest
         return recording.step(input_ids, cache)
+
+
+def take_back(cache: MetaLACache) -> None:
+    """Gives a cache that is to be read by itself tensors of its own where it lies on those of a
+    recorded step, which another thread may take meanwhile."""
+    with states_lock:
+        for recordings in _recordings.values():
+            for recording in recordings.values():
+                if recording.owner() is cache:
+                    recording.leave_owner()
 
 
 def _records_on(device: torch.device) -> bool:
@@ -102,6 +110,7 @@ class _Recording:
 
     Attributes:
         obstacle: why the model's step cannot be recorded, or `None`.
+        owner: gives the cache whose states lie on the graph's tensors, or `None`.
         input_ids: int64 [B, 1], the tokens that a replay reads.
         states: of all layers, which a replay reads and writes.
         logits: [B, 1, vocab], which a replay writes.
@@ -130,7 +139,7 @@ class _Recording:
         self._values = list(chain.from_iterable(map(dict.values, self._tables)))
         self._weights = list(filter(torch.is_tensor, self._values))
         self._addresses = list(map(torch.Tensor.data_ptr, self._weights))
-        self._owner: Callable[[], MetaLACache | None] = lambda: None
+        self.owner: Callable[[], MetaLACache | None] = lambda: None
         self.obstacle = _obstacle(model, input_ids.device)
         if self.obstacle is not None:
             logger.warning_once(f"Decoding without a CUDA graph: {self.obstacle}.")
@@ -196,7 +205,7 @@ class _Recording:
             return None
         self.input_ids.copy_(input_ids)
         self._replay()
-        cache.advance(1)
+        cache.advance(1, cache.key_padding)
         return self.logits.clone()
 
     def _take(self, cache: MetaLACache) -> bool:
@@ -206,16 +215,22 @@ class _Recording:
             return True
         if [x.shape for x in found] != [x.shape for x in self._tensors]:
             return False  # the plain path says what is wrong
-        owner = self._owner()
-        if owner is not None and owner is not cache:
-            held = {id(tensor) for tensor in self._tensors}
-            for layer in owner.layers:
-                layer.apply(lambda x: x.clone() if id(x) in held else x)
+        if self.owner() is not cache:
+            self.leave_owner()
         torch._foreach_copy_(self._tensors, found)
         for layer, index in zip(cache.layers, range(len(self.states)), strict=True):
             layer.conv_states, layer.recurrent_states = self.states[index]
-        self._owner = weakref.ref(cache)
+        self.owner = weakref.ref(cache)
         return True
+
+    def leave_owner(self) -> None:
+        """Leaves the cache that lies on the graph's tensors, if any, copies of its own."""
+        owner, self.owner = self.owner(), lambda: None
+        if owner is not None:
+            # By address: `detach_` leaves other tensors on the same memory.
+            held = {tensor.data_ptr() for tensor in self._tensors}
+            for layer in owner.layers:
+                layer.apply(lambda x: x.clone() if x.data_ptr() in held else x)
 
 
 def _kernel(model: nn.Module, states: list[tuple[torch.Tensor, torch.Tensor]]) -> Any | None:
@@ -284,4 +299,4 @@ def _obstacle(model: nn.Module, device: torch.device) -> str | None:
     return None
 
 
-__all__ = ["replay_step"]
+__all__ = ["replay_step", "take_back"]

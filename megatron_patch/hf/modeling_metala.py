@@ -29,6 +29,7 @@ from transformers.generation import GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 try:  # transformers 5: initialisers that leave weights from a checkpoint alone
     from transformers import initialization as init
@@ -52,7 +53,7 @@ except ImportError:
 from .attention_metala import MetaLAAttention, attention_inputs, join_padding
 from .cache_metala import MetaLACache
 from .configuration_metala import MetaLAConfig
-from .decoding_metala import replay_step
+from .decoding_metala import replay_step, take_back
 from .ops_metala import meta_linear_attention, short_convolution
 
 # A gate logit whose sigmoid is 1 in every float type: log decay 0, so decay 1 and key 1 - 1 = 0.
@@ -145,6 +146,14 @@ def may_overwrite(*states: torch.Tensor | None) -> bool:
         and (torch.is_inference_mode_enabled() or not state.is_inference())
         for state in states
     )
+
+
+def apart(state: torch.Tensor | None) -> torch.Tensor | None:
+    """A copy of a state for or from what autograd records, which may keep it for the gradients of
+    others, while the cache's own is written over; the state itself where that cannot be."""
+    if state is None or state.requires_grad or not torch.is_grad_enabled():
+        return state
+    return state.clone()
 
 
 class MetaLATokenMixer(nn.Module):
@@ -377,7 +386,7 @@ class MetaLAModel(MetaLAPreTrainedModel):
             past_key_values: the cache to continue from; it is updated in place.
             inputs_embeds: [B, T, D], taken as they are (not scaled).
             use_cache: whether to return a cache. By default the configuration says, not so in
-                training unless a cache is given.
+                training and in `DataParallel` unless a cache is given.
             output_hidden_states: whether to return the inputs of all blocks and the last norm's
                 output.
             return_dict: false for a tuple.
@@ -395,9 +404,17 @@ class MetaLAModel(MetaLAPreTrainedModel):
         if return_dict is None:
             return_dict = self.config.return_dict
         batch, time = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
+        if not time:
+            name = "input_ids" if inputs_embeds is None else "inputs_embeds"
+            raise ValueError(
+                f"{name}: found no tokens, wanted at least one (`generate` passes on those that a "
+                "cache has not read: its prompt begins with those that it has)"
+            )
         self._check_cache(past_key_values, batch)
         continued = past_key_values is not None and past_key_values.has_previous_state()
-        padding = self._padding(attention_mask, batch, time, continued)
+        past = past_key_values.get_seq_length() if continued else 0
+        before = past_key_values.key_padding if continued else None
+        padding = self._padding(attention_mask, batch, time, past, before)
         if position_ids is not None:
             if (shape := list(position_ids.shape)) not in ([1, time], [batch, time]):
                 raise ValueError(f"position_ids: found {shape}, wanted [{batch}, {time}]")
@@ -431,21 +448,27 @@ class MetaLAModel(MetaLAPreTrainedModel):
                 "packed sequences"
             )
         if use_cache is None:
+            # `DataParallel`, by which the Trainer evaluates on several GPUs, cannot join caches.
+            alone = not getattr(self, "_is_replica", False)
             use_cache = not packed and (
-                past_key_values is not None or (self.config.use_cache and not self.training)
+                past_key_values is not None
+                or (self.config.use_cache and not self.training and alone)
             )
         if use_cache and past_key_values is None:
             past_key_values = MetaLACache(self.config)
 
         def as_computed(x: torch.Tensor) -> torch.Tensor:
             """From the rows and the order in which the tokens came to those that are computed."""
-            x = x if order is None else x.gather(1, order[..., None].expand_as(x))
+            if order is not None:
+                x = x.gather(1, order.to(x.device)[..., None].expand_as(x))
             return x.reshape(1, batch * time, -1) if packed else x
 
         def as_given(x: torch.Tensor) -> torch.Tensor:
             """The way back."""
             x = x.reshape(batch, time, -1) if packed else x
-            return x if restore is None else x.gather(1, restore[..., None].expand_as(x))
+            if restore is not None:  # blocks may lie on other devices than the mask
+                x = x.gather(1, restore.to(x.device)[..., None].expand_as(x))
+            return x
 
         hidden = inputs_embeds
         if hidden is None:
@@ -454,33 +477,35 @@ class MetaLAModel(MetaLAPreTrainedModel):
         if packed:
             padding = None if padding is None else padding.reshape(1, -1)
             lengths = None
-        attention = key_padding = None
+        key_padding = None if packed else join_padding(before, padding, past)
+        attention = None
         if self.has_attention:
-            past = past_key_values.get_seq_length() if continued else 0
-            if not packed:
-                before = past_key_values.key_padding if continued else None
-                key_padding = join_padding(before, padding, past)
             attention = attention_inputs(self.config, hidden, past, key_padding, cu_seqlens)
 
+        recorded = continued and past_key_values.decoding_graph is not None
+        if recorded and not torch.compiler.is_compiling():
+            take_back(past_key_values)
         all_hidden = []
         for index, layer in enumerate(self.layers):
             if output_hidden_states:
                 # The block reads what is returned, so that `retain_grad` finds its gradient.
                 all_hidden.append(as_given(hidden))
                 hidden = as_computed(all_hidden[-1])
-            states = (None, None) if past_key_values is None else past_key_values.states(index)
+            # Where a first call was interrupted, some layers hold states, but not the last.
+            states = past_key_values.states(index) if continued else (None, None)
             # By position: reentrant checkpointing gives gradients to no others.
             if layer.is_attention:
                 outputs = layer(hidden, *states, attention, use_cache)
             else:
                 overwrite = use_cache and may_overwrite(*states)
+                states = map(apart, states)
                 outputs = layer(hidden, *states, padding, lengths, cu_seqlens, use_cache, overwrite)
             hidden = outputs[0]
             if use_cache and layer.is_attention:
                 past_key_values.update_keys_values(outputs[1], outputs[2], index)
             elif use_cache:
-                past_key_values.update_conv_state(outputs[1], index)
-                past_key_values.update_recurrent_state(outputs[2], index)
+                past_key_values.update_conv_state(apart(outputs[1]), index)
+                past_key_values.update_recurrent_state(apart(outputs[2]), index)
         if use_cache:
             past_key_values.advance(time, key_padding)
         hidden = self.final_norm(hidden)
@@ -494,9 +519,8 @@ class MetaLAModel(MetaLAPreTrainedModel):
             last_hidden_state=hidden, past_key_values=cache, hidden_states=hidden_states
         )
 
-    @staticmethod
-    def _check_cache(cache: MetaLACache | None, batch: int) -> None:
-        """Raises a ValueError for a cache of another kind or of another batch size."""
+    def _check_cache(self, cache: MetaLACache | None, batch: int) -> None:
+        """Raises a ValueError for a cache of another kind, another model or another batch size."""
         if cache is None:
             return
         if not isinstance(cache, MetaLACache):
@@ -504,28 +528,52 @@ class MetaLAModel(MetaLAPreTrainedModel):
                 f"past_key_values: found a {type(cache).__name__}, wanted a MetaLACache: pass "
                 "MetaLACache(config), or leave it out"
             )
-        if cache.batch_size not in (-1, batch):
+        if len(cache) not in (0, len(self.layers)):
+            raise ValueError(
+                f"past_key_values: found a cache of {len(cache)} layers, wanted {len(self.layers)}"
+            )
+        if cache.has_previous_state() and cache.batch_size != batch:
             raise ValueError(
                 f"past_key_values: found the states of {cache.batch_size} sequences, wanted {batch}"
             )
 
     @staticmethod
     def _padding(
-        attention_mask: torch.Tensor | None, batch: int, time: int, continued: bool
+        attention_mask: torch.Tensor | None,
+        batch: int,
+        time: int,
+        past: int,
+        before: torch.Tensor | None,
     ) -> torch.Tensor | None:
-        """bool [B, T], true at padding, or `None` where there is none."""
+        """bool [B, T], true at padding, or `None` where there is none.
+
+        Args:
+            past: number of columns before these, 0 without a state.
+            before: `key_padding` of the cache.
+        """
         if attention_mask is None:
             return None
         shape = list(attention_mask.shape)
         spare = shape[1] - time if len(shape) == 2 and shape[0] == batch else -1
-        if spare < 0 or (spare > 0 and not continued):
-            columns = f"{time} or more (those of the tokens before first)" if continued else time
+        if spare < 0 or (spare > 0 and not past):
+            columns = f"{time} or more (those of the tokens before first)" if past else time
             raise ValueError(f"attention_mask: found {shape}, wanted [{batch}, {columns}]")
-        padding = attention_mask[:, spare:] == 0
+        padding = attention_mask == 0
         # Most masks mark nothing. Looking costs a synchronisation: a compiled graph cannot have it.
-        if not torch.compiler.is_compiling() and not padding.any():
+        if torch.compiler.is_compiling():
+            return padding[:, spare:]
+        if not padding.any():
             return None
-        return padding
+        if spare and spare == past:
+            left_out = 0 if before is None else before.sum(1)
+            if (padding[:, :spare].sum(1) > left_out).any():
+                raise ValueError(
+                    "attention_mask: found padding among the tokens before which the cache has "
+                    "read as tokens, as `generate` lets rows that end early read on until all "
+                    "have ended, wanted such rows to be read again without the cache"
+                )
+        padding = padding[:, spare:]
+        return padding if padding.any() else None
 
     @staticmethod
     def _boundaries(
@@ -682,6 +730,7 @@ class MetaLAForCausalLM(MetaLAPreTrainedModel, GenerationMixin):
         """hidden [B, T, D] at the positions that `logits_to_keep` asks for."""
         if isinstance(keep, int):
             return hidden[:, -keep:] if keep else hidden
+        keep = keep.to(hidden.device)
         if keep.ndim == 1:
             return hidden[:, keep]
         if keep.dtype == torch.bool:
@@ -750,11 +799,19 @@ class MetaLAForCausalLM(MetaLAPreTrainedModel, GenerationMixin):
     def _update_model_kwargs_for_generation(
         self, outputs: Any, model_kwargs: dict, *args: Any, **kwargs: Any
     ) -> dict:
-        """Without the mask, once a cache has seen it: what follows is no padding, and to lengthen
-        and read a mask at every token would take time that grows with the text."""
+        """Without the mask, once a cache has seen it: what follows is no padding, but in rows that
+        have ended, whose results nobody reads. To lengthen and read a mask at every token would
+        take time that grows with the text."""
         if outputs.get("past_key_values") is not None:
             model_kwargs.pop("attention_mask", None)
         return super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> None:
+        """transformers 5's `generate_batch`, which pages keys and values, starts here."""
+        raise ValueError(
+            "continuous batching is not supported with stateful models, such as "
+            f"{type(self).__name__}"
+        )
 
     def _get_deprecated_gen_repo(
         self, generation_mode: GenerationMode, *args: Any, **kwargs: Any
@@ -767,6 +824,9 @@ class MetaLAForCausalLM(MetaLAPreTrainedModel, GenerationMixin):
             )
         return super()._get_deprecated_gen_repo(generation_mode, *args, **kwargs)
 
+
+# The Trainer shifts labels for its label smoothing where it finds the model's name here.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[MetaLAConfig.model_type] = MetaLAForCausalLM.__name__
 
 if __name__.startswith("transformers_modules."):
     # Loaded from a model folder: saved with this code. transformers 5 would say so by itself.

@@ -99,6 +99,28 @@ def test_a_state_that_a_gradient_needs_is_not_overwritten(tiny_model, tokens):
     assert torch.equal(torch.autograd.grad(loss, model.lm_head.weight)[0], expected)
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("trained", ["", "q_proj"], ids=["all", "queries"])
+@pytest.mark.parametrize("use_cache", [False, True])
+@pytest.mark.parametrize("time", [1, 3])
+def test_a_state_without_gradient_of_its_own_is_kept_for_others(
+    tiny_model, tokens, mode, trained, use_cache, time
+):
+    """A prefix read without gradients, or states that no trained weight reaches: the gradients of
+    queries need them all the same."""
+    model = tiny_model(torch.float64)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trained in name)
+    with mode():
+        cache = model(tokens(1, 5)).past_key_values
+    loss = model(tokens(1, time), past_key_values=cache, use_cache=use_cache).logits.square().sum()
+    weight = model.model.layers[0].token_mixer.q_proj.weight
+    expected = torch.autograd.grad(loss, weight, retain_graph=True)[0]
+    with mode():
+        model(tokens(1, time), past_key_values=cache)
+    assert torch.equal(torch.autograd.grad(loss, weight)[0], expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_dtypes(tiny_model, tokens, dtype):
     layer = tiny_model(dtype)(tokens(1, 5)).past_key_values.layers[0]
@@ -238,3 +260,28 @@ def test_wrong_caches_are_named(tiny_model, tokens):
         ValueError, match="^past_key_values: found the states of 2 sequences, wanted 3"
     ):
         model(tokens(3, 3), past_key_values=cache)
+    deeper = tiny_model(decoder_layers=3)
+    for one, other in ((model, deeper), (deeper, model)):
+        n, wanted = one.config.num_hidden_layers, other.config.num_hidden_layers
+        for cache in (one(tokens(1, 3)).past_key_values, MetaLACache(one.config)):
+            with pytest.raises(
+                ValueError, match=f"^past_key_values: found a cache of {n} layers, wanted {wanted}"
+            ):
+                other(tokens(1, 3), past_key_values=cache)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_interrupted_first_call_leaves_nothing(tiny_model, tokens, kind):
+    """A prompt that did not fit the memory is read again in pieces, say."""
+    model, ids = tiny_model(torch.float64, **KINDS[kind]), tokens(2, 6)
+
+    def interrupt(*_):
+        raise MemoryError
+
+    cache = MetaLACache(model.config)
+    hook = model.model.layers[1].register_forward_pre_hook(interrupt)
+    with pytest.raises(MemoryError):
+        model(ids, past_key_values=cache)
+    hook.remove()
+    first, second = (model(piece, past_key_values=cache).logits for piece in ids.split(3, dim=1))
+    same(torch.cat([first, second], dim=1), model(ids).logits)

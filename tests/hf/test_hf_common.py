@@ -26,9 +26,12 @@ import json
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModel, AutoModelForCausalLM
 
 from megatron_patch.hf import MetaLAConfig, MetaLAForCausalLM, MetaLAModel
+from tests.hf.conftest import KINDS
 
 
 @pytest.fixture
@@ -170,6 +173,36 @@ def test_device_map(saved, tokens, tmp_path, device_map):
     )
     how = dict(max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=0)
     assert torch.equal(loaded.generate(tokens(2, 6), **how), model.generate(tokens(2, 6), **how))
+
+
+class OneDevice(TorchDispatchMode):
+    """Fails where an operation mixes devices, as it would fail on GPUs."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = {x.device for x in tree_leaves((args, kwargs)) if torch.is_tensor(x) and x.ndim}
+        assert len(found) < 2 or func is torch.ops.aten._to_copy.default, (func, found)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_blocks_on_two_devices(tiny_model, tokens, kind):
+    """As accelerate lays a model over GPUs: masks and states meet each block on its own device."""
+    hooks = pytest.importorskip("accelerate.hooks")
+    model, ids = tiny_model(**KINDS[kind]), tokens(2, 5)
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 1]])
+    for module in (model.model.layers[1], model.model.final_norm, model.lm_head):
+        # "meta" computes shapes alone: a second device that every machine has.
+        hook = hooks.AlignDevicesHook(torch.device("meta"), place_submodules=False)
+        hooks.add_hook_to_module(module.to("meta"), hook)
+    with torch.no_grad(), OneDevice():
+        out = model(ids, attention_mask=mask, output_hidden_states=True)
+        devices = [hidden.device.type for hidden in out.hidden_states]
+        assert devices == ["cpu", "cpu", "meta"] and out.logits.device.type == "meta"
+        cache = out.past_key_values
+        out = model(ids, attention_mask=mask, past_key_values=cache)
+        assert out.logits.shape == (2, 5, 61)
+        for keep in (torch.tensor([0, 4]), torch.tensor([[0], [4]])):
+            model(ids, logits_to_keep=keep)
 
 
 @pytest.mark.parametrize("beams", [1, 3])

@@ -170,6 +170,17 @@ def test_several_caches_take_turns(prompt, check, recorded):
     assert not shared & {t.data_ptr() for layer in other.layers for _, t in layer.tensors()}
 
 
+def test_a_detached_cache_keeps_its_states(prompt, check):
+    one, other = prompt(), prompt(seed=1)
+    assert check(one)
+    one.detach_()
+    kept = copy.deepcopy(one)
+    assert check(other, 1)
+    for layer, wanted in zip(one.layers, kept.layers, strict=True):
+        assert torch.equal(layer.recurrent_states, wanted.recurrent_states)
+        assert torch.equal(layer.conv_states, wanted.conv_states)
+
+
 def test_whatever_happens_to_a_cache(model, prompt, check, recorded, tokens, device, tmp_path):
     cache = prompt()
     assert check(cache)
@@ -192,6 +203,21 @@ def test_whatever_happens_to_a_cache(model, prompt, check, recorded, tokens, dev
     with torch.no_grad():  # a first token has no state to continue
         output = model(tokens(1, 1).to(device), past_key_values=cache)
     torch.testing.assert_close(output.logits, model(tokens(1, 1).to(device)).logits)
+
+
+def test_padding_before_is_remembered(model, recorded, tokens, device):
+    """A later call's mask of all tokens is compared with it."""
+    ids = tokens(2, 9).to(device)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    with torch.no_grad():
+        wanted = model(ids, attention_mask=mask).logits[:, -2:]
+        cache = MetaLACache(model.config, decoding_graph="eager")
+        model(ids[:, :6], attention_mask=mask[:, :6], past_key_values=cache)
+        model(ids[:, 6:7], past_key_values=cache)
+        found = model(ids[:, 7:], attention_mask=mask, past_key_values=cache).logits
+    assert len(recorded) == 1
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
 
 
 def test_changed_weights(model, prompt, check, recorded):
@@ -325,6 +351,36 @@ def test_threads_take_turns(model, recorded, tokens, device):
     with ThreadPoolExecutor(3) as pool:
         found = list(pool.map(run, prompts))
     assert all(map(torch.equal, found, expected)) and len(recorded) == 1
+
+
+def test_a_step_within_another_threads_call(model, prompt, check, tokens, device, monkeypatch):
+    """Of another cache, which takes the recorded step's tensors from the one that is being read."""
+    one, other = prompt(), prompt(seed=1)
+    assert check(one)
+    caches = [copy.deepcopy(cache) for cache in (one, other)]
+    for cache in caches:
+        cache.decoding_graph = None
+    ids, step = tokens(2, 5, seed=2).to(device), tokens(2, 1, seed=3).to(device)
+    expected = [
+        model(x, past_key_values=c).logits for x, c in zip((ids, step), caches, strict=True)
+    ]
+    may_overwrite, found = modeling_metala.may_overwrite, []
+
+    @torch.no_grad()
+    def read(ids, cache):
+        found.append(model(ids, past_key_values=cache).logits)
+
+    def step_first(*states):  # with a layer's states at hand
+        if not found:
+            with ThreadPoolExecutor(1) as pool:
+                pool.submit(read, step, other).result()
+        return may_overwrite(*states)
+
+    monkeypatch.setattr(modeling_metala, "may_overwrite", step_first)
+    read(ids, one)
+    for logits, wanted in zip(found, reversed(expected), strict=True):
+        torch.testing.assert_close(logits, wanted, rtol=1e-9, atol=1e-9)
+    assert check(one) and check(other)
 
 
 def test_no_more_recordings_than_few(model, prompt, check, recorded):

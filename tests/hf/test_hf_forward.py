@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch.nn.parallel import scatter_gather
 from transformers import AutoModelForCausalLM
 
 from megatron_patch.hf import MetaLAForCausalLM, MetaLAModel
@@ -221,12 +222,30 @@ def test_outputs_as_transformers_gives_them(tiny_model, tokens):
     torch.testing.assert_close(masked, full.logits[mask])
 
 
+def test_outputs_of_data_parallel_replicas_are_gathered(tiny_model, tokens, monkeypatch):
+    """As the Trainer evaluates on several GPUs in one process."""
+    gather = lambda device, dim, *x: torch.cat([y.reshape(-1, *y.shape[1:]) for y in x])  # noqa: E731
+    monkeypatch.setattr(scatter_gather.Gather, "apply", gather)  # which wants GPUs
+    replica, ids = tiny_model()._replicate_for_data_parallel(), tokens(4, 7)
+    whole = replica(ids, labels=ids)
+    assert whole.past_key_values is not None
+    replica.model = replica.model._replicate_for_data_parallel()
+    found = scatter_gather.gather([replica(x, labels=x) for x in ids.split(2)], 0)
+    torch.testing.assert_close(found.logits, whole.logits)
+    assert found.loss.shape == (2,)
+
+
 def test_wrong_inputs_are_named(tiny_model, tokens):
     model, input_ids = tiny_model(), tokens(2, 7)
     with pytest.raises(ValueError, match="^input_ids, inputs_embeds: wanted exactly one"):
         model()
     with pytest.raises(ValueError, match="^input_ids, inputs_embeds: wanted exactly one"):
         model(input_ids, inputs_embeds=model.model.embed_tokens(input_ids))
+    for kind in KINDS.values():
+        with pytest.raises(ValueError, match="^input_ids: found no tokens"):
+            tiny_model(**kind)(input_ids[:, :0])
+    with pytest.raises(ValueError, match="^inputs_embeds: found no tokens"):
+        model(inputs_embeds=model.model.embed_tokens(input_ids[:, :0]))
 
 
 def test_initialisation_is_the_authors(tiny_config):

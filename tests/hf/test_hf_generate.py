@@ -131,6 +131,30 @@ def test_a_padded_conversation_of_two_turns(model, tokens):
         assert torch.equal(out[row, -5:], alone[0, -5:])
 
 
+def test_rows_that_ended_early_are_not_continued(model, tokens):
+    """They have read padding until the last row ended, which a state cannot take back."""
+    first, mask = left_padded([tokens(1, 6)[0], tokens(1, 3, seed=1)[0]])
+    out = model.generate(
+        first,
+        attention_mask=mask,
+        max_new_tokens=6,
+        do_sample=False,
+        eos_token_id=2,
+        pad_token_id=0,
+        prefix_allowed_tokens_fn=lambda row, ids: [2] if (row, len(ids)) == (0, 8) else [5, 6, 7],
+        return_dict_in_generate=True,
+    )
+    cache, ids = out.past_key_values, torch.cat([out.sequences, tokens(2, 2, seed=2)], 1)
+    mask, new = (ids != 0).long(), ids[:, cache.get_seq_length() :]
+    assert mask[0].tolist() == [1] * 9 + [0] * 3 + [1] * 2
+    with pytest.raises(ValueError, match="^attention_mask: found padding among the tokens before"):
+        model(new, attention_mask=mask, past_key_values=cache)
+    cache.batch_select_indices(torch.tensor([1]))
+    logits = model(new[1:], attention_mask=mask[1:], past_key_values=cache).logits
+    whole = model(ids[1:], attention_mask=mask[1:]).logits
+    torch.testing.assert_close(logits, whole[:, -new.shape[1] :])
+
+
 def test_the_cache_given_by_hand_is_filled(model, tokens):
     cache = MetaLACache(model.config)
     out = model.generate(
@@ -226,6 +250,9 @@ def test_what_a_state_cannot_do_is_refused(model, tiny_model, tokens):
             model.generate(ids, max_new_tokens=3, **how)
     with pytest.raises(ValueError, match=f"contrastive search is {stateful}"):
         model.generate(ids, max_new_tokens=3, penalty_alpha=0.6, top_k=4)
+    if hasattr(model, "generate_batch"):  # transformers 5
+        with pytest.raises(ValueError, match=f"continuous batching is {stateful}"):
+            model.generate_batch(ids.tolist())
 
     sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
     target = LlamaForCausalLM(LlamaConfig(vocab_size=61, **sizes)).eval()

@@ -250,6 +250,18 @@ def test_trainer(tiny_config, tokens, tmp_path, checkpointing):
     assert whole == pytest.approx(pieces, rel=2e-3)  # accumulated batches count as one
 
 
+def test_label_smoothing_of_the_trainer(tiny_model, tokens, tmp_path):
+    """Which takes the labels away from the model: they are shifted all the same."""
+    model, ids = tiny_model(), tokens(2, 9)
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), label_smoothing_factor=0.1, report_to=[], use_cpu=True
+    )
+    loss = Trainer(model, arguments).compute_loss(model, {"input_ids": ids, "labels": ids})
+    scores = model(ids).logits[:, :-1].flatten(0, 1)
+    wanted = F.cross_entropy(scores, ids[:, 1:].flatten(), label_smoothing=0.1)
+    torch.testing.assert_close(loss, wanted)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("autocast", [False, True], ids=["whole model", "autocast"])
 def test_training_in_half_precision(tiny_model, tokens, dtype, autocast):

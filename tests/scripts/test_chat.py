@@ -209,6 +209,36 @@ def test_saved_and_loaded(script_modules, model, tokenizer_file, tmp_path):
     assert other.messages == conversation.messages  # a failed load changes nothing
 
 
+def test_a_hybrid_is_saved_and_loaded(script_modules, model, tokenizer_file, tmp_path):
+    from chat import ChatError, Conversation
+
+    def build(*layer_types):
+        config = {**model.config.to_dict(), "layer_types": list(layer_types)}
+        return MetaLAForCausalLM(MetaLAConfig(**config)).eval()
+
+    tokenizer, hybrid = build_tokenizer(tokenizer_file), build("full_attention", "linear_attention")
+    conversation = Conversation(hybrid, tokenizer)
+    talk(conversation, "one", "two")
+    conversation.save(tmp_path / "talk")
+    other = Conversation(hybrid, tokenizer)
+    other.load(tmp_path / "talk")
+    assert talk(other, "three")[0][1] == talk(conversation, "three")[0][1]
+    for another in (model, build("linear_attention", "full_attention")):
+        with pytest.raises(ChatError, match="talk: the conversation of another model"):
+            Conversation(another, tokenizer).load(tmp_path / "talk")
+
+
+def test_words_without_tokens_are_no_turn(script_modules, model, tokenizer_file):
+    from chat import ChatError, Conversation
+
+    conversation = Conversation(model, build_tokenizer(tokenizer_file))
+    with pytest.raises(ChatError, match="no tokens"):
+        talk(conversation, "<|endoftext|>")  # which is left out of a text's start
+    ((_, answer),) = talk(conversation, "one")
+    fresh = Conversation(model, conversation.tokenizer)
+    assert talk(fresh, "one")[0][1] == answer and fresh.text == conversation.text
+
+
 def test_choosing(script_modules):
     from chat import chooser
 
