@@ -599,22 +599,14 @@ def decode_token(
 
 
 class Decoder:
-    """See `megatron_patch.ops.token_decoder`.
-
-    Attributes:
-        x: [D] float32, which a step reads, and overwrites.
-        logits: [vocabulary], which it writes.
-    """
+    """What `megatron_patch.ops.token_decoder` says."""
 
     def __init__(
         self,
         layers: Sequence[LayerTensors],
         final_norm: Tensor | None,
         head: Tensor,
-        tau: float,
-        scale: float,
-        norm_eps: float,
-        output_norm_eps: float,
+        *numbers: float,  # from `scale` on, as `decode_token` takes them
     ):
         device, dtype, first = head.device, head.dtype, layers[0]
         _, heads, key_width, value_width = first.state.shape
@@ -635,17 +627,14 @@ class Decoder:
             empty(heads, dim), empty(inner), self.logits,
             torch.zeros(1, dtype=torch.int32, device=device),
         )  # fmt: skip
-        self._numbers = (vocabulary, scale, 1.0 / tau, norm_eps, output_norm_eps)
+        self._numbers = (vocabulary, *numbers)
 
         piece = 512 // head.element_size()  # of a row, as a warp loads it at once
         power = triton.next_power_of_2
-        block_d, block_f, block_v = (
-            max(power(dim), piece),
-            max(power(inner), piece),
-            power(value_width),
-        )
+        block_d, block_f = max(power(dim), piece), max(power(inner), piece)
+        block_v = power(value_width)
 
-        def tiles(rows: int, programs: int, columns: int, weights: int = 1) -> tuple[int, int, int]:
+        def share(rows: int, programs: int, columns: int, weights: int = 1) -> tuple[int, int, int]:
             """Rows of a tile, tiles at a time, and times, for a program's share of the rows."""
             height = WARPS * max(1, piece // columns) if columns <= LONG_ROW else WARPS // 2
             needed = triton.cdiv(triton.cdiv(rows, programs), height)
@@ -658,9 +647,9 @@ class Decoder:
             BD=block_d, BF=block_f, BH=power(heads), BK=power(key_width), BV=block_v,
             BC=power(triton.cdiv(dim, programs)), BS=power(triton.cdiv(key_width, parts)),
             L=piece, LV=min(piece, block_v),
-            PROJECT=tiles(3 * dim, programs, block_d), MIX=tiles(dim, parts, block_v),
-            EXPAND=tiles(inner, programs, block_d, weights=2),
-            CONTRACT=tiles(dim, programs, block_f), HEAD=tiles(vocabulary, programs, block_d),
+            PROJECT=share(3 * dim, programs, block_d), MIX=share(dim, parts, block_v),
+            EXPAND=share(inner, programs, block_d, weights=2),
+            CONTRACT=share(dim, programs, block_f), HEAD=share(vocabulary, programs, block_d),
             HAS_NORM=final_norm is not None, HAS_AUG=first.aug is not None,
             HAS_BIAS=first.l1_bias is not None, PRECISION=precision_of(dtype), num_warps=WARPS,
         )  # fmt: skip
