@@ -86,7 +86,8 @@ def token_decoder(
 
     if not decoder.fits(*layers[0].state.shape[1:], head.device):
         return None
-    return decoder.Decoder(layers, final_norm, head, tau, scale, norm_eps, output_norm_eps)
+    numbers = (scale, 1.0 / tau, norm_eps, output_norm_eps)
+    return decoder.Decoder(layers, final_norm, head, *numbers)
 
 
 __all__ = ["token_decoder"]

@@ -137,20 +137,59 @@ def in_pieces(N: tl.constexpr, L: tl.constexpr):
 
 
 @triton.jit
-def tile_of(rows, row_mask, column, N: tl.constexpr):
+def tile_of(rows, row_mask, column, N):
     """Rows that begin at pointers [R], zero where masked and from column N on, as [R, C, L]."""
     mask = row_mask[:, None, None] & (column < N)[None, :, :]
     return tl.load(rows[:, None, None] + column[None, :, :], mask=mask, other=0.0)
 
 
 @triton.jit
-def rows_of(weight, row, end, column, N: tl.constexpr, STRIDE: tl.constexpr):
+def rows_of(row, weight, end, column, N, STRIDE):
     """Rows [R] below `end` of a weight whose rows are STRIDE apart, as `tile_of` gives them."""
     return tile_of(weight + row.to(tl.int64) * STRIDE, row < end, column, N)
 
 
 @triton.jit
-def projection_rows(layer, row, like, D: tl.constexpr):
+def ask(tile_at: tl.constexpr, weight, rows, step, SHARE: tl.constexpr):
+    """The first tiles of a program's share of a weight: tile_at(row, *weight) of `rows` [R], and of
+    those `step` further on each. SHARE: R, tiles asked for at a time, and how often."""
+    TILES: tl.constexpr = SHARE[1]
+    tiles = ()
+    for i in tl.static_range(TILES):
+        tiles = tiles + (tile_at(rows + i * step, *weight),)
+    return tiles
+
+
+@triton.jit
+def walk(
+    tiles,
+    tile_at: tl.constexpr,
+    weight,
+    rows,
+    step,
+    finish: tl.constexpr,
+    arguments,
+    SHARE: tl.constexpr,
+):
+    """Through a share, of which `ask` gave the first tiles: a tile's work is finish(tile, row,
+    *arguments), behind which the one for its place in the next group is asked for at once.
+
+    `arguments` has to stand in the call: with a name, a tuple's constexprs become tensors."""
+    TILES: tl.constexpr = SHARE[1]
+    GROUPS: tl.constexpr = SHARE[2]
+    for group in tl.range(GROUPS):
+        following = ()
+        for i in tl.static_range(TILES):
+            row = rows + (group * TILES + i) * step
+            finish(tiles[i], row, *arguments)
+            if GROUPS > 1:
+                following = following + (tile_at(row + TILES * step, *weight),)
+        if GROUPS > 1:
+            tiles = following
+
+
+@triton.jit
+def projection_rows(row, layer, like, D):
     """Pointers to rows of q, gate logits (D / 2 rows each), v and output gate (D each), as if one
     below the other."""
     half = row // (D // 2)
@@ -162,8 +201,19 @@ def projection_rows(layer, row, like, D: tl.constexpr):
 
 
 @triton.jit
-def projection_tile(layer, row, like, column, D: tl.constexpr):
-    return tile_of(projection_rows(layer, row, like, D), row < 3 * D, column, D)
+def projection_tile(row, layer, like, column, D):
+    return tile_of(projection_rows(row, layer, like, D), row < 3 * D, column, D)
+
+
+@triton.jit
+def finish_project(
+    tile, row, mixed, projected, keys, inverse_tau, D: tl.constexpr, PRECISION: tl.constexpr
+):
+    y = product(tile, mixed)
+    is_gate = (row >= D // 2) & (row < D)
+    g = bounded_log_decay(y, inverse_tau, PRECISION)
+    tl.store(keys + row - D // 2, key(g, PRECISION), mask=is_gate)
+    tl.store(projected + row, tl.where(is_gate, exp2(g, PRECISION), y), mask=row < 3 * D)
 
 
 @triton.jit
@@ -181,14 +231,12 @@ def project(
     W: tl.constexpr,
     BD: tl.constexpr,
     L: tl.constexpr,
-    R: tl.constexpr,
-    TILES: tl.constexpr,
-    GROUPS: tl.constexpr,
+    SHARE: tl.constexpr,
     HAS_NORM: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     program = tl.program_id(0)
-    step = tl.num_programs(0) * R
+    step = tl.num_programs(0) * SHARE[0]
     channel = tl.arange(0, BD)
     inside = channel < D
     weight = address(layer, CONVOLUTION, normed) + channel * W
@@ -199,11 +247,9 @@ def project(
         total += factor * tl.load(past + tap, mask=inside, other=0.0).to(tl.float32)
     newest = tl.load(weight + (W - 1), mask=inside, other=0.0).to(tl.float32)
     scale = address(layer, TOKEN_NORM, normed)
-    rows = program + tl.num_programs(0) * tl.arange(0, R)
-    column = in_pieces(BD, L)
-    tiles = ()
-    for i in tl.static_range(TILES):
-        tiles = tiles + (projection_tile(layer, rows + i * step, normed, column, D),)
+    rows = program + tl.num_programs(0) * tl.arange(0, SHARE[0])
+    projections = (layer, normed, in_pieces(BD, L), D)
+    tiles = ask(projection_tile, projections, rows, step, SHARE)
     wait(arrivals, awaited)
 
     hidden = tl.load(x + channel, mask=inside, other=0.0)
@@ -214,20 +260,10 @@ def project(
     total += newest * hidden.to(tl.float32)
     total *= sigmoid(total)
     mixed = tl.reshape(total, (BD // L, L))
-    for group in tl.range(GROUPS):
-        following = ()
-        for i in tl.static_range(TILES):
-            row = rows + (group * TILES + i) * step
-            y = product(tiles[i], mixed)
-            is_gate = (row >= D // 2) & (row < D)
-            g = bounded_log_decay(y, inverse_tau, PRECISION)
-            tl.store(keys + row - D // 2, key(g, PRECISION), mask=is_gate)
-            tl.store(projected + row, tl.where(is_gate, exp2(g, PRECISION), y), mask=row < 3 * D)
-            if GROUPS > 1:
-                tile = projection_tile(layer, row + TILES * step, normed, column, D)
-                following = following + (tile,)
-        if GROUPS > 1:
-            tiles = following
+    walk(
+        tiles, projection_tile, projections, rows, step,
+        finish_project, (mixed, projected, keys, inverse_tau, D, PRECISION), SHARE,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -248,6 +284,11 @@ def shift(layer, normed, D: tl.constexpr, W: tl.constexpr, BC: tl.constexpr):
 
 
 @triton.jit
+def finish_mix(tile, row, y, shares, head, end, D: tl.constexpr):
+    tl.store(shares + head * D + row, product(tile, y), mask=row < end)
+
+
+@triton.jit
 def mix(
     layer,
     normed,
@@ -264,9 +305,7 @@ def mix(
     BK: tl.constexpr,
     BV: tl.constexpr,
     LV: tl.constexpr,
-    R: tl.constexpr,
-    TILES: tl.constexpr,
-    GROUPS: tl.constexpr,
+    SHARE: tl.constexpr,
     BC: tl.constexpr,
     HAS_AUG: tl.constexpr,
 ):
@@ -275,18 +314,16 @@ def mix(
     parts = tl.num_programs(0) // H  # programs of a head
     head = tl.program_id(0) % H
     part = tl.program_id(0) // H
-    step = parts * R
+    step = parts * SHARE[0]
     k_row = tl.arange(0, BK)
     column = tl.arange(0, BV)
     k_mask = k_row < K
     v_mask = column < V
-    rows = part + parts * tl.arange(0, R)
+    rows = part + parts * tl.arange(0, SHARE[0])
     weight = address(layer, OUT, normed) + head * V
     end = tl.where(part < parts, D, 0)
-    piece = in_pieces(BV, LV)
-    tiles = ()
-    for i in tl.static_range(TILES):
-        tiles = tiles + (rows_of(weight, rows + i * step, end, piece, V, D),)
+    out = (weight, end, in_pieces(BV, LV), V, D)
+    tiles = ask(rows_of, out, rows, step, SHARE)
     state = address(layer, STATE, shares) + head * (K * V)
     mask = k_mask[:, None] & v_mask[None, :]
     past = tl.load(state + k_row[:, None] * V + column[None, :], mask=mask, other=0.0)
@@ -310,18 +347,24 @@ def mix(
     centred = tl.where(v_mask, y - tl.sum(y, 0) / V, 0.0)
     y = centred * tl.rsqrt(tl.sum(centred * centred, 0) / V + eps) * gate * sigmoid(gate)
     y = tl.reshape(y, (BV // LV, LV))
-    for group in tl.range(GROUPS):
-        following = ()
-        for i in tl.static_range(TILES):
-            row = rows + (group * TILES + i) * step
-            tl.store(shares + head * D + row, product(tiles[i], y), mask=row < end)
-            if GROUPS > 1:
-                tile = rows_of(weight, row + TILES * step, end, piece, V, D)
-                following = following + (tile,)
-        if GROUPS > 1:
-            tiles = following
+    walk(tiles, rows_of, out, rows, step, finish_mix, (y, shares, head, end, D), SHARE)
     if W > 1:
         shift(layer, normed, D, W, BC)
+
+
+@triton.jit
+def rows_of_both(row, l1, l2, end, column, N):
+    return rows_of(row, l1, end, column, N, N), rows_of(row, l2, end, column, N, N)
+
+
+@triton.jit
+def finish_expand(
+    tiles, row, hidden, l1_bias, l2_bias, activated, F: tl.constexpr, HAS_BIAS: tl.constexpr
+):
+    mask = row < F
+    y = add_bias(product(tiles[0], hidden), l1_bias, row, mask, HAS_BIAS)
+    z = add_bias(product(tiles[1], hidden), l2_bias, row, mask, HAS_BIAS)
+    tl.store(activated + row, y * sigmoid(y) * z, mask=mask)
 
 
 @triton.jit
@@ -345,27 +388,21 @@ def expand(
     BS: tl.constexpr,
     BH: tl.constexpr,
     L: tl.constexpr,
-    R: tl.constexpr,
-    TILES: tl.constexpr,
-    GROUPS: tl.constexpr,
+    SHARE: tl.constexpr,
     HAS_NORM: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):
     K: tl.constexpr = D // (2 * H)
     V: tl.constexpr = D // H
     program = tl.program_id(0)
-    step = tl.num_programs(0) * R
-    rows = program + tl.num_programs(0) * tl.arange(0, R)
-    column = in_pieces(BD, L)
+    step = tl.num_programs(0) * SHARE[0]
+    rows = program + tl.num_programs(0) * tl.arange(0, SHARE[0])
     l1 = address(layer, L1, like)
     l2 = address(layer, L2, like)
     l1_bias = address(layer, L1_BIAS, like)
     l2_bias = address(layer, L2_BIAS, like)
-    tiles1 = ()
-    tiles2 = ()
-    for i in tl.static_range(TILES):
-        tiles1 = tiles1 + (rows_of(l1, rows + i * step, F, column, D, D),)
-        tiles2 = tiles2 + (rows_of(l2, rows + i * step, F, column, D, D),)
+    both = (l1, l2, F, in_pieces(BD, L), D)
+    tiles = ask(rows_of_both, both, rows, step, SHARE)
     weight = address(layer, CHANNEL_NORM, like)
     # This program's rows of the state of a head.
     parts = tl.num_programs(0) // H
@@ -395,22 +432,17 @@ def expand(
     if program == 0:
         tl.store(middle + channel, hidden, mask=channel < D)
     hidden = tl.reshape(norm(hidden, weight, eps, D, HAS_NORM), (BD // L, L))
-    for group in tl.range(GROUPS):
-        following1 = ()
-        following2 = ()
-        for i in tl.static_range(TILES):
-            row = rows + (group * TILES + i) * step
-            mask = row < F
-            y = add_bias(product(tiles1[i], hidden), l1_bias, row, mask, HAS_BIAS)
-            z = add_bias(product(tiles2[i], hidden), l2_bias, row, mask, HAS_BIAS)
-            tl.store(activated + row, y * sigmoid(y) * z, mask=mask)
-            if GROUPS > 1:
-                row += TILES * step
-                following1 = following1 + (rows_of(l1, row, F, column, D, D),)
-                following2 = following2 + (rows_of(l2, row, F, column, D, D),)
-        if GROUPS > 1:
-            tiles1 = following1
-            tiles2 = following2
+    walk(
+        tiles, rows_of_both, both, rows, step,
+        finish_expand, (hidden, l1_bias, l2_bias, activated, F, HAS_BIAS), SHARE,
+    )  # fmt: skip
+
+
+@triton.jit
+def finish_contract(tile, row, inner, l3_bias, middle, x, D: tl.constexpr, HAS_BIAS: tl.constexpr):
+    mask = row < D
+    y = add_bias(product(tile, inner), l3_bias, row, mask, HAS_BIAS)
+    tl.store(x + row, y + tl.load(middle + row, mask=mask, other=0.0), mask=mask)
 
 
 @triton.jit
@@ -426,32 +458,21 @@ def contract(
     F: tl.constexpr,
     BF: tl.constexpr,
     L: tl.constexpr,
-    R: tl.constexpr,
-    TILES: tl.constexpr,
-    GROUPS: tl.constexpr,
+    SHARE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):
-    step = tl.num_programs(0) * R
+    step = tl.num_programs(0) * SHARE[0]
     column = in_pieces(BF, L)
-    rows = tl.program_id(0) + tl.num_programs(0) * tl.arange(0, R)
-    l3 = address(layer, L3, like)
+    rows = tl.program_id(0) + tl.num_programs(0) * tl.arange(0, SHARE[0])
+    l3 = (address(layer, L3, like), D, column, F, F)
     l3_bias = address(layer, L3_BIAS, like)
-    tiles = ()
-    for i in tl.static_range(TILES):
-        tiles = tiles + (rows_of(l3, rows + i * step, D, column, F, F),)
+    tiles = ask(rows_of, l3, rows, step, SHARE)
     wait(arrivals, awaited)
     inner = tl.load(activated + column, mask=column < F, other=0.0)
-    for group in tl.range(GROUPS):
-        following = ()
-        for i in tl.static_range(TILES):
-            row = rows + (group * TILES + i) * step
-            mask = row < D
-            y = add_bias(product(tiles[i], inner), l3_bias, row, mask, HAS_BIAS)
-            tl.store(x + row, y + tl.load(middle + row, mask=mask, other=0.0), mask=mask)
-            if GROUPS > 1:
-                following = following + (rows_of(l3, row + TILES * step, D, column, F, F),)
-        if GROUPS > 1:
-            tiles = following
+    walk(
+        tiles, rows_of, l3, rows, step,
+        finish_contract, (inner, l3_bias, middle, x, D, HAS_BIAS), SHARE,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -467,28 +488,26 @@ def decode_head(
     D: tl.constexpr,
     BD: tl.constexpr,
     L: tl.constexpr,
-    R: tl.constexpr,
-    TILES: tl.constexpr,
+    SHARE: tl.constexpr,
     HAS_NORM: tl.constexpr,
 ):
-    step = tl.num_programs(0) * R
-    column = in_pieces(BD, L)
-    rows = tl.program_id(0) + tl.num_programs(0) * tl.arange(0, R)
-    tiles = ()
-    for i in tl.static_range(TILES):
-        tiles = tiles + (rows_of(head, rows + i * step, vocabulary, column, D, D),)
+    step = tl.num_programs(0) * SHARE[0]
+    rows = tl.program_id(0) + tl.num_programs(0) * tl.arange(0, SHARE[0])
+    weight = (head, vocabulary, in_pieces(BD, L), D, D)
+    tiles = ask(rows_of, weight, rows, step, SHARE)
     wait(arrivals, awaited)
     channel = tl.arange(0, BD)
     hidden = tl.load(x + channel, mask=channel < D, other=0.0)
     hidden = tl.reshape(norm(hidden, final_norm, eps, D, HAS_NORM), (BD // L, L))
+    TILES: tl.constexpr = SHARE[1]
+    # `walk` would do, but compiles to other code, which spills more at 1,024 channels: not timed.
     for first in range(0, vocabulary, TILES * step):
         following = ()
         for i in tl.static_range(TILES):
             row = rows + first + i * step
             y = product(tiles[i], hidden).to(logits.dtype.element_ty)
             tl.store(logits + row, y, mask=row < vocabulary)
-            row += TILES * step
-            following = following + (rows_of(head, row, vocabulary, column, D, D),)
+            following = following + (rows_of(row + TILES * step, *weight),)
         tiles = following
 
 
@@ -551,52 +570,43 @@ def decode_token(
         awaited = (stage - first_stage) * programs
         if stage == 4 * LAYERS:
             decode_head(
-                x, final_norm, head, logits, arrivals, awaited, norm_eps, vocabulary,
-                D, BD, L, HEAD[0], HEAD[1], HAS_NORM,
+                x, final_norm, head, logits, arrivals, awaited, norm_eps, vocabulary, D, BD, L,
+                HEAD, HAS_NORM,
             )  # fmt: skip
             clear(arrivals, (stage - first_stage + 1) * programs)
         else:
             if kind == 0:
                 project(
                     layer, x, normed, projected, keys, arrivals, awaited, inverse_tau, norm_eps,
-                    D, W, BD, L, PROJECT[0], PROJECT[1], PROJECT[2], HAS_NORM, PRECISION,
+                    D, W, BD, L, PROJECT, HAS_NORM, PRECISION,
                 )  # fmt: skip
             elif kind == 1:
                 mix(
                     layer, normed, projected, keys, shares, arrivals, awaited, scale,
-                    output_norm_eps, D, H, W, BK, BV, LV, MIX[0], MIX[1], MIX[2], BC, HAS_AUG,
+                    output_norm_eps, D, H, W, BK, BV, LV, MIX, BC, HAS_AUG,
                 )  # fmt: skip
             elif kind == 2:
                 expand(
                     layer, x, middle, projected, keys, shares, activated, arrivals, awaited,
-                    norm_eps, normed, D, H, F, BD, BV, BS, BH, L, EXPAND[0], EXPAND[1], EXPAND[2],
-                    HAS_NORM, HAS_BIAS,
+                    norm_eps, normed, D, H, F, BD, BV, BS, BH, L, EXPAND, HAS_NORM, HAS_BIAS,
                 )  # fmt: skip
             else:
                 contract(
                     layer, x, middle, activated, arrivals, awaited, normed, D, F, BF, L,
-                    CONTRACT[0], CONTRACT[1], CONTRACT[2], HAS_BIAS,
+                    CONTRACT, HAS_BIAS,
                 )  # fmt: skip
             arrive(arrivals)
 
 
 class Decoder:
-    """See `megatron_patch.ops.token_decoder`.
-
-    Attributes:
-        x: [D] float32, which a step reads, and overwrites.
-        logits: [vocabulary], which it writes.
-    """
+    """What `megatron_patch.ops.token_decoder` says."""
 
     def __init__(
         self,
         layers: Sequence[LayerTensors],
         final_norm: Tensor | None,
         head: Tensor,
-        tau: float,
-        scale: float,
-        norm_eps: float,
-        output_norm_eps: float,
+        *numbers: float,  # from `scale` on, as `decode_token` takes them
     ):
         device, dtype, first = head.device, head.dtype, layers[0]
         _, heads, key_width, value_width = first.state.shape
@@ -617,17 +627,14 @@ class Decoder:
             empty(heads, dim), empty(inner), self.logits,
             torch.zeros(1, dtype=torch.int32, device=device),
         )  # fmt: skip
-        self._numbers = (vocabulary, scale, 1.0 / tau, norm_eps, output_norm_eps)
+        self._numbers = (vocabulary, *numbers)
 
         piece = 512 // head.element_size()  # of a row, as a warp loads it at once
         power = triton.next_power_of_2
-        block_d, block_f, block_v = (
-            max(power(dim), piece),
-            max(power(inner), piece),
-            power(value_width),
-        )
+        block_d, block_f = max(power(dim), piece), max(power(inner), piece)
+        block_v = power(value_width)
 
-        def tiles(rows: int, programs: int, columns: int, weights: int = 1) -> tuple[int, int, int]:
+        def share(rows: int, programs: int, columns: int, weights: int = 1) -> tuple[int, int, int]:
             """Rows of a tile, tiles at a time, and times, for a program's share of the rows."""
             height = WARPS * max(1, piece // columns) if columns <= LONG_ROW else WARPS // 2
             needed = triton.cdiv(triton.cdiv(rows, programs), height)
@@ -640,9 +647,9 @@ class Decoder:
             BD=block_d, BF=block_f, BH=power(heads), BK=power(key_width), BV=block_v,
             BC=power(triton.cdiv(dim, programs)), BS=power(triton.cdiv(key_width, parts)),
             L=piece, LV=min(piece, block_v),
-            PROJECT=tiles(3 * dim, programs, block_d), MIX=tiles(dim, parts, block_v),
-            EXPAND=tiles(inner, programs, block_d, weights=2),
-            CONTRACT=tiles(dim, programs, block_f), HEAD=tiles(vocabulary, programs, block_d),
+            PROJECT=share(3 * dim, programs, block_d), MIX=share(dim, parts, block_v),
+            EXPAND=share(inner, programs, block_d, weights=2),
+            CONTRACT=share(dim, programs, block_f), HEAD=share(vocabulary, programs, block_d),
             HAS_NORM=final_norm is not None, HAS_AUG=first.aug is not None,
             HAS_BIAS=first.l1_bias is not None, PRECISION=precision_of(dtype), num_warps=WARPS,
         )  # fmt: skip
