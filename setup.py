@@ -22,7 +22,7 @@ EXTRAS = {
         "transformers>=4.46",
     ],
     "hf": ["accelerate>=1.0", "safetensors", "tokenizers", "tqdm", "transformers>=4.46"],
-    "gpu": ["triton>=3.3", "flash-linear-attention>=0.4"],
+    "gpu": ["triton>=3.4", "flash-linear-attention>=0.4"],
     "wandb": ["wandb"],
     "eval": ["lm_eval>=0.4.5,<0.5"],
 }
@@ -36,7 +36,7 @@ TOOLS = [
     "pytest-xdist",
     "ruff",
 ]
-TOOLS += ['triton>=3.3; platform_system == "Linux"']  # its interpreter runs the kernels on the CPU
+TOOLS += ['triton>=3.4; platform_system == "Linux"']  # its interpreter runs the kernels on the CPU
 EXTRAS["dev"] = sorted({*EXTRAS["hf"], *TOOLS})
 
 setup(
