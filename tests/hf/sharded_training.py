@@ -162,8 +162,8 @@ def main(runs: list[str]) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1:])
-    # All is written. What PyTorch's threads do while the interpreter ends is not tested here: now and
-    # then they abort it ("terminate called without an active exception").
+    # All is written. What PyTorch's threads do while the interpreter ends is not tested here: now
+    # and then they abort it ("terminate called without an active exception").
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
