@@ -63,7 +63,10 @@ def complete_folder(target: Path, overwrite: bool, mark: str) -> Iterator[Path]:
             temporary.chmod(0o777 & ~_umask())
             _flush(*temporary.rglob("*"), temporary)
             check_target(target, overwrite, mark)
+            is_current = target.exists() and target.samefile(".")
             _take_place(temporary, target)
+            if is_current:  # relative paths would lead nowhere from the folder that was replaced
+                os.chdir(target)
     except OSError as error:
         raise ConvertError(f"{target}: cannot be written: {error}") from error
     finally:

@@ -64,7 +64,6 @@ def hf_to_neox(
     Raises:
         ConvertError: something is missing, damaged or impossible; see the line.
     """
-    output = output.resolve()  # the current folder is another one once its place is taken
     check_target(output, overwrite, mark="latest")
     source = HFFolder(model)
     if tensor_parallel >= 1:
@@ -75,13 +74,14 @@ def hf_to_neox(
         rows, divisible_by = source.shape.padded_vocab_size, 1  # refused below
     shape = replace(source.shape, padded_vocab_size=rows)
     check_layout(shape, tensor_parallel, pipeline_parallel)
+    target = output.resolve()
     settings = {
         **model_settings(source, divisible_by),
         "model_parallel_size": tensor_parallel,
         "pipe_parallel_size": pipeline_parallel,
         "tokenizer_type": "HFTokenizer",
-        "vocab_file": str(output / "tokenizer.json"),
-        "load": str(output),
+        "vocab_file": str(target / "tokenizer.json"),
+        "load": str(target),
         "finetune": True,
     }
     configs = {

@@ -53,7 +53,6 @@ def reshape_neox(
         ConvertError: something is missing, damaged or impossible; see the line.
         SettingsError: the settings are malformed.
     """
-    output = output.resolve()  # the current folder is another one once its place is taken
     check_target(output, overwrite, mark="latest")
     source = NeoXCheckpoint(checkpoint, iteration, config)
     args = with_defaults(source.settings)

@@ -126,6 +126,19 @@ def test_a_folder_being_replaced_is_put_back(tmp_path, capfd):
     )
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_the_current_folder_can_be_the_target(tmp_path, monkeypatch, overwrite):
+    """Relative paths lead where they did, though the folder is another one."""
+    target = tmp_path / "new"
+    target.mkdir()
+    if overwrite:
+        (target / "mark").touch()
+    monkeypatch.chdir(target)
+    with complete_folder(Path(), overwrite, mark="mark") as folder:
+        (folder / "mark").write_text("new")
+    assert Path("mark").read_text() == "new" and Path.cwd() == target
+
+
 def test_what_a_running_conversion_writes_is_left_alone(tmp_path, capfd):
     with pytest.raises(ConvertError, match="hf exists already"):
         with complete_folder(tmp_path / "hf", overwrite=False, mark="config.json") as folder:
