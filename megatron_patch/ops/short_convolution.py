@@ -16,7 +16,7 @@ from megatron_patch.ops.checks import (
 from megatron_patch.ops.epilogue import compute_dtype, give_state
 
 CONVOLUTION_BACKENDS = ("auto", "triton", "causal_conv1d", "torch")
-FASTEST_FIRST = ("causal_conv1d", "triton", "torch")  # "auto" takes the first that serves a call
+FASTEST_FIRST = ("triton", "causal_conv1d", "torch")  # "auto" takes the first that serves a call
 
 
 def short_convolution(
@@ -50,7 +50,7 @@ def short_convolution(
             alone).
         backend: "triton" (CUDA), "causal_conv1d" (the package of that name: CUDA, W of 2 to 4, D a
             multiple of 8, no state together with cu_seqlens), "torch", or "auto", which takes the
-            first of the latter two that can run.
+            first of these that can run.
 
     Returns:
         y [B, T, D] in the dtype of x, and the final state [N, D, W - 1] in the dtype of x, or

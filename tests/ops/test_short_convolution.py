@@ -268,7 +268,8 @@ def test_named_backend_that_cannot_run_says_why(monkeypatch):
 @pytest.mark.parametrize(
     ("installed", "device", "dtype", "taken"),
     [
-        (("causal_conv1d", "triton"), "cuda", torch.bfloat16, "causal_conv1d"),
+        (("causal_conv1d", "triton"), "cuda", torch.bfloat16, "triton"),
+        (("causal_conv1d",), "cuda", torch.bfloat16, "causal_conv1d"),
         (("triton",), "cuda", torch.bfloat16, "triton"),
         ((), "cuda", torch.bfloat16, "torch"),
         (("causal_conv1d", "triton"), "cuda", torch.float64, "torch"),
