@@ -21,8 +21,10 @@ TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|endoftext|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-# Loses what the model has said, as templates do that leave out earlier reasoning.
-FORGETFUL_TEMPLATE = TEMPLATE.replace("{{ m.content }}", "{{ m.content | truncate(9, true) }}")
+# Loses all but the last message, as templates do in part that leave out earlier reasoning.
+FORGETFUL_TEMPLATE = TEMPLATE.replace(
+    "{{ m.content }}", "{{ m.content if loop.last else '(forgotten)' }}"
+)
 NO_SYSTEM_TEMPLATE = (
     "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
     + TEMPLATE
@@ -157,13 +159,14 @@ def test_a_template_that_rewrites_the_past_reads_all_again(
 
     tokenizer = build_tokenizer(tokenizer_file, FORGETFUL_TEMPLATE)
     conversation = Conversation(model, tokenizer)
-    talk(conversation, "words that are too long to keep", "more", tokens=12)
+    *_, (turn, _) = talk(conversation, "words that are soon forgotten", "more", tokens=12)
     assert "reading all again" in capsys.readouterr().err
     prompt = tokenizer.apply_chat_template(
         conversation.messages[:-1], tokenize=False, add_generation_prompt=True
     )
     count = len(tokenizer(prompt)["input_ids"])
-    assert conversation.cache.get_seq_length() == count + 12
+    assert turn.tokens_read == count
+    assert conversation.cache.get_seq_length() == count + turn.tokens_written
 
 
 def test_a_template_that_refuses_says_so(script_modules, model, tokenizer_file):

@@ -57,15 +57,22 @@ def address(layer, field, like):
 
 @triton.jit
 def wait(arrivals, number):
-    """Until so many programs have arrived: what they wrote before can then be read."""
+    """Until so many programs have arrived: what they wrote before can then be read. One thread
+    looks, for all would keep the counter from those who arrive."""
     if not INTERPRETED:
         tl.inline_asm_elementwise(
             """{
-            .reg .pred early;
+            .reg .pred early, other;
+            .reg .u32 thread;
+            mov.u32 $0, 0;
+            mov.u32 thread, %tid.x;
+            setp.ne.u32 other, thread, 0;
+            @other bra done;
             again:
             ld.acquire.gpu.global.s32 $0, [$1];
             setp.lt.s32 early, $0, $2;
             @early bra again;
+            done:
             }""",
             "=&r,l,r",
             [arrivals, number],
@@ -73,6 +80,7 @@ def wait(arrivals, number):
             is_pure=False,
             pack=1,
         )
+        tl.debug_barrier()
 
 
 @triton.jit
