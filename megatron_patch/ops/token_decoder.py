@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_patch.ops.availability import interpreted, triton_obstacle
+from megatron_patch.ops.availability import CUDA_BINDINGS_INSTALLED, interpreted, triton_obstacle
 
 if TYPE_CHECKING:
     from megatron_patch.ops.triton.decoder import Decoder
@@ -82,11 +82,16 @@ def token_decoder(
         for x in tensors
     ):
         return None
+    numbers = (scale, 1.0 / tau, norm_eps, output_norm_eps)
+    if CUDA_BINDINGS_INSTALLED and head.device.type == "cuda":
+        from megatron_patch.ops.cuda import decoder
+
+        if decoder.fits(layers[0], head):
+            return decoder.Decoder(layers, final_norm, head, *numbers)
     from megatron_patch.ops.triton import decoder
 
     if not decoder.fits(*layers[0].state.shape[1:], head.device):
         return None
-    numbers = (scale, 1.0 / tau, norm_eps, output_norm_eps)
     return decoder.Decoder(layers, final_norm, head, *numbers)
 
 

@@ -16,7 +16,7 @@ SMALL = dict(
 # With the widths of real models, on a GPU.
 WIDE = dict(decoder_embed_dim=1024, decoder_attention_heads=8, glu_dim=2816, decoder_layers=2)
 WIDER = dict(decoder_embed_dim=2048, decoder_attention_heads=16, glu_dim=5632, decoder_layers=2)
-WIDEST = dict(decoder_embed_dim=3072, decoder_attention_heads=24, glu_dim=8192, decoder_layers=1)
+WIDEST = dict(decoder_embed_dim=3072, decoder_attention_heads=24, glu_dim=8192, decoder_layers=2)
 GPU = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 
 

@@ -1,0 +1,722 @@
+// One token of one sequence through a whole MetaLA decoder, as a single launch, for GPUs with bulk
+// copies (compute capability 9.0 or later). `megatron_patch.ops.triton.decoder` is for the others.
+//
+// Such a step takes as long as it takes to read the weights, if the memory is never left idle. But
+// a stage needs what the one before it has computed in all blocks, and so many waits, five per layer,
+// take longer than the reading. So the two are taken apart here:
+//
+// What a block reads of the weights does not depend on any result. It is one stream of rows, the
+// same at every token. A warp of its own copies the stream into shared memory, a ring of slots, as
+// far ahead as the ring is long; the other warps take the rows from there.
+//
+// What blocks compute for each other goes through global memory, each number by itself: the last bit
+// of its mantissa tells the turn, which is another one in every layer. Who needs a number reads until
+// the turn is the right one. So there is one way to memory and one back per stage, no fence and no
+// counter. No number is overwritten too early: whatever is sent in a layer is needed, by way of other
+// blocks, for all that is sent a layer later.
+//
+// A layer's stages, in each of which a block has its share of the rows:
+//
+//     project   norm, convolution; rows of the projections to q, gate logits, v and output gate
+//     mix       recurrence and read-out of some columns of a head's state
+//     emit      LayerNorm and gate of all heads; rows of the output projection, residual
+//     expand    norm; rows of the first two products of the MLP, SwiGLU
+//     contract  rows of the last product of the MLP, residual
+//
+// and behind the last layer norm and rows of the logits. Between stages all is float32, and sums have
+// a fixed order.
+//
+// decoder.py compiles this file for a model, with its numbers for names in capital letters.
+
+using u16 = unsigned short;
+using u32 = unsigned int;
+using u64 = unsigned long long;
+
+using Weight = u16;  // bfloat16 or float16
+
+constexpr int K = D / (2 * H), V = D / H;  // widths of a head
+constexpr int THREADS = 32 * WARPS;  // that compute; one warp more copies
+constexpr int CHANNELS = (D + THREADS - 1) / THREADS;  // of a thread
+constexpr int PARTS = BLOCKS / H;  // blocks of a head
+
+// Fields of a row of the table, in the order of `LayerTensors`.
+enum Field {
+    TOKEN_NORM, CONVOLUTION, Q, GATE_LOGITS, V_PROJECTION, OUT_GATE, OUT_GATE_BIAS, AUG, OUT,
+    CHANNEL_NORM, L1, L1_BIAS, L2, L2_BIAS, L3, L3_BIAS, CONVOLUTION_STATE, STATE, FIELDS
+};
+
+__host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+__host__ __device__ constexpr int smaller(int a, int b) { return a < b ? a : b; }
+__host__ __device__ constexpr int larger(int a, int b) { return a > b ? a : b; }
+__host__ __device__ constexpr int power_from(int n) { return n <= 1 ? 1 : 2 * power_from((n + 1) / 2); }
+__host__ __device__ constexpr int power_to(int n) { return n <= 1 ? 1 : 2 * power_to(n / 2); }
+
+// The larger of a block's shares of so many rows, over so many blocks.
+__host__ __device__ constexpr int share(int rows, int blocks) { return ceil_div(rows, blocks); }
+
+constexpr int PROJECTED = share(3 * D, BLOCKS), EXPANDED = 2 * share(F, BLOCKS);
+constexpr int OWN = share(D, BLOCKS);  // rows of the other two products
+constexpr int HEAD_ROWS = 128;  // of the logits, between two barriers
+
+// Which threads take the columns of a block's part of a head's state.
+struct OfState {
+    static constexpr int COLUMNS = share(V, PARTS);
+    static constexpr int ACROSS = power_from(COLUMNS);
+    static constexpr int DOWN = THREADS / ACROSS;
+    static constexpr int ROWS = ceil_div(K, DOWN);  // of a thread
+    static constexpr int SUMS = smaller(DOWN, WARPS);  // of a column
+    static_assert(ACROSS <= THREADS, "a head's value is too wide");
+};
+
+struct alignas(16) Shared {
+    // A product's right side, as the sum of two numbers of the weights' type.
+    alignas(16) Weight factor[2][larger(D, F)];
+    // Of rows, by warps; in turn, for one warp reads while the others go on.
+    float sums[2][WARPS * larger(larger(PROJECTED, EXPANDED), HEAD_ROWS)];
+    float read_out[OfState::SUMS][OfState::ACROSS], aug[OfState::SUMS];
+    float squares[WARPS];
+    float residual[OWN];  // this block's share of the residual stream
+    const void* table[LAYERS * FIELDS];
+};
+
+// Bytes from row to row in the ring: two rows lie in different banks.
+__host__ __device__ constexpr int stride_of(int columns) { return 128 * ceil_div(2 * columns - 64, 128) + 64; }
+
+// The rest is the ring: slots, which take at least a row, and their barriers.
+constexpr int SLOT = larger(stride_of(F), larger(1, power_to(8448 / stride_of(D))) * stride_of(D));
+constexpr int SLOTS = (SHARED_BYTES - (int)sizeof(Shared)) / (SLOT + 2 * (int)sizeof(u64));
+
+// How rows of so many weights lie in the ring, of which a share has at most MOST, and who takes what:
+// each warp some units of 32 columns of all rows.
+template <int COLUMNS, int MOST>
+struct Rows {
+    static constexpr int SIZE = 2 * COLUMNS, STRIDE = stride_of(COLUMNS);
+    static constexpr int UNITS = ceil_div(COLUMNS, 32), TURNS = ceil_div(UNITS, WARPS);
+    static constexpr int FIT = SLOT / STRIDE, IN_SLOT = smaller(power_to(FIT), 8);
+    // Tiles of eight rows at a time, which have to be in the ring together.
+    static constexpr int IN_RING = larger(1, SLOTS / 2 * IN_SLOT / 8);
+    static constexpr int TILES = smaller(smaller(ceil_div(MOST, 8), IN_RING), 6);
+    static constexpr int BATCH = 8 * TILES;
+    static_assert(SIZE % 16 == 0, "a row has to be of whole vectors");
+    static_assert(BATCH % IN_SLOT == 0 && BATCH / IN_SLOT <= smaller(SLOTS, 32), "");
+};
+
+using ProjectRows = Rows<D, PROJECTED>;
+using EmitRows = Rows<D, OWN>;
+using ExpandRows = Rows<D, EXPANDED>;
+using ContractRows = Rows<F, OWN>;
+using HeadRows = Rows<D, HEAD_ROWS>;
+
+// --- Numbers ---
+
+#if BFLOAT16
+#define TYPE "bf16"
+#else
+#define TYPE "f16"
+#endif
+
+__device__ float widen(Weight x) {
+    float y;
+    asm("cvt.f32." TYPE " %0, %1;" : "=f"(y) : "h"(x));
+    return y;
+}
+
+__device__ Weight narrow(float x) {
+    Weight y;
+    asm("cvt.rn." TYPE ".f32 %0, %1;" : "=h"(y) : "f"(x));
+    return y;
+}
+
+// c [16, 8] += a [16, 16] b [16, 8] by a warp. Of a lane: of a row lane / 4 of a, whose rows from 8 on
+// are zero, and of column lane / 4 of b, entries 2 (lane % 4) and the next, and from 8 on.
+__device__ void multiply_add(float (&c)[4], u32 a, u32 a_from_8, u32 b, u32 b_from_8) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE ".f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a), "r"(0), "r"(a_from_8), "r"(0), "r"(b), "r"(b_from_8));
+}
+
+__device__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+
+__device__ float warp_sum(float x) {
+#pragma unroll
+    for (int offset = 16; offset; offset /= 2) x += __shfl_xor_sync(~0u, x, offset);
+    return x;
+}
+
+// --- Between threads ---
+
+// All threads that compute.
+__device__ void barrier() { asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory"); }
+
+__device__ u32 shared_address(const void* pointer) {
+    return (u32)__cvta_generic_to_shared(pointer);
+}
+
+__device__ void await_phase(u64* at, u32 parity) {
+    asm volatile(
+        "{.reg .pred done;\n"
+        "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@!done bra again;}"
+        ::"r"(shared_address(at)), "r"(parity) : "memory");
+}
+
+// Numbers from one block to others, each with the turn in its last bit.
+__device__ void send(float* to, float x, u32 turn) {
+    const u32 word = (__float_as_uint(x) & ~1u) | turn;
+    asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(word) : "memory");
+}
+
+// COUNT of them, from the addresses at(i); all are asked for before any is looked at.
+template <int COUNT, typename At>
+__device__ void receive(float (&x)[COUNT], u32 turn, At at) {
+    bool all;
+    do {
+        all = true;
+        u32 words[COUNT];
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i)
+            asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(words[i]) : "l"(at(i)) : "memory");
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) {
+            all &= (words[i] & 1) == turn;
+            x[i] = __uint_as_float(words[i]);
+        }
+    } while (!all);
+}
+
+// The same with four at each address, a multiple of 16 bytes.
+template <int COUNT, typename At>
+__device__ void receive(float4 (&x)[COUNT], u32 turn, At at) {
+    bool all;
+    do {
+        all = true;
+        uint4 words[COUNT];
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i)
+            asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                         : "=r"(words[i].x), "=r"(words[i].y), "=r"(words[i].z), "=r"(words[i].w)
+                         : "l"(at(i)) : "memory");
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) {
+            const uint4 w = words[i];
+            all &= ((turn ? w.x & w.y & w.z & w.w : w.x | w.y | w.z | w.w) & 1) == turn;
+            x[i] = make_float4(__uint_as_float(w.x), __uint_as_float(w.y), __uint_as_float(w.z),
+                               __uint_as_float(w.w));
+        }
+    } while (!all);
+}
+
+// --- The stream of rows ---
+
+// One end of the ring: `position` counts the slots that were filled and emptied before.
+struct Ring {
+    char* slots;
+    u64 *full, *empty;  // barriers of the slots
+    u32 position;
+
+    // Copies `count` rows into the ring, each from where source(row) says.
+    template <typename R, typename Source>
+    __device__ void copy(int count, Source source) {
+        const int lane = threadIdx.x % 32;
+        for (int first = 0; first < count; first += R::IN_SLOT, ++position) {
+            const int rows = smaller(R::IN_SLOT, count - first);
+            const u32 slot = position % SLOTS;
+            if (position >= SLOTS) await_phase(empty + slot, (position / SLOTS - 1) & 1);
+            const u32 filled = shared_address(full + slot);
+            if (lane == 0)
+                asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
+                             ::"r"(filled), "r"(rows * R::SIZE) : "memory");
+            __syncwarp();
+            for (int row = lane; row < rows; row += 32)
+                asm volatile(
+                    "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes "
+                    "[%0], [%1], %2, [%3];"
+                    ::"r"(shared_address(slots + slot * SLOT + row * R::STRIDE)),
+                      "l"(source(first + row)), "n"(R::SIZE), "r"(filled) : "memory");
+        }
+    }
+
+    // Until so many slots, from the next on, are full.
+    __device__ void await_slots(int count) {
+        const u32 at = position + threadIdx.x % 32;
+        if (at - position < count) await_phase(full + at % SLOTS, at / SLOTS & 1);
+        __syncwarp();
+    }
+
+    // This warp has read them.
+    __device__ void release(int count) {
+        const u32 at = position + threadIdx.x % 32;
+        __syncwarp();
+        if (at - position < count)
+            asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];"
+                         ::"r"(shared_address(empty + at % SLOTS)) : "memory");
+        position += count;
+    }
+};
+
+// The products of the next `count` rows of the stream with a factor, as sums [WARPS, stride] by warps.
+//
+// On tensor cores, in tiles of eight rows, which are the columns of `multiply_add`. Its rows are the
+// two parts of the factor. The order of a unit's columns is free, if it is the same for both: a lane
+// has eight in succession.
+template <typename R>
+__device__ void multiply(Ring& ring, int count, const Weight (&factor)[2][larger(D, F)], float* sums, int stride) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, part = lane % 4;
+    const auto inside = [&](int unit) { return unit < R::UNITS && unit * 32 + part * 8 < R::SIZE / 2; };
+    uint4 x[R::TURNS];
+#pragma unroll
+    for (int turn = 0; turn < R::TURNS; ++turn) {
+        const int unit = warp + turn * WARPS;
+        x[turn] = make_uint4(0, 0, 0, 0);
+        if (lane < 8 && inside(unit))
+            x[turn] = *(const uint4*)(factor[lane / 4] + unit * 32 + part * 8);
+    }
+    for (int first = 0; first < count; first += R::BATCH) {
+        const int rows = smaller(R::BATCH, count - first), used = ceil_div(rows, R::IN_SLOT);
+        ring.await_slots(used);
+        const u32 first_slot = ring.position % SLOTS;
+        float y[R::TILES][4];
+#pragma unroll
+        for (int tile = 0; tile < R::TILES; ++tile) {
+            // Rows that are not there have some sum too, which nobody reads.
+            const int index = tile * 8 + lane / 4;
+            u32 slot = first_slot + index / R::IN_SLOT;
+            if (slot >= SLOTS) slot -= SLOTS;
+            const char* row = ring.slots + slot * SLOT + index % R::IN_SLOT * R::STRIDE + part * 16;
+            y[tile][0] = y[tile][1] = y[tile][2] = y[tile][3] = 0;
+#pragma unroll
+            for (int turn = 0; turn < R::TURNS; ++turn) {
+                const int unit = warp + turn * WARPS;
+                uint4 w = make_uint4(0, 0, 0, 0);
+                if (R::SIZE % 64 == 0 && R::UNITS % WARPS == 0 || inside(unit))
+                    w = *(const uint4*)(row + unit * 64);
+                multiply_add(y[tile], x[turn].x, x[turn].y, w.x, w.y);
+                multiply_add(y[tile], x[turn].z, x[turn].w, w.z, w.w);
+            }
+        }
+        ring.release(used);
+#pragma unroll
+        for (int tile = 0; tile < R::TILES; ++tile) {
+            const float even = y[tile][0] + __shfl_xor_sync(~0u, y[tile][0], 4);
+            const float odd = y[tile][1] + __shfl_xor_sync(~0u, y[tile][1], 4);
+            const int index = tile * 8 + 2 * part;
+            float* sum = sums + warp * stride + first + index;
+            if (lane < 4 && index < rows) sum[0] = even;
+            if (lane < 4 && index + 1 < rows) sum[1] = odd;
+        }
+    }
+}
+
+__device__ float sum_of_row(const float* sums, int stride, int row) {
+    float sum = 0;
+#pragma unroll
+    for (int i = 0; i < WARPS; ++i) sum += sums[i * stride + row];
+    return sum;
+}
+
+// --- The step ---
+
+struct Arguments {
+    const void* const* table;         // [LAYERS, FIELDS]
+    const Weight *final_norm, *head;  // [D] or null, [VOCABULARY, D]
+    const float* x;                   // [D], the embedding
+    // From stage to stage, all zero before the first step: residual stream behind the mixer and
+    // behind the MLP [D], the projections [3 D] with decays in place of gate logits, keys [D / 2],
+    // read-outs [D], the MLP's inner values [F].
+    float *middle, *outer, *projected, *keys, *read_out, *inner;
+    Weight* logits;                   // [VOCABULARY]
+    u32* counters;                    // [2], zero before the first step: steps made, blocks at the end
+    float scale, inverse_tau, norm_eps, output_norm_eps;
+};
+
+// A part's share of so many rows.
+struct Share {
+    int first, count;
+    __device__ Share(int rows, int part, int parts)
+    {
+        first = (int)((long long)rows * part / parts);
+        count = (int)((long long)rows * (part + 1) / parts) - first;
+    }
+    __device__ bool has(int row) const { return first <= row && row < first + count; }
+};
+
+struct Place {
+    int block = blockIdx.x, head = block % H;
+    Share project{3 * D, block, BLOCKS}, expand{F, block, BLOCKS}, own{D, block, BLOCKS};
+    Share logits{VOCABULARY, block, BLOCKS};
+    Share columns{block / H < PARTS ? V : 0, block / H < PARTS ? block / H : 0, PARTS};
+};
+
+// Asks for all that a layer reads beside the large weights, a line by each of all blocks' lanes.
+__device__ void prefetch_layer(const void* const* table) {
+    const auto prefetch = [](const void* from, int bytes) {
+        if (!from) return;
+        for (int line = threadIdx.x % 32 * BLOCKS + blockIdx.x; line * 128 < bytes; line += 32 * BLOCKS)
+            asm volatile("prefetch.global.L2 [%0];" ::"l"((const char*)from + line * 128));
+    };
+    prefetch(table[STATE], H * K * V * 4);
+    prefetch(table[TOKEN_NORM], D * (int)sizeof(Weight));
+    prefetch(table[CONVOLUTION], D * TAPS * (int)sizeof(Weight));
+    prefetch(table[CONVOLUTION_STATE], D * (TAPS - 1) * (int)sizeof(Weight));
+    prefetch(table[OUT_GATE_BIAS], D * (int)sizeof(Weight));
+    prefetch(table[AUG], D / 2 * (int)sizeof(Weight));
+    prefetch(table[CHANNEL_NORM], D * (int)sizeof(Weight));
+    prefetch(table[L1_BIAS], F * (int)sizeof(Weight));
+    prefetch(table[L2_BIAS], F * (int)sizeof(Weight));
+    prefetch(table[L3_BIAS], D * (int)sizeof(Weight));
+}
+
+__device__ void copy_stream(const Arguments& a, const Shared& s, Ring ring) {
+    const Place place;
+    for (int layer = 0; layer < LAYERS; ++layer) {
+        const void* const* table = s.table + layer * FIELDS;
+        const auto weight = [&](int field) { return (const Weight*)table[field]; };
+        prefetch_layer(table);
+        ring.copy<ProjectRows>(place.project.count, [&](int i) {
+            const int row = place.project.first + i;
+            return row < D / 2 ? weight(Q) + row * D
+                : row < D      ? weight(GATE_LOGITS) + (row - D / 2) * D
+                : row < 2 * D  ? weight(V_PROJECTION) + (row - D) * D
+                               : weight(OUT_GATE) + (row - 2 * D) * D;
+        });
+        ring.copy<EmitRows>(place.own.count, [&](int i) { return weight(OUT) + (place.own.first + i) * D; });
+        ring.copy<ExpandRows>(2 * place.expand.count, [&](int i) {
+            return weight(i % 2 ? L2 : L1) + (place.expand.first + i / 2) * D;
+        });
+        ring.copy<ContractRows>(place.own.count, [&](int i) {
+            return weight(L3) + (place.own.first + i) * F;
+        });
+    }
+    ring.copy<HeadRows>(place.logits.count, [&](int i) {
+        return a.head + (long long)(place.logits.first + i) * D;
+    });
+}
+
+// A number of a vector of weights that may not be there.
+__device__ float entry(const void* vector, int index, float otherwise) {
+    return vector ? widen(__ldg((const Weight*)vector + index)) : otherwise;
+}
+
+// What the warps that compute do, thread by thread.
+struct Compute {
+    const Arguments& a;
+    Shared& s;
+    Ring ring;
+    const void* const* table = s.table;  // of the layer at hand
+    u32 turn;
+    const Place place;
+    const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+
+    // Of the channels thread + i * THREADS.
+    float mixed[CHANNELS], newest[CHANNELS], norm[CHANNELS];
+    Weight inputs[CHANNELS][TAPS];  // of the convolution, oldest first
+    // Of this thread's entries of the state.
+    float state[OfState::ROWS], balance[OfState::ROWS];
+
+    template <typename Work>
+    __device__ void for_channels(Work work) {
+#pragma unroll
+        for (int i = 0; i < CHANNELS; ++i)
+            if (thread + i * THREADS < D) work(i, thread + i * THREADS);
+    }
+
+    // An entry of a product's right side.
+    __device__ void put(int index, float x) {
+        const Weight high = narrow(x);
+        s.factor[0][index] = high;
+        s.factor[1][index] = narrow(x - widen(high));
+    }
+
+    __device__ void receive_channels(float (&x)[CHANNELS], const float* from, u32 turn) {
+        receive(x, turn, [&](int i) { return from + smaller(thread + i * THREADS, D - 1); });
+    }
+
+    // What the following functions find in `squares` behind a barrier: a norm's factor.
+    __device__ void square(const float (&x)[CHANNELS]) {
+        float sum = 0;
+        for_channels([&](int i, int) { sum += x[i] * x[i]; });
+        sum = warp_sum(sum);
+        if (lane == 0) s.squares[warp] = sum;
+    }
+    __device__ float norm_factor() {
+        float sum = 0;
+#pragma unroll
+        for (int i = 0; i < WARPS; ++i) sum += s.squares[i];
+        return rsqrtf(sum / D + a.norm_eps);
+    }
+
+    // Ahead of `project`: what it reads that no other block writes meanwhile.
+    __device__ void prepare_project(const void* const* table) {
+        for_channels([&](int i, int channel) {
+            const Weight* taps = (const Weight*)table[CONVOLUTION] + channel * TAPS;
+            const Weight* past = (const Weight*)table[CONVOLUTION_STATE] + channel * (TAPS - 1);
+            mixed[i] = 0;
+#pragma unroll
+            for (int tap = 0; tap < TAPS - 1; ++tap) {
+                inputs[i][tap] = past[tap];
+                mixed[i] += widen(__ldg(taps + tap)) * widen(inputs[i][tap]);
+            }
+            newest[i] = widen(__ldg(taps + TAPS - 1));
+            norm[i] = entry(table[TOKEN_NORM], channel, 1.0f);
+        });
+    }
+
+    __device__ void project(bool first) {
+        float x[CHANNELS];
+        if (first) for_channels([&](int i, int channel) { x[i] = a.x[channel]; });
+        else receive_channels(x, a.outer, turn ^ 1);
+        square(x);
+        for_channels([&](int i, int channel) {
+            if (place.own.has(channel)) s.residual[channel - place.own.first] = x[i];
+        });
+        barrier();
+        const float factor = norm_factor();
+        for_channels([&](int i, int channel) {
+            // Rounded as in the convolution's state.
+            inputs[i][TAPS - 1] = narrow(x[i] * factor * norm[i]);
+            mixed[i] += newest[i] * widen(inputs[i][TAPS - 1]);
+            put(channel, mixed[i] * sigmoid(mixed[i]));
+        });
+        barrier();
+        multiply<ProjectRows>(ring, place.project.count, s.factor, s.sums[0], PROJECTED);
+        prepare_mix();
+        barrier();
+        if (warp == 0)
+            for (int i = lane; i < place.project.count; i += 32) {
+                const int row = place.project.first + i;
+                float y = sum_of_row(s.sums[0], PROJECTED, i);
+                if (D / 2 <= row && row < D) {
+                    const float g = (fminf(y, 0) - log1pf(expf(-fabsf(y)))) * a.inverse_tau;
+                    send(a.keys + row - D / 2, -expm1f(g), turn);
+                    y = expf(g);
+                }
+                send(a.projected + row, y, turn);
+            }
+    }
+
+    // The state's column and row of a thread's entry; the columns are this block's.
+    __device__ int column() { return thread % OfState::ACROSS; }
+    __device__ int state_row(int i) { return thread / OfState::ACROSS + i * OfState::DOWN; }
+    __device__ float* state_at(int row) {
+        return (float*)table[STATE] + (place.head * K + row) * V + place.columns.first + column();
+    }
+
+    __device__ void prepare_mix() {
+#pragma unroll
+        for (int i = 0; i < OfState::ROWS; ++i) {
+            const int row = state_row(i);
+            const bool inside = row < K && column() < place.columns.count;
+            state[i] = inside ? *state_at(row) : 0.0f;
+            balance[i] = inside ? entry(table[AUG], place.head * K + row, 0.0f) : 0.0f;
+        }
+    }
+
+    __device__ void mix() {
+        const float* rows = a.projected + place.head * K;
+        const float* keys = a.keys + place.head * K;
+        const float* values = a.projected + D + place.head * V + place.columns.first;
+        float sum = 0, aug = 0;
+        if (column() < place.columns.count) {
+            float x[3 * OfState::ROWS + 1];
+            receive(x, turn, [&](int i) {
+                const int row = smaller(state_row(i / 3), K - 1);
+                return i == 3 * OfState::ROWS ? values + column()
+                    : i % 3 == 0 ? rows + row : i % 3 == 1 ? rows + D / 2 + row : keys + row;
+            });
+#pragma unroll
+            for (int i = 0; i < OfState::ROWS; ++i) {
+                const float q = x[3 * i], decay = x[3 * i + 1], key = x[3 * i + 2];
+                if (state_row(i) >= K) continue;
+                state[i] = decay * state[i] + key * x[3 * OfState::ROWS];
+                *state_at(state_row(i)) = state[i];
+                sum += q * state[i];
+                aug += q * key * balance[i];
+            }
+        }
+#pragma unroll
+        for (int offset = OfState::ACROSS; offset < 32; offset *= 2) {
+            sum += __shfl_xor_sync(~0u, sum, offset);
+            aug += __shfl_xor_sync(~0u, aug, offset);
+        }
+        const int part = OfState::ACROSS < 32 ? warp : thread / OfState::ACROSS;
+        if (OfState::ACROSS >= 32 || lane < OfState::ACROSS) s.read_out[part][column()] = sum;
+        if (column() == 0) s.aug[part] = aug;
+        barrier();
+        if (warp == 0)
+            for (int i = lane; i < place.columns.count; i += 32) {
+                float y = 0, aug = 0;
+#pragma unroll
+                for (int part = 0; part < OfState::SUMS; ++part) {
+                    y += s.read_out[part][i];
+                    aug += s.aug[part];
+                }
+                y *= a.scale;
+                if (table[AUG]) y += sigmoid(aug * __ldcg(values + i));  // received before
+                send(a.read_out + place.head * V + place.columns.first + i, y, turn);
+            }
+    }
+
+    __device__ void emit() {
+        // A warp has a head, of which a lane has vectors of four columns.
+        constexpr int VECTORS = V / 4, OF_LANE = ceil_div(VECTORS, 32);
+        for (int head = warp; head < H; head += WARPS) {
+            float y[OF_LANE][4], gate[OF_LANE][4], sum = 0, squares = 0;
+#pragma unroll
+            for (int i = 0; i < OF_LANE; ++i) {
+                const int vector = lane + 32 * i, channel = head * V + 4 * vector;
+#pragma unroll
+                for (int j = 0; j < 4; ++j) {
+                    y[i][j] = 0;
+                    gate[i][j] = vector < VECTORS ? entry(table[OUT_GATE_BIAS], channel + j, 0.0f) : 0.0f;
+                }
+                if (vector < VECTORS) {
+                    float4 x[2];
+                    receive(x, turn, [&](int k) { return (k ? a.projected + 2 * D : a.read_out) + channel; });
+                    y[i][0] = x[0].x, y[i][1] = x[0].y, y[i][2] = x[0].z, y[i][3] = x[0].w;
+                    gate[i][0] += x[1].x, gate[i][1] += x[1].y, gate[i][2] += x[1].z, gate[i][3] += x[1].w;
+                }
+                sum += (y[i][0] + y[i][1]) + (y[i][2] + y[i][3]);
+            }
+            const float mean = warp_sum(sum) / V;
+#pragma unroll
+            for (int i = 0; i < OF_LANE; ++i)
+#pragma unroll
+                for (int j = 0; j < 4; ++j) {
+                    y[i][j] = lane + 32 * i < VECTORS ? y[i][j] - mean : 0.0f;
+                    squares += y[i][j] * y[i][j];
+                    gate[i][j] *= sigmoid(gate[i][j]);
+                }
+            const float factor = rsqrtf(warp_sum(squares) / V + a.output_norm_eps);
+#pragma unroll
+            for (int i = 0; i < OF_LANE; ++i)
+                for (int j = 0; j < 4; ++j)
+                    if (lane + 32 * i < VECTORS)
+                        put(head * V + 4 * (lane + 32 * i) + j, y[i][j] * factor * gate[i][j]);
+        }
+        barrier();
+        multiply<EmitRows>(ring, place.own.count, s.factor, s.sums[1], OWN);
+        // All blocks have read the convolution's state, since all heads are here.
+        for_channels([&](int i, int channel) {
+            if (place.own.has(channel))
+#pragma unroll
+                for (int tap = 0; tap < TAPS - 1; ++tap)
+                    ((Weight*)table[CONVOLUTION_STATE])[channel * (TAPS - 1) + tap] = inputs[i][tap + 1];
+        });
+        barrier();
+        if (warp == 0)
+            for (int i = lane; i < place.own.count; i += 32) {
+                s.residual[i] += sum_of_row(s.sums[1], OWN, i);
+                send(a.middle + place.own.first + i, s.residual[i], turn);
+            }
+    }
+
+    __device__ void expand() {
+        float x[CHANNELS];
+        for_channels([&](int i, int channel) { norm[i] = entry(table[CHANNEL_NORM], channel, 1.0f); });
+        receive_channels(x, a.middle, turn);
+        for_channels([&](int i, int channel) { put(channel, x[i] * norm[i]); });
+        square(x);
+        barrier();
+        multiply<ExpandRows>(ring, 2 * place.expand.count, s.factor, s.sums[0], EXPANDED);
+        barrier();
+        if (warp == 0) {
+            const float factor = norm_factor();
+            for (int i = lane; i < place.expand.count; i += 32) {
+                const int row = place.expand.first + i;
+                const float y = sum_of_row(s.sums[0], EXPANDED, 2 * i) * factor
+                    + entry(table[L1_BIAS], row, 0.0f);
+                const float z = sum_of_row(s.sums[0], EXPANDED, 2 * i + 1) * factor
+                    + entry(table[L2_BIAS], row, 0.0f);
+                send(a.inner + row, y * sigmoid(y) * z, turn);
+            }
+        }
+    }
+
+    __device__ void contract() {
+        constexpr int VECTORS = F / 4, OF_THREAD = ceil_div(VECTORS, THREADS);
+        float4 x[OF_THREAD];
+        receive(x, turn, [&](int i) { return a.inner + 4 * smaller(thread + i * THREADS, VECTORS - 1); });
+#pragma unroll
+        for (int i = 0; i < OF_THREAD; ++i) {
+            const int vector = thread + i * THREADS;
+            const float parts[4] = {x[i].x, x[i].y, x[i].z, x[i].w};
+            for (int j = 0; j < 4; ++j)
+                if (vector < VECTORS) put(4 * vector + j, parts[j]);
+        }
+        barrier();
+        multiply<ContractRows>(ring, place.own.count, s.factor, s.sums[1], OWN);
+    }
+
+    __device__ void finish_contract() {
+        barrier();
+        if (warp == 0)
+            for (int i = lane; i < place.own.count; i += 32) {
+                const int row = place.own.first + i;
+                const float x = s.residual[i] + sum_of_row(s.sums[1], OWN, i)
+                    + entry(table[L3_BIAS], row, 0.0f);
+                send(a.outer + row, x, turn);
+            }
+    }
+
+    __device__ void logits() {
+        float x[CHANNELS];
+        for_channels([&](int i, int channel) { norm[i] = entry(a.final_norm, channel, 1.0f); });
+        receive_channels(x, a.outer, turn ^ 1);
+        for_channels([&](int i, int channel) { put(channel, x[i] * norm[i]); });
+        square(x);
+        barrier();
+        const float factor = norm_factor();
+        for (int first = 0; first < place.logits.count; first += HEAD_ROWS) {
+            const int rows = smaller(HEAD_ROWS, place.logits.count - first);
+            float* sums = s.sums[first / HEAD_ROWS % 2];
+            multiply<HeadRows>(ring, rows, s.factor, sums, HEAD_ROWS);
+            barrier();
+            if (thread < rows)
+                a.logits[place.logits.first + first + thread] =
+                    narrow(sum_of_row(sums, HEAD_ROWS, thread) * factor);
+        }
+    }
+
+    __device__ void run() {
+        prepare_project(table);
+        for (int layer = 0; layer < LAYERS; ++layer, table += FIELDS, turn ^= 1) {
+            if (place.project.count) project(layer == 0);
+            if (place.columns.count) mix();
+            if (place.own.count) emit();
+            if (place.expand.count) expand();
+            if (place.own.count) contract();
+            if (layer + 1 < LAYERS) prepare_project(table + FIELDS);
+            if (place.own.count) finish_contract();
+        }
+        if (place.logits.count) logits();
+    }
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_token(const Arguments a) {
+    extern __shared__ __align__(128) char memory[];
+    Shared& s = *(Shared*)(memory + SLOTS * SLOT);
+    u64* const barriers = (u64*)(&s + 1);
+    const Ring ring{memory, barriers, barriers + SLOTS, 0};
+    for (int i = threadIdx.x; i < LAYERS * FIELDS; i += THREADS + 32) s.table[i] = a.table[i];
+    if (threadIdx.x < SLOTS) {
+        asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;"
+                     ::"r"(shared_address(ring.full + threadIdx.x)));
+        asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;"
+                     ::"r"(shared_address(ring.empty + threadIdx.x)), "n"(WARPS));
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    const u32 steps = *(volatile u32*)a.counters;
+    __syncthreads();
+    if (threadIdx.x >= THREADS) {
+        copy_stream(a, s, ring);
+    } else {
+        Compute compute{a, s, ring, s.table, (steps * LAYERS + 1) & 1};
+        compute.run();
+    }
+    // All blocks have read the number of steps when the last of them is here.
+    if (threadIdx.x == 0 && atomicAdd(a.counters + 1, 1) == BLOCKS - 1) {
+        a.counters[0] = steps + 1;
+        a.counters[1] = 0;
+    }
+}
