@@ -36,7 +36,7 @@ using Weight = u16;  // bfloat16 or float16
 
 constexpr int K = D / (2 * H), V = D / H;  // widths of a head
 constexpr int THREADS = 32 * WARPS;  // that compute; one warp more copies
-constexpr int CHANNELS = (D + THREADS - 1) / THREADS;  // of a thread
+constexpr int FOURS = (D / 4 + THREADS - 1) / THREADS;  // of channels, of a thread
 constexpr int PARTS = BLOCKS / H;  // blocks of a head
 
 // Fields of a row of the table, in the order of `LayerTensors`.
@@ -57,6 +57,7 @@ __host__ __device__ constexpr int share(int rows, int blocks) { return ceil_div(
 constexpr int PROJECTED = share(3 * D, BLOCKS), EXPANDED = 2 * share(F, BLOCKS);
 constexpr int OWN = share(D, BLOCKS);  // rows of the other two products
 constexpr int HEAD_ROWS = 128;  // of the logits, between two barriers
+constexpr int IN_FLIGHT = 6;  // slots: more do not make memory faster, but what blocks send slower
 
 // Which threads take the columns of a block's part of a head's state.
 struct OfState {
@@ -73,7 +74,7 @@ struct alignas(16) Shared {
     alignas(16) Weight factor[2][larger(D, F)];
     // Of rows, by warps; in turn, for one warp reads while the others go on.
     float sums[2][WARPS * larger(larger(PROJECTED, EXPANDED), HEAD_ROWS)];
-    float read_out[OfState::SUMS][OfState::ACROSS], aug[OfState::SUMS];
+    float read_out[OfState::SUMS][OfState::ACROSS], aug[OfState::SUMS], value[OfState::ACROSS];
     float squares[WARPS];
     float residual[OWN];  // this block's share of the residual stream
     const void* table[LAYERS * FIELDS];
@@ -97,6 +98,8 @@ struct Rows {
     static constexpr int IN_RING = larger(1, SLOTS / 2 * IN_SLOT / 8);
     static constexpr int TILES = smaller(smaller(ceil_div(MOST, 8), IN_RING), 6);
     static constexpr int BATCH = 8 * TILES;
+    // Sums side by side of a few tiles, which would be long chains else.
+    static constexpr int CHAINS = larger(1, 4 / TILES);
     static_assert(SIZE % 16 == 0, "a row has to be of whole vectors");
     static_assert(BATCH % IN_SLOT == 0 && BATCH / IN_SLOT <= smaller(SLOTS, 32), "");
 };
@@ -127,6 +130,16 @@ __device__ Weight narrow(float x) {
     return y;
 }
 
+// Number i of those that lie side by side in words; i is known to the compiler.
+__device__ Weight pick(const uint2* words, int i) {
+    const u32 word = i / 2 % 2 ? words[i / 4].y : words[i / 4].x;
+    return (Weight)(i % 2 ? word >> 16 : word);
+}
+
+__device__ uint2 pack(const float (&x)[4]) {
+    return make_uint2(narrow(x[0]) | (u32)narrow(x[1]) << 16, narrow(x[2]) | (u32)narrow(x[3]) << 16);
+}
+
 // c [16, 8] += a [16, 16] b [16, 8] by a warp. Of a lane: of a row lane / 4 of a, whose rows from 8 on
 // are zero, and of column lane / 4 of b, entries 2 (lane % 4) and the next, and from 8 on.
 __device__ void multiply_add(float (&c)[4], u32 a, u32 a_from_8, u32 b, u32 b_from_8) {
@@ -136,7 +149,17 @@ __device__ void multiply_add(float (&c)[4], u32 a, u32 a_from_8, u32 b, u32 b_fr
         : "r"(a), "r"(0), "r"(a_from_8), "r"(0), "r"(b), "r"(b_from_8));
 }
 
-__device__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+__device__ float sigmoid(float x) { return __fdividef(1.0f, 1.0f + __expf(-x)); }
+
+// A log decay, and 1 - exp(g), with all digits where they are close to zero.
+__device__ float log_decay(float logit, float inverse_tau) {
+    const float x = __expf(-fabsf(logit));
+    const float log1p = x < 0.02f ? x * (1 - x * (0.5f - x * (1.0f / 3))) : __logf(1 + x);
+    return (fminf(logit, 0) - log1p) * inverse_tau;
+}
+__device__ float key_of(float g) {
+    return g > -0.03f ? -g * (1 + g * (0.5f + g * (1.0f / 6))) : 1 - __expf(g);
+}
 
 __device__ float warp_sum(float x) {
 #pragma unroll
@@ -223,6 +246,10 @@ struct Ring {
             const int rows = smaller(R::IN_SLOT, count - first);
             const u32 slot = position % SLOTS;
             if (position >= SLOTS) await_phase(empty + slot, (position / SLOTS - 1) & 1);
+            if (position >= IN_FLIGHT) {
+                const u32 landed = position - IN_FLIGHT;
+                await_phase(full + landed % SLOTS, landed / SLOTS & 1);
+            }
             const u32 filled = shared_address(full + slot);
             if (lane == 0)
                 asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
@@ -276,7 +303,7 @@ __device__ void multiply(Ring& ring, int count, const Weight (&factor)[2][larger
         const int rows = smaller(R::BATCH, count - first), used = ceil_div(rows, R::IN_SLOT);
         ring.await_slots(used);
         const u32 first_slot = ring.position % SLOTS;
-        float y[R::TILES][4];
+        float y[R::TILES][R::CHAINS][4] = {};
 #pragma unroll
         for (int tile = 0; tile < R::TILES; ++tile) {
             // Rows that are not there have some sum too, which nobody reads.
@@ -284,22 +311,27 @@ __device__ void multiply(Ring& ring, int count, const Weight (&factor)[2][larger
             u32 slot = first_slot + index / R::IN_SLOT;
             if (slot >= SLOTS) slot -= SLOTS;
             const char* row = ring.slots + slot * SLOT + index % R::IN_SLOT * R::STRIDE + part * 16;
-            y[tile][0] = y[tile][1] = y[tile][2] = y[tile][3] = 0;
 #pragma unroll
             for (int turn = 0; turn < R::TURNS; ++turn) {
                 const int unit = warp + turn * WARPS;
                 uint4 w = make_uint4(0, 0, 0, 0);
                 if (R::SIZE % 64 == 0 && R::UNITS % WARPS == 0 || inside(unit))
                     w = *(const uint4*)(row + unit * 64);
-                multiply_add(y[tile], x[turn].x, x[turn].y, w.x, w.y);
-                multiply_add(y[tile], x[turn].z, x[turn].w, w.z, w.w);
+                multiply_add(y[tile][2 * turn % R::CHAINS], x[turn].x, x[turn].y, w.x, w.y);
+                multiply_add(y[tile][(2 * turn + 1) % R::CHAINS], x[turn].z, x[turn].w, w.z, w.w);
             }
         }
         ring.release(used);
 #pragma unroll
         for (int tile = 0; tile < R::TILES; ++tile) {
-            const float even = y[tile][0] + __shfl_xor_sync(~0u, y[tile][0], 4);
-            const float odd = y[tile][1] + __shfl_xor_sync(~0u, y[tile][1], 4);
+            float even = 0, odd = 0;
+#pragma unroll
+            for (int chain = 0; chain < R::CHAINS; ++chain) {
+                even += y[tile][chain][0];
+                odd += y[tile][chain][1];
+            }
+            even += __shfl_xor_sync(~0u, even, 4);
+            odd += __shfl_xor_sync(~0u, odd, 4);
             const int index = tile * 8 + 2 * part;
             float* sum = sums + warp * stride + first + index;
             if (lane < 4 && index < rows) sum[0] = even;
@@ -394,8 +426,8 @@ __device__ void copy_stream(const Arguments& a, const Shared& s, Ring ring) {
 }
 
 // A number of a vector of weights that may not be there.
-__device__ float entry(const void* vector, int index, float otherwise) {
-    return vector ? widen(__ldg((const Weight*)vector + index)) : otherwise;
+__device__ float entry(const void* vector, int index) {
+    return vector ? widen(__ldg((const Weight*)vector + index)) : 0.0f;
 }
 
 // What the warps that compute do, thread by thread.
@@ -408,34 +440,40 @@ struct Compute {
     const Place place;
     const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
 
-    // Of the channels thread + i * THREADS.
-    float mixed[CHANNELS], newest[CHANNELS], norm[CHANNELS];
-    Weight inputs[CHANNELS][TAPS];  // of the convolution, oldest first
+    // Of channels 4 (thread + i * THREADS) and the next three: a norm's weights; the convolution's, and
+    // its inputs so far, oldest first.
+    uint2 norm[FOURS], taps[FOURS][TAPS], past[FOURS][TAPS];
     // Of this thread's entries of the state.
-    float state[OfState::ROWS], balance[OfState::ROWS];
+    float state[OfState::ROWS];
+    Weight balance[OfState::ROWS];
 
     template <typename Work>
-    __device__ void for_channels(Work work) {
+    __device__ void for_fours(Work work) {
 #pragma unroll
-        for (int i = 0; i < CHANNELS; ++i)
-            if (thread + i * THREADS < D) work(i, thread + i * THREADS);
+        for (int i = 0; i < FOURS; ++i)
+            if (thread + i * THREADS < D / 4) work(i, thread + i * THREADS);
     }
 
-    // An entry of a product's right side.
-    __device__ void put(int index, float x) {
-        const Weight high = narrow(x);
-        s.factor[0][index] = high;
-        s.factor[1][index] = narrow(x - widen(high));
+    // Four entries of a product's right side.
+    __device__ void put(int four, const float (&x)[4]) {
+        const uint2 high = pack(x);
+        float low[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) low[j] = x[j] - widen(pick(&high, j));
+        ((uint2*)s.factor[0])[four] = high;
+        ((uint2*)s.factor[1])[four] = pack(low);
     }
 
-    __device__ void receive_channels(float (&x)[CHANNELS], const float* from, u32 turn) {
-        receive(x, turn, [&](int i) { return from + smaller(thread + i * THREADS, D - 1); });
+    __device__ void receive_fours(float4 (&x)[FOURS], const float* from, u32 turn) {
+        receive(x, turn, [&](int i) { return from + 4 * smaller(thread + i * THREADS, D / 4 - 1); });
     }
 
-    // What the following functions find in `squares` behind a barrier: a norm's factor.
-    __device__ void square(const float (&x)[CHANNELS]) {
+    // What `norm_factor` finds behind a barrier.
+    __device__ void square(const float4 (&x)[FOURS]) {
         float sum = 0;
-        for_channels([&](int i, int) { sum += x[i] * x[i]; });
+        for_fours([&](int i, int) {
+            sum += (x[i].x * x[i].x + x[i].y * x[i].y) + (x[i].z * x[i].z + x[i].w * x[i].w);
+        });
         sum = warp_sum(sum);
         if (lane == 0) s.squares[warp] = sum;
     }
@@ -446,50 +484,80 @@ struct Compute {
         return rsqrtf(sum / D + a.norm_eps);
     }
 
+    __device__ void load_norm(const void* weight) {
+        const float ones[4] = {1, 1, 1, 1};
+        for_fours([&](int i, int four) { norm[i] = weight ? __ldg((const uint2*)weight + four) : pack(ones); });
+    }
+    // x times the norm's weights, as a product's right side.
+    __device__ void put_normed(const float4 (&x)[FOURS]) {
+        for_fours([&](int i, int four) {
+            const float y[4] = {x[i].x * widen(pick(norm + i, 0)), x[i].y * widen(pick(norm + i, 1)),
+                                x[i].z * widen(pick(norm + i, 2)), x[i].w * widen(pick(norm + i, 3))};
+            put(four, y);
+        });
+    }
+
     // Ahead of `project`: what it reads that no other block writes meanwhile.
     __device__ void prepare_project(const void* const* table) {
-        for_channels([&](int i, int channel) {
-            const Weight* taps = (const Weight*)table[CONVOLUTION] + channel * TAPS;
-            const Weight* past = (const Weight*)table[CONVOLUTION_STATE] + channel * (TAPS - 1);
-            mixed[i] = 0;
+        load_norm(table[TOKEN_NORM]);
+        for_fours([&](int i, int four) {
 #pragma unroll
-            for (int tap = 0; tap < TAPS - 1; ++tap) {
-                inputs[i][tap] = past[tap];
-                mixed[i] += widen(__ldg(taps + tap)) * widen(inputs[i][tap]);
-            }
-            newest[i] = widen(__ldg(taps + TAPS - 1));
-            norm[i] = entry(table[TOKEN_NORM], channel, 1.0f);
+            for (int k = 0; k < TAPS; ++k)
+                taps[i][k] = __ldg((const uint2*)table[CONVOLUTION] + four * TAPS + k);
+#pragma unroll
+            for (int k = 0; k < TAPS - 1; ++k)
+                past[i][k] = ((const uint2*)table[CONVOLUTION_STATE])[four * (TAPS - 1) + k];
         });
     }
 
     __device__ void project(bool first) {
-        float x[CHANNELS];
-        if (first) for_channels([&](int i, int channel) { x[i] = a.x[channel]; });
-        else receive_channels(x, a.outer, turn ^ 1);
+        float4 x[FOURS];
+        if (first) for_fours([&](int i, int four) { x[i] = ((const float4*)a.x)[four]; });
+        else receive_fours(x, a.outer, turn ^ 1);
         square(x);
-        for_channels([&](int i, int channel) {
-            if (place.own.has(channel)) s.residual[channel - place.own.first] = x[i];
+        for_fours([&](int i, int four) {
+            const float of_channel[4] = {x[i].x, x[i].y, x[i].z, x[i].w};
+#pragma unroll
+            for (int j = 0; j < 4; ++j)
+                if (place.own.has(4 * four + j)) s.residual[4 * four + j - place.own.first] = of_channel[j];
+        });
+        float mixed[FOURS][4];
+        for_fours([&](int i, int) {
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                mixed[i][j] = 0;
+#pragma unroll
+                for (int tap = 0; tap < TAPS - 1; ++tap)
+                    mixed[i][j] += widen(pick(taps[i], j * TAPS + tap)) * widen(pick(past[i], j * (TAPS - 1) + tap));
+            }
         });
         barrier();
         const float factor = norm_factor();
-        for_channels([&](int i, int channel) {
-            // Rounded as in the convolution's state.
-            inputs[i][TAPS - 1] = narrow(x[i] * factor * norm[i]);
-            mixed[i] += newest[i] * widen(inputs[i][TAPS - 1]);
-            put(channel, mixed[i] * sigmoid(mixed[i]));
+        for_fours([&](int i, int four) {
+            const float of_channel[4] = {x[i].x, x[i].y, x[i].z, x[i].w};
+            float normed[4];
+#pragma unroll
+            for (int j = 0; j < 4; ++j) normed[j] = of_channel[j] * factor * widen(pick(norm + i, j));
+            past[i][TAPS - 1] = pack(normed);  // rounded as in the convolution's state
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                mixed[i][j] += widen(pick(taps[i], j * TAPS + TAPS - 1)) * widen(pick(past[i] + TAPS - 1, j));
+                mixed[i][j] *= sigmoid(mixed[i][j]);
+            }
+            put(four, mixed[i]);
         });
         barrier();
         multiply<ProjectRows>(ring, place.project.count, s.factor, s.sums[0], PROJECTED);
-        prepare_mix();
+        if (place.columns.count) prepare_mix();
         barrier();
         if (warp == 0)
             for (int i = lane; i < place.project.count; i += 32) {
                 const int row = place.project.first + i;
                 float y = sum_of_row(s.sums[0], PROJECTED, i);
                 if (D / 2 <= row && row < D) {
-                    const float g = (fminf(y, 0) - log1pf(expf(-fabsf(y)))) * a.inverse_tau;
-                    send(a.keys + row - D / 2, -expm1f(g), turn);
-                    y = expf(g);
+                    const float g = log_decay(y, a.inverse_tau);
+                    send(a.keys + row - D / 2, key_of(g), turn);
+                    y = __expf(g);
                 }
                 send(a.projected + row, y, turn);
             }
@@ -508,7 +576,7 @@ struct Compute {
             const int row = state_row(i);
             const bool inside = row < K && column() < place.columns.count;
             state[i] = inside ? *state_at(row) : 0.0f;
-            balance[i] = inside ? entry(table[AUG], place.head * K + row, 0.0f) : 0.0f;
+            balance[i] = inside && table[AUG] ? __ldg((const Weight*)table[AUG] + place.head * K + row) : 0;
         }
     }
 
@@ -524,6 +592,7 @@ struct Compute {
                 return i == 3 * OfState::ROWS ? values + column()
                     : i % 3 == 0 ? rows + row : i % 3 == 1 ? rows + D / 2 + row : keys + row;
             });
+            if (thread < OfState::ACROSS) s.value[column()] = x[3 * OfState::ROWS];
 #pragma unroll
             for (int i = 0; i < OfState::ROWS; ++i) {
                 const float q = x[3 * i], decay = x[3 * i + 1], key = x[3 * i + 2];
@@ -531,7 +600,7 @@ struct Compute {
                 state[i] = decay * state[i] + key * x[3 * OfState::ROWS];
                 *state_at(state_row(i)) = state[i];
                 sum += q * state[i];
-                aug += q * key * balance[i];
+                aug += q * key * widen(balance[i]);
             }
         }
 #pragma unroll
@@ -552,56 +621,65 @@ struct Compute {
                     aug += s.aug[part];
                 }
                 y *= a.scale;
-                if (table[AUG]) y += sigmoid(aug * __ldcg(values + i));  // received before
+                if (table[AUG]) y += sigmoid(aug * s.value[i]);
                 send(a.read_out + place.head * V + place.columns.first + i, y, turn);
             }
     }
 
     __device__ void emit() {
-        // A warp has a head, of which a lane has vectors of four columns.
-        constexpr int VECTORS = V / 4, OF_LANE = ceil_div(VECTORS, 32);
+        // A warp has a head, of which a lane has some four columns.
+        constexpr int OF_LANE = ceil_div(V / 4, 32);
         for (int head = warp; head < H; head += WARPS) {
             float y[OF_LANE][4], gate[OF_LANE][4], sum = 0, squares = 0;
+            const auto four = [&](int i) { return smaller(lane + 32 * i, V / 4 - 1); };
+            const auto inside = [&](int i) { return lane + 32 * i < V / 4; };
+            uint2 bias[OF_LANE];
+#pragma unroll
+            for (int i = 0; i < OF_LANE; ++i)
+                bias[i] = __ldg((const uint2*)table[OUT_GATE_BIAS] + head * (V / 4) + four(i));
+            float4 x[2 * OF_LANE];
+            receive(x, turn, [&](int i) {
+                return (i % 2 ? a.projected + 2 * D : a.read_out) + head * V + 4 * four(i / 2);
+            });
 #pragma unroll
             for (int i = 0; i < OF_LANE; ++i) {
-                const int vector = lane + 32 * i, channel = head * V + 4 * vector;
+                const float read[4] = {x[2 * i].x, x[2 * i].y, x[2 * i].z, x[2 * i].w};
+                const float gates[4] = {x[2 * i + 1].x, x[2 * i + 1].y, x[2 * i + 1].z, x[2 * i + 1].w};
 #pragma unroll
                 for (int j = 0; j < 4; ++j) {
-                    y[i][j] = 0;
-                    gate[i][j] = vector < VECTORS ? entry(table[OUT_GATE_BIAS], channel + j, 0.0f) : 0.0f;
+                    y[i][j] = read[j];
+                    gate[i][j] = gates[j] + widen(pick(bias + i, j));
+                    gate[i][j] *= sigmoid(gate[i][j]);
                 }
-                if (vector < VECTORS) {
-                    float4 x[2];
-                    receive(x, turn, [&](int k) { return (k ? a.projected + 2 * D : a.read_out) + channel; });
-                    y[i][0] = x[0].x, y[i][1] = x[0].y, y[i][2] = x[0].z, y[i][3] = x[0].w;
-                    gate[i][0] += x[1].x, gate[i][1] += x[1].y, gate[i][2] += x[1].z, gate[i][3] += x[1].w;
-                }
-                sum += (y[i][0] + y[i][1]) + (y[i][2] + y[i][3]);
+                if (inside(i)) sum += (y[i][0] + y[i][1]) + (y[i][2] + y[i][3]);
             }
             const float mean = warp_sum(sum) / V;
 #pragma unroll
             for (int i = 0; i < OF_LANE; ++i)
 #pragma unroll
                 for (int j = 0; j < 4; ++j) {
-                    y[i][j] = lane + 32 * i < VECTORS ? y[i][j] - mean : 0.0f;
-                    squares += y[i][j] * y[i][j];
-                    gate[i][j] *= sigmoid(gate[i][j]);
+                    y[i][j] -= mean;
+                    if (inside(i)) squares += y[i][j] * y[i][j];
                 }
             const float factor = rsqrtf(warp_sum(squares) / V + a.output_norm_eps);
 #pragma unroll
-            for (int i = 0; i < OF_LANE; ++i)
-                for (int j = 0; j < 4; ++j)
-                    if (lane + 32 * i < VECTORS)
-                        put(head * V + 4 * (lane + 32 * i) + j, y[i][j] * factor * gate[i][j]);
+            for (int i = 0; i < OF_LANE; ++i) {
+#pragma unroll
+                for (int j = 0; j < 4; ++j) y[i][j] *= factor * gate[i][j];
+                if (inside(i)) put(head * (V / 4) + four(i), y[i]);
+            }
         }
         barrier();
         multiply<EmitRows>(ring, place.own.count, s.factor, s.sums[1], OWN);
         // All blocks have read the convolution's state, since all heads are here.
-        for_channels([&](int i, int channel) {
-            if (place.own.has(channel))
+        for_fours([&](int i, int four) {
 #pragma unroll
-                for (int tap = 0; tap < TAPS - 1; ++tap)
-                    ((Weight*)table[CONVOLUTION_STATE])[channel * (TAPS - 1) + tap] = inputs[i][tap + 1];
+            for (int j = 0; j < 4; ++j)
+                if (place.own.has(4 * four + j))
+#pragma unroll
+                    for (int tap = 0; tap < TAPS - 1; ++tap)
+                        ((Weight*)table[CONVOLUTION_STATE])[(4 * four + j) * (TAPS - 1) + tap] =
+                            tap < TAPS - 2 ? pick(past[i], j * (TAPS - 1) + tap + 1) : pick(past[i] + TAPS - 1, j);
         });
         barrier();
         if (warp == 0)
@@ -612,10 +690,10 @@ struct Compute {
     }
 
     __device__ void expand() {
-        float x[CHANNELS];
-        for_channels([&](int i, int channel) { norm[i] = entry(table[CHANNEL_NORM], channel, 1.0f); });
-        receive_channels(x, a.middle, turn);
-        for_channels([&](int i, int channel) { put(channel, x[i] * norm[i]); });
+        float4 x[FOURS];
+        load_norm(table[CHANNEL_NORM]);
+        receive_fours(x, a.middle, turn);
+        put_normed(x);
         square(x);
         barrier();
         multiply<ExpandRows>(ring, 2 * place.expand.count, s.factor, s.sums[0], EXPANDED);
@@ -625,24 +703,22 @@ struct Compute {
             for (int i = lane; i < place.expand.count; i += 32) {
                 const int row = place.expand.first + i;
                 const float y = sum_of_row(s.sums[0], EXPANDED, 2 * i) * factor
-                    + entry(table[L1_BIAS], row, 0.0f);
+                    + entry(table[L1_BIAS], row);
                 const float z = sum_of_row(s.sums[0], EXPANDED, 2 * i + 1) * factor
-                    + entry(table[L2_BIAS], row, 0.0f);
+                    + entry(table[L2_BIAS], row);
                 send(a.inner + row, y * sigmoid(y) * z, turn);
             }
         }
     }
 
     __device__ void contract() {
-        constexpr int VECTORS = F / 4, OF_THREAD = ceil_div(VECTORS, THREADS);
+        constexpr int OF_THREAD = ceil_div(F / 4, THREADS);
         float4 x[OF_THREAD];
-        receive(x, turn, [&](int i) { return a.inner + 4 * smaller(thread + i * THREADS, VECTORS - 1); });
+        receive(x, turn, [&](int i) { return a.inner + 4 * smaller(thread + i * THREADS, F / 4 - 1); });
 #pragma unroll
         for (int i = 0; i < OF_THREAD; ++i) {
-            const int vector = thread + i * THREADS;
             const float parts[4] = {x[i].x, x[i].y, x[i].z, x[i].w};
-            for (int j = 0; j < 4; ++j)
-                if (vector < VECTORS) put(4 * vector + j, parts[j]);
+            if (thread + i * THREADS < F / 4) put(thread + i * THREADS, parts);
         }
         barrier();
         multiply<ContractRows>(ring, place.own.count, s.factor, s.sums[1], OWN);
@@ -654,16 +730,16 @@ struct Compute {
             for (int i = lane; i < place.own.count; i += 32) {
                 const int row = place.own.first + i;
                 const float x = s.residual[i] + sum_of_row(s.sums[1], OWN, i)
-                    + entry(table[L3_BIAS], row, 0.0f);
+                    + entry(table[L3_BIAS], row);
                 send(a.outer + row, x, turn);
             }
     }
 
     __device__ void logits() {
-        float x[CHANNELS];
-        for_channels([&](int i, int channel) { norm[i] = entry(a.final_norm, channel, 1.0f); });
-        receive_channels(x, a.outer, turn ^ 1);
-        for_channels([&](int i, int channel) { put(channel, x[i] * norm[i]); });
+        float4 x[FOURS];
+        load_norm(a.final_norm);
+        receive_fours(x, a.outer, turn ^ 1);
+        put_normed(x);
         square(x);
         barrier();
         const float factor = norm_factor();
