@@ -57,6 +57,7 @@ __host__ __device__ constexpr int share(int rows, int blocks) { return ceil_div(
 constexpr int PROJECTED = share(3 * D, BLOCKS), EXPANDED = 2 * share(F, BLOCKS);
 constexpr int OWN = share(D, BLOCKS);  // rows of the other two products
 constexpr int HEAD_ROWS = 128;  // of the logits, between two barriers
+constexpr int COPIES = 4;  // of what blocks send each other
 constexpr int IN_FLIGHT = 6;  // slots: more do not make memory faster, but what blocks send slower
 
 // Which threads take the columns of a block's part of a head's state.
@@ -84,7 +85,7 @@ struct alignas(16) Shared {
 __host__ __device__ constexpr int stride_of(int columns) { return 128 * ceil_div(2 * columns - 64, 128) + 64; }
 
 // The rest is the ring: slots, which take at least a row, and their barriers.
-constexpr int SLOT = larger(stride_of(F), larger(1, power_to(8448 / stride_of(D))) * stride_of(D));
+constexpr int SLOT = stride_of(larger(stride_of(F), larger(1, power_to(8448 / stride_of(D))) * stride_of(D)) / 2);
 constexpr int SLOTS = (SHARED_BYTES - (int)sizeof(Shared)) / (SLOT + 2 * (int)sizeof(u64));
 
 // How rows of so many weights lie in the ring, of which a share has at most MOST, and who takes what:
@@ -96,10 +97,12 @@ struct Rows {
     static constexpr int FIT = SLOT / STRIDE, IN_SLOT = smaller(power_to(FIT), 8);
     // Tiles of eight rows at a time, which have to be in the ring together.
     static constexpr int IN_RING = larger(1, SLOTS / 2 * IN_SLOT / 8);
-    static constexpr int TILES = smaller(smaller(ceil_div(MOST, 8), IN_RING), 6);
+    static constexpr int TILES = smaller(smaller(ceil_div(MOST, 8), IN_RING), 3);
     static constexpr int BATCH = 8 * TILES;
     // Sums side by side of a few tiles, which would be long chains else.
     static constexpr int CHAINS = larger(1, 4 / TILES);
+    // Units that a thread has in registers ahead, of each tile.
+    static constexpr int HELD = smaller(TURNS, 12 / TILES);
     static_assert(SIZE % 16 == 0, "a row has to be of whole vectors");
     static_assert(BATCH % IN_SLOT == 0 && BATCH / IN_SLOT <= smaller(SLOTS, 32), "");
 };
@@ -184,10 +187,19 @@ __device__ void await_phase(u64* at, u32 parity) {
         ::"r"(shared_address(at)), "r"(parity) : "memory");
 }
 
-// Numbers from one block to others, each with the turn in its last bit.
+// Where blocks find each other's numbers: residual stream behind the mixer and behind the MLP [D],
+// projections [3 D] with decays in place of gate logits, keys [D / 2], read-outs [D], the MLP's inner
+// values [F].
+constexpr int MIDDLE = 0, OUTER = D, PROJECTIONS = 2 * D, KEYS = 5 * D, READ_OUT = 6 * D, INNER = 7 * D;
+constexpr int EXCHANGED = 32 * ceil_div(7 * D + F, 32);
+
+// To all blocks, with the turn in the last bit; to each copy, for many who look at one are in each
+// other's way.
 __device__ void send(float* to, float x, u32 turn) {
     const u32 word = (__float_as_uint(x) & ~1u) | turn;
-    asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(word) : "memory");
+#pragma unroll
+    for (int copy = 0; copy < COPIES; ++copy)
+        asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(to + copy * EXCHANGED), "r"(word) : "memory");
 }
 
 // COUNT of them, from the addresses at(i); all are asked for before any is looked at.
@@ -286,59 +298,81 @@ struct Ring {
 //
 // On tensor cores, in tiles of eight rows, which are the columns of `multiply_add`. Its rows are the
 // two parts of the factor. The order of a unit's columns is free, if it is the same for both: a lane
-// has eight in succession.
+// has eight in succession. What registers can hold is read from the ring before the factor is there.
 template <typename R>
-__device__ void multiply(Ring& ring, int count, const Weight (&factor)[2][larger(D, F)], float* sums, int stride) {
+struct Product {
+    Ring& ring;
+    const int count;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, part = lane % 4;
-    const auto inside = [&](int unit) { return unit < R::UNITS && unit * 32 + part * 8 < R::SIZE / 2; };
-    uint4 x[R::TURNS];
-#pragma unroll
-    for (int turn = 0; turn < R::TURNS; ++turn) {
-        const int unit = warp + turn * WARPS;
-        x[turn] = make_uint4(0, 0, 0, 0);
-        if (lane < 8 && inside(unit))
-            x[turn] = *(const uint4*)(factor[lane / 4] + unit * 32 + part * 8);
+    int first = 0;  // of the rows at hand
+    const char* rows[R::TILES];  // where this lane reads its own of each tile
+    uint4 held[R::TILES][R::HELD];
+
+    __device__ Product(Ring& ring, int count) : ring(ring), count(count) { read(); }
+
+    __device__ int slots() { return ceil_div(smaller(R::BATCH, count - first), R::IN_SLOT); }
+
+    __device__ bool inside(int unit) {
+        return R::SIZE % 64 == 0 && R::UNITS % WARPS == 0 || unit < R::UNITS && unit * 32 + part * 8 < R::SIZE / 2;
     }
-    for (int first = 0; first < count; first += R::BATCH) {
-        const int rows = smaller(R::BATCH, count - first), used = ceil_div(rows, R::IN_SLOT);
-        ring.await_slots(used);
+
+    __device__ uint4 weights(int tile, int turn) {
+        const int unit = warp + turn * WARPS;
+        return inside(unit) ? *(const uint4*)(rows[tile] + unit * 64) : make_uint4(0, 0, 0, 0);
+    }
+
+    __device__ void read() {
+        ring.await_slots(slots());
         const u32 first_slot = ring.position % SLOTS;
-        float y[R::TILES][R::CHAINS][4] = {};
 #pragma unroll
         for (int tile = 0; tile < R::TILES; ++tile) {
             // Rows that are not there have some sum too, which nobody reads.
             const int index = tile * 8 + lane / 4;
             u32 slot = first_slot + index / R::IN_SLOT;
             if (slot >= SLOTS) slot -= SLOTS;
-            const char* row = ring.slots + slot * SLOT + index % R::IN_SLOT * R::STRIDE + part * 16;
+            rows[tile] = ring.slots + slot * SLOT + index % R::IN_SLOT * R::STRIDE + part * 16;
+#pragma unroll
+            for (int turn = 0; turn < R::HELD; ++turn) held[tile][turn] = weights(tile, turn);
+        }
+        if (R::HELD == R::TURNS) ring.release(slots());
+    }
+
+    __device__ void multiply(const Weight (&factor)[2][larger(D, F)], float* sums, int stride) {
+        while (true) {
+            float y[R::TILES][R::CHAINS][4] = {};
 #pragma unroll
             for (int turn = 0; turn < R::TURNS; ++turn) {
                 const int unit = warp + turn * WARPS;
-                uint4 w = make_uint4(0, 0, 0, 0);
-                if (R::SIZE % 64 == 0 && R::UNITS % WARPS == 0 || inside(unit))
-                    w = *(const uint4*)(row + unit * 64);
-                multiply_add(y[tile][2 * turn % R::CHAINS], x[turn].x, x[turn].y, w.x, w.y);
-                multiply_add(y[tile][(2 * turn + 1) % R::CHAINS], x[turn].z, x[turn].w, w.z, w.w);
-            }
-        }
-        ring.release(used);
+                uint4 x = make_uint4(0, 0, 0, 0);
+                if (lane < 8 && inside(unit)) x = *(const uint4*)(factor[lane / 4] + unit * 32 + part * 8);
 #pragma unroll
-        for (int tile = 0; tile < R::TILES; ++tile) {
-            float even = 0, odd = 0;
-#pragma unroll
-            for (int chain = 0; chain < R::CHAINS; ++chain) {
-                even += y[tile][chain][0];
-                odd += y[tile][chain][1];
+                for (int tile = 0; tile < R::TILES; ++tile) {
+                    const uint4 w = turn < R::HELD ? held[tile][turn % R::HELD] : weights(tile, turn);
+                    multiply_add(y[tile][2 * turn % R::CHAINS], x.x, x.y, w.x, w.y);
+                    multiply_add(y[tile][(2 * turn + 1) % R::CHAINS], x.z, x.w, w.z, w.w);
+                }
             }
-            even += __shfl_xor_sync(~0u, even, 4);
-            odd += __shfl_xor_sync(~0u, odd, 4);
-            const int index = tile * 8 + 2 * part;
-            float* sum = sums + warp * stride + first + index;
-            if (lane < 4 && index < rows) sum[0] = even;
-            if (lane < 4 && index + 1 < rows) sum[1] = odd;
+            if (R::HELD < R::TURNS) ring.release(slots());
+            const int done = first;
+            if ((first += R::BATCH) < count) read();
+#pragma unroll
+            for (int tile = 0; tile < R::TILES; ++tile) {
+                float even = 0, odd = 0;
+#pragma unroll
+                for (int chain = 0; chain < R::CHAINS; ++chain) {
+                    even += y[tile][chain][0];
+                    odd += y[tile][chain][1];
+                }
+                even += __shfl_xor_sync(~0u, even, 4);
+                odd += __shfl_xor_sync(~0u, odd, 4);
+                const int index = done + tile * 8 + 2 * part;
+                if (lane < 4 && index < count) sums[warp * stride + index] = even;
+                if (lane < 4 && index + 1 < count) sums[warp * stride + index + 1] = odd;
+            }
+            if (first >= count) break;
         }
     }
-}
+};
 
 __device__ float sum_of_row(const float* sums, int stride, int row) {
     float sum = 0;
@@ -353,10 +387,7 @@ struct Arguments {
     const void* const* table;         // [LAYERS, FIELDS]
     const Weight *final_norm, *head;  // [D] or null, [VOCABULARY, D]
     const float* x;                   // [D], the embedding
-    // From stage to stage, all zero before the first step: residual stream behind the mixer and
-    // behind the MLP [D], the projections [3 D] with decays in place of gate logits, keys [D / 2],
-    // read-outs [D], the MLP's inner values [F].
-    float *middle, *outer, *projected, *keys, *read_out, *inner;
+    float* exchange;                  // [COPIES, EXCHANGED], from stage to stage, zero before the first step
     Weight* logits;                   // [VOCABULARY]
     u32* counters;                    // [2], zero before the first step: steps made, blocks at the end
     float scale, inverse_tau, norm_eps, output_norm_eps;
@@ -437,6 +468,8 @@ struct Compute {
     Ring ring;
     const void* const* table = s.table;  // of the layer at hand
     u32 turn;
+    float* const to = a.exchange;
+    const float* const from = a.exchange + blockIdx.x % COPIES * EXCHANGED;
     const Place place;
     const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
 
@@ -464,8 +497,8 @@ struct Compute {
         ((uint2*)s.factor[1])[four] = pack(low);
     }
 
-    __device__ void receive_fours(float4 (&x)[FOURS], const float* from, u32 turn) {
-        receive(x, turn, [&](int i) { return from + 4 * smaller(thread + i * THREADS, D / 4 - 1); });
+    __device__ void receive_fours(float4 (&x)[FOURS], int at, u32 turn) {
+        receive(x, turn, [&](int i) { return from + at + 4 * smaller(thread + i * THREADS, D / 4 - 1); });
     }
 
     // What `norm_factor` finds behind a barrier.
@@ -511,9 +544,10 @@ struct Compute {
     }
 
     __device__ void project(bool first) {
+        Product<ProjectRows> product(ring, place.project.count);
         float4 x[FOURS];
         if (first) for_fours([&](int i, int four) { x[i] = ((const float4*)a.x)[four]; });
-        else receive_fours(x, a.outer, turn ^ 1);
+        else receive_fours(x, OUTER, turn ^ 1);
         square(x);
         for_fours([&](int i, int four) {
             const float of_channel[4] = {x[i].x, x[i].y, x[i].z, x[i].w};
@@ -547,7 +581,7 @@ struct Compute {
             put(four, mixed[i]);
         });
         barrier();
-        multiply<ProjectRows>(ring, place.project.count, s.factor, s.sums[0], PROJECTED);
+        product.multiply(s.factor, s.sums[0], PROJECTED);
         if (place.columns.count) prepare_mix();
         barrier();
         if (warp == 0)
@@ -556,10 +590,10 @@ struct Compute {
                 float y = sum_of_row(s.sums[0], PROJECTED, i);
                 if (D / 2 <= row && row < D) {
                     const float g = log_decay(y, a.inverse_tau);
-                    send(a.keys + row - D / 2, key_of(g), turn);
+                    send(to + KEYS + row - D / 2, key_of(g), turn);
                     y = __expf(g);
                 }
-                send(a.projected + row, y, turn);
+                send(to + PROJECTIONS + row, y, turn);
             }
     }
 
@@ -581,9 +615,9 @@ struct Compute {
     }
 
     __device__ void mix() {
-        const float* rows = a.projected + place.head * K;
-        const float* keys = a.keys + place.head * K;
-        const float* values = a.projected + D + place.head * V + place.columns.first;
+        const float* rows = from + PROJECTIONS + place.head * K;
+        const float* keys = from + KEYS + place.head * K;
+        const float* values = from + PROJECTIONS + D + place.head * V + place.columns.first;
         float sum = 0, aug = 0;
         if (column() < place.columns.count) {
             float x[3 * OfState::ROWS + 1];
@@ -622,11 +656,12 @@ struct Compute {
                 }
                 y *= a.scale;
                 if (table[AUG]) y += sigmoid(aug * s.value[i]);
-                send(a.read_out + place.head * V + place.columns.first + i, y, turn);
+                send(to + READ_OUT + place.head * V + place.columns.first + i, y, turn);
             }
     }
 
     __device__ void emit() {
+        Product<EmitRows> product(ring, place.own.count);
         // A warp has a head, of which a lane has some four columns.
         constexpr int OF_LANE = ceil_div(V / 4, 32);
         for (int head = warp; head < H; head += WARPS) {
@@ -639,7 +674,7 @@ struct Compute {
                 bias[i] = __ldg((const uint2*)table[OUT_GATE_BIAS] + head * (V / 4) + four(i));
             float4 x[2 * OF_LANE];
             receive(x, turn, [&](int i) {
-                return (i % 2 ? a.projected + 2 * D : a.read_out) + head * V + 4 * four(i / 2);
+                return (i % 2 ? from + PROJECTIONS + 2 * D : from + READ_OUT) + head * V + 4 * four(i / 2);
             });
 #pragma unroll
             for (int i = 0; i < OF_LANE; ++i) {
@@ -670,7 +705,7 @@ struct Compute {
             }
         }
         barrier();
-        multiply<EmitRows>(ring, place.own.count, s.factor, s.sums[1], OWN);
+        product.multiply(s.factor, s.sums[1], OWN);
         // All blocks have read the convolution's state, since all heads are here.
         for_fours([&](int i, int four) {
 #pragma unroll
@@ -685,43 +720,45 @@ struct Compute {
         if (warp == 0)
             for (int i = lane; i < place.own.count; i += 32) {
                 s.residual[i] += sum_of_row(s.sums[1], OWN, i);
-                send(a.middle + place.own.first + i, s.residual[i], turn);
+                send(to + MIDDLE + place.own.first + i, s.residual[i], turn);
             }
     }
 
     __device__ void expand() {
+        Product<ExpandRows> product(ring, 2 * place.expand.count);
         float4 x[FOURS];
         load_norm(table[CHANNEL_NORM]);
-        receive_fours(x, a.middle, turn);
+        receive_fours(x, MIDDLE, turn);
         put_normed(x);
         square(x);
         barrier();
-        multiply<ExpandRows>(ring, 2 * place.expand.count, s.factor, s.sums[0], EXPANDED);
+        const float factor = norm_factor();
+        product.multiply(s.factor, s.sums[0], EXPANDED);
         barrier();
         if (warp == 0) {
-            const float factor = norm_factor();
             for (int i = lane; i < place.expand.count; i += 32) {
                 const int row = place.expand.first + i;
                 const float y = sum_of_row(s.sums[0], EXPANDED, 2 * i) * factor
                     + entry(table[L1_BIAS], row);
                 const float z = sum_of_row(s.sums[0], EXPANDED, 2 * i + 1) * factor
                     + entry(table[L2_BIAS], row);
-                send(a.inner + row, y * sigmoid(y) * z, turn);
+                send(to + INNER + row, y * sigmoid(y) * z, turn);
             }
         }
     }
 
     __device__ void contract() {
+        Product<ContractRows> product(ring, place.own.count);
         constexpr int OF_THREAD = ceil_div(F / 4, THREADS);
         float4 x[OF_THREAD];
-        receive(x, turn, [&](int i) { return a.inner + 4 * smaller(thread + i * THREADS, F / 4 - 1); });
+        receive(x, turn, [&](int i) { return from + INNER + 4 * smaller(thread + i * THREADS, F / 4 - 1); });
 #pragma unroll
         for (int i = 0; i < OF_THREAD; ++i) {
             const float parts[4] = {x[i].x, x[i].y, x[i].z, x[i].w};
             if (thread + i * THREADS < F / 4) put(thread + i * THREADS, parts);
         }
         barrier();
-        multiply<ContractRows>(ring, place.own.count, s.factor, s.sums[1], OWN);
+        product.multiply(s.factor, s.sums[1], OWN);
     }
 
     __device__ void finish_contract() {
@@ -731,14 +768,14 @@ struct Compute {
                 const int row = place.own.first + i;
                 const float x = s.residual[i] + sum_of_row(s.sums[1], OWN, i)
                     + entry(table[L3_BIAS], row);
-                send(a.outer + row, x, turn);
+                send(to + OUTER + row, x, turn);
             }
     }
 
     __device__ void logits() {
         float4 x[FOURS];
         load_norm(a.final_norm);
-        receive_fours(x, a.outer, turn ^ 1);
+        receive_fours(x, OUTER, turn ^ 1);
         put_normed(x);
         square(x);
         barrier();
@@ -746,7 +783,7 @@ struct Compute {
         for (int first = 0; first < place.logits.count; first += HEAD_ROWS) {
             const int rows = smaller(HEAD_ROWS, place.logits.count - first);
             float* sums = s.sums[first / HEAD_ROWS % 2];
-            multiply<HeadRows>(ring, rows, s.factor, sums, HEAD_ROWS);
+            Product<HeadRows>(ring, rows).multiply(s.factor, sums, HEAD_ROWS);
             barrier();
             if (thread < rows)
                 a.logits[place.logits.first + first + thread] =

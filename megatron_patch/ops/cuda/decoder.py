@@ -19,12 +19,13 @@ SMALLEST_CAPABILITY = (9, 0)  # with bulk copies into shared memory
 LARGEST_ROW = 32768  # bytes of a weight's row, which a slot of the ring has to hold
 LARGEST_STATE = 16384  # entries of a head's state
 VECTOR = 16  # bytes
+EXCHANGES = 16
 
 
 class Arguments(ctypes.Structure):
     """Of the kernel: all tensors, then all numbers."""
 
-    _fields_ = [("tensors", ctypes.c_void_p * 12), ("numbers", ctypes.c_float * 4)]
+    _fields_ = [("tensors", ctypes.c_void_p * 7), ("numbers", ctypes.c_float * 4)]
 
 
 class Decoder:
@@ -61,8 +62,7 @@ class Decoder:
         self.x, self.logits = zeros(dim), zeros(vocabulary, dtype=dtype)
         tensors = [
             torch.tensor(addresses, dtype=torch.int64, device=device), final_norm, head, self.x,
-            zeros(dim), zeros(dim), zeros(3 * dim), zeros(dim // 2), zeros(dim), zeros(inner),
-            self.logits, zeros(2, dtype=torch.int32),
+            zeros(EXCHANGES * (7 * dim + inner + 32)), self.logits, zeros(2, dtype=torch.int32),
         ]  # fmt: skip
         self._tensors = layers, tensors  # kept alive: the kernel has their addresses alone
         self._arguments = Arguments(
