@@ -57,8 +57,8 @@ __host__ __device__ constexpr int share(int rows, int blocks) { return ceil_div(
 constexpr int PROJECTED = share(3 * D, BLOCKS), EXPANDED = 2 * share(F, BLOCKS);
 constexpr int OWN = share(D, BLOCKS);  // rows of the other two products
 constexpr int HEAD_ROWS = 128;  // of the logits, between two barriers
-constexpr int COPIES = 4;  // of what blocks send each other
-constexpr int IN_FLIGHT = 6;  // slots: more do not make memory faster, but what blocks send slower
+constexpr int COPIES = 1;  // of what blocks send each other
+constexpr int IN_FLIGHT = 4;  // slots: more do not make memory faster, but what blocks send slower
 
 // Which threads take the columns of a block's part of a head's state.
 struct OfState {
@@ -99,8 +99,8 @@ struct Rows {
     static constexpr int IN_RING = larger(1, SLOTS / 2 * IN_SLOT / 8);
     static constexpr int TILES = smaller(smaller(ceil_div(MOST, 8), IN_RING), 3);
     static constexpr int BATCH = 8 * TILES;
-    // Sums side by side of a few tiles, which would be long chains else.
-    static constexpr int CHAINS = larger(1, 4 / TILES);
+    // Pairs of sums side by side of a single tile, which would be long chains else.
+    static constexpr int CHAINS = TILES == 1 ? 2 : 1;
     // Units that a thread has in registers ahead, of each tile.
     static constexpr int HELD = smaller(TURNS, 12 / TILES);
     static_assert(SIZE % 16 == 0, "a row has to be of whole vectors");
@@ -139,17 +139,22 @@ __device__ Weight pick(const uint2* words, int i) {
     return (Weight)(i % 2 ? word >> 16 : word);
 }
 
-__device__ uint2 pack(const float (&x)[4]) {
-    return make_uint2(narrow(x[0]) | (u32)narrow(x[1]) << 16, narrow(x[2]) | (u32)narrow(x[3]) << 16);
+// Two numbers side by side, the first below.
+__device__ u32 pack(float first, float second) {
+    u32 word;
+    asm("cvt.rn." TYPE "x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
+    return word;
 }
+__device__ uint2 pack(const float (&x)[4]) { return make_uint2(pack(x[0], x[1]), pack(x[2], x[3])); }
 
-// c [16, 8] += a [16, 16] b [16, 8] by a warp. Of a lane: of a row lane / 4 of a, whose rows from 8 on
-// are zero, and of column lane / 4 of b, entries 2 (lane % 4) and the next, and from 8 on.
-__device__ void multiply_add(float (&c)[4], u32 a, u32 a_from_8, u32 b, u32 b_from_8) {
+// c [16, 8] += a [16, 16] b [16, 8] by a warp. Of a lane: of a, columns 2 (lane % 4) and the next of
+// rows lane / 4 and 8 further, then the same with columns from 8 on; of b, such rows of column
+// lane / 4; of c, columns 2 (lane % 4) and the next of the row, then of that 8 further.
+__device__ void multiply_add(float (&c)[4], const uint4& a, u32 b, u32 b_from_8) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE ".f32 "
         "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a), "r"(0), "r"(a_from_8), "r"(0), "r"(b), "r"(b_from_8));
+        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b), "r"(b_from_8));
 }
 
 __device__ float sigmoid(float x) { return __fdividef(1.0f, 1.0f + __expf(-x)); }
@@ -189,17 +194,19 @@ __device__ void await_phase(u64* at, u32 parity) {
 
 // Where blocks find each other's numbers: residual stream behind the mixer and behind the MLP [D],
 // projections [3 D] with decays in place of gate logits, keys [D / 2], read-outs [D], the MLP's inner
-// values [F].
+// values [F]. Eight numbers lie on a line of memory: the more blocks write and read on one, the later
+// they find what they look for.
 constexpr int MIDDLE = 0, OUTER = D, PROJECTIONS = 2 * D, KEYS = 5 * D, READ_OUT = 6 * D, INNER = 7 * D;
-constexpr int EXCHANGED = 32 * ceil_div(7 * D + F, 32);
+constexpr int EXCHANGED = 32 * ceil_div(7 * D + F, 8);
+__device__ int place_of(int number) { return number / 8 * 32 + number % 8; }
 
 // To all blocks, with the turn in the last bit; to each copy, for many who look at one are in each
 // other's way.
-__device__ void send(float* to, float x, u32 turn) {
+__device__ void send(float* exchange, int number, float x, u32 turn) {
     const u32 word = (__float_as_uint(x) & ~1u) | turn;
 #pragma unroll
     for (int copy = 0; copy < COPIES; ++copy)
-        asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(to + copy * EXCHANGED), "r"(word) : "memory");
+        asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(exchange + copy * EXCHANGED + place_of(number)), "r"(word) : "memory");
 }
 
 // COUNT of them, from the addresses at(i); all are asked for before any is looked at.
@@ -296,9 +303,12 @@ struct Ring {
 
 // The products of the next `count` rows of the stream with a factor, as sums [WARPS, stride] by warps.
 //
-// On tensor cores, in tiles of eight rows, which are the columns of `multiply_add`. Its rows are the
-// two parts of the factor. The order of a unit's columns is free, if it is the same for both: a lane
-// has eight in succession. What registers can hold is read from the ring before the factor is there.
+// On tensor cores, in tiles of eight rows, which are the columns of `multiply_add`. The order of a
+// unit's columns is free, if it is the same for both sides: of a row, a lane has eight in succession.
+// Of the other side's rows 0 and 8 have four of the eight each from the factor's higher part, 1 and 9
+// from its lower one, and the others what nobody reads: so two sums have half of the columns each,
+// and a lane's operands are just the words that it reads. What registers can hold is read from the
+// ring before the factor is there.
 template <typename R>
 struct Product {
     Ring& ring;
@@ -339,17 +349,17 @@ struct Product {
 
     __device__ void multiply(const Weight (&factor)[2][larger(D, F)], float* sums, int stride) {
         while (true) {
-            float y[R::TILES][R::CHAINS][4] = {};
+            float y[R::TILES][R::CHAINS][2][4] = {};
 #pragma unroll
             for (int turn = 0; turn < R::TURNS; ++turn) {
                 const int unit = warp + turn * WARPS;
                 uint4 x = make_uint4(0, 0, 0, 0);
-                if (lane < 8 && inside(unit)) x = *(const uint4*)(factor[lane / 4] + unit * 32 + part * 8);
+                if (inside(unit)) x = *(const uint4*)(factor[lane / 4 % 2] + unit * 32 + part * 8);
 #pragma unroll
                 for (int tile = 0; tile < R::TILES; ++tile) {
                     const uint4 w = turn < R::HELD ? held[tile][turn % R::HELD] : weights(tile, turn);
-                    multiply_add(y[tile][2 * turn % R::CHAINS], x.x, x.y, w.x, w.y);
-                    multiply_add(y[tile][(2 * turn + 1) % R::CHAINS], x.z, x.w, w.z, w.w);
+                    multiply_add(y[tile][turn % R::CHAINS][0], x, w.x, w.y);
+                    multiply_add(y[tile][turn % R::CHAINS][1], x, w.z, w.w);
                 }
             }
             if (R::HELD < R::TURNS) ring.release(slots());
@@ -360,8 +370,8 @@ struct Product {
                 float even = 0, odd = 0;
 #pragma unroll
                 for (int chain = 0; chain < R::CHAINS; ++chain) {
-                    even += y[tile][chain][0];
-                    odd += y[tile][chain][1];
+                    even += y[tile][chain][0][0] + y[tile][chain][1][2];
+                    odd += y[tile][chain][0][1] + y[tile][chain][1][3];
                 }
                 even += __shfl_xor_sync(~0u, even, 4);
                 odd += __shfl_xor_sync(~0u, odd, 4);
@@ -487,18 +497,21 @@ struct Compute {
             if (thread + i * THREADS < D / 4) work(i, thread + i * THREADS);
     }
 
-    // Four entries of a product's right side.
+    // Four entries of a product's factor, half of eight, whose four words lie as `Product` says.
     __device__ void put(int four, const float (&x)[4]) {
         const uint2 high = pack(x);
         float low[4];
 #pragma unroll
         for (int j = 0; j < 4; ++j) low[j] = x[j] - widen(pick(&high, j));
-        ((uint2*)s.factor[0])[four] = high;
-        ((uint2*)s.factor[1])[four] = pack(low);
+        u32* const words = (u32*)s.factor[0] + four / 2 * 4 + four % 2;
+        words[0] = high.x;
+        words[2] = high.y;
+        words[larger(D, F) / 2] = pack(low[0], low[1]);
+        words[larger(D, F) / 2 + 2] = pack(low[2], low[3]);
     }
 
     __device__ void receive_fours(float4 (&x)[FOURS], int at, u32 turn) {
-        receive(x, turn, [&](int i) { return from + at + 4 * smaller(thread + i * THREADS, D / 4 - 1); });
+        receive(x, turn, [&](int i) { return from + place_of(at + 4 * smaller(thread + i * THREADS, D / 4 - 1)); });
     }
 
     // What `norm_factor` finds behind a barrier.
@@ -590,10 +603,10 @@ struct Compute {
                 float y = sum_of_row(s.sums[0], PROJECTED, i);
                 if (D / 2 <= row && row < D) {
                     const float g = log_decay(y, a.inverse_tau);
-                    send(to + KEYS + row - D / 2, key_of(g), turn);
+                    send(to, KEYS + row - D / 2, key_of(g), turn);
                     y = __expf(g);
                 }
-                send(to + PROJECTIONS + row, y, turn);
+                send(to, PROJECTIONS + row, y, turn);
             }
     }
 
@@ -615,16 +628,15 @@ struct Compute {
     }
 
     __device__ void mix() {
-        const float* rows = from + PROJECTIONS + place.head * K;
-        const float* keys = from + KEYS + place.head * K;
-        const float* values = from + PROJECTIONS + D + place.head * V + place.columns.first;
+        constexpr int DECAYS = PROJECTIONS + D / 2, VALUES = PROJECTIONS + D;
         float sum = 0, aug = 0;
         if (column() < place.columns.count) {
             float x[3 * OfState::ROWS + 1];
             receive(x, turn, [&](int i) {
-                const int row = smaller(state_row(i / 3), K - 1);
-                return i == 3 * OfState::ROWS ? values + column()
-                    : i % 3 == 0 ? rows + row : i % 3 == 1 ? rows + D / 2 + row : keys + row;
+                const int row = place.head * K + smaller(state_row(i / 3), K - 1);
+                return from + place_of(
+                    i == 3 * OfState::ROWS ? VALUES + place.head * V + place.columns.first + column()
+                    : i % 3 == 0 ? PROJECTIONS + row : i % 3 == 1 ? DECAYS + row : KEYS + row);
             });
             if (thread < OfState::ACROSS) s.value[column()] = x[3 * OfState::ROWS];
 #pragma unroll
@@ -656,7 +668,7 @@ struct Compute {
                 }
                 y *= a.scale;
                 if (table[AUG]) y += sigmoid(aug * s.value[i]);
-                send(to + READ_OUT + place.head * V + place.columns.first + i, y, turn);
+                send(to, READ_OUT + place.head * V + place.columns.first + i, y, turn);
             }
     }
 
@@ -674,7 +686,7 @@ struct Compute {
                 bias[i] = __ldg((const uint2*)table[OUT_GATE_BIAS] + head * (V / 4) + four(i));
             float4 x[2 * OF_LANE];
             receive(x, turn, [&](int i) {
-                return (i % 2 ? from + PROJECTIONS + 2 * D : from + READ_OUT) + head * V + 4 * four(i / 2);
+                return from + place_of((i % 2 ? PROJECTIONS + 2 * D : READ_OUT) + head * V + 4 * four(i / 2));
             });
 #pragma unroll
             for (int i = 0; i < OF_LANE; ++i) {
@@ -720,7 +732,7 @@ struct Compute {
         if (warp == 0)
             for (int i = lane; i < place.own.count; i += 32) {
                 s.residual[i] += sum_of_row(s.sums[1], OWN, i);
-                send(to + MIDDLE + place.own.first + i, s.residual[i], turn);
+                send(to, MIDDLE + place.own.first + i, s.residual[i], turn);
             }
     }
 
@@ -742,7 +754,7 @@ struct Compute {
                     + entry(table[L1_BIAS], row);
                 const float z = sum_of_row(s.sums[0], EXPANDED, 2 * i + 1) * factor
                     + entry(table[L2_BIAS], row);
-                send(to + INNER + row, y * sigmoid(y) * z, turn);
+                send(to, INNER + row, y * sigmoid(y) * z, turn);
             }
         }
     }
@@ -751,7 +763,7 @@ struct Compute {
         Product<ContractRows> product(ring, place.own.count);
         constexpr int OF_THREAD = ceil_div(F / 4, THREADS);
         float4 x[OF_THREAD];
-        receive(x, turn, [&](int i) { return from + INNER + 4 * smaller(thread + i * THREADS, F / 4 - 1); });
+        receive(x, turn, [&](int i) { return from + place_of(INNER + 4 * smaller(thread + i * THREADS, F / 4 - 1)); });
 #pragma unroll
         for (int i = 0; i < OF_THREAD; ++i) {
             const float parts[4] = {x[i].x, x[i].y, x[i].z, x[i].w};
@@ -768,7 +780,7 @@ struct Compute {
                 const int row = place.own.first + i;
                 const float x = s.residual[i] + sum_of_row(s.sums[1], OWN, i)
                     + entry(table[L3_BIAS], row);
-                send(to + OUTER + row, x, turn);
+                send(to, OUTER + row, x, turn);
             }
     }
 

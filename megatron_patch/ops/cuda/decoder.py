@@ -62,7 +62,7 @@ class Decoder:
         self.x, self.logits = zeros(dim), zeros(vocabulary, dtype=dtype)
         tensors = [
             torch.tensor(addresses, dtype=torch.int64, device=device), final_norm, head, self.x,
-            zeros(EXCHANGES * (7 * dim + inner + 32)), self.logits, zeros(2, dtype=torch.int32),
+            zeros(EXCHANGES * 4 * (7 * dim + inner + 32)), self.logits, zeros(2, dtype=torch.int32),
         ]  # fmt: skip
         self._tensors = layers, tensors  # kept alive: the kernel has their addresses alone
         self._arguments = Arguments(
