@@ -58,7 +58,7 @@ constexpr int PROJECTED = share(3 * D, BLOCKS), EXPANDED = 2 * share(F, BLOCKS);
 constexpr int OWN = share(D, BLOCKS);  // rows of the other two products
 constexpr int HEAD_ROWS = 128;  // of the logits, between two barriers
 constexpr int COPIES = 1;  // of what blocks send each other
-constexpr int IN_FLIGHT = 4;  // slots: more do not make memory faster, but what blocks send slower
+constexpr int IN_FLIGHT = 2;  // slots: more do not make memory faster, but what blocks send slower
 
 // Which threads take the columns of a block's part of a head's state.
 struct OfState {
@@ -70,9 +70,11 @@ struct OfState {
     static_assert(ACROSS <= THREADS, "a head's value is too wide");
 };
 
+constexpr int FACTOR = 16 * ceil_div(larger(D, F), 32);  // words of a product's right side
+
 struct alignas(16) Shared {
     // A product's right side, as the sum of two numbers of the weights' type.
-    alignas(16) Weight factor[2][larger(D, F)];
+    alignas(16) u32 factor[2][FACTOR];
     // Of rows, by warps; in turn, for one warp reads while the others go on.
     float sums[2][WARPS * larger(larger(PROJECTED, EXPANDED), HEAD_ROWS)];
     float read_out[OfState::SUMS][OfState::ACROSS], aug[OfState::SUMS], value[OfState::ACROSS];
@@ -81,30 +83,31 @@ struct alignas(16) Shared {
     const void* table[LAYERS * FIELDS];
 };
 
-// Bytes from row to row in the ring: two rows lie in different banks.
-__host__ __device__ constexpr int stride_of(int columns) { return 128 * ceil_div(2 * columns - 64, 128) + 64; }
-
-// The rest is the ring: slots, which take at least a row, and their barriers.
-constexpr int SLOT = stride_of(larger(stride_of(F), larger(1, power_to(8448 / stride_of(D))) * stride_of(D)) / 2);
+// The rest is the ring: slots, which take at least a row, and their barriers. Eight rows in succession,
+// of a slot or of several, begin in different banks of four words.
+__host__ __device__ constexpr int padded(int bytes, int bank) { return 128 * ceil_div(bytes - bank, 128) + bank; }
+__host__ __device__ constexpr int stride_of(int bytes, int in_slot) { return padded(bytes, 128 / in_slot); }
+constexpr int SLOT = padded(larger(larger(2 * F, 2 * D), power_to(8448 / (2 * D)) * stride_of(2 * D, 4)), 16);
 constexpr int SLOTS = (SHARED_BYTES - (int)sizeof(Shared)) / (SLOT + 2 * (int)sizeof(u64));
+__host__ __device__ constexpr int rows_in_slot(int bytes, int most) {
+    return most == 1 || most * stride_of(bytes, most) <= SLOT ? most : rows_in_slot(bytes, most / 2);
+}
 
 // How rows of so many weights lie in the ring, of which a share has at most MOST, and who takes what:
 // each warp some units of 32 columns of all rows.
 template <int COLUMNS, int MOST>
 struct Rows {
-    static constexpr int SIZE = 2 * COLUMNS, STRIDE = stride_of(COLUMNS);
+    static constexpr int SIZE = 2 * COLUMNS, IN_SLOT = rows_in_slot(SIZE, 8), STRIDE = stride_of(SIZE, IN_SLOT);
     static constexpr int UNITS = ceil_div(COLUMNS, 32), TURNS = ceil_div(UNITS, WARPS);
-    static constexpr int FIT = SLOT / STRIDE, IN_SLOT = smaller(power_to(FIT), 8);
-    // Tiles of eight rows at a time, which have to be in the ring together.
-    static constexpr int IN_RING = larger(1, SLOTS / 2 * IN_SLOT / 8);
-    static constexpr int TILES = smaller(smaller(ceil_div(MOST, 8), IN_RING), 3);
-    static constexpr int BATCH = 8 * TILES;
-    // Pairs of sums side by side of a single tile, which would be long chains else.
-    static constexpr int CHAINS = TILES == 1 ? 2 : 1;
+    // Tiles at a time, which have to be in the ring together; of eight rows, if that is all.
+    static constexpr int HEIGHT = MOST <= 8 || SLOTS * IN_SLOT < 32 ? 8 : 16, WORDS = HEIGHT / 2;  // of a lane, of a unit
+    static constexpr int IN_RING = larger(1, SLOTS / 2 * IN_SLOT / HEIGHT);
+    static constexpr int TILES = smaller(smaller(ceil_div(MOST, HEIGHT), IN_RING), 3);
+    static constexpr int BATCH = HEIGHT * TILES;
     // Units that a thread has in registers ahead, of each tile.
-    static constexpr int HELD = smaller(TURNS, 12 / TILES);
+    static constexpr int HELD = smaller(TURNS, 64 / (TILES * WORDS));
     static_assert(SIZE % 16 == 0, "a row has to be of whole vectors");
-    static_assert(BATCH % IN_SLOT == 0 && BATCH / IN_SLOT <= smaller(SLOTS, 32), "");
+    static_assert(BATCH / IN_SLOT <= smaller(SLOTS, 32), "");
 };
 
 using ProjectRows = Rows<D, PROJECTED>;
@@ -150,11 +153,17 @@ __device__ uint2 pack(const float (&x)[4]) { return make_uint2(pack(x[0], x[1]),
 // c [16, 8] += a [16, 16] b [16, 8] by a warp. Of a lane: of a, columns 2 (lane % 4) and the next of
 // rows lane / 4 and 8 further, then the same with columns from 8 on; of b, such rows of column
 // lane / 4; of c, columns 2 (lane % 4) and the next of the row, then of that 8 further.
-__device__ void multiply_add(float (&c)[4], const uint4& a, u32 b, u32 b_from_8) {
+__device__ void multiply_add(float (&c)[4], const u32* a, u32 b, u32 b_from_8) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE ".f32 "
         "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b), "r"(b_from_8));
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "r"(b_from_8));
+}
+
+// Such words of four matrices of 8 rows of 16 bytes, of which each lane says where one begins.
+__device__ void load_matrices(u32* words, u32 row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3]) : "r"(row) : "memory");
 }
 
 __device__ float sigmoid(float x) { return __fdividef(1.0f, 1.0f + __expf(-x)); }
@@ -303,32 +312,36 @@ struct Ring {
 
 // The products of the next `count` rows of the stream with a factor, as sums [WARPS, stride] by warps.
 //
-// On tensor cores, in tiles of eight rows, which are the columns of `multiply_add`. The order of a
-// unit's columns is free, if it is the same for both sides: of a row, a lane has eight in succession.
-// Of the other side's rows 0 and 8 have four of the eight each from the factor's higher part, 1 and 9
-// from its lower one, and the others what nobody reads: so two sums have half of the columns each,
-// and a lane's operands are just the words that it reads. What registers can hold is read from the
+// On tensor cores: tiles of 16 rows are the left side of `multiply_add`, the factor's higher and lower
+// part by turns the columns of the right side. Of a tile of eight rows, other columns stand where rows
+// 8 to 15 would: two products have each a half that counts. What registers can hold is read from the
 // ring before the factor is there.
 template <typename R>
 struct Product {
     Ring& ring;
     const int count;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, part = lane % 4;
-    int first = 0;  // of the rows at hand
-    const char* rows[R::TILES];  // where this lane reads its own of each tile
-    uint4 held[R::TILES][R::HELD];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    int first = 0;     // of the rows at hand
+    u32 rows[R::TILES];  // where this lane's of each tile begins
+    u32 held[R::TILES][R::HELD][R::WORDS];
 
     __device__ Product(Ring& ring, int count) : ring(ring), count(count) { read(); }
 
     __device__ int slots() { return ceil_div(smaller(R::BATCH, count - first), R::IN_SLOT); }
 
-    __device__ bool inside(int unit) {
-        return R::SIZE % 64 == 0 && R::UNITS % WARPS == 0 || unit < R::UNITS && unit * 32 + part * 8 < R::SIZE / 2;
-    }
-
-    __device__ uint4 weights(int tile, int turn) {
-        const int unit = warp + turn * WARPS;
-        return inside(unit) ? *(const uint4*)(rows[tile] + unit * 64) : make_uint4(0, 0, 0, 0);
+    // The matrices of a unit's 64 bytes: lanes of eight say where the rows of one begin.
+    __device__ void load_unit(u32* words, int tile, int turn) {
+        const int unit = warp + turn * WARPS, matrix = lane / 8;
+        if (R::UNITS % WARPS && unit >= R::UNITS) return;
+        const auto column = [&](int eight) {  // the last unit may be short: what is there twice meets zeros
+            return rows[tile] + smaller(unit * 64 + eight * 16, R::SIZE - 16);
+        };
+        if (R::HEIGHT == 8) {
+            load_matrices(words, column(matrix % 2 * 2 + matrix / 2));
+        } else {
+            load_matrices(words, column(matrix / 2));
+            load_matrices(words + R::WORDS / 2, column(2 + matrix / 2));
+        }
     }
 
     __device__ void read() {
@@ -337,29 +350,36 @@ struct Product {
 #pragma unroll
         for (int tile = 0; tile < R::TILES; ++tile) {
             // Rows that are not there have some sum too, which nobody reads.
-            const int index = tile * 8 + lane / 4;
+            const int index = tile * R::HEIGHT + lane % R::HEIGHT;
             u32 slot = first_slot + index / R::IN_SLOT;
             if (slot >= SLOTS) slot -= SLOTS;
-            rows[tile] = ring.slots + slot * SLOT + index % R::IN_SLOT * R::STRIDE + part * 16;
+            rows[tile] = shared_address(ring.slots) + slot * SLOT + index % R::IN_SLOT * R::STRIDE;
 #pragma unroll
-            for (int turn = 0; turn < R::HELD; ++turn) held[tile][turn] = weights(tile, turn);
+            for (int turn = 0; turn < R::HELD; ++turn) load_unit(held[tile][turn], tile, turn);
         }
         if (R::HELD == R::TURNS) ring.release(slots());
     }
 
-    __device__ void multiply(const Weight (&factor)[2][larger(D, F)], float* sums, int stride) {
+    __device__ void multiply(const u32 (&factor)[2][FACTOR], float* sums, int stride) {
         while (true) {
-            float y[R::TILES][R::CHAINS][2][4] = {};
+            float y[R::TILES][2][4] = {};
 #pragma unroll
             for (int turn = 0; turn < R::TURNS; ++turn) {
                 const int unit = warp + turn * WARPS;
-                uint4 x = make_uint4(0, 0, 0, 0);
-                if (inside(unit)) x = *(const uint4*)(factor[lane / 4 % 2] + unit * 32 + part * 8);
+                if (R::UNITS % WARPS && unit >= R::UNITS) break;
+                uint4 x = *(const uint4*)(factor[lane / 4 % 2] + unit * 16 + lane % 4 * 4);
+                if (R::SIZE % 64 && unit == R::UNITS - 1) {
+                    if (R::SIZE % 64 <= 16) x.y = 0;
+                    if (R::SIZE % 64 <= 32) x.z = 0;
+                    if (R::SIZE % 64 <= 48) x.w = 0;
+                }
 #pragma unroll
                 for (int tile = 0; tile < R::TILES; ++tile) {
-                    const uint4 w = turn < R::HELD ? held[tile][turn % R::HELD] : weights(tile, turn);
-                    multiply_add(y[tile][turn % R::CHAINS][0], x, w.x, w.y);
-                    multiply_add(y[tile][turn % R::CHAINS][1], x, w.z, w.w);
+                    u32 w[R::WORDS];
+                    if (turn >= R::HELD) load_unit(w, tile, turn);
+                    const u32* words = turn < R::HELD ? held[tile][turn % R::HELD] : w;
+                    multiply_add(y[tile][0], words, x.x, x.y);
+                    multiply_add(y[tile][1], words + R::WORDS - 4, x.z, x.w);
                 }
             }
             if (R::HELD < R::TURNS) ring.release(slots());
@@ -367,17 +387,12 @@ struct Product {
             if ((first += R::BATCH) < count) read();
 #pragma unroll
             for (int tile = 0; tile < R::TILES; ++tile) {
-                float even = 0, odd = 0;
-#pragma unroll
-                for (int chain = 0; chain < R::CHAINS; ++chain) {
-                    even += y[tile][chain][0][0] + y[tile][chain][1][2];
-                    odd += y[tile][chain][0][1] + y[tile][chain][1][3];
-                }
-                even += __shfl_xor_sync(~0u, even, 4);
-                odd += __shfl_xor_sync(~0u, odd, 4);
-                const int index = done + tile * 8 + 2 * part;
-                if (lane < 4 && index < count) sums[warp * stride + index] = even;
-                if (lane < 4 && index + 1 < count) sums[warp * stride + index + 1] = odd;
+                const int row = done + tile * R::HEIGHT + lane / 4;
+                float* sum = sums + warp * stride + row;
+                const auto upper = [&](int half) { return y[tile][half][0] + y[tile][half][1]; };
+                const auto lower = [&](int half) { return y[tile][half][2] + y[tile][half][3]; };
+                if (lane % 4 == 0 && row < count) sum[0] = upper(0) + (R::HEIGHT == 8 ? lower(1) : upper(1));
+                if (R::HEIGHT == 16 && lane % 4 == 0 && row + 8 < count) sum[8] = lower(0) + lower(1);
             }
             if (first >= count) break;
         }
@@ -497,17 +512,20 @@ struct Compute {
             if (thread + i * THREADS < D / 4) work(i, thread + i * THREADS);
     }
 
-    // Four entries of a product's factor, half of eight, whose four words lie as `Product` says.
+    // Words of a product's factor, that with the first of four entries and the next, to where a lane of
+    // `Product` finds its four of a unit side by side.
+    __device__ void put(u32 (&part)[FACTOR], int four, u32 first, u32 second) {
+        u32* const words = part + four / 8 * 16 + four % 2 * 8 + four % 8 / 2;
+        words[0] = first;
+        words[4] = second;
+    }
     __device__ void put(int four, const float (&x)[4]) {
         const uint2 high = pack(x);
         float low[4];
 #pragma unroll
         for (int j = 0; j < 4; ++j) low[j] = x[j] - widen(pick(&high, j));
-        u32* const words = (u32*)s.factor[0] + four / 2 * 4 + four % 2;
-        words[0] = high.x;
-        words[2] = high.y;
-        words[larger(D, F) / 2] = pack(low[0], low[1]);
-        words[larger(D, F) / 2 + 2] = pack(low[2], low[3]);
+        put(s.factor[0], four, high.x, high.y);
+        put(s.factor[1], four, pack(low[0], low[1]), pack(low[2], low[3]));
     }
 
     __device__ void receive_fours(float4 (&x)[FOURS], int at, u32 turn) {
@@ -558,16 +576,7 @@ struct Compute {
 
     __device__ void project(bool first) {
         Product<ProjectRows> product(ring, place.project.count);
-        float4 x[FOURS];
-        if (first) for_fours([&](int i, int four) { x[i] = ((const float4*)a.x)[four]; });
-        else receive_fours(x, OUTER, turn ^ 1);
-        square(x);
-        for_fours([&](int i, int four) {
-            const float of_channel[4] = {x[i].x, x[i].y, x[i].z, x[i].w};
-#pragma unroll
-            for (int j = 0; j < 4; ++j)
-                if (place.own.has(4 * four + j)) s.residual[4 * four + j - place.own.first] = of_channel[j];
-        });
+        if (place.columns.count) prepare_mix();
         float mixed[FOURS][4];
         for_fours([&](int i, int) {
 #pragma unroll
@@ -577,6 +586,16 @@ struct Compute {
                 for (int tap = 0; tap < TAPS - 1; ++tap)
                     mixed[i][j] += widen(pick(taps[i], j * TAPS + tap)) * widen(pick(past[i], j * (TAPS - 1) + tap));
             }
+        });
+        float4 x[FOURS];
+        if (first) for_fours([&](int i, int four) { x[i] = ((const float4*)a.x)[four]; });
+        else receive_fours(x, OUTER, turn ^ 1);
+        square(x);
+        for_fours([&](int i, int four) {
+            const float of_channel[4] = {x[i].x, x[i].y, x[i].z, x[i].w};
+#pragma unroll
+            for (int j = 0; j < 4; ++j)
+                if (place.own.has(4 * four + j)) s.residual[4 * four + j - place.own.first] = of_channel[j];
         });
         barrier();
         const float factor = norm_factor();
@@ -595,7 +614,6 @@ struct Compute {
         });
         barrier();
         product.multiply(s.factor, s.sums[0], PROJECTED);
-        if (place.columns.count) prepare_mix();
         barrier();
         if (warp == 0)
             for (int i = lane; i < place.project.count; i += 32) {
@@ -718,6 +736,12 @@ struct Compute {
         }
         barrier();
         product.multiply(s.factor, s.sums[1], OWN);
+        barrier();
+        if (warp == 0)
+            for (int i = lane; i < place.own.count; i += 32) {
+                s.residual[i] += sum_of_row(s.sums[1], OWN, i);
+                send(to, MIDDLE + place.own.first + i, s.residual[i], turn);
+            }
         // All blocks have read the convolution's state, since all heads are here.
         for_fours([&](int i, int four) {
 #pragma unroll
@@ -728,12 +752,6 @@ struct Compute {
                         ((Weight*)table[CONVOLUTION_STATE])[(4 * four + j) * (TAPS - 1) + tap] =
                             tap < TAPS - 2 ? pick(past[i], j * (TAPS - 1) + tap + 1) : pick(past[i] + TAPS - 1, j);
         });
-        barrier();
-        if (warp == 0)
-            for (int i = lane; i < place.own.count; i += 32) {
-                s.residual[i] += sum_of_row(s.sums[1], OWN, i);
-                send(to, MIDDLE + place.own.first + i, s.residual[i], turn);
-            }
     }
 
     __device__ void expand() {
@@ -744,17 +762,20 @@ struct Compute {
         put_normed(x);
         square(x);
         barrier();
-        const float factor = norm_factor();
         product.multiply(s.factor, s.sums[0], EXPANDED);
         barrier();
         if (warp == 0) {
+            const float factor = norm_factor();
             for (int i = lane; i < place.expand.count; i += 32) {
                 const int row = place.expand.first + i;
                 const float y = sum_of_row(s.sums[0], EXPANDED, 2 * i) * factor
                     + entry(table[L1_BIAS], row);
                 const float z = sum_of_row(s.sums[0], EXPANDED, 2 * i + 1) * factor
                     + entry(table[L2_BIAS], row);
-                send(to, INNER + row, y * sigmoid(y) * z, turn);
+                const float x = y * sigmoid(y) * z;
+                // As the next factor's two parts, of which the lower one loses a bit.
+                const Weight high = narrow(x);
+                send(to, INNER + row, __uint_as_float((u32)high << 16 | narrow(x - widen(high))), turn);
             }
         }
     }
@@ -766,14 +787,17 @@ struct Compute {
         receive(x, turn, [&](int i) { return from + place_of(INNER + 4 * smaller(thread + i * THREADS, F / 4 - 1)); });
 #pragma unroll
         for (int i = 0; i < OF_THREAD; ++i) {
-            const float parts[4] = {x[i].x, x[i].y, x[i].z, x[i].w};
-            if (thread + i * THREADS < F / 4) put(thread + i * THREADS, parts);
+            const u32 parts[4] = {__float_as_uint(x[i].x), __float_as_uint(x[i].y), __float_as_uint(x[i].z),
+                                  __float_as_uint(x[i].w)};
+            if (thread + i * THREADS < F / 4) {
+                put(s.factor[0], thread + i * THREADS, __byte_perm(parts[0], parts[1], 0x7632),
+                    __byte_perm(parts[2], parts[3], 0x7632));
+                put(s.factor[1], thread + i * THREADS, __byte_perm(parts[0], parts[1], 0x5410),
+                    __byte_perm(parts[2], parts[3], 0x5410));
+            }
         }
         barrier();
         product.multiply(s.factor, s.sums[1], OWN);
-    }
-
-    __device__ void finish_contract() {
         barrier();
         if (warp == 0)
             for (int i = lane; i < place.own.count; i += 32) {
@@ -810,9 +834,8 @@ struct Compute {
             if (place.columns.count) mix();
             if (place.own.count) emit();
             if (place.expand.count) expand();
-            if (place.own.count) contract();
             if (layer + 1 < LAYERS) prepare_project(table + FIELDS);
-            if (place.own.count) finish_contract();
+            if (place.own.count) contract();
         }
         if (place.logits.count) logits();
     }
