@@ -35,8 +35,7 @@ using u64 = unsigned long long;
 using Weight = u16;  // bfloat16 or float16
 
 constexpr int K = D / (2 * H), V = D / H;  // widths of a head
-constexpr int THREADS = 32 * WARPS;  // that compute; one warp more copies
-constexpr int FOURS = (D / 4 + THREADS - 1) / THREADS;  // of channels, of a thread
+constexpr int THREADS = 32 * WARPS;  // that compute; COPIERS more warps copy
 constexpr int PARTS = BLOCKS / H;  // blocks of a head
 
 // Fields of a row of the table, in the order of `LayerTensors`.
@@ -57,8 +56,7 @@ __host__ __device__ constexpr int share(int rows, int blocks) { return ceil_div(
 constexpr int PROJECTED = share(3 * D, BLOCKS), EXPANDED = 2 * share(F, BLOCKS);
 constexpr int OWN = share(D, BLOCKS);  // rows of the other two products
 constexpr int HEAD_ROWS = 128;  // of the logits, between two barriers
-constexpr int COPIES = 1;  // of what blocks send each other
-constexpr int IN_FLIGHT = 2;  // slots: more do not make memory faster, but what blocks send slower
+constexpr int IN_FLIGHT = 3;  // slots: more do not make memory faster, but what blocks send slower
 
 // Which threads take the columns of a block's part of a head's state.
 struct OfState {
@@ -68,6 +66,25 @@ struct OfState {
     static constexpr int ROWS = ceil_div(K, DOWN);  // of a thread
     static constexpr int SUMS = smaller(DOWN, WARPS);  // of a column
     static_assert(ACROSS <= THREADS, "a head's value is too wide");
+};
+
+// A part's share of so many rows.
+struct Share {
+    int first, count;
+    __device__ Share(int rows, int part, int parts) {
+        first = (int)((long long)rows * part / parts);
+        count = (int)((long long)rows * (part + 1) / parts) - first;
+    }
+    __device__ bool has(int row) const { return first <= row && row < first + count; }
+};
+
+// A block's.
+struct Place {
+    int block, head = block % H;
+    Share project{3 * D, block, BLOCKS}, expand{F, block, BLOCKS}, own{D, block, BLOCKS};
+    Share logits{VOCABULARY, block, BLOCKS};
+    Share columns{block / H < PARTS ? V : 0, block / H < PARTS ? block / H : 0, PARTS};
+    __device__ Place(int block) : block(block) {}
 };
 
 constexpr int FACTOR = 16 * ceil_div(larger(D, F), 32);  // words of a product's right side
@@ -80,6 +97,7 @@ struct alignas(16) Shared {
     float read_out[OfState::SUMS][OfState::ACROSS], aug[OfState::SUMS], value[OfState::ACROSS];
     float squares[WARPS];
     float residual[OWN];  // this block's share of the residual stream
+    Place place;
     const void* table[LAYERS * FIELDS];
 };
 
@@ -193,12 +211,12 @@ __device__ u32 shared_address(const void* pointer) {
     return (u32)__cvta_generic_to_shared(pointer);
 }
 
-__device__ void await_phase(u64* at, u32 parity) {
+__device__ void await_phase(u32 at, u32 parity) {
     asm volatile(
         "{.reg .pred done;\n"
         "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
         "@!done bra again;}"
-        ::"r"(shared_address(at)), "r"(parity) : "memory");
+        ::"r"(at), "r"(parity) : "memory");
 }
 
 // Where blocks find each other's numbers: residual stream behind the mixer and behind the MLP [D],
@@ -209,13 +227,10 @@ constexpr int MIDDLE = 0, OUTER = D, PROJECTIONS = 2 * D, KEYS = 5 * D, READ_OUT
 constexpr int EXCHANGED = 32 * ceil_div(7 * D + F, 8);
 __device__ int place_of(int number) { return number / 8 * 32 + number % 8; }
 
-// To all blocks, with the turn in the last bit; to each copy, for many who look at one are in each
-// other's way.
+// To all blocks, with the turn in the last bit.
 __device__ void send(float* exchange, int number, float x, u32 turn) {
     const u32 word = (__float_as_uint(x) & ~1u) | turn;
-#pragma unroll
-    for (int copy = 0; copy < COPIES; ++copy)
-        asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(exchange + copy * EXCHANGED + place_of(number)), "r"(word) : "memory");
+    asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(exchange + place_of(number)), "r"(word) : "memory");
 }
 
 // COUNT of them, from the addresses at(i); all are asked for before any is looked at.
@@ -262,23 +277,23 @@ __device__ void receive(float4 (&x)[COUNT], u32 turn, At at) {
 
 // One end of the ring: `position` counts the slots that were filled and emptied before.
 struct Ring {
-    char* slots;
-    u64 *full, *empty;  // barriers of the slots
+    u32 slots, full, empty;  // addresses in shared memory: of slots and of their barriers
     u32 position;
 
     // Copies `count` rows into the ring, each from where source(row) says.
     template <typename R, typename Source>
     __device__ void copy(int count, Source source) {
-        const int lane = threadIdx.x % 32;
+        const int lane = threadIdx.x % 32, copier = threadIdx.x / 32 - WARPS;
         for (int first = 0; first < count; first += R::IN_SLOT, ++position) {
+            if (position % COPIERS != copier) continue;
             const int rows = smaller(R::IN_SLOT, count - first);
             const u32 slot = position % SLOTS;
-            if (position >= SLOTS) await_phase(empty + slot, (position / SLOTS - 1) & 1);
+            if (position >= SLOTS) await_phase(empty + 8 * slot, (position / SLOTS - 1) & 1);
             if (position >= IN_FLIGHT) {
                 const u32 landed = position - IN_FLIGHT;
-                await_phase(full + landed % SLOTS, landed / SLOTS & 1);
+                await_phase(full + 8 * (landed % SLOTS), landed / SLOTS & 1);
             }
-            const u32 filled = shared_address(full + slot);
+            const u32 filled = full + 8 * slot;
             if (lane == 0)
                 asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
                              ::"r"(filled), "r"(rows * R::SIZE) : "memory");
@@ -287,7 +302,7 @@ struct Ring {
                 asm volatile(
                     "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes "
                     "[%0], [%1], %2, [%3];"
-                    ::"r"(shared_address(slots + slot * SLOT + row * R::STRIDE)),
+                    ::"r"(slots + slot * SLOT + row * R::STRIDE),
                       "l"(source(first + row)), "n"(R::SIZE), "r"(filled) : "memory");
         }
     }
@@ -295,7 +310,7 @@ struct Ring {
     // Until so many slots, from the next on, are full.
     __device__ void await_slots(int count) {
         const u32 at = position + threadIdx.x % 32;
-        if (at - position < count) await_phase(full + at % SLOTS, at / SLOTS & 1);
+        if (at - position < count) await_phase(full + 8 * (at % SLOTS), at / SLOTS & 1);
         __syncwarp();
     }
 
@@ -305,7 +320,7 @@ struct Ring {
         __syncwarp();
         if (at - position < count)
             asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];"
-                         ::"r"(shared_address(empty + at % SLOTS)) : "memory");
+                         ::"r"(empty + 8 * (at % SLOTS)) : "memory");
         position += count;
     }
 };
@@ -331,8 +346,8 @@ struct Product {
 
     // The matrices of a unit's 64 bytes: lanes of eight say where the rows of one begin.
     __device__ void load_unit(u32* words, int tile, int turn) {
-        const int unit = warp + turn * WARPS, matrix = lane / 8;
-        if (R::UNITS % WARPS && unit >= R::UNITS) return;
+        const int unit = warp * R::TURNS + turn, matrix = lane / 8;
+        if (R::UNITS < R::TURNS * WARPS && unit >= R::UNITS) return;
         const auto column = [&](int eight) {  // the last unit may be short: what is there twice meets zeros
             return rows[tile] + smaller(unit * 64 + eight * 16, R::SIZE - 16);
         };
@@ -353,7 +368,7 @@ struct Product {
             const int index = tile * R::HEIGHT + lane % R::HEIGHT;
             u32 slot = first_slot + index / R::IN_SLOT;
             if (slot >= SLOTS) slot -= SLOTS;
-            rows[tile] = shared_address(ring.slots) + slot * SLOT + index % R::IN_SLOT * R::STRIDE;
+            rows[tile] = ring.slots + slot * SLOT + index % R::IN_SLOT * R::STRIDE;
 #pragma unroll
             for (int turn = 0; turn < R::HELD; ++turn) load_unit(held[tile][turn], tile, turn);
         }
@@ -365,8 +380,8 @@ struct Product {
             float y[R::TILES][2][4] = {};
 #pragma unroll
             for (int turn = 0; turn < R::TURNS; ++turn) {
-                const int unit = warp + turn * WARPS;
-                if (R::UNITS % WARPS && unit >= R::UNITS) break;
+                const int unit = warp * R::TURNS + turn;
+                if (R::UNITS < R::TURNS * WARPS && unit >= R::UNITS) break;
                 uint4 x = *(const uint4*)(factor[lane / 4 % 2] + unit * 16 + lane % 4 * 4);
                 if (R::SIZE % 64 && unit == R::UNITS - 1) {
                     if (R::SIZE % 64 <= 16) x.y = 0;
@@ -412,28 +427,10 @@ struct Arguments {
     const void* const* table;         // [LAYERS, FIELDS]
     const Weight *final_norm, *head;  // [D] or null, [VOCABULARY, D]
     const float* x;                   // [D], the embedding
-    float* exchange;                  // [COPIES, EXCHANGED], from stage to stage, zero before the first step
+    float* exchange;                  // [EXCHANGED], from stage to stage, zero before the first step
     Weight* logits;                   // [VOCABULARY]
     u32* counters;                    // [2], zero before the first step: steps made, blocks at the end
     float scale, inverse_tau, norm_eps, output_norm_eps;
-};
-
-// A part's share of so many rows.
-struct Share {
-    int first, count;
-    __device__ Share(int rows, int part, int parts)
-    {
-        first = (int)((long long)rows * part / parts);
-        count = (int)((long long)rows * (part + 1) / parts) - first;
-    }
-    __device__ bool has(int row) const { return first <= row && row < first + count; }
-};
-
-struct Place {
-    int block = blockIdx.x, head = block % H;
-    Share project{3 * D, block, BLOCKS}, expand{F, block, BLOCKS}, own{D, block, BLOCKS};
-    Share logits{VOCABULARY, block, BLOCKS};
-    Share columns{block / H < PARTS ? V : 0, block / H < PARTS ? block / H : 0, PARTS};
 };
 
 // Asks for all that a layer reads beside the large weights, a line by each of all blocks' lanes.
@@ -456,11 +453,11 @@ __device__ void prefetch_layer(const void* const* table) {
 }
 
 __device__ void copy_stream(const Arguments& a, const Shared& s, Ring ring) {
-    const Place place;
+    const Place& place = s.place;
     for (int layer = 0; layer < LAYERS; ++layer) {
         const void* const* table = s.table + layer * FIELDS;
         const auto weight = [&](int field) { return (const Weight*)table[field]; };
-        prefetch_layer(table);
+        if (threadIdx.x / 32 == WARPS) prefetch_layer(table);
         ring.copy<ProjectRows>(place.project.count, [&](int i) {
             const int row = place.project.first + i;
             return row < D / 2 ? weight(Q) + row * D
@@ -481,6 +478,23 @@ __device__ void copy_stream(const Arguments& a, const Shared& s, Ring ring) {
     });
 }
 
+// Fours of a factor's entries that a lane has: a warp makes just those that it multiplies.
+template <int COLUMNS>
+struct Fours {
+    static constexpr int OF_WARP = 8 * ceil_div(ceil_div(COLUMNS, 32), WARPS), COUNT = ceil_div(OF_WARP, 32);
+    const int at = threadIdx.x / 32 * OF_WARP + threadIdx.x % 32;
+
+    __device__ int clamped(int i) const { return smaller(at + 32 * i, COLUMNS / 4 - 1); }
+    template <typename Work>
+    __device__ void for_each(Work work) const {
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i)
+            if ((OF_WARP % 32 == 0 || threadIdx.x % 32 + 32 * i < OF_WARP) && at + 32 * i < COLUMNS / 4)
+                work(i, at + 32 * i);
+    }
+};
+constexpr int FOURS = Fours<D>::COUNT;
+
 // A number of a vector of weights that may not be there.
 __device__ float entry(const void* vector, int index) {
     return vector ? widen(__ldg((const Weight*)vector + index)) : 0.0f;
@@ -493,24 +507,16 @@ struct Compute {
     Ring ring;
     const void* const* table = s.table;  // of the layer at hand
     u32 turn;
-    float* const to = a.exchange;
-    const float* const from = a.exchange + blockIdx.x % COPIES * EXCHANGED;
-    const Place place;
+    const Place& place = s.place;
     const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+    const Fours<D> fours;
 
-    // Of channels 4 (thread + i * THREADS) and the next three: a norm's weights; the convolution's, and
+    // Of this lane's fours of channels: a norm's weights; the convolution's, and
     // its inputs so far, oldest first.
     uint2 norm[FOURS], taps[FOURS][TAPS], past[FOURS][TAPS];
     // Of this thread's entries of the state.
     float state[OfState::ROWS];
     Weight balance[OfState::ROWS];
-
-    template <typename Work>
-    __device__ void for_fours(Work work) {
-#pragma unroll
-        for (int i = 0; i < FOURS; ++i)
-            if (thread + i * THREADS < D / 4) work(i, thread + i * THREADS);
-    }
 
     // Words of a product's factor, that with the first of four entries and the next, to where a lane of
     // `Product` finds its four of a unit side by side.
@@ -529,13 +535,13 @@ struct Compute {
     }
 
     __device__ void receive_fours(float4 (&x)[FOURS], int at, u32 turn) {
-        receive(x, turn, [&](int i) { return from + place_of(at + 4 * smaller(thread + i * THREADS, D / 4 - 1)); });
+        receive(x, turn, [&](int i) { return a.exchange + place_of(at + 4 * fours.clamped(i)); });
     }
 
     // What `norm_factor` finds behind a barrier.
     __device__ void square(const float4 (&x)[FOURS]) {
         float sum = 0;
-        for_fours([&](int i, int) {
+        fours.for_each([&](int i, int) {
             sum += (x[i].x * x[i].x + x[i].y * x[i].y) + (x[i].z * x[i].z + x[i].w * x[i].w);
         });
         sum = warp_sum(sum);
@@ -550,11 +556,11 @@ struct Compute {
 
     __device__ void load_norm(const void* weight) {
         const float ones[4] = {1, 1, 1, 1};
-        for_fours([&](int i, int four) { norm[i] = weight ? __ldg((const uint2*)weight + four) : pack(ones); });
+        fours.for_each([&](int i, int four) { norm[i] = weight ? __ldg((const uint2*)weight + four) : pack(ones); });
     }
     // x times the norm's weights, as a product's right side.
     __device__ void put_normed(const float4 (&x)[FOURS]) {
-        for_fours([&](int i, int four) {
+        fours.for_each([&](int i, int four) {
             const float y[4] = {x[i].x * widen(pick(norm + i, 0)), x[i].y * widen(pick(norm + i, 1)),
                                 x[i].z * widen(pick(norm + i, 2)), x[i].w * widen(pick(norm + i, 3))};
             put(four, y);
@@ -564,7 +570,7 @@ struct Compute {
     // Ahead of `project`: what it reads that no other block writes meanwhile.
     __device__ void prepare_project(const void* const* table) {
         load_norm(table[TOKEN_NORM]);
-        for_fours([&](int i, int four) {
+        fours.for_each([&](int i, int four) {
 #pragma unroll
             for (int k = 0; k < TAPS; ++k)
                 taps[i][k] = __ldg((const uint2*)table[CONVOLUTION] + four * TAPS + k);
@@ -578,7 +584,7 @@ struct Compute {
         Product<ProjectRows> product(ring, place.project.count);
         if (place.columns.count) prepare_mix();
         float mixed[FOURS][4];
-        for_fours([&](int i, int) {
+        fours.for_each([&](int i, int) {
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
                 mixed[i][j] = 0;
@@ -588,10 +594,10 @@ struct Compute {
             }
         });
         float4 x[FOURS];
-        if (first) for_fours([&](int i, int four) { x[i] = ((const float4*)a.x)[four]; });
+        if (first) fours.for_each([&](int i, int four) { x[i] = ((const float4*)a.x)[four]; });
         else receive_fours(x, OUTER, turn ^ 1);
         square(x);
-        for_fours([&](int i, int four) {
+        fours.for_each([&](int i, int four) {
             const float of_channel[4] = {x[i].x, x[i].y, x[i].z, x[i].w};
 #pragma unroll
             for (int j = 0; j < 4; ++j)
@@ -599,7 +605,7 @@ struct Compute {
         });
         barrier();
         const float factor = norm_factor();
-        for_fours([&](int i, int four) {
+        fours.for_each([&](int i, int four) {
             const float of_channel[4] = {x[i].x, x[i].y, x[i].z, x[i].w};
             float normed[4];
 #pragma unroll
@@ -612,7 +618,7 @@ struct Compute {
             }
             put(four, mixed[i]);
         });
-        barrier();
+        __syncwarp();
         product.multiply(s.factor, s.sums[0], PROJECTED);
         barrier();
         if (warp == 0)
@@ -621,10 +627,10 @@ struct Compute {
                 float y = sum_of_row(s.sums[0], PROJECTED, i);
                 if (D / 2 <= row && row < D) {
                     const float g = log_decay(y, a.inverse_tau);
-                    send(to, KEYS + row - D / 2, key_of(g), turn);
+                    send(a.exchange, KEYS + row - D / 2, key_of(g), turn);
                     y = __expf(g);
                 }
-                send(to, PROJECTIONS + row, y, turn);
+                send(a.exchange, PROJECTIONS + row, y, turn);
             }
     }
 
@@ -636,12 +642,12 @@ struct Compute {
     }
 
     __device__ void prepare_mix() {
+        const int inside = smaller(column(), place.columns.count - 1) - column();
 #pragma unroll
         for (int i = 0; i < OfState::ROWS; ++i) {
-            const int row = state_row(i);
-            const bool inside = row < K && column() < place.columns.count;
-            state[i] = inside ? *state_at(row) : 0.0f;
-            balance[i] = inside && table[AUG] ? __ldg((const Weight*)table[AUG] + place.head * K + row) : 0;
+            const int row = smaller(state_row(i), K - 1);
+            state[i] = state_at(row)[inside];
+            if (table[AUG]) balance[i] = __ldg((const Weight*)table[AUG] + place.head * K + row);
         }
     }
 
@@ -652,7 +658,7 @@ struct Compute {
             float x[3 * OfState::ROWS + 1];
             receive(x, turn, [&](int i) {
                 const int row = place.head * K + smaller(state_row(i / 3), K - 1);
-                return from + place_of(
+                return a.exchange + place_of(
                     i == 3 * OfState::ROWS ? VALUES + place.head * V + place.columns.first + column()
                     : i % 3 == 0 ? PROJECTIONS + row : i % 3 == 1 ? DECAYS + row : KEYS + row);
             });
@@ -664,7 +670,7 @@ struct Compute {
                 state[i] = decay * state[i] + key * x[3 * OfState::ROWS];
                 *state_at(state_row(i)) = state[i];
                 sum += q * state[i];
-                aug += q * key * widen(balance[i]);
+                if (table[AUG]) aug += q * key * widen(balance[i]);
             }
         }
 #pragma unroll
@@ -686,7 +692,7 @@ struct Compute {
                 }
                 y *= a.scale;
                 if (table[AUG]) y += sigmoid(aug * s.value[i]);
-                send(to, READ_OUT + place.head * V + place.columns.first + i, y, turn);
+                send(a.exchange, READ_OUT + place.head * V + place.columns.first + i, y, turn);
             }
     }
 
@@ -694,7 +700,13 @@ struct Compute {
         Product<EmitRows> product(ring, place.own.count);
         // A warp has a head, of which a lane has some four columns.
         constexpr int OF_LANE = ceil_div(V / 4, 32);
-        for (int head = warp; head < H; head += WARPS) {
+        // If a warp's part of the factor is of whole heads, these are its heads, and it need not wait.
+        constexpr int OF_WARP = 4 * Fours<D>::OF_WARP;
+        constexpr bool WHOLE = OF_WARP % V == 0;
+        const int first_head = WHOLE ? warp * (OF_WARP / V) : warp;
+        for (int i = 0; i < (WHOLE ? OF_WARP / V : ceil_div(H, WARPS)); ++i) {
+            const int head = first_head + (WHOLE ? i : i * WARPS);
+            if (head >= H) break;
             float y[OF_LANE][4], gate[OF_LANE][4], sum = 0, squares = 0;
             const auto four = [&](int i) { return smaller(lane + 32 * i, V / 4 - 1); };
             const auto inside = [&](int i) { return lane + 32 * i < V / 4; };
@@ -704,7 +716,7 @@ struct Compute {
                 bias[i] = __ldg((const uint2*)table[OUT_GATE_BIAS] + head * (V / 4) + four(i));
             float4 x[2 * OF_LANE];
             receive(x, turn, [&](int i) {
-                return from + place_of((i % 2 ? PROJECTIONS + 2 * D : READ_OUT) + head * V + 4 * four(i / 2));
+                return a.exchange + place_of((i % 2 ? PROJECTIONS + 2 * D : READ_OUT) + head * V + 4 * four(i / 2));
             });
 #pragma unroll
             for (int i = 0; i < OF_LANE; ++i) {
@@ -734,16 +746,20 @@ struct Compute {
                 if (inside(i)) put(head * (V / 4) + four(i), y[i]);
             }
         }
-        barrier();
+        if (WHOLE) {
+            __syncwarp();
+        } else {
+            barrier();
+        }
         product.multiply(s.factor, s.sums[1], OWN);
         barrier();
         if (warp == 0)
             for (int i = lane; i < place.own.count; i += 32) {
                 s.residual[i] += sum_of_row(s.sums[1], OWN, i);
-                send(to, MIDDLE + place.own.first + i, s.residual[i], turn);
+                send(a.exchange, MIDDLE + place.own.first + i, s.residual[i], turn);
             }
         // All blocks have read the convolution's state, since all heads are here.
-        for_fours([&](int i, int four) {
+        fours.for_each([&](int i, int four) {
 #pragma unroll
             for (int j = 0; j < 4; ++j)
                 if (place.own.has(4 * four + j))
@@ -760,8 +776,8 @@ struct Compute {
         load_norm(table[CHANNEL_NORM]);
         receive_fours(x, MIDDLE, turn);
         put_normed(x);
+        __syncwarp();
         square(x);
-        barrier();
         product.multiply(s.factor, s.sums[0], EXPANDED);
         barrier();
         if (warp == 0) {
@@ -775,28 +791,25 @@ struct Compute {
                 const float x = y * sigmoid(y) * z;
                 // As the next factor's two parts, of which the lower one loses a bit.
                 const Weight high = narrow(x);
-                send(to, INNER + row, __uint_as_float((u32)high << 16 | narrow(x - widen(high))), turn);
+                send(a.exchange, INNER + row, __uint_as_float((u32)high << 16 | narrow(x - widen(high))), turn);
             }
         }
     }
 
     __device__ void contract() {
         Product<ContractRows> product(ring, place.own.count);
-        constexpr int OF_THREAD = ceil_div(F / 4, THREADS);
-        float4 x[OF_THREAD];
-        receive(x, turn, [&](int i) { return from + place_of(INNER + 4 * smaller(thread + i * THREADS, F / 4 - 1)); });
-#pragma unroll
-        for (int i = 0; i < OF_THREAD; ++i) {
+        const Fours<F> fours;
+        float4 x[Fours<F>::COUNT];
+        receive(x, turn, [&](int i) { return a.exchange + place_of(INNER + 4 * fours.clamped(i)); });
+        fours.for_each([&](int i, int four) {
             const u32 parts[4] = {__float_as_uint(x[i].x), __float_as_uint(x[i].y), __float_as_uint(x[i].z),
                                   __float_as_uint(x[i].w)};
-            if (thread + i * THREADS < F / 4) {
-                put(s.factor[0], thread + i * THREADS, __byte_perm(parts[0], parts[1], 0x7632),
-                    __byte_perm(parts[2], parts[3], 0x7632));
-                put(s.factor[1], thread + i * THREADS, __byte_perm(parts[0], parts[1], 0x5410),
-                    __byte_perm(parts[2], parts[3], 0x5410));
-            }
-        }
-        barrier();
+            put(s.factor[0], four, __byte_perm(parts[0], parts[1], 0x7632),
+                __byte_perm(parts[2], parts[3], 0x7632));
+            put(s.factor[1], four, __byte_perm(parts[0], parts[1], 0x5410),
+                __byte_perm(parts[2], parts[3], 0x5410));
+        });
+        __syncwarp();
         product.multiply(s.factor, s.sums[1], OWN);
         barrier();
         if (warp == 0)
@@ -804,7 +817,7 @@ struct Compute {
                 const int row = place.own.first + i;
                 const float x = s.residual[i] + sum_of_row(s.sums[1], OWN, i)
                     + entry(table[L3_BIAS], row);
-                send(to, OUTER + row, x, turn);
+                send(a.exchange, OUTER + row, x, turn);
             }
     }
 
@@ -841,20 +854,19 @@ struct Compute {
     }
 };
 
-extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_token(const Arguments a) {
+extern "C" __global__ void __launch_bounds__(THREADS + 32 * COPIERS, 1) decode_token(const Arguments a) {
     extern __shared__ __align__(128) char memory[];
     Shared& s = *(Shared*)(memory + SLOTS * SLOT);
-    u64* const barriers = (u64*)(&s + 1);
-    const Ring ring{memory, barriers, barriers + SLOTS, 0};
-    for (int i = threadIdx.x; i < LAYERS * FIELDS; i += THREADS + 32) s.table[i] = a.table[i];
+    const u32 slots = shared_address(memory), full = shared_address(&s + 1), empty = full + 8 * SLOTS;
+    const Ring ring{slots, full, empty, 0};
+    for (int i = threadIdx.x; i < LAYERS * FIELDS; i += blockDim.x) s.table[i] = a.table[i];
     if (threadIdx.x < SLOTS) {
-        asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;"
-                     ::"r"(shared_address(ring.full + threadIdx.x)));
-        asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;"
-                     ::"r"(shared_address(ring.empty + threadIdx.x)), "n"(WARPS));
+        asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(full + 8 * threadIdx.x));
+        asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(empty + 8 * threadIdx.x), "n"(WARPS));
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     const u32 steps = *(volatile u32*)a.counters;
+    if (threadIdx.x == 0) s.place = Place(blockIdx.x);
     __syncthreads();
     if (threadIdx.x >= THREADS) {
         copy_stream(a, s, ring);
