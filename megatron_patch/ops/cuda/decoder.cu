@@ -224,7 +224,7 @@ __device__ void await_phase(u32 at, u32 parity) {
 // values [F]. Eight numbers lie on a line of memory: the more blocks write and read on one, the later
 // they find what they look for.
 constexpr int MIDDLE = 0, OUTER = D, PROJECTIONS = 2 * D, KEYS = 5 * D, READ_OUT = 6 * D, INNER = 7 * D;
-constexpr int EXCHANGED = 32 * ceil_div(7 * D + F, 8);
+[[maybe_unused]] constexpr int EXCHANGED = 32 * ceil_div(7 * D + F, 8);
 __device__ int place_of(int number) { return number / 8 * 32 + number % 8; }
 
 // To all blocks, with the turn in the last bit.
@@ -619,11 +619,12 @@ struct Compute {
             put(four, mixed[i]);
         });
         __syncwarp();
+        const Share rows = place.project;
         product.multiply(s.factor, s.sums[0], PROJECTED);
         barrier();
         if (warp == 0)
-            for (int i = lane; i < place.project.count; i += 32) {
-                const int row = place.project.first + i;
+            for (int i = lane; i < rows.count; i += 32) {
+                const int row = rows.first + i;
                 float y = sum_of_row(s.sums[0], PROJECTED, i);
                 if (D / 2 <= row && row < D) {
                     const float g = log_decay(y, a.inverse_tau);
@@ -652,14 +653,16 @@ struct Compute {
     }
 
     __device__ void mix() {
+        const Share columns = place.columns;
+        const int head = place.head;
         constexpr int DECAYS = PROJECTIONS + D / 2, VALUES = PROJECTIONS + D;
         float sum = 0, aug = 0;
-        if (column() < place.columns.count) {
+        if (column() < columns.count) {
             float x[3 * OfState::ROWS + 1];
             receive(x, turn, [&](int i) {
-                const int row = place.head * K + smaller(state_row(i / 3), K - 1);
+                const int row = head * K + smaller(state_row(i / 3), K - 1);
                 return a.exchange + place_of(
-                    i == 3 * OfState::ROWS ? VALUES + place.head * V + place.columns.first + column()
+                    i == 3 * OfState::ROWS ? VALUES + head * V + columns.first + column()
                     : i % 3 == 0 ? PROJECTIONS + row : i % 3 == 1 ? DECAYS + row : KEYS + row);
             });
             if (thread < OfState::ACROSS) s.value[column()] = x[3 * OfState::ROWS];
@@ -683,7 +686,7 @@ struct Compute {
         if (column() == 0) s.aug[part] = aug;
         barrier();
         if (warp == 0)
-            for (int i = lane; i < place.columns.count; i += 32) {
+            for (int i = lane; i < columns.count; i += 32) {
                 float y = 0, aug = 0;
 #pragma unroll
                 for (int part = 0; part < OfState::SUMS; ++part) {
@@ -692,7 +695,7 @@ struct Compute {
                 }
                 y *= a.scale;
                 if (table[AUG]) y += sigmoid(aug * s.value[i]);
-                send(a.exchange, READ_OUT + place.head * V + place.columns.first + i, y, turn);
+                send(a.exchange, READ_OUT + head * V + columns.first + i, y, turn);
             }
     }
 
@@ -751,12 +754,13 @@ struct Compute {
         } else {
             barrier();
         }
+        const Share own = place.own;
         product.multiply(s.factor, s.sums[1], OWN);
         barrier();
         if (warp == 0)
-            for (int i = lane; i < place.own.count; i += 32) {
+            for (int i = lane; i < own.count; i += 32) {
                 s.residual[i] += sum_of_row(s.sums[1], OWN, i);
-                send(a.exchange, MIDDLE + place.own.first + i, s.residual[i], turn);
+                send(a.exchange, MIDDLE + own.first + i, s.residual[i], turn);
             }
         // All blocks have read the convolution's state, since all heads are here.
         fours.for_each([&](int i, int four) {
@@ -778,12 +782,13 @@ struct Compute {
         put_normed(x);
         __syncwarp();
         square(x);
+        const Share rows = place.expand;
         product.multiply(s.factor, s.sums[0], EXPANDED);
         barrier();
         if (warp == 0) {
             const float factor = norm_factor();
-            for (int i = lane; i < place.expand.count; i += 32) {
-                const int row = place.expand.first + i;
+            for (int i = lane; i < rows.count; i += 32) {
+                const int row = rows.first + i;
                 const float y = sum_of_row(s.sums[0], EXPANDED, 2 * i) * factor
                     + entry(table[L1_BIAS], row);
                 const float z = sum_of_row(s.sums[0], EXPANDED, 2 * i + 1) * factor
@@ -810,11 +815,12 @@ struct Compute {
                 __byte_perm(parts[2], parts[3], 0x5410));
         });
         __syncwarp();
+        const Share own = place.own;
         product.multiply(s.factor, s.sums[1], OWN);
         barrier();
         if (warp == 0)
-            for (int i = lane; i < place.own.count; i += 32) {
-                const int row = place.own.first + i;
+            for (int i = lane; i < own.count; i += 32) {
+                const int row = own.first + i;
                 const float x = s.residual[i] + sum_of_row(s.sums[1], OWN, i)
                     + entry(table[L3_BIAS], row);
                 send(a.exchange, OUTER + row, x, turn);
