@@ -597,12 +597,6 @@ struct Compute {
         if (first) fours.for_each([&](int i, int four) { x[i] = ((const float4*)a.x)[four]; });
         else receive_fours(x, OUTER, turn ^ 1);
         square(x);
-        fours.for_each([&](int i, int four) {
-            const float of_channel[4] = {x[i].x, x[i].y, x[i].z, x[i].w};
-#pragma unroll
-            for (int j = 0; j < 4; ++j)
-                if (place.own.has(4 * four + j)) s.residual[4 * four + j - place.own.first] = of_channel[j];
-        });
         barrier();
         const float factor = norm_factor();
         fours.for_each([&](int i, int four) {
@@ -717,20 +711,23 @@ struct Compute {
 #pragma unroll
             for (int i = 0; i < OF_LANE; ++i)
                 bias[i] = __ldg((const uint2*)table[OUT_GATE_BIAS] + head * (V / 4) + four(i));
-            float4 x[2 * OF_LANE];
+            float4 x[OF_LANE];
             receive(x, turn, [&](int i) {
-                return a.exchange + place_of((i % 2 ? PROJECTIONS + 2 * D : READ_OUT) + head * V + 4 * four(i / 2));
+                return a.exchange + place_of(PROJECTIONS + 2 * D + head * V + 4 * four(i));
             });
 #pragma unroll
             for (int i = 0; i < OF_LANE; ++i) {
-                const float read[4] = {x[2 * i].x, x[2 * i].y, x[2 * i].z, x[2 * i].w};
-                const float gates[4] = {x[2 * i + 1].x, x[2 * i + 1].y, x[2 * i + 1].z, x[2 * i + 1].w};
+                const float gates[4] = {x[i].x, x[i].y, x[i].z, x[i].w};
 #pragma unroll
                 for (int j = 0; j < 4; ++j) {
-                    y[i][j] = read[j];
                     gate[i][j] = gates[j] + widen(pick(bias + i, j));
                     gate[i][j] *= sigmoid(gate[i][j]);
                 }
+            }
+            receive(x, turn, [&](int i) { return a.exchange + place_of(READ_OUT + head * V + 4 * four(i)); });
+#pragma unroll
+            for (int i = 0; i < OF_LANE; ++i) {
+                y[i][0] = x[i].x, y[i][1] = x[i].y, y[i][2] = x[i].z, y[i][3] = x[i].w;
                 if (inside(i)) sum += (y[i][0] + y[i][1]) + (y[i][2] + y[i][3]);
             }
             const float mean = warp_sum(sum) / V;
@@ -764,9 +761,10 @@ struct Compute {
             }
         // All blocks have read the convolution's state, since all heads are here.
         fours.for_each([&](int i, int four) {
+            if (4 * four + 4 <= own.first || own.first + own.count <= 4 * four) return;
 #pragma unroll
             for (int j = 0; j < 4; ++j)
-                if (place.own.has(4 * four + j))
+                if (own.has(4 * four + j))
 #pragma unroll
                     for (int tap = 0; tap < TAPS - 1; ++tap)
                         ((Weight*)table[CONVOLUTION_STATE])[(4 * four + j) * (TAPS - 1) + tap] =
@@ -821,9 +819,8 @@ struct Compute {
         if (warp == 0)
             for (int i = lane; i < own.count; i += 32) {
                 const int row = own.first + i;
-                const float x = s.residual[i] + sum_of_row(s.sums[1], OWN, i)
-                    + entry(table[L3_BIAS], row);
-                send(a.exchange, OUTER + row, x, turn);
+                s.residual[i] += sum_of_row(s.sums[1], OWN, i) + entry(table[L3_BIAS], row);
+                send(a.exchange, OUTER + row, s.residual[i], turn);
             }
     }
 
@@ -847,6 +844,8 @@ struct Compute {
     }
 
     __device__ void run() {
+        if (warp == 0)
+            for (int i = lane; i < place.own.count; i += 32) s.residual[i] = a.x[place.own.first + i];
         prepare_project(table);
         for (int layer = 0; layer < LAYERS; ++layer, table += FIELDS, turn ^= 1) {
             if (place.project.count) project(layer == 0);

@@ -19,6 +19,7 @@ SMALLEST_CAPABILITY = (9, 0)  # with bulk copies into shared memory
 LARGEST_ROW = 32768  # bytes of a weight's row, which a slot of the ring has to hold
 LARGEST_STATE = 16384  # entries of a head's state
 VECTOR = 16  # bytes
+BLOCKS = 0
 EXCHANGES = 16
 
 
@@ -49,10 +50,10 @@ class Decoder:
             device.index,
             LAYERS=len(layers), D=dim, H=heads, F=inner, TAPS=first.convolution.shape[-1],
             VOCABULARY=vocabulary, BFLOAT16=int(dtype == torch.bfloat16),
-            WARPS=WARPS, COPIERS=COPIERS, BLOCKS=properties.multi_processor_count,
+            WARPS=WARPS, COPIERS=COPIERS, BLOCKS=BLOCKS or properties.multi_processor_count,
             SHARED_BYTES=properties.shared_memory_per_block_optin,
         )  # fmt: skip
-        self._grid = properties.multi_processor_count
+        self._grid = BLOCKS or properties.multi_processor_count
         self._shared_bytes = properties.shared_memory_per_block_optin
         addresses = [[0 if x is None else x.data_ptr() for x in layer] for layer in layers]
 
