@@ -204,8 +204,13 @@ __device__ float warp_sum(float x) {
 
 // --- Between threads ---
 
-// All threads that compute.
+// Among all threads that compute.
 __device__ void barrier() { asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory"); }
+
+// From these to the warp that sends: sums of a stage are there. Which of two barriers and of two places
+// for sums it is changes with every stage, for who computes need not wait for who sends.
+__device__ void hand_over(int side) { asm volatile("bar.arrive %0, %1;" ::"r"(2 + side), "n"(THREADS + 32) : "memory"); }
+__device__ void await_sums(int side) { asm volatile("bar.sync %0, %1;" ::"r"(2 + side), "n"(THREADS + 32) : "memory"); }
 
 __device__ u32 shared_address(const void* pointer) {
     return (u32)__cvta_generic_to_shared(pointer);
@@ -283,7 +288,7 @@ struct Ring {
     // Copies `count` rows into the ring, each from where source(row) says.
     template <typename R, typename Source>
     __device__ void copy(int count, Source source) {
-        const int lane = threadIdx.x % 32, copier = threadIdx.x / 32 - WARPS;
+        const int lane = threadIdx.x % 32, copier = threadIdx.x / 32 - WARPS - 1;
         for (int first = 0; first < count; first += R::IN_SLOT, ++position) {
             if (position % COPIERS != copier) continue;
             const int rows = smaller(R::IN_SLOT, count - first);
@@ -414,6 +419,13 @@ struct Product {
     }
 };
 
+__device__ float sum_of_squares(const float* squares) {
+    float sum = 0;
+#pragma unroll
+    for (int i = 0; i < WARPS; ++i) sum += squares[i];
+    return sum;
+}
+
 __device__ float sum_of_row(const float* sums, int stride, int row) {
     float sum = 0;
 #pragma unroll
@@ -457,7 +469,7 @@ __device__ void copy_stream(const Arguments& a, const Shared& s, Ring ring) {
     for (int layer = 0; layer < LAYERS; ++layer) {
         const void* const* table = s.table + layer * FIELDS;
         const auto weight = [&](int field) { return (const Weight*)table[field]; };
-        if (threadIdx.x / 32 == WARPS) prefetch_layer(table);
+        if (threadIdx.x / 32 == WARPS + 1) prefetch_layer(table);
         ring.copy<ProjectRows>(place.project.count, [&](int i) {
             const int row = place.project.first + i;
             return row < D / 2 ? weight(Q) + row * D
@@ -500,16 +512,120 @@ __device__ float entry(const void* vector, int index) {
     return vector ? widen(__ldg((const Weight*)vector + index)) : 0.0f;
 }
 
+// What a warp of its own does: sums up what others have, and sends it to all blocks.
+struct Sender {
+    const Arguments& a;
+    Shared& s;
+    const void* const* table;  // of the layer at hand
+    u32 turn;
+    const Place& place = s.place;
+    const int lane = threadIdx.x % 32;
+    int side = 0;
+
+    // Work for each row of a share, of which there are sums [WARPS, stride].
+    template <typename Work>
+    __device__ void for_rows(const Share& share, Work work) {
+        await_sums(side);
+        for (int i = lane; i < share.count; i += 32) work(i, share.first + i, s.sums[side]);
+        side ^= 1;
+    }
+
+    __device__ float norm_factor() { return rsqrtf(sum_of_squares(s.squares) / D + a.norm_eps); }
+
+    __device__ void project() {
+        for_rows(place.project, [&](int i, int row, const float* sums) {
+            float y = sum_of_row(sums, PROJECTED, i);
+            if (D / 2 <= row && row < D) {
+                const float g = log_decay(y, a.inverse_tau);
+                send(a.exchange, KEYS + row - D / 2, key_of(g), turn);
+                y = __expf(g);
+            }
+            send(a.exchange, PROJECTIONS + row, y, turn);
+        });
+    }
+
+    __device__ void mix() {
+        for_rows(place.columns, [&](int i, int column, const float*) {
+            float y = 0, aug = 0;
+#pragma unroll
+            for (int part = 0; part < OfState::SUMS; ++part) {
+                y += s.read_out[part][i];
+                aug += s.aug[part];
+            }
+            y *= a.scale;
+            if (table[AUG]) y += sigmoid(aug * s.value[i]);
+            send(a.exchange, READ_OUT + place.head * V + column, y, turn);
+        });
+    }
+
+    __device__ void emit() {
+        for_rows(place.own, [&](int i, int row, const float* sums) {
+            s.residual[i] += sum_of_row(sums, OWN, i);
+            send(a.exchange, MIDDLE + row, s.residual[i], turn);
+        });
+    }
+
+    __device__ void expand() {
+        for_rows(place.expand, [&](int i, int row, const float* sums) {
+            const float factor = norm_factor();
+            const float y = sum_of_row(sums, EXPANDED, 2 * i) * factor + entry(table[L1_BIAS], row);
+            const float z = sum_of_row(sums, EXPANDED, 2 * i + 1) * factor + entry(table[L2_BIAS], row);
+            const float x = y * sigmoid(y) * z;
+            // As the next factor's two parts, of which the lower one loses a bit.
+            const Weight high = narrow(x);
+            send(a.exchange, INNER + row, __uint_as_float((u32)high << 16 | narrow(x - widen(high))), turn);
+        });
+    }
+
+    __device__ void contract() {
+        for_rows(place.own, [&](int i, int row, const float* sums) {
+            s.residual[i] += sum_of_row(sums, OWN, i) + entry(table[L3_BIAS], row);
+            send(a.exchange, OUTER + row, s.residual[i], turn);
+        });
+    }
+
+    __device__ void logits() {
+        for (int first = 0; first < place.logits.count; first += HEAD_ROWS) {
+            Share rows = place.logits;
+            rows.first += first;
+            rows.count = smaller(HEAD_ROWS, rows.count - first);
+            for_rows(rows, [&](int i, int row, const float* sums) {
+                a.logits[row] = narrow(sum_of_row(sums, HEAD_ROWS, i) * norm_factor());
+            });
+        }
+    }
+
+    __device__ void run() {
+        for (int i = lane; i < place.own.count; i += 32) s.residual[i] = a.x[place.own.first + i];
+        for (int layer = 0; layer < LAYERS; ++layer, table += FIELDS, turn ^= 1) {
+            if (place.project.count) project();
+            if (place.columns.count) mix();
+            if (place.own.count) emit();
+            if (place.expand.count) expand();
+            if (place.own.count) contract();
+        }
+        logits();
+    }
+};
+
 // What the warps that compute do, thread by thread.
 struct Compute {
     const Arguments& a;
     Shared& s;
     Ring ring;
+    int side = 0;
     const void* const* table = s.table;  // of the layer at hand
     u32 turn;
     const Place& place = s.place;
     const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
     const Fours<D> fours;
+
+    template <typename P>
+    __device__ void finish(P& product, int stride) {
+        product.multiply(s.factor, s.sums[side], stride);
+        hand_over(side);
+        side ^= 1;
+    }
 
     // Of this lane's fours of channels: a norm's weights; the convolution's, and
     // its inputs so far, oldest first.
@@ -538,7 +654,7 @@ struct Compute {
         receive(x, turn, [&](int i) { return a.exchange + place_of(at + 4 * fours.clamped(i)); });
     }
 
-    // What `norm_factor` finds behind a barrier.
+    // For a norm's factor, by warps.
     __device__ void square(const float4 (&x)[FOURS]) {
         float sum = 0;
         fours.for_each([&](int i, int) {
@@ -547,13 +663,6 @@ struct Compute {
         sum = warp_sum(sum);
         if (lane == 0) s.squares[warp] = sum;
     }
-    __device__ float norm_factor() {
-        float sum = 0;
-#pragma unroll
-        for (int i = 0; i < WARPS; ++i) sum += s.squares[i];
-        return rsqrtf(sum / D + a.norm_eps);
-    }
-
     __device__ void load_norm(const void* weight) {
         const float ones[4] = {1, 1, 1, 1};
         fours.for_each([&](int i, int four) { norm[i] = weight ? __ldg((const uint2*)weight + four) : pack(ones); });
@@ -598,7 +707,7 @@ struct Compute {
         else receive_fours(x, OUTER, turn ^ 1);
         square(x);
         barrier();
-        const float factor = norm_factor();
+        const float factor = rsqrtf(sum_of_squares(s.squares) / D + a.norm_eps);
         fours.for_each([&](int i, int four) {
             const float of_channel[4] = {x[i].x, x[i].y, x[i].z, x[i].w};
             float normed[4];
@@ -613,20 +722,7 @@ struct Compute {
             put(four, mixed[i]);
         });
         __syncwarp();
-        const Share rows = place.project;
-        product.multiply(s.factor, s.sums[0], PROJECTED);
-        barrier();
-        if (warp == 0)
-            for (int i = lane; i < rows.count; i += 32) {
-                const int row = rows.first + i;
-                float y = sum_of_row(s.sums[0], PROJECTED, i);
-                if (D / 2 <= row && row < D) {
-                    const float g = log_decay(y, a.inverse_tau);
-                    send(a.exchange, KEYS + row - D / 2, key_of(g), turn);
-                    y = __expf(g);
-                }
-                send(a.exchange, PROJECTIONS + row, y, turn);
-            }
+        finish(product, PROJECTED);
     }
 
     // The state's column and row of a thread's entry; the columns are this block's.
@@ -678,19 +774,8 @@ struct Compute {
         const int part = OfState::ACROSS < 32 ? warp : thread / OfState::ACROSS;
         if (OfState::ACROSS >= 32 || lane < OfState::ACROSS) s.read_out[part][column()] = sum;
         if (column() == 0) s.aug[part] = aug;
-        barrier();
-        if (warp == 0)
-            for (int i = lane; i < columns.count; i += 32) {
-                float y = 0, aug = 0;
-#pragma unroll
-                for (int part = 0; part < OfState::SUMS; ++part) {
-                    y += s.read_out[part][i];
-                    aug += s.aug[part];
-                }
-                y *= a.scale;
-                if (table[AUG]) y += sigmoid(aug * s.value[i]);
-                send(a.exchange, READ_OUT + head * V + columns.first + i, y, turn);
-            }
+        hand_over(side);
+        side ^= 1;
     }
 
     __device__ void emit() {
@@ -751,14 +836,8 @@ struct Compute {
         } else {
             barrier();
         }
+        finish(product, OWN);
         const Share own = place.own;
-        product.multiply(s.factor, s.sums[1], OWN);
-        barrier();
-        if (warp == 0)
-            for (int i = lane; i < own.count; i += 32) {
-                s.residual[i] += sum_of_row(s.sums[1], OWN, i);
-                send(a.exchange, MIDDLE + own.first + i, s.residual[i], turn);
-            }
         // All blocks have read the convolution's state, since all heads are here.
         fours.for_each([&](int i, int four) {
             if (4 * four + 4 <= own.first || own.first + own.count <= 4 * four) return;
@@ -780,23 +859,7 @@ struct Compute {
         put_normed(x);
         __syncwarp();
         square(x);
-        const Share rows = place.expand;
-        product.multiply(s.factor, s.sums[0], EXPANDED);
-        barrier();
-        if (warp == 0) {
-            const float factor = norm_factor();
-            for (int i = lane; i < rows.count; i += 32) {
-                const int row = rows.first + i;
-                const float y = sum_of_row(s.sums[0], EXPANDED, 2 * i) * factor
-                    + entry(table[L1_BIAS], row);
-                const float z = sum_of_row(s.sums[0], EXPANDED, 2 * i + 1) * factor
-                    + entry(table[L2_BIAS], row);
-                const float x = y * sigmoid(y) * z;
-                // As the next factor's two parts, of which the lower one loses a bit.
-                const Weight high = narrow(x);
-                send(a.exchange, INNER + row, __uint_as_float((u32)high << 16 | narrow(x - widen(high))), turn);
-            }
-        }
+        finish(product, EXPANDED);
     }
 
     __device__ void contract() {
@@ -813,15 +876,7 @@ struct Compute {
                 __byte_perm(parts[2], parts[3], 0x5410));
         });
         __syncwarp();
-        const Share own = place.own;
-        product.multiply(s.factor, s.sums[1], OWN);
-        barrier();
-        if (warp == 0)
-            for (int i = lane; i < own.count; i += 32) {
-                const int row = own.first + i;
-                s.residual[i] += sum_of_row(s.sums[1], OWN, i) + entry(table[L3_BIAS], row);
-                send(a.exchange, OUTER + row, s.residual[i], turn);
-            }
+        finish(product, OWN);
     }
 
     __device__ void logits() {
@@ -829,23 +884,17 @@ struct Compute {
         load_norm(a.final_norm);
         receive_fours(x, OUTER, turn ^ 1);
         put_normed(x);
+        __syncwarp();
         square(x);
-        barrier();
-        const float factor = norm_factor();
         for (int first = 0; first < place.logits.count; first += HEAD_ROWS) {
-            const int rows = smaller(HEAD_ROWS, place.logits.count - first);
-            float* sums = s.sums[first / HEAD_ROWS % 2];
-            Product<HeadRows>(ring, rows).multiply(s.factor, sums, HEAD_ROWS);
-            barrier();
-            if (thread < rows)
-                a.logits[place.logits.first + first + thread] =
-                    narrow(sum_of_row(sums, HEAD_ROWS, thread) * factor);
+            Product<HeadRows> product(ring, smaller(HEAD_ROWS, place.logits.count - first));
+            product.multiply(s.factor, s.sums[side], HEAD_ROWS);
+            await_sums(side);  // nobody is more than one part ahead of who sends
+            side ^= 1;
         }
     }
 
     __device__ void run() {
-        if (warp == 0)
-            for (int i = lane; i < place.own.count; i += 32) s.residual[i] = a.x[place.own.first + i];
         prepare_project(table);
         for (int layer = 0; layer < LAYERS; ++layer, table += FIELDS, turn ^= 1) {
             if (place.project.count) project(layer == 0);
@@ -859,7 +908,7 @@ struct Compute {
     }
 };
 
-extern "C" __global__ void __launch_bounds__(THREADS + 32 * COPIERS, 1) decode_token(const Arguments a) {
+extern "C" __global__ void __launch_bounds__(THREADS + 32 + 32 * COPIERS, 1) decode_token(const Arguments a) {
     extern __shared__ __align__(128) char memory[];
     Shared& s = *(Shared*)(memory + SLOTS * SLOT);
     const u32 slots = shared_address(memory), full = shared_address(&s + 1), empty = full + 8 * SLOTS;
@@ -873,11 +922,13 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32 * COPIERS, 1) decode_t
     const u32 steps = *(volatile u32*)a.counters;
     if (threadIdx.x == 0) s.place = Place(blockIdx.x);
     __syncthreads();
-    if (threadIdx.x >= THREADS) {
-        copy_stream(a, s, ring);
+    const u32 turn = (steps * LAYERS + 1) & 1;
+    if (threadIdx.x < THREADS) {
+        Compute{a, s, ring, 0, s.table, turn}.run();
+    } else if (threadIdx.x < THREADS + 32) {
+        Sender{a, s, s.table, turn}.run();
     } else {
-        Compute compute{a, s, ring, s.table, (steps * LAYERS + 1) & 1};
-        compute.run();
+        copy_stream(a, s, ring);
     }
     // All blocks have read the number of steps when the last of them is here.
     if (threadIdx.x == 0 && atomicAdd(a.counters + 1, 1) == BLOCKS - 1) {

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_patch.ops.token_decoder import LayerTensors
 
-WARPS, COPIERS = 8, 1  # of a block: warps that compute, and those that copy
+WARPS, COPIERS = 8, 3  # of a block: warps that compute, and those that copy
 SMALLEST_CAPABILITY = (9, 0)  # with bulk copies into shared memory
 LARGEST_ROW = 32768  # bytes of a weight's row, which a slot of the ring has to hold
 LARGEST_STATE = 16384  # entries of a head's state
@@ -79,7 +79,7 @@ class Decoder:
             # Cooperative: all blocks run at once, since they wait for each other.
             _checked(
                 driver.cuLaunchCooperativeKernel(
-                    self._kernel, self._grid, 1, 1, 32 * (WARPS + COPIERS), 1, 1, self._shared_bytes, stream,
+                    self._kernel, self._grid, 1, 1, 32 * (WARPS + 1 + COPIERS), 1, 1, self._shared_bytes, stream,
                     ctypes.addressof(self._parameters),
                 )  # fmt: skip
             )
