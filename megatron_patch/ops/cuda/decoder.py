@@ -14,13 +14,13 @@ from torch import Tensor
 
 from megatron_patch.ops.token_decoder import LayerTensors
 
-WARPS, COPIERS = 8, 3  # of a block: warps that compute, and those that copy
+WARPS = 8  # of a block, that compute; one more sends, and one or two copy
+ROWS_TOGETHER = 8  # that blocks send each other: so many lie on a line of memory
+SMALL_LAYER = 2**18  # bytes of a layer, of a block
 SMALLEST_CAPABILITY = (9, 0)  # with bulk copies into shared memory
 LARGEST_ROW = 32768  # bytes of a weight's row, which a slot of the ring has to hold
 LARGEST_STATE = 16384  # entries of a head's state
 VECTOR = 16  # bytes
-BLOCKS = 0
-EXCHANGES = 16
 
 
 class Arguments(ctypes.Structure):
@@ -43,18 +43,18 @@ class Decoder:
         output_norm_eps: float,
     ):
         device, dtype, first = head.device, head.dtype, layers[0]
-        heads = first.state.shape[1]
         (inner, dim), (vocabulary, _) = first.l1.shape, head.shape
         properties = torch.cuda.get_device_properties(device)
-        self._kernel = _compile(
-            device.index,
-            LAYERS=len(layers), D=dim, H=heads, F=inner, TAPS=first.convolution.shape[-1],
-            VOCABULARY=vocabulary, BFLOAT16=int(dtype == torch.bfloat16),
-            WARPS=WARPS, COPIERS=COPIERS, BLOCKS=BLOCKS or properties.multi_processor_count,
-            SHARED_BYTES=properties.shared_memory_per_block_optin,
+        shared_bytes = properties.shared_memory_per_block_optin
+        numbers = numbers_of(
+            layers=len(layers), dim=dim, heads=first.state.shape[1], inner=inner,
+            taps=first.convolution.shape[-1], vocabulary=vocabulary, dtype=dtype,
+            multiprocessors=properties.multi_processor_count, shared_bytes=shared_bytes,
         )  # fmt: skip
-        self._grid = BLOCKS or properties.multi_processor_count
-        self._shared_bytes = properties.shared_memory_per_block_optin
+        self._kernel = _load(device, **numbers)
+        # What adds to the warps that compute: one that sends, and those that copy.
+        threads = 32 * (WARPS + 1 + numbers["COPIERS"])
+        self._launch = (numbers["BLOCKS"], 1, 1, threads, 1, 1, shared_bytes)
         addresses = [[0 if x is None else x.data_ptr() for x in layer] for layer in layers]
 
         def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -63,7 +63,7 @@ class Decoder:
         self.x, self.logits = zeros(dim), zeros(vocabulary, dtype=dtype)
         tensors = [
             torch.tensor(addresses, dtype=torch.int64, device=device), final_norm, head, self.x,
-            zeros(EXCHANGES * 4 * (7 * dim + inner + 32)), self.logits, zeros(2, dtype=torch.int32),
+            zeros(4 * (7 * dim + inner)), self.logits, zeros(2, dtype=torch.int32),
         ]  # fmt: skip
         self._tensors = layers, tensors  # kept alive: the kernel has their addresses alone
         self._arguments = Arguments(
@@ -76,12 +76,10 @@ class Decoder:
         """From the token's embedding in `x` to `logits`; the states move on."""
         with torch.cuda.device_of(self.x):
             stream = torch.cuda.current_stream().cuda_stream
+            parameters = ctypes.addressof(self._parameters)
             # Cooperative: all blocks run at once, since they wait for each other.
             _checked(
-                driver.cuLaunchCooperativeKernel(
-                    self._kernel, self._grid, 1, 1, 32 * (WARPS + 1 + COPIERS), 1, 1, self._shared_bytes, stream,
-                    ctypes.addressof(self._parameters),
-                )  # fmt: skip
+                driver.cuLaunchCooperativeKernel(self._kernel, *self._launch, stream, parameters)
             )
 
 
@@ -90,44 +88,94 @@ def fits(layer: LayerTensors, head: Tensor) -> bool:
     _, heads, key_width, value_width = layer.state.shape
     inner, dim = layer.l1.shape
     size = head.element_size()
-    properties = torch.cuda.get_device_properties(head.device)
     return (
-        (properties.major, properties.minor) >= SMALLEST_CAPABILITY
-        and head.dtype in (torch.bfloat16, torch.float16)
-        and heads <= properties.multi_processor_count
+        head.dtype in (torch.bfloat16, torch.float16)
+        and torch.cuda.get_device_capability(head.device) >= SMALLEST_CAPABILITY
+        and _architecture(head.device) in known_architectures()
+        and heads <= _multiprocessors(head.device)
+        and dim <= inner
         and not any(width * size % VECTOR for width in (dim, inner, value_width))
         and max(dim, inner) * size <= LARGEST_ROW
         and key_width * value_width <= LARGEST_STATE
     )
 
 
-@functools.lru_cache(maxsize=16)
-def _compile(device: int, **numbers: int) -> driver.CUfunction:
-    """decoder.cu with these numbers in place of its names in capital letters."""
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _architecture(device: torch.device) -> int:
     major, minor = torch.cuda.get_device_capability(device)
-    options = [f"--gpu-architecture=sm_{major}{minor}", "--std=c++17"]
-    options += [f"--define-macro={name}={number}" for name, number in numbers.items()]
-    source = Path(__file__).with_suffix(".cu").read_bytes()
-    program = _checked(nvrtc.nvrtcCreateProgram(source, b"decoder.cu", 0, [], []))
+    return 10 * major + minor
+
+
+@functools.lru_cache(maxsize=1)
+def known_architectures() -> tuple[int, ...]:
+    """For which the compiler at hand, if there is one, makes code."""
     try:
-        options = [option.encode() for option in options]
-        (result,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
+        return tuple(_checked(nvrtc.nvrtcGetSupportedArchs()))
+    except RuntimeError:  # the library is not found
+        return ()
+
+
+@functools.lru_cache(maxsize=16)
+def _load(device: torch.device, **numbers: int) -> driver.CUfunction:
+    code = compile_kernel(_architecture(device), **numbers)
+    with torch.cuda.device(device):
+        torch.cuda.current_stream()  # the device's context exists from here on
+        library = _checked(driver.cuLibraryLoadData(code, [], [], 0, [], [], 0))
+        kernel = _checked(driver.cuLibraryGetKernel(library, b"decode_token"))
+        function = _checked(driver.cuKernelGetFunction(kernel))
+        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        _checked(driver.cuFuncSetAttribute(function, attribute, numbers["SHARED_BYTES"]))
+    return function
+
+
+def numbers_of(
+    *,
+    layers: int,
+    dim: int,
+    heads: int,
+    inner: int,
+    taps: int,
+    vocabulary: int,
+    dtype: torch.dtype,
+    multiprocessors: int,
+    shared_bytes: int,
+) -> dict[str, int]:
+    """What decoder.cu has to be compiled with, for a model and a GPU."""
+    blocks = max(heads, multiprocessors // ROWS_TOGETHER * ROWS_TOGETHER)
+    # Where a block's part of a layer about fits the ring, to read it sooner would only delay what
+    # blocks send each other.
+    is_small = (4 * dim + 3 * inner) * dim * dtype.itemsize <= blocks * SMALL_LAYER
+    return dict(
+        LAYERS=layers, D=dim, H=heads, F=inner, TAPS=taps, VOCABULARY=vocabulary,
+        BFLOAT16=int(dtype == torch.bfloat16), BLOCKS=blocks, WARPS=WARPS,
+        COPIERS=1 if is_small else 2, HELD_WORDS=64 if is_small else 32, SHARED_BYTES=shared_bytes,
+    )  # fmt: skip
+
+
+def compile_kernel(architecture: int, **numbers: int) -> bytes:
+    """decoder.cu with these numbers for its names in capital letters, as code for GPUs of an
+    architecture: 90 is compute capability 9.0."""
+    source = Path(__file__).with_suffix(".cu")
+    options = [f"--gpu-architecture=sm_{architecture}", "--std=c++17"]
+    options += [f"--include-path={source.parent}"]
+    options += [f"--define-macro={name}={number}" for name, number in numbers.items()]
+    program = _checked(nvrtc.nvrtcCreateProgram(source.read_bytes(), b"decoder.cu", 0, [], []))
+    try:
+        (result,) = nvrtc.nvrtcCompileProgram(
+            program, len(options), [option.encode() for option in options]
+        )
         if result != nvrtc.nvrtcResult.NVRTC_SUCCESS:
             log = bytearray(_checked(nvrtc.nvrtcGetProgramLogSize(program)))
             _checked(nvrtc.nvrtcGetProgramLog(program, log))
             raise RuntimeError(f"decoder.cu does not compile with {numbers}:\n{log.decode()}")
         code = bytearray(_checked(nvrtc.nvrtcGetCUBINSize(program)))
         _checked(nvrtc.nvrtcGetCUBIN(program, code))
+        return bytes(code)
     finally:
         nvrtc.nvrtcDestroyProgram(program)
-    with torch.cuda.device(device):
-        torch.cuda.current_stream()  # the device's context exists from here on
-        library = _checked(driver.cuLibraryLoadData(bytes(code), [], [], 0, [], [], 0))
-        kernel = _checked(driver.cuLibraryGetKernel(library, b"decode_token"))
-        function = _checked(driver.cuKernelGetFunction(kernel))
-        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        _checked(driver.cuFuncSetAttribute(function, attribute, numbers["SHARED_BYTES"]))
-    return function
 
 
 def _checked(answer: tuple[Any, ...]) -> Any:

@@ -1,0 +1,135 @@
+"""The decoder in CUDA C++: that it compiles for the models of configs/, and on a GPU its steps."""
+
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from megatron_patch.hf import MetaLACache
+from megatron_patch.hf.decoding_metala import _kernel
+from tests.ops.decoder_steps import (
+    DEVICE,
+    SMALL,
+    WIDE,
+    WIDER,
+    WIDEST,
+    build,
+    check,
+    states_of,
+    two_runs,
+)
+
+if find_spec("cuda") is None or find_spec("cuda.bindings") is None:
+    pytest.skip("cuda-bindings is not installed", allow_module_level=True)
+from megatron_patch.ops.cuda import decoder
+
+token_decoder = import_module("megatron_patch.ops.token_decoder")
+CONFIGS = sorted((Path(__file__).resolve().parents[3] / "configs").glob("metala_*.yml"))
+SERVED = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+GPU = pytest.mark.skipif(not SERVED, reason="needs a GPU of compute capability 9.0 or later")
+COMPILER = pytest.mark.skipif(
+    90 not in decoder.known_architectures(), reason="NVIDIA's runtime compiler is not installed"
+)
+# Of an H100, whose multiprocessors hold as much in shared memory as an H200's.
+MULTIPROCESSORS, SHARED_BYTES = 132, 232448
+
+
+@COMPILER
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_it_compiles_for(path, dtype):
+    settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    numbers = decoder.numbers_of(
+        layers=settings["num_layers"],
+        dim=settings["hidden_size"],
+        heads=settings["num_attention_heads"],
+        inner=settings["intermediate_size"],
+        taps=4,
+        vocabulary=50304,
+        dtype=dtype,
+        multiprocessors=MULTIPROCESSORS,
+        shared_bytes=SHARED_BYTES,
+    )
+    assert decoder.compile_kernel(90, **numbers).startswith(b"\x7fELF")
+
+
+@COMPILER
+def test_what_does_not_compile_is_said():
+    with pytest.raises(RuntimeError, match="decoder.cu does not compile with .*LAYERS"):
+        decoder.compile_kernel(90, LAYERS=1)
+
+
+@GPU
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        (torch.bfloat16, {}),
+        # Heads that do not fit the part of a warp; more layers, of an odd number.
+        (torch.bfloat16, dict(decoder_embed_dim=96, decoder_attention_heads=6, glu_dim=200)),
+        (torch.bfloat16, dict(decoder_embed_dim=80, glu_dim=88, decoder_attention_heads=5)),
+        (torch.bfloat16, dict(decoder_layers=5, decoder_attention_heads=1)),
+        (torch.float16, dict(norm_type="rmsnorm")),
+        (torch.float16, dict(norm_type="rmsnorm", bias=True)),
+        (torch.float16, dict(self_augmentation=False, conv_width=2)),
+        (torch.float16, dict(conv_width=1, no_scale_embedding=False, tau=1.0)),
+    ],
+)
+def test_a_step_is_the_models_own(dtype, options):
+    check(decoder.Decoder, dtype, steps=5, **{**SMALL, **options})
+
+
+@GPU
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("sizes", [WIDE, WIDER, WIDEST])
+def test_widths_of_real_models(sizes, dtype):
+    check(decoder.Decoder, dtype, steps=5, **sizes)
+
+
+@GPU
+def test_two_runs_give_equal_bits():
+    assert all(map(torch.equal, *two_runs(torch.bfloat16)))
+
+
+@GPU
+def test_many_steps_give_equal_bits():
+    """Blocks that wait for each other wrongly would do so in one of many steps."""
+    model, _ = build(torch.bfloat16, **{**WIDE, "decoder_layers": 7, "vocab_size": 1000})
+    results = []
+    for _ in range(2):
+        cache = MetaLACache(model.config)
+        model(torch.zeros(1, 4, dtype=torch.long, device=DEVICE), past_key_values=cache)
+        states = [(conv.to(torch.bfloat16), state) for conv, state in states_of(cache)]
+        kernel = _kernel(model, states)
+        for token in range(500):
+            kernel.x.copy_(model.model.embed_tokens.weight[token])
+            kernel.step()
+        results.append([kernel.logits.clone(), *(x for pair in states for x in pair)])
+    assert results[0][0].isfinite().all()
+    assert all(map(torch.equal, *results))
+
+
+@GPU
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        (torch.float32, {}),
+        # Rows that are no whole vectors; an MLP narrower than the model.
+        (torch.bfloat16, dict(decoder_embed_dim=36, glu_dim=50)),
+        (torch.bfloat16, dict(glu_dim=40)),
+    ],
+)
+def test_where_triton_serves(dtype, options):
+    from megatron_patch.ops.triton.decoder import Decoder
+
+    check(Decoder, dtype, **{**SMALL, **options})
+
+
+@GPU
+def test_without_a_compiler_triton_serves(monkeypatch):
+    from megatron_patch.ops.triton.decoder import Decoder
+
+    monkeypatch.setattr(decoder, "known_architectures", lambda: ())
+    check(Decoder, torch.bfloat16, **SMALL)
