@@ -79,9 +79,9 @@ def check(kind: type, dtype: torch.dtype, steps: int = 2, **sizes) -> None:
     assert kernel_states <= 1.5 * plain_states + floor
 
 
-def two_runs(dtype: torch.dtype) -> list[list[torch.Tensor]]:
-    """Logits and states of two runs from the same states."""
-    model, _ = build(dtype, **SMALL)
+def two_runs(dtype: torch.dtype, **sizes) -> list[list[torch.Tensor]]:
+    """Logits and states of two runs from the same states of a model like SMALL."""
+    model, _ = build(dtype, **sizes)
     results = []
     for _ in range(2):
         states = [

@@ -92,8 +92,7 @@ def fits(layer: LayerTensors, head: Tensor) -> bool:
         head.dtype in (torch.bfloat16, torch.float16)
         and torch.cuda.get_device_capability(head.device) >= SMALLEST_CAPABILITY
         and _architecture(head.device) in known_architectures()
-        and heads <= _multiprocessors(head.device)
-        and dim <= inner
+        and heads <= _multiprocessors(head.device) <= inner  # each block has rows of the MLP
         and not any(width * size % VECTOR for width in (dim, inner, value_width))
         and max(dim, inner) * size <= LARGEST_ROW
         and key_width * value_width <= LARGEST_STATE
