@@ -22,7 +22,8 @@ EXTRAS = {
         "transformers>=4.46",
     ],
     "hf": ["accelerate>=1.0", "safetensors", "tokenizers", "tqdm", "transformers>=4.46"],
-    "gpu": ["triton>=3.4", "flash-linear-attention>=0.4"],
+    # torch brings cuda-bindings itself from 2.11 on.
+    "gpu": ["triton>=3.4", "flash-linear-attention>=0.4", "cuda-bindings>=12.9"],
     "wandb": ["wandb"],
     "eval": ["lm_eval>=0.4.5,<0.5"],
 }
@@ -36,7 +37,11 @@ TOOLS = [
     "pytest-xdist",
     "ruff",
 ]
-TOOLS += ['triton>=3.4; platform_system == "Linux"']  # its interpreter runs the kernels on the CPU
+# Triton's interpreter runs its kernels on the CPU; NVIDIA's compiler shows that the others compile.
+TOOLS += [
+    f'{name}; platform_system == "Linux"'
+    for name in ("triton>=3.4", "cuda-bindings>=13,<14", "nvidia-cuda-nvrtc>=13,<14")
+]
 EXTRAS["dev"] = sorted({*EXTRAS["hf"], *TOOLS})
 
 setup(
@@ -48,6 +53,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["megatron_patch*", "convert*"]),
+    package_data={"megatron_patch.ops.cuda": ["*.cu", "*.cuh"]},
     install_requires=["torch>=2.4", "numpy", "pydantic>=2", "pyyaml"],
     extras_require=EXTRAS,
 )

@@ -10,7 +10,10 @@ import pytest
     ("module", "unwanted"),
     [
         ("megatron_patch", ["torch"]),
-        ("megatron_patch.ops", ["triton", "fla", "causal_conv1d", "transformers", "deepspeed"]),
+        (
+            "megatron_patch.ops",
+            ["triton", "cuda.bindings", "fla", "causal_conv1d", "transformers", "deepspeed"],
+        ),
         ("megatron_patch.neox", ["megatron", "deepspeed", "transformers", "wandb"]),
         ("megatron_patch.neox.settings", ["megatron", "deepspeed", "transformers", "wandb"]),
         ("megatron_patch.hf", ["megatron", "deepspeed", "megatron_patch.neox.registration"]),

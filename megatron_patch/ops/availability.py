@@ -14,6 +14,7 @@ TRITON_INSTALLED = (
 )
 FLA_INSTALLED = find_spec("fla") is not None
 CAUSAL_CONV1D_INSTALLED = find_spec("causal_conv1d") is not None
+# NVIDIA's own, by which kernels in CUDA C++ are compiled and launched.
 CUDA_BINDINGS_INSTALLED = find_spec("cuda") is not None and find_spec("cuda.bindings") is not None
 
 

@@ -12,6 +12,8 @@ weight, for which it asks before it waits for what the others write in the stage
     contract  rows of the last product of the MLP, residual
     head      norm; rows of the logits
 
+`megatron_patch.ops.cuda` has another kernel of the same step, which Hopper runs faster.
+
 All programs of a head compute its read-out, from the state as it was; they write the new state a
 stage later, when all have read. Between stages all is float32, and sums have a fixed order.
 """
