@@ -6,14 +6,15 @@
 // layer, take longer than the reading. So the two are taken apart here:
 //
 // What a block reads of the weights does not depend on any result. It is one stream of rows, the
-// same at every token. A warp of its own copies the stream into shared memory, a ring of slots, as
-// far ahead as the ring is long; the other warps take the rows from there.
+// same at every token. A warp or two (copier.cuh) copy it into shared memory, a ring of slots
+// (ring.cuh), as far ahead as the ring is long. The warps that compute (compute.cuh) take the rows
+// from there; one more (sender.cuh) sums up what they have and sends it to all blocks.
 //
-// What blocks compute for each other goes through global memory, each number by itself: the last
-// bit of its mantissa tells the turn, which is another one in every layer. Who needs a number reads
-// until the turn is the right one. So there is one way to memory and one back per stage, no fence
-// and no counter. No number is overwritten too early: whatever is sent in a layer is needed, by way
-// of other blocks, for all that is sent a layer later.
+// What blocks send each other goes through global memory, each number by itself (exchange.cuh): the
+// last bit of its mantissa tells the turn, which is another one in every layer. Who needs a number
+// reads until the turn is the right one. So there is one way to memory and one back per stage, no
+// fence and no counter. No number is overwritten too early: whatever is sent in a layer is needed,
+// by way of other blocks, for all that is sent a layer later.
 //
 // A layer's stages, in each of which a block has its share of the rows:
 //

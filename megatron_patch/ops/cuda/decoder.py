@@ -18,9 +18,11 @@ WARPS = 8  # of a block, that compute; one more sends, and one or two copy
 ROWS_TOGETHER = 8  # that blocks send each other: so many lie on a line of memory
 SMALL_LAYER = 2**18  # bytes of a layer, of a block
 SMALLEST_CAPABILITY = (9, 0)  # with bulk copies into shared memory
-LARGEST_ROW = 32768  # bytes of a weight's row, which a slot of the ring has to hold
+# For what a block keeps in shared memory beside eight rows of weights at least.
+SHARED_BYTES, MULTIPROCESSORS = 227 * 1024, 64
+LARGEST_DIM, LARGEST_INNER = 4096, 8192
 LARGEST_STATE = 16384  # entries of a head's state
-VECTOR = 16  # bytes
+VECTOR = 8  # weights in 16 bytes
 
 
 class Arguments(ctypes.Structure):
@@ -85,22 +87,34 @@ class Decoder:
 
 def fits(layer: LayerTensors, head: Tensor) -> bool:
     """Whether there is a kernel for such a model on the head's device."""
-    _, heads, key_width, value_width = layer.state.shape
     inner, dim = layer.l1.shape
-    size = head.element_size()
+    properties = torch.cuda.get_device_properties(head.device)
     return (
         head.dtype in (torch.bfloat16, torch.float16)
-        and torch.cuda.get_device_capability(head.device) >= SMALLEST_CAPABILITY
+        and (properties.major, properties.minor) >= SMALLEST_CAPABILITY
         and _architecture(head.device) in known_architectures()
-        and heads <= _multiprocessors(head.device) <= inner  # each block has rows of the MLP
-        and not any(width * size % VECTOR for width in (dim, inner, value_width))
-        and max(dim, inner) * size <= LARGEST_ROW
-        and key_width * value_width <= LARGEST_STATE
+        and fit(
+            dim=dim,
+            heads=layer.state.shape[1],
+            inner=inner,
+            multiprocessors=properties.multi_processor_count,
+            shared_bytes=properties.shared_memory_per_block_optin,
+        )
     )
 
 
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+def fit(*, dim: int, heads: int, inner: int, multiprocessors: int, shared_bytes: int) -> bool:
+    """Whether decoder.cu is made for such widths, and for a GPU that has so much."""
+    value_width = dim // heads
+    return (
+        shared_bytes >= SHARED_BYTES
+        and multiprocessors >= MULTIPROCESSORS
+        and heads <= multiprocessors <= inner  # each block has rows of the MLP
+        and dim <= LARGEST_DIM
+        and inner <= LARGEST_INNER
+        and not any(width % VECTOR for width in (dim, inner, value_width))
+        and value_width * value_width // 2 <= LARGEST_STATE
+    )
 
 
 def _architecture(device: torch.device) -> int:

@@ -34,8 +34,17 @@ COMPILER = pytest.mark.skipif(
     90 not in decoder.known_architectures(), reason="NVIDIA's runtime compiler is not installed"
 )
 MODEL = {**SMALL, "glu_dim": 200}
-# Of an H100, whose multiprocessors hold as much in shared memory as an H200's.
-MULTIPROCESSORS, SHARED_BYTES = 132, 232448
+# Of an H100, and of an H200.
+GPU_NUMBERS = dict(multiprocessors=132, shared_bytes=227 * 1024)
+
+
+def compiles(dtype: torch.dtype, layers: int, taps: int, multiprocessors: int, **widths) -> None:
+    gpu = {**GPU_NUMBERS, "multiprocessors": multiprocessors}
+    assert decoder.fit(**widths, **gpu)
+    numbers = decoder.numbers_of(
+        layers=layers, taps=taps, vocabulary=50304, dtype=dtype, **widths, **gpu
+    )
+    assert decoder.compile_kernel(90, **numbers).startswith(b"\x7fELF")
 
 
 @COMPILER
@@ -43,18 +52,45 @@ MULTIPROCESSORS, SHARED_BYTES = 132, 232448
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_it_compiles_for(path, dtype):
     settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    numbers = decoder.numbers_of(
-        layers=settings["num_layers"],
+    widths = dict(
         dim=settings["hidden_size"],
         heads=settings["num_attention_heads"],
         inner=settings["intermediate_size"],
-        taps=4,
-        vocabulary=50304,
-        dtype=dtype,
-        multiprocessors=MULTIPROCESSORS,
-        shared_bytes=SHARED_BYTES,
     )
-    assert decoder.compile_kernel(90, **numbers).startswith(b"\x7fELF")
+    compiles(dtype, settings["num_layers"], taps=4, multiprocessors=132, **widths)
+
+
+@COMPILER
+@pytest.mark.parametrize(
+    "widths",
+    [
+        dict(dim=8, heads=1, inner=64),
+        dict(dim=176, heads=1, inner=8192),
+        dict(dim=4096, heads=64, inner=8192),
+        dict(dim=4096, heads=24 + 8, inner=64),
+        dict(dim=3000, heads=25, inner=8184),
+    ],
+)
+def test_it_compiles_for_all_that_fits(widths):
+    compiles(torch.bfloat16, layers=96, taps=8, multiprocessors=64, **widths)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(shared_bytes=99 * 1024),
+        dict(multiprocessors=16),
+        dict(multiprocessors=3000),  # more than rows of the MLP
+        dict(heads=256),
+        dict(heads=2),  # a state too large
+        dict(dim=8192),
+        dict(inner=11008),
+        dict(inner=2820),
+    ],
+)
+def test_what_does_not_fit(change):
+    assert decoder.fit(dim=1024, heads=8, inner=2816, **GPU_NUMBERS)
+    assert not decoder.fit(**{**dict(dim=1024, heads=8, inner=2816), **GPU_NUMBERS, **change})
 
 
 @COMPILER
