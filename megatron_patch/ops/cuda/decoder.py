@@ -135,7 +135,7 @@ def known_architectures() -> tuple[int, ...]:
 def _load(device: torch.device, **numbers: int) -> driver.CUfunction:
     code = compile_kernel(_architecture(device), **numbers)
     with torch.cuda.device(device):
-        torch.cuda.current_stream()  # the device's context exists from here on
+        torch.zeros(1, device=device)  # from here on the device's context is this thread's
         library = _checked(driver.cuLibraryLoadData(code, [], [], 0, [], [], 0))
         kernel = _checked(driver.cuLibraryGetKernel(library, b"decode_token"))
         function = _checked(driver.cuKernelGetFunction(kernel))
