@@ -1,6 +1,6 @@
 """The decoder in CUDA C++: that it compiles for the models of configs/, and on a GPU its steps."""
 
-from importlib import import_module
+import re
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -10,6 +10,7 @@ import yaml
 
 from megatron_patch.hf import MetaLACache
 from megatron_patch.hf.decoding_metala import _kernel
+from megatron_patch.ops.token_decoder import LayerTensors
 from tests.ops.decoder_steps import (
     DEVICE,
     SMALL,
@@ -26,7 +27,6 @@ if find_spec("cuda") is None or find_spec("cuda.bindings") is None:
     pytest.skip("cuda-bindings is not installed", allow_module_level=True)
 from megatron_patch.ops.cuda import decoder
 
-token_decoder = import_module("megatron_patch.ops.token_decoder")
 CONFIGS = sorted((Path(__file__).resolve().parents[3] / "configs").glob("metala_*.yml"))
 SERVED = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
 GPU = pytest.mark.skipif(not SERVED, reason="needs a GPU of compute capability 9.0 or later")
@@ -91,6 +91,16 @@ def test_it_compiles_for_all_that_fits(widths):
 def test_what_does_not_fit(change):
     assert decoder.fit(dim=1024, heads=8, inner=2816, **GPU_NUMBERS)
     assert not decoder.fit(**{**dict(dim=1024, heads=8, inner=2816), **GPU_NUMBERS, **change})
+
+
+def test_the_table_has_the_same_fields():
+    """Between Python and CUDA there is only their order."""
+    layout = Path(decoder.__file__).with_name("layout.cuh").read_text(encoding="utf-8")
+    names = re.search(r"enum Field {(.*?)}", layout, re.DOTALL)[1].lower().split(",")
+    assert [name.strip().removesuffix("_projection") for name in names] == [
+        *LayerTensors._fields,
+        "fields",
+    ]
 
 
 @COMPILER
