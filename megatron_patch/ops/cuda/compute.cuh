@@ -1,3 +1,5 @@
+// What the warps that compute do.
+
 #pragma once
 
 #include "arguments.cuh"
@@ -23,7 +25,7 @@ struct Fours {
 };
 constexpr int FOURS = Fours<D>::COUNT;
 
-// What the warps that compute do, thread by thread.
+// A thread of theirs.
 struct Compute {
     const Arguments& a;
     Shared& s;
@@ -35,19 +37,20 @@ struct Compute {
     const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
     const Fours<D> fours;
 
+    // Of this lane's fours of channels: a norm's weights; the convolution's, and its inputs so far,
+    // oldest first.
+    uint2 norm[FOURS], taps[FOURS][TAPS], past[FOURS][TAPS];
+    // Of this thread's entries of the state.
+    float state[OfState::ROWS];
+    Weight balance[OfState::ROWS];
+
+    // A stage's product, whose sums go to who sends.
     template <typename P, typename Factor>
     __device__ void finish(P& product, const Factor& factor, int stride) {
         product.multiply(factor, s.sums[side], stride);
         hand_over(side);
         side = next(side);
     }
-
-    // Of this lane's fours of channels: a norm's weights; the convolution's, and
-    // its inputs so far, oldest first.
-    uint2 norm[FOURS], taps[FOURS][TAPS], past[FOURS][TAPS];
-    // Of this thread's entries of the state.
-    float state[OfState::ROWS];
-    Weight balance[OfState::ROWS];
 
     // Words of a product's factor, that with the first of four entries and the next, to where a
     // lane of `Product` finds its four of a unit side by side.

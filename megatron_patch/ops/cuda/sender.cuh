@@ -1,10 +1,12 @@
+// What the warp that sends does.
+
 #pragma once
 
 #include "arguments.cuh"
 #include "exchange.cuh"
 #include "product.cuh"
 
-// What a warp of its own does: sums up what others have, and sends it to all blocks.
+// Sums up what the warps that compute have, and sends it to all blocks.
 struct Sender {
     const Arguments& a;
     Shared& s;
