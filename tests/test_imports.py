@@ -12,7 +12,7 @@ import pytest
         ("megatron_patch", ["torch"]),
         (
             "megatron_patch.ops",
-            ["triton", "cuda.bindings", "fla", "causal_conv1d", "transformers", "deepspeed"],
+            ["triton", "cuda.bindings.nvrtc", "fla", "causal_conv1d", "transformers", "deepspeed"],
         ),
         ("megatron_patch.neox", ["megatron", "deepspeed", "transformers", "wandb"]),
         ("megatron_patch.neox.settings", ["megatron", "deepspeed", "transformers", "wandb"]),
