@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_patch.ops.availability import CUDA_BINDINGS_INSTALLED, interpreted, triton_obstacle
 
 if TYPE_CHECKING:
-    from megatron_patch.ops.triton.decoder import Decoder
+    from megatron_patch.ops import cuda, triton
 
 
 class LayerTensors(NamedTuple):
@@ -54,7 +54,7 @@ def token_decoder(
     scale: float,
     norm_eps: float,
     output_norm_eps: float,
-) -> Decoder | None:
+) -> cuda.decoder.Decoder | triton.decoder.Decoder | None:
     """A decoder's step on tensors that stay where they are.
 
     Args:
@@ -67,14 +67,14 @@ def token_decoder(
     Returns:
         What has `x` [D] float32, into which the caller writes the token's embedding, `step()`, and
         `logits` [vocabulary] in the head's dtype, which that writes, as it does all states. `None`
-        where no kernel does it: no GPU with Triton, tensors of several dtypes (but the states) or
-        devices, not contiguous, or not from a multiple of 16 bytes on, heads too wide or too many.
+        where no kernel does it: neither what `megatron_patch.ops.cuda` needs nor a GPU with Triton,
+        tensors of several dtypes (but the states) or devices, not contiguous, or not from a
+        multiple of 16 bytes on, heads too wide or too many.
     """
     layers = [LayerTensors(**layer) for layer in layers]
     tensors = [x for x in chain(chain.from_iterable(layers), (final_norm, head)) if x is not None]
     states = {id(layer.state) for layer in layers}
-    obstacle = triton_obstacle(head.dtype, head.device)
-    if (obstacle is not None and not interpreted(head.dtype)) or any(
+    if any(
         x.dtype != (torch.float32 if id(x) in states else head.dtype)
         or x.device != head.device
         or not x.is_contiguous()
@@ -83,16 +83,17 @@ def token_decoder(
     ):
         return None
     numbers = (scale, 1.0 / tau, norm_eps, output_norm_eps)
-    if CUDA_BINDINGS_INSTALLED and head.device.type == "cuda":
+    if CUDA_BINDINGS_INSTALLED and head.is_cuda:
         from megatron_patch.ops.cuda import decoder
 
         if decoder.fits(layers[0], head):
             return decoder.Decoder(layers, final_norm, head, *numbers)
-    from megatron_patch.ops.triton import decoder
+    if triton_obstacle(head.dtype, head.device) is None or interpreted(head.dtype):
+        from megatron_patch.ops.triton import decoder
 
-    if not decoder.fits(*layers[0].state.shape[1:], head.device):
-        return None
-    return decoder.Decoder(layers, final_norm, head, *numbers)
+        if decoder.fits(*layers[0].state.shape[1:], head.device):
+            return decoder.Decoder(layers, final_norm, head, *numbers)
+    return None
 
 
 __all__ = ["token_decoder"]
