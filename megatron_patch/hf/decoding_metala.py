@@ -1,14 +1,14 @@
-"""One-token steps by replay of a CUDA graph, for a cache that asks for it (`decoding_graph`).
+"""One-token steps in one launch, for a cache that asks for it (`decoding_graph`).
 
 A step of a small model is some hundred kernels of a few microseconds each, which take longer to
-launch than to run. Recorded once per batch size, they are launched as one. What is recorded is the
-model's own layers; or, for "compiled" steps of a single row, a kernel that does the same in one
-launch (`token_decoder`), where there is one. Both run on tensors that stay in place: the token and
-the states. Those of the cache at hand are moved there when it makes its first step, and stay there,
-since new states are written over the old ones; where something else has replaced them (a reordering
-of beams, a prompt read from the start), they are moved there again.
+launch than to run. Recorded once per batch size in a CUDA graph, they are launched as one. For
+"compiled" steps of a single row there is no need of a graph where there is a kernel that does all
+of the step (`token_decoder`). Either reads and writes states that stay in place. Those of the cache
+at hand are moved there when it makes its first step, and stay there, since new states are written
+over the old ones; where something else has replaced them (a reordering of beams, a prompt read from
+the start), they are moved there again.
 
-Weights that change in place are seen by the next replay. Anything else that changes a model (a
+Weights that change in place are seen by the next step. Anything else that changes a model (a
 replaced weight, an adapter, a hook) leads to a new recording, or, where more runs than this file's
 rules know to be recordable, to the plain path: no adapter is ever bypassed.
 """
@@ -51,7 +51,7 @@ def replay_step(
 
     Args:
         model: a `MetaLAForCausalLM`, in evaluation mode, under `torch.no_grad`.
-        input_ids: int64 [B, 1], none of them padding.
+        input_ids: integers [B, 1], none of them padding.
         cache: of B sequences, not empty.
 
     Returns:
@@ -106,14 +106,12 @@ def record_cuda_graph(step: Callable[[], None]) -> Callable[[], None]:
 
 
 class _Recording:
-    """A recorded step for one batch size; or, with `obstacle`, that there is none.
+    """A step for one batch size, by a graph or a kernel; or, with `obstacle`, that there is none.
 
     Attributes:
         obstacle: why the model's step cannot be recorded, or `None`.
-        owner: gives the cache whose states lie on the graph's tensors, or `None`.
-        input_ids: int64 [B, 1], the tokens that a replay reads.
-        states: of all layers, which a replay reads and writes.
-        logits: [B, 1, vocab], which a replay writes.
+        owner: gives the cache whose states lie on the step's tensors, or `None`.
+        states: of all layers, which a step reads and writes.
     """
 
     def __init__(self, model: nn.Module, input_ids: torch.Tensor, cache: MetaLACache):
@@ -148,20 +146,25 @@ class _Recording:
         dtype = model.lm_head.weight.dtype
         # Ordinary tensors, which may be written under `inference_mode` and outside of it.
         with torch.inference_mode(False), torch.no_grad():
-            self.input_ids = input_ids.clone()
             self.states = [
                 (conv_state.to(dtype, copy=True), recurrent_state.clone())
                 for conv_state, recurrent_state in map(cache.states, range(len(cache)))
             ]
             self._tensors = list(chain.from_iterable(self.states))
-            self._replay = record_cuda_graph(self._step_of(model, cache.decoding_graph))
-
-    def _step_of(self, model: nn.Module, kind: str) -> Callable[[], None]:
-        """The step on this recording's tensors."""
-        if kind == "compiled" and len(self.input_ids) == 1:
-            kernel = _kernel(model, self.states)
+            kernel = None
+            if cache.decoding_graph == "compiled" and len(input_ids) == 1:
+                kernel = _kernel(model, self.states)
+            # From ids to logits.
             if kernel is not None:
-                return self._step_by(kernel, model)
+                self._run = _launches(kernel, model.lm_head.weight)
+            else:
+                self._run = self._replays(model, input_ids, cache.decoding_graph)
+
+    def _replays(
+        self, model: nn.Module, input_ids: torch.Tensor, kind: str
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The model's own layers, in a CUDA graph with tensors of its own: ids, states, logits."""
+        input_ids, logits = input_ids.clone(), None
         decoder = model.model
         block = type(decoder.layers[0]).forward
         if kind == "compiled":
@@ -171,30 +174,27 @@ class _Recording:
         arguments = (None, None, None, True, True)  # no padding, one sequence per row, in place
 
         def step() -> None:
-            hidden = decoder.embed(self.input_ids)
+            nonlocal logits
+            hidden = decoder.embed(input_ids)
             for layer, states in zip(decoder.layers, self.states, strict=True):
                 hidden = block(layer, hidden, *states, *arguments)[0]
-            self.logits = model.lm_head(decoder.final_norm(hidden))
+            logits = model.lm_head(decoder.final_norm(hidden))
 
-        return step
+        replay = record_cuda_graph(step)
 
-    def _step_by(self, kernel: Any, model: nn.Module) -> Callable[[], None]:
-        """The step of a single row, as one launch behind the embedding."""
-        self._kernel = kernel  # a graph does not keep alive what it reads
-        self.logits = kernel.logits[None, None]
+        def run(ids: torch.Tensor) -> torch.Tensor:
+            input_ids.copy_(ids)
+            replay()
+            return logits.clone()
 
-        def step() -> None:
-            kernel.x.copy_(model.model.embed(self.input_ids)[0, 0])
-            kernel.step()
-
-        return step
+        return run
 
     def model_is_unchanged(self) -> bool:
-        values = list(chain.from_iterable(map(dict.values, self._tables)))
+        values = chain.from_iterable(map(dict.values, self._tables))
         return (
             not any(self._empty_tables)
             and list(map(len, self._attributes)) == self._counts
-            and len(values) == len(self._values)
+            and sum(map(len, self._tables)) == len(self._values)
             and all(map(is_, values, self._values))
             and list(map(torch.Tensor.data_ptr, self._weights)) == self._addresses
         )
@@ -203,13 +203,12 @@ class _Recording:
         """See `replay_step`."""
         if self.obstacle is not None or not self._take(cache):
             return None
-        self.input_ids.copy_(input_ids)
-        self._replay()
+        logits = self._run(input_ids)
         cache.advance(1, cache.key_padding)
-        return self.logits.clone()
+        return logits
 
     def _take(self, cache: MetaLACache) -> bool:
-        """Moves the cache's states to where the graph has its own; false where they do not fit."""
+        """Moves the cache's states to where the step has its own; false where they do not fit."""
         found = [tensor for layer in cache.layers for _, tensor in layer.tensors()]
         if len(found) == len(self._tensors) and all(map(is_, found, self._tensors)):
             return True
@@ -224,13 +223,25 @@ class _Recording:
         return True
 
     def leave_owner(self) -> None:
-        """Leaves the cache that lies on the graph's tensors, if any, copies of its own."""
+        """Leaves the cache that lies on the step's tensors, if any, copies of its own."""
         owner, self.owner = self.owner(), lambda: None
         if owner is not None:
             # By address: `detach_` leaves other tensors on the same memory.
             held = {tensor.data_ptr() for tensor in self._tensors}
             for layer in owner.layers:
                 layer.apply(lambda x: x.clone() if x.data_ptr() in held else x)
+
+
+def _launches(kernel: Any, head: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A kernel of the whole step of a single row, without a graph: it is one launch already."""
+
+    def run(ids: torch.Tensor) -> torch.Tensor:
+        # New ones at every step, of which callers keep several.
+        logits = head.new_empty(1, 1, len(head))
+        kernel.step(ids.to(head.device, torch.long), logits)
+        return logits
+
+    return run
 
 
 def _kernel(model: nn.Module, states: list[tuple[torch.Tensor, torch.Tensor]]) -> Any | None:
@@ -265,11 +276,15 @@ def _kernel(model: nn.Module, states: list[tuple[torch.Tensor, torch.Tensor]]) -
             return None
     if any(module.bias is not None for module in unbiased):
         return None  # somebody's own
-    norm = model.model.final_norm
+    embedding, norm = model.model.embed_tokens, model.model.final_norm
+    if embedding.max_norm is not None:
+        return None  # the look-up changes the weights
     return token_decoder(
         layers,
+        embedding.weight,
         norm.weight,
         model.lm_head.weight,
+        embedding_scale=model.model.embed_scale,
         tau=mixer.tau,
         scale=mixer.scale,
         norm_eps=norm.eps,

@@ -47,9 +47,11 @@ class LayerTensors(NamedTuple):
 
 def token_decoder(
     layers: Sequence[Mapping[str, Tensor | None]],
+    embedding: Tensor,
     final_norm: Tensor | None,
     head: Tensor,
     *,
+    embedding_scale: float,
     tau: float,
     scale: float,
     norm_eps: float,
@@ -59,22 +61,28 @@ def token_decoder(
 
     Args:
         layers: each layer's tensors by their names in `LayerTensors`; all of the same shapes.
+        embedding, head: [vocabulary, D]; one tensor where they are tied.
         final_norm: [D], or `None` where norms have no weights.
-        head: [vocabulary, D].
+        embedding_scale: what the embedding is multiplied by, and then rounded to its dtype.
         tau, scale: as in `meta_linear_attention`.
         norm_eps, output_norm_eps: of the RMS norms, and of the LayerNorm over a head's output.
 
     Returns:
-        What has `x` [D] float32, into which the caller writes the token's embedding, `step()`, and
-        `logits` [vocabulary] in the head's dtype, which that writes, as it does all states. `None`
-        where no kernel does it: neither what `megatron_patch.ops.cuda` needs nor a GPU with Triton,
-        tensors of several dtypes (but the states) or devices, not contiguous, or not from a
-        multiple of 16 bytes on, heads too wide or too many.
+        What has `step(token, logits)`, which reads the one entry of `token`, int64, and writes
+        `logits`, contiguous, of as many entries as the vocabulary in the head's dtype, and all
+        states. Both are on the head's device, and nothing of them is checked; a token outside the
+        vocabulary is an error of the GPU, as in PyTorch's look-up. A step can be recorded in a CUDA
+        graph, with these two tensors.
+
+        `None` where no kernel does it: neither what `megatron_patch.ops.cuda` needs nor a GPU with
+        Triton, tensors of several dtypes (but the states) or devices, not contiguous, or not from a
+        multiple of 16 bytes on, an embedding of another vocabulary than the head's, heads too wide
+        or too many.
     """
-    layers = [LayerTensors(**layer) for layer in layers]
-    tensors = [x for x in chain(chain.from_iterable(layers), (final_norm, head)) if x is not None]
+    layers, others = [LayerTensors(**layer) for layer in layers], (embedding, final_norm, head)
+    tensors = [x for x in chain(chain.from_iterable(layers), others) if x is not None]
     states = {id(layer.state) for layer in layers}
-    if any(
+    if embedding.shape != head.shape or any(
         x.dtype != (torch.float32 if id(x) in states else head.dtype)
         or x.device != head.device
         or not x.is_contiguous()
@@ -82,17 +90,17 @@ def token_decoder(
         for x in tensors
     ):
         return None
-    numbers = (scale, 1.0 / tau, norm_eps, output_norm_eps)
+    numbers = (embedding_scale, scale, 1.0 / tau, norm_eps, output_norm_eps)
     if CUDA_BINDINGS_INSTALLED and head.is_cuda:
         from megatron_patch.ops.cuda import decoder
 
         if decoder.fits(layers[0], head):
-            return decoder.Decoder(layers, final_norm, head, *numbers)
+            return decoder.Decoder(layers, *others, *numbers)
     if triton_obstacle(head.dtype, head.device) is None or interpreted(head.dtype):
         from megatron_patch.ops.triton import decoder
 
         if decoder.fits(*layers[0].state.shape[1:], head.device):
-            return decoder.Decoder(layers, final_norm, head, *numbers)
+            return decoder.Decoder(layers, *others, *numbers)
     return None
 
 

@@ -1,4 +1,4 @@
-"""Decoding by replay of a recorded step: the same as without, whatever happens to cache and model.
+"""Decoding by a recorded step or a kernel: as without, whatever happens to cache and model.
 
 On the CPU, where CUDA graphs do not exist, a "recording" runs the same step on the same tensors
 anew; all else is what runs on a GPU. With a GPU, every test runs there too, with real graphs.
@@ -46,6 +46,28 @@ def recorded(device, monkeypatch):
 @pytest.fixture
 def model(tiny_model, device):
     return tiny_model(torch.float64).to(device)
+
+
+@pytest.fixture
+def kernels(model, monkeypatch):
+    """The list of the kernels that have been made; the model's own layers stand in for them."""
+    made = []
+
+    class Kernel:
+        def __init__(self, layers, embedding, final_norm, head, *, embedding_scale, **numbers):
+            self.states = [(layer["convolution_state"], layer["state"]) for layer in layers]
+            self.embedding, self.head, self.embedding_scale = embedding, head, embedding_scale
+            made.append(self)
+
+        def step(self, token, logits):
+            assert token.dtype == torch.long and token.device == self.head.device
+            hidden = self.embedding_scale * self.embedding[token]
+            for layer, states in zip(model.model.layers, self.states, strict=True):
+                hidden = layer.forward(hidden, *states, None, None, None, True, True)[0]
+            logits.copy_(model.model.final_norm(hidden) @ self.head.T)
+
+    monkeypatch.setattr(decoding_metala, "token_decoder", Kernel)
+    return made
 
 
 @pytest.fixture
@@ -413,6 +435,55 @@ def test_layers_compile_once(model, prompt, check, recorded, device, monkeypatch
         assert check(cache, seed)
     assert len(recorded) == 1
     assert len(compiled) == (1 if device == "cpu" else 0)
+
+
+def test_a_kernel_needs_no_graph(model, prompt, check, recorded, kernels):
+    model.model.embed_scale = 2.5
+    one, other = prompt(1, decoding_graph="compiled"), prompt(1, 1, decoding_graph="compiled")
+    for seed in range(3):
+        assert check(one, seed) and check(other, seed)
+    assert len(kernels) == 1 and not recorded
+    assert check(prompt(2, decoding_graph="eager")) and check(prompt(1)) and len(recorded) == 2
+    assert len(kernels) == 1
+
+
+def test_a_kernels_logits_are_the_callers(model, prompt, kernels, recorded, tokens, device):
+    """Also of ids that it cannot read where they are."""
+    caches = [prompt(1, decoding_graph=kind) for kind in (None, "compiled")]
+    with torch.no_grad():
+        expected, found = (
+            [
+                model(tokens(1, 1, seed=seed).to(device, dtype), past_key_values=cache).logits
+                for seed, dtype in enumerate((torch.int64, torch.int32, torch.int64))
+            ]
+            for cache in caches
+        )
+    assert len(kernels) == 1
+    for logits, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(logits, wanted, rtol=1e-9, atol=1e-9)
+
+
+def test_a_kernel_of_a_changed_model(model, prompt, check, recorded, kernels):
+    cache, embedding = prompt(1, decoding_graph="compiled"), model.model.embed_tokens
+    assert check(cache) and len(kernels) == 1
+    with torch.no_grad():
+        embedding.weight.mul_(1.5)
+    assert check(cache) and len(kernels) == 1
+    embedding.weight.data = embedding.weight.data * 0.5
+    assert check(cache) and len(kernels) == 2
+    model.lm_head.weight = embedding.weight
+    assert check(cache) and len(kernels) == 3
+    hook = embedding.register_forward_hook(lambda m, i, o: 2 * o)
+    assert not check(cache)
+    hook.remove()
+    assert check(cache) and len(kernels) == 4 and not recorded
+
+
+def test_a_look_up_that_changes_the_weights(model, prompt, kernels):
+    model.model.embed_tokens.max_norm = 1.0
+    cache = prompt(1)
+    states = [cache.states(layer) for layer in range(len(cache))]
+    assert decoding_metala._kernel(model, states) is None and not kernels
 
 
 @GPU

@@ -33,6 +33,14 @@ def states_of(cache: MetaLACache) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return [cache.states(layer) for layer in range(len(cache))]
 
 
+def logits_of(kernel, model, token: torch.Tensor) -> torch.Tensor:
+    """Of a kernel's step behind those before."""
+    head = model.lm_head.weight
+    logits = torch.full((len(head),), float("nan"), dtype=head.dtype, device=DEVICE)
+    kernel.step(token, logits)
+    return logits
+
+
 def decode(model, exact, kind: type, steps: int) -> tuple[torch.Tensor, ...]:
     """Relative errors, over some steps behind a prompt, of the kernel and of the model's layers:
     of the logits, and of all states at the end."""
@@ -46,17 +54,13 @@ def decode(model, exact, kind: type, steps: int) -> tuple[torch.Tensor, ...]:
     assert type(kernel) is kind
     errors = []
     for token in torch.randint(model.config.vocab_size, (steps, 1, 1), device=DEVICE):
-        kernel.x.copy_(model.model.embed(token)[0, 0])
-        kernel.logits.fill_(float("nan"))
-        kernel.step()
+        logits = logits_of(kernel, model, token).double()
         plain, wanted = (
             reader(token, past_key_values=cache).logits[0, 0].double()
             for reader, cache in zip((model, exact), caches[1:], strict=True)
         )
-        errors.append(
-            [(x - wanted).norm() / wanted.norm() for x in (kernel.logits.double(), plain)]
-        )
-    logits = torch.tensor(errors).max(0).values
+        errors.append([(x - wanted).norm() / wanted.norm() for x in (logits, plain)])
+    of_logits = torch.tensor(errors).max(0).values
     errors = [
         [(x.double() - wanted).norm() / wanted.norm() for x in found]
         for *found, wanted in zip(
@@ -68,7 +72,7 @@ def decode(model, exact, kind: type, steps: int) -> tuple[torch.Tensor, ...]:
         )
         if wanted.numel()
     ]
-    return *logits, *torch.tensor(errors).max(0).values
+    return *of_logits, *torch.tensor(errors).max(0).values
 
 
 def check(kind: type, dtype: torch.dtype, steps: int = 2, **sizes) -> None:
@@ -90,8 +94,6 @@ def two_runs(dtype: torch.dtype, **sizes) -> list[list[torch.Tensor]]:
             for _ in range(2)
         ]  # fmt: skip
         kernel = _kernel(model, states)
-        for token in (5, 7):
-            kernel.x.copy_(model.model.embed_tokens.weight[token])
-            kernel.step()
-        results.append([kernel.logits.clone(), *(x for pair in states for x in pair)])
+        logits = [logits_of(kernel, model, token) for token in torch.tensor([5, 7], device=DEVICE)]
+        results.append([*logits, *(x for pair in states for x in pair)])
     return results

@@ -125,7 +125,11 @@ struct Compute {
         });
         float4 x[FOURS];
         if (first)
-            fours.for_each([&](int i, int four) { x[i] = ((const float4*)a.x)[four]; });
+            fours.for_each([&](int i, int four) {
+                const uint2 words = __ldg((const uint2*)s.embedding + four);
+                const auto at = [&](int j) { return a.embedded(pick(&words, j)); };
+                x[i] = make_float4(at(0), at(1), at(2), at(3));
+            });
         else
             receive_fours(x, OUTER, turn ^ 1);
         square(x);

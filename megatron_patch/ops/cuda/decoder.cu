@@ -35,6 +35,8 @@
 
 extern "C" __global__ void __launch_bounds__(THREADS + 32 + 32 * COPIERS, 1)
     decode_token(const Arguments a) {
+    // First of all, for its embedding is another way to memory away.
+    const long long token = *(volatile const long long*)a.token;
     extern __shared__ __align__(128) char memory[];
     Shared& s = *(Shared*)(memory + SLOTS * SLOT);
     const u32 slots = shared_address(memory), full = shared_address(&s + 1),
@@ -48,7 +50,10 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32 + 32 * COPIERS, 1)
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     const u32 steps = *(volatile u32*)a.counters;
-    if (threadIdx.x == 0) s.place = Place(blockIdx.x);
+    if (threadIdx.x == 0) {
+        s.place = Place(blockIdx.x);
+        s.embedding = a.embedding_of(token);
+    }
     __syncthreads();
     const u32 turn = (steps * LAYERS + 1) & 1;
     if (threadIdx.x < THREADS) {

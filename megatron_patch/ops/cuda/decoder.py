@@ -26,9 +26,18 @@ VECTOR = 8  # weights in 16 bytes
 
 
 class Arguments(ctypes.Structure):
-    """Of the kernel: all tensors, then all numbers."""
+    """Of the kernel, as in arguments.cuh: what stays, tensors before numbers; then a step's own."""
 
-    _fields_ = [("tensors", ctypes.c_void_p * 7), ("numbers", ctypes.c_float * 4)]
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in (
+            "table", "embedding", "head", "final_norm", "exchange", "counters",
+        )),
+        *((name, ctypes.c_float) for name in (
+            "embedding_scale", "scale", "inverse_tau", "norm_eps", "output_norm_eps",
+        )),
+        ("token", ctypes.c_void_p),
+        ("logits", ctypes.c_void_p),
+    ]  # fmt: skip
 
 
 class Decoder:
@@ -37,51 +46,48 @@ class Decoder:
     def __init__(
         self,
         layers: Sequence[LayerTensors],
+        embedding: Tensor,
         final_norm: Tensor | None,
         head: Tensor,
-        scale: float,
-        inverse_tau: float,
-        norm_eps: float,
-        output_norm_eps: float,
+        *numbers: float,  # from `embedding_scale` on, as in `Arguments`
     ):
         device, dtype, first = head.device, head.dtype, layers[0]
         (inner, dim), (vocabulary, _) = first.l1.shape, head.shape
         properties = torch.cuda.get_device_properties(device)
         shared_bytes = properties.shared_memory_per_block_optin
-        numbers = numbers_of(
+        constants = numbers_of(
             layers=len(layers), dim=dim, heads=first.state.shape[1], inner=inner,
             taps=first.convolution.shape[-1], vocabulary=vocabulary, dtype=dtype,
             multiprocessors=properties.multi_processor_count, shared_bytes=shared_bytes,
         )  # fmt: skip
-        self._kernel = _load(device, **numbers)
+        self._kernel = _load(device, **constants)
         # What adds to the warps that compute: one that sends, and those that copy.
-        threads = 32 * (WARPS + 1 + numbers["COPIERS"])
-        self._launch = (numbers["BLOCKS"], 1, 1, threads, 1, 1, shared_bytes)
+        threads = 32 * (WARPS + 1 + constants["COPIERS"])
+        self._launch = (constants["BLOCKS"], 1, 1, threads, 1, 1, shared_bytes)
         addresses = [[0 if x is None else x.data_ptr() for x in layer] for layer in layers]
 
         def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        self.x, self.logits = zeros(dim), zeros(vocabulary, dtype=dtype)
-        tensors = [
-            torch.tensor(addresses, dtype=torch.int64, device=device), final_norm, head, self.x,
-            zeros(4 * (7 * dim + inner)), self.logits, zeros(2, dtype=torch.int32),
-        ]  # fmt: skip
+        table = torch.tensor(addresses, dtype=torch.int64, device=device)
+        exchange, counters = zeros(4 * (7 * dim + inner)), zeros(2, dtype=torch.int32)
+        tensors = [table, embedding, head, final_norm, exchange, counters]
         self._tensors = layers, tensors  # kept alive: the kernel has their addresses alone
-        self._arguments = Arguments(
-            (ctypes.c_void_p * len(tensors))(*(0 if x is None else x.data_ptr() for x in tensors)),
-            (ctypes.c_float * 4)(scale, inverse_tau, norm_eps, output_norm_eps),
-        )
-        self._parameters = (ctypes.c_void_p * 1)(ctypes.addressof(self._arguments))
+        self._arguments = Arguments(*(0 if x is None else x.data_ptr() for x in tensors), *numbers)
+        self._pointers = (ctypes.c_void_p * 1)(ctypes.addressof(self._arguments))
+        self._parameters = ctypes.addressof(self._pointers)
 
-    def step(self) -> None:
-        """From the token's embedding in `x` to `logits`; the states move on."""
-        with torch.cuda.device_of(self.x):
+    def step(self, token: Tensor, logits: Tensor) -> None:
+        """See `token_decoder`. The launch takes a copy of the arguments."""
+        self._arguments.token = token.data_ptr()
+        self._arguments.logits = logits.data_ptr()
+        with torch.cuda.device_of(logits):
             stream = torch.cuda.current_stream().cuda_stream
-            parameters = ctypes.addressof(self._parameters)
             # Cooperative: all blocks run at once, since they wait for each other.
             _checked(
-                driver.cuLaunchCooperativeKernel(self._kernel, *self._launch, stream, parameters)
+                driver.cuLaunchCooperativeKernel(
+                    self._kernel, *self._launch, stream, self._parameters
+                )
             )
 
 

@@ -96,6 +96,7 @@ struct alignas(16) Shared {
     float squares[WARPS];
     float residual[OWN];  // this block's share of the residual stream
     Place place;
+    const Weight* embedding;  // [D], the token's
     const void* table[LAYERS * FIELDS];
 };
 

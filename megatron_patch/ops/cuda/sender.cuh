@@ -92,7 +92,8 @@ struct Sender {
     }
 
     __device__ void run() {
-        for (int i = lane; i < place.own.count; i += 32) s.residual[i] = a.x[place.own.first + i];
+        for (int i = lane; i < place.own.count; i += 32)
+            s.residual[i] = a.embedded(__ldg(s.embedding + place.own.first + i));
         for (int layer = 0; layer < LAYERS; ++layer, table += FIELDS, turn ^= 1) {
             if (place.project.count) project();
             if (place.columns.count) mix();

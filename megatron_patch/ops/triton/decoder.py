@@ -533,8 +533,8 @@ def decode_token(
     keys,
     shares,
     activated,
-    logits,
     arrivals,
+    logits,
     first_stage,
     last_stage,
     vocabulary,
@@ -614,8 +614,10 @@ class Decoder:
     def __init__(
         self,
         layers: Sequence[LayerTensors],
+        embedding: Tensor,
         final_norm: Tensor | None,
         head: Tensor,
+        embedding_scale: float,
         *numbers: float,  # from `scale` on, as `decode_token` takes them
     ):
         device, dtype, first = head.device, head.dtype, layers[0]
@@ -625,17 +627,17 @@ class Decoder:
         programs = _programs(device)
         parts = programs // heads
         self._tensors = layers  # kept alive, for the table has their addresses alone
+        self._embedding, self._embedding_scale = embedding.detach(), embedding_scale
         addresses = [[0 if x is None else x.data_ptr() for x in layer] for layer in layers]
 
         def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=device)
 
-        self.x, self.logits = empty(dim), empty(vocabulary, dtype=dtype)
+        self._x = empty(1, dim)
         self._arguments = (
             torch.tensor(addresses, dtype=torch.int64, device=device), final_norm, head,
-            self.x, empty(dim), empty(dim, dtype=dtype), empty(3 * dim), empty(dim // 2),
-            empty(heads, dim), empty(inner), self.logits,
-            torch.zeros(1, dtype=torch.int32, device=device),
+            self._x, empty(dim), empty(dim, dtype=dtype), empty(3 * dim), empty(dim // 2),
+            empty(heads, dim), empty(inner), torch.zeros(1, dtype=torch.int32, device=device),
         )  # fmt: skip
         self._numbers = (vocabulary, *numbers)
 
@@ -665,18 +667,21 @@ class Decoder:
         )  # fmt: skip
         self._grid, self._stages = (programs,), 4 * len(layers) + 1
 
-    def step(self) -> None:
-        """From the token's embedding in `x` to `logits`; the states move on."""
+    def step(self, token: Tensor, logits: Tensor) -> None:
+        """See `token_decoder`: the embedding by PyTorch, all else in one launch."""
+        # Scaled in the weights' dtype, as the model's own.
+        row = self._embedding.index_select(0, token.view(1))
+        torch.mul(row, self._embedding_scale, out=self._x)
         if INTERPRETED:  # one program after the other: none can wait for the next
             for stage in range(self._stages):
-                self._launch(stage, stage + 1)
+                self._launch(logits, stage, stage + 1)
         else:
-            with torch.cuda.device_of(self.x):
-                self._launch(0, self._stages, launch_cooperative_grid=True)
+            with torch.cuda.device_of(logits):
+                self._launch(logits, 0, self._stages, launch_cooperative_grid=True)
 
-    def _launch(self, first: int, last: int, **how) -> None:
+    def _launch(self, logits: Tensor, first: int, last: int, **how) -> None:
         decode_token[self._grid](
-            *self._arguments, first, last, *self._numbers, **self._options, **how
+            *self._arguments, logits, first, last, *self._numbers, **self._options, **how
         )
 
 

@@ -1,5 +1,6 @@
 """The decoder in CUDA C++: that it compiles for the models of configs/, and on a GPU its steps."""
 
+import copy
 import re
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,6 +20,7 @@ from tests.ops.decoder_steps import (
     WIDEST,
     build,
     check,
+    logits_of,
     states_of,
     two_runs,
 )
@@ -103,6 +105,13 @@ def test_the_table_has_the_same_fields():
     ]
 
 
+def test_the_kernel_has_the_same_arguments():
+    path = Path(decoder.__file__).with_name("arguments.cuh")
+    fields = path.read_text(encoding="utf-8").split("struct Arguments {")[1].split("__device__")[0]
+    names = re.findall(r"(\w+)[,;]", re.sub(r"//.*", "", fields))
+    assert names == [name for name, _ in decoder.Arguments._fields_]
+
+
 @COMPILER
 def test_what_does_not_compile_is_said():
     with pytest.raises(RuntimeError, match="decoder.cu does not compile with .*LAYERS"):
@@ -122,6 +131,7 @@ def test_what_does_not_compile_is_said():
         (torch.float16, dict(norm_type="rmsnorm", bias=True)),
         (torch.float16, dict(self_augmentation=False, conv_width=2)),
         (torch.float16, dict(conv_width=1, no_scale_embedding=False, tau=1.0)),
+        (torch.bfloat16, dict(no_scale_embedding=False, tie_word_embeddings=True)),
     ],
 )
 def test_a_step_is_the_models_own(dtype, options):
@@ -150,12 +160,49 @@ def test_many_steps_give_equal_bits():
         model(torch.zeros(1, 4, dtype=torch.long, device=DEVICE), past_key_values=cache)
         states = [(conv.to(torch.bfloat16), state) for conv, state in states_of(cache)]
         kernel = _kernel(model, states)
-        for token in range(500):
-            kernel.x.copy_(model.model.embed_tokens.weight[token])
-            kernel.step()
-        results.append([kernel.logits.clone(), *(x for pair in states for x in pair)])
+        for token in torch.arange(500, device=DEVICE):
+            logits = logits_of(kernel, model, token)
+        results.append([logits, *(x for pair in states for x in pair)])
     assert results[0][0].isfinite().all()
     assert all(map(torch.equal, *results))
+
+
+@GPU
+def test_a_recorded_step():
+    """In a CUDA graph it stays with the tensors that it was recorded with."""
+    model, _ = build(torch.bfloat16, **MODEL)
+    cache = MetaLACache(model.config)
+    model(torch.zeros(1, 4, dtype=torch.long, device=DEVICE), past_key_values=cache)
+    states = [(conv.to(torch.bfloat16), state) for conv, state in states_of(cache)]
+    direct, recorded = (_kernel(model, copy.deepcopy(states)) for _ in range(2))
+    token = torch.zeros(1, 1, dtype=torch.long, device=DEVICE)
+    logits = torch.empty(1, 1, model.config.vocab_size, dtype=torch.bfloat16, device=DEVICE)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        recorded.step(token, logits)
+    for next_token in torch.arange(5, device=DEVICE):
+        token.fill_(next_token)
+        graph.replay()
+        assert torch.equal(logits[0, 0], logits_of(direct, model, next_token))
+
+
+@GPU
+def test_the_embedding_is_the_models_own():
+    """Scaled, with the model's own rounding: a step is that of the scaled embedding, bit by bit."""
+    model, _ = build(torch.bfloat16, **MODEL, no_scale_embedding=False)
+    results = []
+    for _ in range(2):
+        states = [
+            (torch.zeros(1, 48, 3, dtype=torch.bfloat16, device=DEVICE),
+             torch.zeros(1, 3, 8, 16, device=DEVICE))
+            for _ in model.model.layers
+        ]  # fmt: skip
+        kernel = _kernel(model, states)
+        results.append(logits_of(kernel, model, torch.tensor(299, device=DEVICE)))
+        weight = model.model.embed_tokens.weight
+        weight.copy_(model.model.embed(torch.arange(300, device=DEVICE)))
+        model.model.embed_scale = 1.0
+    assert torch.equal(*results)
 
 
 @GPU

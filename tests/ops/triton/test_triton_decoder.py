@@ -42,6 +42,7 @@ def no_other_kernel(monkeypatch):
         (torch.float32, dict(norm_type="rmsnorm", bias=True)),
         (torch.float32, dict(self_augmentation=False, conv_width=2)),
         (torch.float32, dict(conv_width=1, no_scale_embedding=False, tau=1.0)),
+        (torch.bfloat16, dict(no_scale_embedding=False, tie_word_embeddings=True)),
     ],
 )
 def test_a_step_is_the_models_own(dtype, options):
@@ -91,7 +92,12 @@ def test_where_there_is_no_kernel():
         weight = model.lm_head.weight
         weight.data = torch.cat([weight.new_zeros(1), weight.data.flatten()])[1:].view_as(weight)
 
+    def rows_for_more_tokens(model):
+        weight = model.lm_head.weight
+        weight.data = torch.cat([weight.data, weight.data[:4]])
+
     assert not no_kernel(lambda model: None)
+    assert no_kernel(rows_for_more_tokens)
     assert no_kernel(bias_of_ones_own)
     assert no_kernel(transposed)
     assert no_kernel(shifted)
