@@ -1,29 +1,53 @@
-"""Checks the decoding step's kernels against float64 on a GPU, then times the mixer core's.
+"""Checks the decoding step's kernels against float64 on a GPU, then times the mixer core's, and
+those of a whole model's step.
 
     python scripts/benchmark_decoding.py
+    python scripts/benchmark_decoding.py --sizes 380m
 
-Times are of a replayed CUDA graph that holds the step of several layers, one after the other, each
-with a float32 state of its own that is updated in place; inputs are bfloat16. The floor is the time
-to read and write the state once at the copy bandwidth of this run.
+The core's times are of a replayed CUDA graph that holds the step of several layers, one after the
+other, each with a float32 state of its own that is updated in place; inputs are bfloat16. The floor
+is the time to read and write the state once at the copy bandwidth of this run.
+
+A whole model's step at batch 1, by either kernel (in CUDA C++, where it serves, and in Triton), is
+launched again and again, without a graph; random weights in bfloat16. Its limit is the time to read
+once all weights that it reads, at the bandwidth that `benchmark_generate.py` would measure. These
+kernels are checked by tests/ops.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
+from functools import partial
+from importlib import import_module
 from pathlib import Path
+from unittest import mock
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+from benchmark_generate import (  # noqa: E402
+    SIZES,
+    VOCABULARY,
+    build,
+    bytes_read,
+    free_memory,
+    read_bandwidth,
+    sizes,
+    time_steps,
+)
 from benchmark_ops import bandwidth, graph_ms, make  # noqa: E402
 
+from megatron_patch.hf import MetaLACache, MetaLAConfig, MetaLAForCausalLM  # noqa: E402
+from megatron_patch.hf.decoding_metala import _kernel  # noqa: E402
 from megatron_patch.ops import meta_linear_attention, short_convolution  # noqa: E402
 
 # (heads, K, V)
 WIDTHS = [(8, 64, 128), (8, 128, 256), (16, 64, 128), (4, 256, 512), (8, 40, 80), (8, 48, 96)]
 TIMED = WIDTHS[:3]
 LAYERS = 16
+STEPS = 200
 LIMITS = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
 
 
@@ -99,13 +123,52 @@ def time_all() -> None:
             print(f"{name:<42}{found:>8.1f}{floor:>8.1f}{found / floor:>7.2f}{beside:>13.1f}")
 
 
+@torch.no_grad()
+def time_decoders(names: list[str], device: torch.device) -> None:
+    # The package has a function of this name too.
+    choice = import_module("megatron_patch.ops.token_decoder")
+    speed = read_bandwidth(device)
+    free_memory(device)
+    print(f"read bandwidth {speed / 1e12:.2f} TB/s; milliseconds a step, and share of the limit")
+    for name in names:
+        model = build(MetaLAForCausalLM, MetaLAConfig(**sizes(name)), device)
+        token = torch.randint(VOCABULARY, (1, 1), device=device)
+        logits = torch.empty(VOCABULARY, dtype=torch.bfloat16, device=device)
+        cache = MetaLACache(model.config)
+        model(token, past_key_values=cache)
+        states = [cache.states(layer) for layer in range(len(cache))]
+        limit = bytes_read(model) / speed
+        line = f"{name:<6} limit {1e3 * limit:.3f}"
+        kernels = {}  # by the part of megatron_patch.ops that each is of
+        for bindings in (choice.CUDA_BINDINGS_INSTALLED, False):
+            with mock.patch.object(choice, "CUDA_BINDINGS_INSTALLED", bindings):
+                kernel = _kernel(model, states)
+            kernels[type(kernel).__module__.split(".")[-2]] = kernel
+        for language, kernel in kernels.items():
+            step = partial(kernel.step, token, logits)
+            seconds = time_steps(step, STEPS, 1, language, device).seconds
+            line += f"   {language} {1e3 * seconds:.3f} ({limit / seconds:.1%})"
+        print(line, flush=True)
+        del model, cache, states, kernels, kernel, step
+        free_memory(device)
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--sizes", nargs="+", choices=SIZES, default=["380m", "1b", "3b"],
+        help="of configs/metala_*.yml, whose whole step is timed",
+    )  # fmt: skip
+    arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("benchmark_decoding: found no CUDA device, wanted one to check and time on")
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
     if not check_all():
         sys.exit("benchmark_decoding: the kernels are wrong on this machine; not timed")
     time_all()
+    time_decoders(arguments.sizes, torch.device("cuda"))
 
 
 if __name__ == "__main__":
