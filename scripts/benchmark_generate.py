@@ -6,11 +6,12 @@
     python scripts/benchmark_generate.py --device cpu --size tiny --batches 1 2 --contexts 16 32
 
 Both have random weights in bfloat16, equal width, layers, MLP, heads and vocabulary, and take
-greedy steps behind a context, each step's kernels replayed from a CUDA graph. MetaLA reads its
-context, and decodes as by generate(cache_implementation="static"). LLaMA's keys and values are
-filled with random numbers, since their values do not change its speed; it has
-scaled_dot_product_attention and a static cache, and is measured with its own kernels and, as long
-as --budget lasts, compiled by torch.compile; the faster counts.
+greedy steps behind a context, each step's kernels replayed from a CUDA graph, but for a single
+sequence's one kernel of MetaLA, which needs none. MetaLA reads its context, and decodes as by
+generate(cache_implementation="static"). LLaMA's keys and values are filled with random numbers,
+since their values do not change its speed; it has scaled_dot_product_attention and a static cache,
+and is measured with its own kernels and, as long as --budget lasts, compiled by torch.compile; the
+faster counts.
 
 The limit at batch 1 is the time to read once all weights that a step reads, at the bandwidth that
 this run measures. Memory is the peak while decoding, weights included.

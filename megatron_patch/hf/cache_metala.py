@@ -123,11 +123,11 @@ class MetaLACache(Cache):
 
     Args:
         config: whose layers the cache takes; without it, layers are added as they come.
-        decoding_graph: "compiled" or "eager" lets one-token steps on a GPU replay a CUDA graph,
-            see `decoding_metala`: for a single row of one kernel, where this package is installed,
-            for more of compiled layers, which takes a minute once per batch size; or of the layers'
-            own kernels. `None` runs every step by itself. `generate` makes such a
-            cache by `cache_implementation="static"`, "eager" with `disable_compile=True`.
+        decoding_graph: "compiled" or "eager" lets one-token steps on a GPU be launched as a whole,
+            see `decoding_metala`: for a single row one kernel, where this package is installed, for
+            more a CUDA graph of compiled layers, which takes a minute once per batch size; or a
+            graph of the layers' own kernels. `None` runs every step by itself. `generate` makes
+            such a cache by `cache_implementation="static"`, "eager" with `disable_compile=True`.
 
     Attributes:
         layers: a `CacheLayer` for each layer.

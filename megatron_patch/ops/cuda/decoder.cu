@@ -24,8 +24,8 @@
 //     expand    norm; rows of the first two products of the MLP, SwiGLU
 //     contract  rows of the last product of the MLP, residual
 //
-// and behind the last layer norm and rows of the logits. Between stages all is float32, and sums
-// have a fixed order.
+// The first layer begins with the token's embedding; behind the last are norm and rows of the
+// logits. Between stages all is float32, and sums have a fixed order.
 //
 // decoder.py compiles this file for a model, with its numbers for names in capital letters.
 
