@@ -66,7 +66,10 @@ def output(
     v_mask = (columns < V)[None, :]
     mask = (rows < length) & v_mask
     tile = token_at * K + rows * (H * K)
-    if tl.load(exact + chunk_at) != 0:
+    is_exact = tl.load(exact + chunk_at) != 0
+    if HAS_AUG:
+        weight = tl.load(similarity + token_at + token * H, mask=token < length, other=0.0)
+    if is_exact:
         weights = tl.load(
             scores + token_at * C + rows * (H * C) + token[None, :], mask=rows < length, other=0.0
         ).to(tl.float32)
@@ -89,7 +92,6 @@ def output(
     v_tile = tl.load(v + rows * v_t + columns[None, :] * v_v, mask=mask, other=0.0)
     y += matmul(weights, v_tile, PRECISION)
     if HAS_AUG:
-        weight = tl.load(similarity + token_at + token * H, mask=token < length, other=0.0)
         y += sigmoid(weight[:, None] * beside(v_tile, y))
     y = tl.where(v_mask, y, 0.0)
     mean = tl.sum(y, 1) * (1 / V)

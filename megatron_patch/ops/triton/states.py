@@ -85,17 +85,23 @@ def carry(
     if HAS_ENTERING:
         state += tl.load(entering + at_segment * V + state_offsets, mask=state_mask, other=0.0)
     decay = tl.zeros([BK], tl.float32)
+    at = (first_chunk + (count - 1 if REVERSE else 0)) * H + head
+    total = tl.load(chunk_decays + at * K + k_columns, mask=k_mask, other=0.0)
+    is_exact = tl.load(exact + at)
     for step in range(0, count):
         c = count - 1 - step if REVERSE else step
         first = start + c * C
+        # The next chunk's: asked for only when it is its turn, they would be waited for.
+        following = tl.maximum(c - 1, 0) if REVERSE else tl.minimum(c + 1, count - 1)
+        next_at = (first_chunk + following) * H + head
+        next_total = tl.load(chunk_decays + next_at * K + k_columns, mask=k_mask, other=0.0)
+        next_exact = tl.load(exact + next_at)
         length = tl.minimum(end - first, C).to(tl.int32)
         x_chunk = tl.load(
             x_tile + first * (H * K), mask=(rows < length) & k_mask[None, :], other=0.0
         )
         y_chunk = tl.load(y_tile + first * y_t, mask=(rows < length) & v_mask, other=0.0)
-        at = (first_chunk + c) * H + head
-        total = tl.load(chunk_decays + at * K + k_columns, mask=k_mask, other=0.0)
-        middle = tl.where(tl.load(exact + at) != 0, 0.0, 0.5 * total)
+        middle = tl.where(is_exact != 0, 0.0, 0.5 * total)
         factor = exp2(middle, PRECISION)[:, None]
         if WHOLE:
             tl.store(
@@ -106,6 +112,7 @@ def carry(
         update = matmul(tl.trans(x_chunk), y_chunk, PRECISION)
         state = state * exp2(total, PRECISION)[:, None] + update * factor
         decay += total
+        at, total, is_exact = next_at, next_total, next_exact
     if leaving is not None:
         tl.store(leaving + at_segment * V + state_offsets, state, mask=state_mask)
     if not WHOLE:
