@@ -53,7 +53,10 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["megatron_patch*", "convert*"]),
-    package_data={"megatron_patch.ops.cuda": ["*.cu", "*.cuh"]},
+    package_data={
+        f"megatron_patch.ops.cuda.{kernel}": ["*.cu", "*.cuh"]
+        for kernel in ("decoder", "gradients")
+    },
     install_requires=["torch>=2.4", "numpy", "pydantic>=2", "pyyaml"],
     extras_require=EXTRAS,
 )

@@ -143,7 +143,7 @@ def time_decoders(names: list[str], device: torch.device) -> None:
         for bindings in (choice.CUDA_BINDINGS_INSTALLED, False):
             with mock.patch.object(choice, "CUDA_BINDINGS_INSTALLED", bindings):
                 kernel = _kernel(model, states)
-            kernels[type(kernel).__module__.split(".")[-2]] = kernel
+            kernels[type(kernel).__module__.split(".")[2]] = kernel
         for language, kernel in kernels.items():
             step = partial(kernel.step, token, logits)
             seconds = time_steps(step, STEPS, 1, language, device).seconds

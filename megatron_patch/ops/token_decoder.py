@@ -92,7 +92,7 @@ def token_decoder(
         return None
     numbers = (embedding_scale, scale, 1.0 / tau, norm_eps, output_norm_eps)
     if CUDA_BINDINGS_INSTALLED and head.is_cuda:
-        from megatron_patch.ops.cuda import decoder
+        from megatron_patch.ops.cuda.decoder import decoder
 
         if decoder.fits(layers[0], head):
             return decoder.Decoder(layers, *others, *numbers)

@@ -1,1 +1,1 @@
-"""Kernels in CUDA C++, compiled for a model when it is first used."""
+"""Kernels in CUDA C++, compiled where they run: a folder for each."""

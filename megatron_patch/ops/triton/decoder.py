@@ -533,8 +533,8 @@ def decode_token(
     keys,
     shares,
     activated,
-    arrivals,
     logits,
+    arrivals,
     first_stage,
     last_stage,
     vocabulary,
@@ -637,8 +637,9 @@ class Decoder:
         self._arguments = (
             torch.tensor(addresses, dtype=torch.int64, device=device), final_norm, head,
             self._x, empty(dim), empty(dim, dtype=dtype), empty(3 * dim), empty(dim // 2),
-            empty(heads, dim), empty(inner), torch.zeros(1, dtype=torch.int32, device=device),
+            empty(heads, dim), empty(inner),
         )  # fmt: skip
+        self._arrivals = torch.zeros(1, dtype=torch.int32, device=device)
         self._numbers = (vocabulary, *numbers)
 
         piece = 512 // head.element_size()  # of a row, as a warp loads it at once
@@ -681,8 +682,9 @@ class Decoder:
 
     def _launch(self, logits: Tensor, first: int, last: int, **how) -> None:
         decode_token[self._grid](
-            *self._arguments, logits, first, last, *self._numbers, **self._options, **how
-        )
+            *self._arguments, logits, self._arrivals, first, last, *self._numbers,
+            **self._options, **how,
+        )  # fmt: skip
 
 
 def fits(heads: int, key_width: int, value_width: int, device: torch.device) -> bool:

@@ -8,6 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
+from megatron_patch.ops.availability import CUDA_BINDINGS_INSTALLED
 from megatron_patch.ops.triton.compilation import compiled_together, is_compiling, launcher
 from megatron_patch.ops.triton.configuration import Configuration, configure, power_of_two
 from megatron_patch.ops.triton.exact import exact_gradients
@@ -17,6 +18,9 @@ from megatron_patch.ops.triton.layout import Layout, lay_out
 from megatron_patch.ops.triton.output import output, output_backward
 from megatron_patch.ops.triton.shares import sum_shares
 from megatron_patch.ops.triton.states import carry, scan
+
+if CUDA_BINDINGS_INSTALLED:
+    from megatron_patch.ops.cuda.gradients import gradients as cuda_gradients
 
 EXACT_PROGRAMS = 256  # of the kernel for exact chunks; two fit a multiprocessor
 
@@ -288,12 +292,36 @@ def backward(
                 **options, BK=power_of_two(call.k), BV=config.value_v, STAGES=config.value_stages,
                 num_warps=4, maxnreg=config.value_registers,
             )  # fmt: skip
-        launcher(gradients, (grid[0] * tiles,))(
-            q, gate_logits, v, call.aug, d_y, early, late, chunk_decays, exact,
-            similarity, d_scores, d_similarity, *results, *numbers, **options,
-            BK=config.gradient_k, BV=config.gradient_v, STAGES=config.gradient_stages,
-            num_warps=config.gradient_warps, maxnreg=config.gradient_registers,
-        )  # fmt: skip
+        if CUDA_BINDINGS_INSTALLED and cuda_gradients.fits(q, gate_logits, v, aug, config.chunk):
+            kernel = cuda_gradients.kernel(
+                q.device,
+                call.heads,
+                call.k,
+                call.width,
+                0 if aug is None else aug.itemsize,
+                cu_seqlens.itemsize if call.packed else 0,
+            )
+            if not is_compiling():
+                cuda_gradients.launch(
+                    kernel, grid[0],
+                    (
+                        q, gate_logits, v, call.aug, d_y, early, late, chunk_decays, exact,
+                        similarity, states, d_states, d_q, d_gates, d_v, d_aug,
+                        call.layout.chunk_table, call.bounds,
+                    ),
+                    (
+                        *q.stride()[:3], *gate_logits.stride()[:3], *v.stride()[:3],
+                        call.time, call.layout.chunks,
+                    ),
+                    (call.scale, call.inverse_tau),
+                )  # fmt: skip
+        else:
+            launcher(gradients, (grid[0] * tiles,))(
+                q, gate_logits, v, call.aug, d_y, early, late, chunk_decays, exact,
+                similarity, d_scores, d_similarity, *results, *numbers, **options,
+                BK=config.gradient_k, BV=config.gradient_v, STAGES=config.gradient_stages,
+                num_warps=config.gradient_warps, maxnreg=config.gradient_registers,
+            )  # fmt: skip
         programs = min(grid[0], EXACT_PROGRAMS)
         launcher(exact_gradients, (programs,))(
             q, gate_logits, v, call.aug, d_y, early, late, exact, similarity,

@@ -27,13 +27,14 @@ from tests.ops.decoder_steps import (
 
 if find_spec("cuda") is None or find_spec("cuda.bindings") is None:
     pytest.skip("cuda-bindings is not installed", allow_module_level=True)
-from megatron_patch.ops.cuda import decoder
+from megatron_patch.ops.cuda import compilation
+from megatron_patch.ops.cuda.decoder import decoder
 
 CONFIGS = sorted((Path(__file__).resolve().parents[3] / "configs").glob("metala_*.yml"))
 SERVED = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
 GPU = pytest.mark.skipif(not SERVED, reason="needs a GPU of compute capability 9.0 or later")
 COMPILER = pytest.mark.skipif(
-    90 not in decoder.known_architectures(), reason="NVIDIA's runtime compiler is not installed"
+    90 not in compilation.known_architectures(), reason="NVIDIA's runtime compiler is not installed"
 )
 MODEL = {**SMALL, "glu_dim": 200}
 # Of an H100, and of an H200.
@@ -46,7 +47,7 @@ def compiles(dtype: torch.dtype, layers: int, taps: int, multiprocessors: int, *
     numbers = decoder.numbers_of(
         layers=layers, taps=taps, vocabulary=50304, dtype=dtype, **widths, **gpu
     )
-    assert decoder.compile_kernel(90, **numbers).startswith(b"\x7fELF")
+    assert compilation.compile_code(decoder.SOURCE, "sm_90a", **numbers).startswith(b"\x7fELF")
 
 
 @COMPILER
@@ -115,7 +116,7 @@ def test_the_kernel_has_the_same_arguments():
 @COMPILER
 def test_what_does_not_compile_is_said():
     with pytest.raises(RuntimeError, match="decoder.cu does not compile with .*LAYERS"):
-        decoder.compile_kernel(90, LAYERS=1)
+        compilation.compile_code(decoder.SOURCE, "sm_90a", LAYERS=1)
 
 
 @GPU

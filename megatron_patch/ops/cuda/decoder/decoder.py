@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from cuda.bindings import driver, nvrtc
+from cuda.bindings import driver
 from torch import Tensor
 
+from megatron_patch.ops.cuda.compilation import (
+    architecture_of,
+    checked,
+    known_architectures,
+    load_kernel,
+)
 from megatron_patch.ops.token_decoder import LayerTensors
 
 WARPS = 8  # of a block, that compute; one more sends, and one or two copy
@@ -23,6 +27,7 @@ SHARED_BYTES, MULTIPROCESSORS = 227 * 1024, 64
 LARGEST_DIM, LARGEST_INNER = 4096, 8192
 LARGEST_STATE = 16384  # entries of a head's state
 VECTOR = 8  # weights in 16 bytes
+SOURCE = Path(__file__).with_suffix(".cu")
 
 
 class Arguments(ctypes.Structure):
@@ -60,7 +65,7 @@ class Decoder:
             taps=first.convolution.shape[-1], vocabulary=vocabulary, dtype=dtype,
             multiprocessors=properties.multi_processor_count, shared_bytes=shared_bytes,
         )  # fmt: skip
-        self._kernel = _load(device, **constants)
+        self._kernel = load_kernel(device, SOURCE, "decode_token", shared_bytes, **constants)
         # What adds to the warps that compute: one that sends, and those that copy.
         threads = 32 * (WARPS + 1 + constants["COPIERS"])
         self._launch = (constants["BLOCKS"], 1, 1, threads, 1, 1, shared_bytes)
@@ -84,7 +89,7 @@ class Decoder:
         with torch.cuda.device_of(logits):
             stream = torch.cuda.current_stream().cuda_stream
             # Cooperative: all blocks run at once, since they wait for each other.
-            _checked(
+            checked(
                 driver.cuLaunchCooperativeKernel(
                     self._kernel, *self._launch, stream, self._parameters
                 )
@@ -98,7 +103,7 @@ def fits(layer: LayerTensors, head: Tensor) -> bool:
     return (
         head.dtype in (torch.bfloat16, torch.float16)
         and (properties.major, properties.minor) >= SMALLEST_CAPABILITY
-        and _architecture(head.device) in known_architectures()
+        and architecture_of(head.device) in known_architectures()
         and fit(
             dim=dim,
             heads=layer.state.shape[1],
@@ -123,33 +128,6 @@ def fit(*, dim: int, heads: int, inner: int, multiprocessors: int, shared_bytes:
     )
 
 
-def _architecture(device: torch.device) -> int:
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
-
-
-@functools.lru_cache(maxsize=1)
-def known_architectures() -> tuple[int, ...]:
-    """For which the compiler at hand, if there is one, makes code."""
-    try:
-        return tuple(_checked(nvrtc.nvrtcGetSupportedArchs()))
-    except RuntimeError:  # the library is not found
-        return ()
-
-
-@functools.lru_cache(maxsize=16)
-def _load(device: torch.device, **numbers: int) -> driver.CUfunction:
-    code = compile_kernel(_architecture(device), **numbers)
-    with torch.cuda.device(device):
-        torch.zeros(1, device=device)  # from here on the device's context is this thread's
-        library = _checked(driver.cuLibraryLoadData(code, [], [], 0, [], [], 0))
-        kernel = _checked(driver.cuLibraryGetKernel(library, b"decode_token"))
-        function = _checked(driver.cuKernelGetFunction(kernel))
-        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        _checked(driver.cuFuncSetAttribute(function, attribute, numbers["SHARED_BYTES"]))
-    return function
-
-
 def numbers_of(
     *,
     layers: int,
@@ -172,34 +150,3 @@ def numbers_of(
         BFLOAT16=int(dtype == torch.bfloat16), BLOCKS=blocks, WARPS=WARPS,
         COPIERS=1 if is_small else 2, HELD_WORDS=64 if is_small else 32, SHARED_BYTES=shared_bytes,
     )  # fmt: skip
-
-
-def compile_kernel(architecture: int, **numbers: int) -> bytes:
-    """decoder.cu with these numbers for its names in capital letters, as code for GPUs of an
-    architecture: 90 is compute capability 9.0."""
-    source = Path(__file__).with_suffix(".cu")
-    options = [f"--gpu-architecture=sm_{architecture}", "--std=c++17"]
-    options += [f"--include-path={source.parent}"]
-    options += [f"--define-macro={name}={number}" for name, number in numbers.items()]
-    program = _checked(nvrtc.nvrtcCreateProgram(source.read_bytes(), b"decoder.cu", 0, [], []))
-    try:
-        (result,) = nvrtc.nvrtcCompileProgram(
-            program, len(options), [option.encode() for option in options]
-        )
-        if result != nvrtc.nvrtcResult.NVRTC_SUCCESS:
-            log = bytearray(_checked(nvrtc.nvrtcGetProgramLogSize(program)))
-            _checked(nvrtc.nvrtcGetProgramLog(program, log))
-            raise RuntimeError(f"decoder.cu does not compile with {numbers}:\n{log.decode()}")
-        code = bytearray(_checked(nvrtc.nvrtcGetCUBINSize(program)))
-        _checked(nvrtc.nvrtcGetCUBIN(program, code))
-        return bytes(code)
-    finally:
-        nvrtc.nvrtcDestroyProgram(program)
-
-
-def _checked(answer: tuple[Any, ...]) -> Any:
-    """What a call of the CUDA driver or compiler returns, or an error with its name."""
-    result, *values = answer
-    if int(result) != 0:
-        raise RuntimeError(f"CUDA: {result.name}")
-    return values[0] if values else None

@@ -1,0 +1,1 @@
+"""Gradients of a chunk, in CUDA C++ for Hopper."""
