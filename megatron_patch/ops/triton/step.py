@@ -45,7 +45,6 @@ def attention_step(
     HAS_AUG: tl.constexpr,
     HAS_GATE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    HAS_STATE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """One token of one head: the state K by V passes through in tiles, read once and written once.
@@ -73,17 +72,14 @@ def attention_step(
         k_mask = rows < K
         offsets = unit * (K * V) + rows[:, None] * V + columns[None, :]
         mask = k_mask[:, None] & v_mask[None, :]
-        if HAS_STATE:
-            past = tl.load(state + offsets, mask=mask, other=0.0)
+        past = tl.load(state + offsets, mask=mask, other=0.0)
         query = tl.load(q + rows, mask=k_mask, other=0.0).to(tl.float32)
         g = decays(gates + rows, k_mask, inverse_tau, PRECISION)
         k = key(g, PRECISION)
         if HAS_AUG:
             weight = tl.load(aug + head * K + rows, mask=k_mask, other=0.0).to(tl.float32)
             similarities += query * weight * k
-        tile = k[:, None] * value[None, :]
-        if HAS_STATE:
-            tile += exp2(g, PRECISION)[:, None] * past
+        tile = exp2(g, PRECISION)[:, None] * past + k[:, None] * value[None, :]
         tl.store(new_state + offsets, tile, mask=mask)
         y += tl.sum(query[:, None] * tile, 0)
     y *= scale
@@ -151,7 +147,8 @@ def _launch_attention(
     batch, _, heads, k = q.shape
     width = v.shape[-1]
     q, gate_logits, v, out_gate = map(_side_by_side, (q, gate_logits, v, out_gate))
-    aug, bias, state = (None if x is None else x.contiguous() for x in (aug, bias, state))
+    aug, bias = (None if x is None else x.contiguous() for x in (aug, bias))
+    state = state.contiguous()
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     block_v = triton.next_power_of_2(width)
     block_k = min(triton.next_power_of_2(k), max(1, TILE // block_v))
@@ -163,7 +160,7 @@ def _launch_attention(
             gate_logits.stride(0), gate_logits.stride(2), v.stride(0), v.stride(2), *gate_strides,
             H=heads, K=k, V=width, BK=block_k, BV=block_v,
             HAS_AUG=aug is not None, HAS_GATE=out_gate is not None, HAS_BIAS=bias is not None,
-            HAS_STATE=state is not None, PRECISION=precision_of(q.dtype),
+            PRECISION=precision_of(q.dtype),
             num_warps=max(1, block_k * block_v // 2048),
         )  # fmt: skip
     return out
@@ -184,7 +181,10 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """Output [B, 1, H, V] and new state [B, H, K, V] of one token."""
     shape = (q.shape[0], q.shape[2], q.shape[3], v.shape[3])
-    new_state = torch.empty(shape, dtype=torch.float32, device=q.device)
+    # LLVM aborts in some of the kernels that have no state to read (Triton 3.6, bfloat16, K 64).
+    make = torch.zeros if state is None else torch.empty
+    new_state = make(shape, dtype=torch.float32, device=q.device)
+    state = new_state if state is None else state
     out = _launch_attention(
         q, gate_logits, v, aug, out_gate, out_gate_bias, state, new_state, tau, scale, norm_eps
     )

@@ -63,8 +63,9 @@ def assert_right(operator, tensors, judge, tolerance, **arguments):
     ("K", "V"), [(1, 16), (7, 24), (16, 64), (48, 96), (64, 128), (130, 40), (128, 256)]
 )
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
-def test_every_width_and_dtype(K, V, dtype):
-    tensors = make(1, 1, K, V, dtype=dtype)
+@pytest.mark.parametrize("absent", [(), ("initial_state",)])
+def test_every_width_and_dtype(K, V, dtype, absent):
+    tensors = make(1, 1, K, V, dtype=dtype, absent=absent)
     assert_right(meta_linear_attention, tensors, "reference", TOLERANCE[dtype])
 
 
