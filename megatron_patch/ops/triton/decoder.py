@@ -533,8 +533,8 @@ def decode_token(
     keys,
     shares,
     activated,
-    logits,
     arrivals,
+    logits,
     first_stage,
     last_stage,
     vocabulary,
@@ -637,9 +637,8 @@ class Decoder:
         self._arguments = (
             torch.tensor(addresses, dtype=torch.int64, device=device), final_norm, head,
             self._x, empty(dim), empty(dim, dtype=dtype), empty(3 * dim), empty(dim // 2),
-            empty(heads, dim), empty(inner),
+            empty(heads, dim), empty(inner), torch.zeros(1, dtype=torch.int32, device=device),
         )  # fmt: skip
-        self._arrivals = torch.zeros(1, dtype=torch.int32, device=device)
         self._numbers = (vocabulary, *numbers)
 
         piece = 512 // head.element_size()  # of a row, as a warp loads it at once
@@ -682,9 +681,8 @@ class Decoder:
 
     def _launch(self, logits: Tensor, first: int, last: int, **how) -> None:
         decode_token[self._grid](
-            *self._arguments, logits, self._arrivals, first, last, *self._numbers,
-            **self._options, **how,
-        )  # fmt: skip
+            *self._arguments, logits, first, last, *self._numbers, **self._options, **how
+        )
 
 
 def fits(heads: int, key_width: int, value_width: int, device: torch.device) -> bool:

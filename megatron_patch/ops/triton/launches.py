@@ -293,14 +293,7 @@ def backward(
                 num_warps=4, maxnreg=config.value_registers,
             )  # fmt: skip
         if CUDA_BINDINGS_INSTALLED and cuda_gradients.fits(q, gate_logits, v, aug, config.chunk):
-            kernel = cuda_gradients.kernel(
-                q.device,
-                call.heads,
-                call.k,
-                call.width,
-                0 if aug is None else aug.itemsize,
-                cu_seqlens.itemsize if call.packed else 0,
-            )
+            kernel = cuda_gradients.kernel(q, v, aug, call.bounds)
             if not is_compiling():
                 cuda_gradients.launch(
                     kernel, grid[0],

@@ -67,7 +67,7 @@ def output(
     mask = (rows < length) & v_mask
     tile = token_at * K + rows * (H * K)
     is_exact = tl.load(exact + chunk_at) != 0
-    if HAS_AUG:
+    if HAS_AUG:  # asked for here, for it would be waited for behind the products
         weight = tl.load(similarity + token_at + token * H, mask=token < length, other=0.0)
     if is_exact:
         weights = tl.load(

@@ -2,7 +2,6 @@
 
 import copy
 import re
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ import yaml
 
 from megatron_patch.hf import MetaLACache
 from megatron_patch.hf.decoding_metala import _kernel
+from megatron_patch.ops.availability import CUDA_BINDINGS_INSTALLED
 from megatron_patch.ops.token_decoder import LayerTensors
 from tests.ops.decoder_steps import (
     DEVICE,
@@ -25,7 +25,7 @@ from tests.ops.decoder_steps import (
     two_runs,
 )
 
-if find_spec("cuda") is None or find_spec("cuda.bindings") is None:
+if not CUDA_BINDINGS_INSTALLED:
     pytest.skip("cuda-bindings is not installed", allow_module_level=True)
 from megatron_patch.ops.cuda import compilation
 from megatron_patch.ops.cuda.decoder import decoder

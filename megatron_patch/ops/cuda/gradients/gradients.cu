@@ -88,6 +88,20 @@ __device__ void join(Reductions& reductions, const Channels& channels) {
     reductions.later[group][warp][column] = after;
 }
 
+// Rounds a group's sums into its half of a tile, and puts zeros where they do not count.
+template <typename Counts>
+__device__ void store_where(const Sums<HALF>& sums, u32 at, int first_column, Counts counts) {
+#pragma unroll
+    for (int n = 0; n < 4; ++n)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const int column = first_column + 8 * n;
+            store_word((at ^ 16 * n) + i * 1024,
+                       pack(counts(i, column) ? sums[n][2 * i] : 0,
+                            counts(i, column + 1) ? sums[n][2 * i + 1] : 0));
+        }
+}
+
 // A number of aug.
 __device__ float balance_at(const void* aug, int i) {
     return AUG == 4 ? ((const float*)aug)[i] : widen(((const u16*)aug)[i]);
@@ -155,6 +169,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) chunk_gradients(const A
     const u32 half_word = shared + place_of(row, group * 64 + lane % 4 * 4),
               tile_word = shared + place_of(row, lane % 4 * 4);
     const u32 own_rows = group * HALF * 128, own_columns = group * HALF * 2;
+    const int own_column = group * HALF + lane % 4 * 2;  // the first of this thread's
 
     Channels& channels = *(Channels*)(memory + 14 * TILE);
     if (thread < C) {
@@ -172,15 +187,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) chunk_gradients(const A
     multiply_tile<ALONG, ALONG>(scores, shared + LATE, shared + EARLY + own_rows, false);
     commit_products();
     await_products<0>();
-#pragma unroll
-    for (int n = 0; n < 4; ++n)
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const int column = group * HALF + 8 * n + lane % 4 * 2, r = row + 8 * i;
-            store_word((half_word ^ 16 * n) + SCORES_T + i * 1024,
-                       pack(r <= column ? scores[n][2 * i] : 0,
-                            r <= column + 1 ? scores[n][2 * i + 1] : 0));
-        }
+    // Of a later token (column) and an earlier one (row).
+    store_where(scores, half_word + SCORES_T, own_column,
+                [&](int i, int column) { return row + 8 * i <= column; });
 
     await_copies<2>();
     Sums<32> d_scores;
@@ -193,15 +202,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) chunk_gradients(const A
     multiply_tile<ALONG, ACROSS>(dv, shared + SCORES_T, shared + D_Y + group * TILE, false);
     commit_products();
     await_products<1>();
-#pragma unroll
-    for (int n = 0; n < 4; ++n)
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const int column = group * HALF + 8 * n + lane % 4 * 2, r = row + 8 * i;
-            store_word((half_word ^ 16 * n) + D_SCORES + i * 1024,
-                       pack(r >= column ? d_scores[n][2 * i] : 0,
-                            r >= column + 1 ? d_scores[n][2 * i + 1] : 0));
-        }
+    store_where(d_scores, half_word + D_SCORES, own_column,
+                [&](int i, int column) { return row + 8 * i >= column; });
 
     await_copies<1>();
     Sums<32> d_early, d_late, dk;

@@ -69,12 +69,12 @@ def _is_hopper(device: torch.device) -> bool:
     )
 
 
-def kernel(
-    device: torch.device, heads: int, k: int, v: int, aug_bytes: int, bound_bytes: int
-) -> driver.CUfunction:
-    """The kernel for these widths; bytes of the numbers of aug and of `cu_seqlens`, 0 for none."""
-    numbers = dict(H=heads, K=k, V=v, AUG=aug_bytes, BOUND=bound_bytes)
-    return load_kernel(device, SOURCE, "chunk_gradients", SHARED_BYTES, **numbers)
+def kernel(q: Tensor, v: Tensor, aug: Tensor | None, bounds: Tensor | None) -> driver.CUfunction:
+    """The kernel for such tensors; `bounds` is `cu_seqlens`."""
+    return load_kernel(
+        q.device, SOURCE, "chunk_gradients", SHARED_BYTES, H=q.shape[2], K=q.shape[3], V=v.shape[3],
+        AUG=0 if aug is None else aug.itemsize, BOUND=0 if bounds is None else bounds.itemsize,
+    )  # fmt: skip
 
 
 def launch(
@@ -86,12 +86,8 @@ def launch(
 ) -> None:
     """Launches it on the current stream of the current device: all arguments as gradients.cu names
     them, in that order."""
-    addresses = [0 if x is None else x.data_ptr() for x in tensors]
-    arguments = Arguments(
-        (ctypes.c_void_p * 18)(*addresses),
-        (ctypes.c_int64 * 11)(*sizes),
-        (ctypes.c_float * 2)(*numbers),
-    )
+    addresses = tuple(0 if x is None else x.data_ptr() for x in tensors)
+    arguments = Arguments(addresses, sizes, numbers)
     parameters = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
     stream = torch.cuda.current_stream().cuda_stream
     checked(

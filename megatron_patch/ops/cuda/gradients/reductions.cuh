@@ -57,18 +57,15 @@ __device__ float state_product(u32 state, u32 d_state) {
 #pragma unroll
     for (int piece = 0; piece < 4; ++piece) {
         const u32 at = quarter / 2 * TILE + place_of(row, quarter % 2 * 64 + piece * 16);
-        u32 x[4], y[4];
-        asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-                     : "r"(state + at));
-        asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(y[0]), "=r"(y[1]), "=r"(y[2]), "=r"(y[3])
-                     : "r"(d_state + at));
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const float2 p = unpack(x[i]), r = unpack(y[i]);
+        const uint4 x = load_piece(state + at), y = load_piece(d_state + at);
+        const auto add = [&](u32 x, u32 y) {
+            const float2 p = unpack(x), r = unpack(y);
             sum += p.x * r.x + p.y * r.y;
-        }
+        };
+        add(x.x, y.x);
+        add(x.y, y.y);
+        add(x.z, y.z);
+        add(x.w, y.w);
     }
     sum += __shfl_xor_sync(~0u, sum, 8);
     return sum + __shfl_xor_sync(~0u, sum, 16);

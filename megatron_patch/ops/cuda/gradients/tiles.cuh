@@ -45,6 +45,16 @@ __device__ void await_copies() {
     __syncthreads();
 }
 
+// A piece of a row.
+__device__ uint4 load_piece(u32 at) {
+    uint4 x;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                 : "r"(at)
+                 : "memory");
+    return x;
+}
+
 // The other way, of rows that are there.
 __device__ void store_tile(u16* to, u32 tile, i64 stride, int rows, int columns) {
     const int piece = threadIdx.x % PIECES;
@@ -52,11 +62,7 @@ __device__ void store_tile(u16* to, u32 tile, i64 stride, int rows, int columns)
     for (int turn = 0; turn < C / IN_TURN; ++turn) {
         const int row = threadIdx.x / PIECES + turn * IN_TURN;
         if (8 * piece >= columns || row >= rows) continue;
-        uint4 x;
-        asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-                     : "r"(tile + place_of(row, 16 * piece)));
-        *(uint4*)(to + row * stride + 8 * piece) = x;
+        *(uint4*)(to + row * stride + 8 * piece) = load_piece(tile + place_of(row, 16 * piece));
     }
 }
 
