@@ -112,12 +112,18 @@ def factors(
             tl.sum(raw_q * k * weight[None, None, :], 2),
             mask=token < length,
         )
-    # 2^(G - m): before the run an exponential, within it products with decays, which k took too.
-    decay = exp2(g, PRECISION)
-    before = exp2(until - runs, PRECISION)[:, None, :]
-    factor = tl.cumprod(tl.where((place == 0)[None, :, None], before * decay, decay), 1)
+    if PRECISION == "bf16":
+        # 2^(G - m): before the run an exponential, within it products with decays, as k took.
+        decay = exp2(g, PRECISION)
+        before = exp2(until - runs, PRECISION)[:, None, :]
+        factor = tl.cumprod(tl.where((place == 0)[None, :, None], before * decay, decay), 1)
+        inverse = reciprocal(factor)
+    else:
+        # Products would gather the errors of their exponentials.
+        until = (until - runs)[:, None, :] + tl.cumsum(g, 1)
+        factor, inverse = tl.exp2(until), tl.exp2(-until)
     tl.store(early + offsets, (raw_q * scale * factor).to(early.dtype.element_ty), mask=mask)
-    tl.store(late + offsets, (k * reciprocal(factor)).to(late.dtype.element_ty), mask=mask)
+    tl.store(late + offsets, (k * inverse).to(late.dtype.element_ty), mask=mask)
     total = tl.where(total < LOWEST_LOG_DECAY, LOWEST_LOG_DECAY, total)
     tl.store(totals + at * K + columns, total, mask=columns < K)
     is_exact = tl.min(total) < FACTOR_LIMIT

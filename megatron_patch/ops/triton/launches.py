@@ -111,9 +111,9 @@ class _Call:
                 states, entering, leaving, decays, layout.segment_table,
                 layout.chunk_bounds, self.bounds, self.time, layout.segments, layout.chunks,
                 *y.stride(),
-                **self.widths(), V=width, BK=config.carry_k, BV=config.carry_v,
+                H=heads, K=k, V=width, C=config.chunk, BK=config.carry_k, BV=config.carry_v,
                 SEGMENT=config.segment, HAS_ENTERING=entering is not None, WHOLE=decays is None,
-                REVERSE=reverse, PACKED=self.packed,
+                REVERSE=reverse, PACKED=self.packed, PRECISION=config.carry_precision,
                 num_warps=config.carry_warps, num_stages=config.carry_stages,
             )  # fmt: skip
 
@@ -289,7 +289,8 @@ def backward(
             launcher(value_gradients, grid)(
                 v, d_y, early, late, exact, similarity,
                 d_v, d_scores, d_similarity, d_states, *call.numbers(), *v.stride(),
-                **options, BK=power_of_two(call.k), BV=config.value_v, STAGES=config.value_stages,
+                **{**options, "PRECISION": config.value_precision}, BK=power_of_two(call.k),
+                BV=config.value_v, STAGES=config.value_stages,
                 num_warps=4, maxnreg=config.value_registers,
             )  # fmt: skip
         if CUDA_BINDINGS_INSTALLED and cuda_gradients.fits(q, gate_logits, v, aug, config.chunk):

@@ -116,8 +116,16 @@ def log_decay(logits, inverse_tau, PRECISION: tl.constexpr):
         p = -0.49936133623 + x * p
         log1p = x * (0.99999159575 + x * p)
     else:
-        series = x * (1 - x * (0.5 - x * (1 / 3 - x * (0.25 - x * (0.2 - x * (1 / 6))))))
-        log1p = tl.where(x < 0.0625, series, tl.log2(1.0 + x) * (1 / LOG2_E))
+        # As above; relative error 5.2e-9. `log2` of 1 + x would lose digits where x is below 1.
+        p = 0.0195425273 - 0.0031760570 * x
+        p = -0.0563736128 + x * p
+        p = 0.1054362380 + x * p
+        p = -0.1526966707 + x * p
+        p = 0.1966327426 + x * p
+        p = -0.2495161626 + x * p
+        p = 0.3332971050 + x * p
+        p = -0.4999989265 + x * p
+        log1p = x * (1.0 + x * p)
     return (tl.minimum(logits, 0.0) - log1p) * (inverse_tau * LOG2_E)
 
 
@@ -136,10 +144,14 @@ def key(g, PRECISION: tl.constexpr):
         series = g * (-0.69314042222 - 0.23849897567 * g)
         return tl.where(g > -0.03125, series, 1.0 - exp2(g, PRECISION))
     else:
-        x = g / LOG2_E
-        series = 1 + x * (1 / 5) * (1 + x * (1 / 6))
-        series = -x * (1 + x * 0.5 * (1 + x * (1 / 3) * (1 + x * 0.25 * series)))
-        return tl.where(x > -0.125, series, 1.0 - tl.exp2(g))
+        # Fitted on [-1, 0]; relative error 1.2e-10.
+        p = -0.00014889238 - 0.00001130384 * g
+        p = -0.00132993988 + g * p
+        p = -0.00961695071 + g * p
+        p = -0.05550391387 + g * p
+        p = -0.24022649483 + g * p
+        series = g * (-0.69314718044 + g * p)
+        return tl.where(g > -1.0, series, 1.0 - tl.exp2(g))
 
 
 @triton.jit
