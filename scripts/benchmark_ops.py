@@ -41,9 +41,10 @@ SHAPES = [
 NAMES = ("q", "gate_logits", "v", "aug", "out_gate", "out_gate_bias", "initial_state")
 WIDTHS = [(32, 64), (64, 128), (96, 192), (128, 256), (48, 96), (256, 512), (40, 80)]
 LENGTHS = [17, 300, 2500]
-# Errors in bfloat16 stay below this, and in all dtypes, over some random draws, below this multiple
-# of those of chunked PyTorch whose products take operands of the same dtype.
-BFLOAT16_LIMIT, RATIO_LIMIT, DRAWS = 1e-2, 1.5, 4
+# Errors in bfloat16 stay below this, and their medians over random draws, in all dtypes, below this
+# multiple of those of chunked PyTorch whose products take operands of the same dtype. In a single
+# draw of few tokens chance decides which of the two is nearer.
+BFLOAT16_LIMIT, RATIO_LIMIT, DRAWS = 1e-2, 1.5, 9
 ROUNDOFF = 2.0**-24  # of float32, in which sums are: a form that is luckier is no measure
 UNCHECKED = 4  # tokens at the start of a sequence that has no state before it
 
@@ -96,22 +97,20 @@ def check(case: tuple) -> tuple[bool, str]:
     except Exception as error:  # an illegal access ends the process: report it
         return False, f"{label} {error!r:.120}"
     equal = all(same for same, _ in draws)
-    # [draws, results, forms]: the kernels', chunked PyTorch's, and with products in bfloat16.
-    errors = torch.tensor([found for _, found in draws], dtype=torch.float64)
+    errors = torch.tensor([found for _, found in draws], dtype=torch.float64)  # [draws, results, 2]
     worst = errors[:, :, 0].max().item()  # NaN if there is one
-    means = errors.mean(0)
-    ratios = (means[:, :1] / means[:, 1:].clamp_min(ROUNDOFF)).amax(0).tolist()
-    right = equal and ratios[-1] <= RATIO_LIMIT
-    line = f"{label} worst error {worst:.1e}, {ratios[0]:4.2f} times chunked PyTorch's at most, "
+    ours, chunked_form = errors.median(0).values.unbind(1)
+    ratio = (ours / chunked_form.clamp_min(ROUNDOFF)).max().item()
+    right = equal and ratio <= RATIO_LIMIT
     if dtype == torch.bfloat16:
         right &= worst <= BFLOAT16_LIMIT
-        line += f"{ratios[1]:4.2f} times with its products in bfloat16, "
+    line = f"{label} worst error {worst:.1e}, {ratio:4.2f} times chunked PyTorch's at most, "
     return right, line + ("bits equal" if equal else "BITS DIFFER")
 
 
 def errors_of_a_draw(case: tuple) -> tuple[bool, list[list[float]]]:
-    """Whether two runs of the kernels on random inputs give the same bits, and each result's relative
-    errors: the kernels', chunked PyTorch's, and in bfloat16 with its products in bfloat16."""
+    """Whether two runs of the kernels on random inputs give the same bits, and of each result the
+    relative errors of the kernels and of chunked PyTorch with operands of the same dtype."""
     k, v, dtype, length, kind = case
     heads, arguments = SHAPES[0][2], {"output_final_state": kind != "plain"}
     sequences = None
@@ -135,17 +134,17 @@ def errors_of_a_draw(case: tuple) -> tuple[bool, list[list[float]]]:
         # so can the next few. The other kinds have a state, and check first tokens too.
         weights[0][:, :UNCHECKED] = 0
     kernels = partial(meta_linear_attention, backend="triton")
-    in_float32 = partial(meta_linear_attention, backend="chunked")
-    forms = [in_float32, chunked_in_bfloat16] if dtype == torch.bfloat16 else [in_float32]
+    in_any_dtype = partial(meta_linear_attention, backend="chunked")
+    form = chunked_in_bfloat16 if dtype == torch.bfloat16 else in_any_dtype
     found, again = (evaluate(tensors, weights, kernels, **arguments) for _ in range(2))
-    peers = [evaluate(tensors, weights, form, **arguments) for form in forms]
-    wanted = evaluate(tensors, weights, in_float32, torch.float64, **arguments)
+    peer = evaluate(tensors, weights, form, **arguments)
+    wanted = evaluate(tensors, weights, in_any_dtype, torch.float64, **arguments)
     same = all(map(torch.equal, found, again))
     if kind == "plain":
-        for results in (found, *peers, wanted):
+        for results in (found, peer, wanted):
             results[0] = results[0][:, UNCHECKED:]
     errors = []
-    for want, *results in zip(wanted, found, *peers, strict=True):
+    for want, *results in zip(wanted, found, peer, strict=True):
         if want.norm().item() <= 1e-5 * want.numel() ** 0.5:
             # What is zero up to rounding has no relative error, but is finite.
             errors.append([0.0 if x.isfinite().all() else math.nan for x in results])
