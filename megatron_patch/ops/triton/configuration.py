@@ -13,18 +13,20 @@ class Configuration(NamedTuple):
     """Tile sizes are powers of two; the last tile of a width is masked.
 
     chunk: tokens per chunk. segment: tokens that one program carries a state over.
+    full_precision: of products that float32's own units compute as fast as tensor cores do three of
+        TensorFloat-32, whose sums are truncated: those of `carry` and `value_gradients`.
     """
 
     chunk: int
     segment: int
     precision: str
+    full_precision: str
     factor_warps: int
     factor_run: int
     carry_k: int
     carry_v: int
     carry_warps: int
     carry_stages: int
-    carry_precision: str
     output_k: int
     output_v: int
     output_warps: int
@@ -34,7 +36,6 @@ class Configuration(NamedTuple):
     value_v: int
     value_stages: int
     value_registers: int
-    value_precision: str
     gradient_k: int
     gradient_v: int
     gradient_warps: int
@@ -83,6 +84,7 @@ def configure(key_width: int, value_width: int, dtype: torch.dtype) -> Configura
         chunk=chunk,
         segment=2048,
         precision=precision_of(dtype),
+        full_precision="bf16" if half else "ieee",
         factor_warps=factor_warps,
         # Each thread then has a run's tokens in 16 bytes of neighbouring channels.
         factor_run=max(2, chunk * k // (32 * factor_warps * (8 if half else 4))),
@@ -90,9 +92,6 @@ def configure(key_width: int, value_width: int, dtype: torch.dtype) -> Configura
         carry_v=min(v, 32 if not half else 64 if k <= 64 else 128),
         carry_warps=8 if half else 4,
         carry_stages=3,
-        # Float32's own products are as fast here as three of TensorFloat-32, whose sums are
-        # truncated.
-        carry_precision="bf16" if half else "ieee",
         output_k=min(k, 64 if half else 32),
         output_v=v,
         output_warps=4 if half and v <= 256 else 8,
@@ -102,7 +101,6 @@ def configure(key_width: int, value_width: int, dtype: torch.dtype) -> Configura
         value_v=64 if half else 32,
         value_stages=2,
         value_registers=168 if half else 255,
-        value_precision="bf16" if half else "ieee",  # several times as fast: fewer registers
         # On Hopper with Triton 3.6, tiles of K of 32 and 16 channels gave wrong gradients in
         # bfloat16, or illegal accesses: check every change here on the GPU.
         gradient_k=64 if half else min(k, 64),

@@ -61,8 +61,11 @@ class _Call:
         make = torch.zeros if self.packed else torch.empty
         return make(shape, dtype=dtype or self.q.dtype, device=self.q.device)
 
-    def widths(self) -> dict:
-        return dict(H=self.heads, K=self.k, C=self.config.chunk, PRECISION=self.config.precision)
+    def widths(self, precision: str | None = None) -> dict:
+        return dict(
+            H=self.heads, K=self.k, C=self.config.chunk,
+            PRECISION=precision or self.config.precision,
+        )  # fmt: skip
 
     def scores(self) -> Tensor:
         """Memory for scores, or their gradients."""
@@ -111,9 +114,9 @@ class _Call:
                 states, entering, leaving, decays, layout.segment_table,
                 layout.chunk_bounds, self.bounds, self.time, layout.segments, layout.chunks,
                 *y.stride(),
-                H=heads, K=k, V=width, C=config.chunk, BK=config.carry_k, BV=config.carry_v,
+                **self.widths(config.full_precision), V=width, BK=config.carry_k, BV=config.carry_v,
                 SEGMENT=config.segment, HAS_ENTERING=entering is not None, WHOLE=decays is None,
-                REVERSE=reverse, PACKED=self.packed, PRECISION=config.carry_precision,
+                REVERSE=reverse, PACKED=self.packed,
                 num_warps=config.carry_warps, num_stages=config.carry_stages,
             )  # fmt: skip
 
@@ -282,14 +285,14 @@ def backward(
         d_aug = call.empty(*((*chunks, call.k) if aug is not None else (0,)))
         results = (states, d_states, d_q, d_gates, d_v, d_aug, *call.numbers())
         numbers = (call.scale, call.inverse_tau, *call.strides())
-        options = dict(**call.widths(), V=call.width, HAS_AUG=aug is not None, PACKED=call.packed)
+        options = dict(V=call.width, HAS_AUG=aug is not None, PACKED=call.packed)
         d_scores = d_similarity = None
         if tiles > 1:
             d_scores, d_similarity = call.scores(), torch.empty_like(similarity)
             launcher(value_gradients, grid)(
                 v, d_y, early, late, exact, similarity,
                 d_v, d_scores, d_similarity, d_states, *call.numbers(), *v.stride(),
-                **{**options, "PRECISION": config.value_precision}, BK=power_of_two(call.k),
+                **call.widths(config.full_precision), **options, BK=power_of_two(call.k),
                 BV=config.value_v, STAGES=config.value_stages,
                 num_warps=4, maxnreg=config.value_registers,
             )  # fmt: skip
@@ -312,7 +315,7 @@ def backward(
         else:
             launcher(gradients, (grid[0] * tiles,))(
                 q, gate_logits, v, call.aug, d_y, early, late, chunk_decays, exact,
-                similarity, d_scores, d_similarity, *results, *numbers, **options,
+                similarity, d_scores, d_similarity, *results, *numbers, **call.widths(), **options,
                 BK=config.gradient_k, BV=config.gradient_v, STAGES=config.gradient_stages,
                 num_warps=config.gradient_warps, maxnreg=config.gradient_registers,
             )  # fmt: skip
@@ -320,7 +323,7 @@ def backward(
         launcher(exact_gradients, (programs,))(
             q, gate_logits, v, call.aug, d_y, early, late, exact, similarity,
             call.empty(programs, config.chunk, config.chunk, dtype=call.dtype),
-            *results, grid[0], *numbers, **options,
+            *results, grid[0], *numbers, **call.widths(), **options,
             BV=min(32, power_of_two(call.width)), num_warps=4,
         )  # fmt: skip
         if aug is not None:
