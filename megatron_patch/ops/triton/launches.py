@@ -272,7 +272,10 @@ def backward(
         )  # fmt: skip
         found = Factors(early, late, chunk_decays, exact, similarity)
         d_states, d_initial = call.states(found, d_y, _boundary(d_final_state), reverse=True)
-        tiles = triton.cdiv(call.k, config.gradient_k)
+        in_cuda = CUDA_BINDINGS_INSTALLED and cuda_gradients.fits(
+            q, gate_logits, v, aug, config.chunk
+        )
+        tiles = 1 if in_cuda else triton.cdiv(call.k, config.gradient_k)
 
         def gradient_in(memory: Tensor, is_free: bool) -> Tensor:
             """Where a gradient goes: into what its kernel reads for the last time, if it fits."""
@@ -296,7 +299,7 @@ def backward(
                 BV=config.value_v, STAGES=config.value_stages,
                 num_warps=4, maxnreg=config.value_registers,
             )  # fmt: skip
-        if CUDA_BINDINGS_INSTALLED and cuda_gradients.fits(q, gate_logits, v, aug, config.chunk):
+        if in_cuda:
             kernel = cuda_gradients.kernel(q, v, aug, call.bounds)
             if not is_compiling():
                 cuda_gradients.launch(

@@ -23,7 +23,10 @@ GPU = pytest.mark.skipif(not HOPPER, reason="needs a GPU of compute capability 9
 @COMPILER
 @pytest.mark.parametrize("bound_bytes", [0, 4, 8])
 @pytest.mark.parametrize("aug_bytes", [0, 2, 4])
-@pytest.mark.parametrize("heads, k, v", [(8, 64, 128), (1, 32, 64), (3, 40, 80), (7, 8, 16)])
+@pytest.mark.parametrize(
+    "heads, k, v",
+    [(8, 64, 128), (8, 128, 256), (1, 32, 64), (3, 40, 80), (2, 96, 192), (7, 8, 16), (1, 16, 320)],
+)
 def test_it_compiles(heads, k, v, aug_bytes, bound_bytes):
     code = compile_code(
         gradients.SOURCE, "sm_90a", H=heads, K=k, V=v, AUG=aug_bytes, BOUND=bound_bytes
@@ -56,15 +59,18 @@ def test_what_fits(monkeypatch):
     assert fits(v=sliced(tensors()["v"], 8))
     assert not fits(aug=aug.half())
     assert not fits(chunk=32)
-    for widths in (dict(k=72), dict(v=136), dict(k=36), dict(v=100), dict(dtype=torch.float16)):
+    for widths in (dict(k=136), dict(k=36), dict(v=100), dict(dtype=torch.float16)):
         assert not fits(**tensors(**widths))
     q = tensors()["q"]
     assert not fits(q=sliced(q, 4))  # not at a multiple of 16 bytes
     assert not fits(q=q.transpose(2, 3).contiguous().transpose(2, 3))
 
 
+WIDTHS = [(64, 128), (48, 96), (8, 16), (128, 256), (72, 144), (96, 32), (32, 256)]
+
+
 @GPU
-@pytest.mark.parametrize("k, v", [(64, 128), (48, 96), (8, 16)])
+@pytest.mark.parametrize("k, v", WIDTHS)
 @pytest.mark.parametrize("kind", ["plain", "strided", "float32 aug", "no aug", "packed", "long"])
 def test_they_are_those_of_tritons_kernel(kind, k, v, monkeypatch):
     from megatron_patch.ops.triton import launches

@@ -1,5 +1,5 @@
 // Gradients of q, gate logits, v and aug of a chunk and head, given those of y and of the states:
-// `megatron_patch.ops.triton.gradients` for Hopper, in bfloat16, for heads of K <= 64, V <= 128.
+// `megatron_patch.ops.triton.gradients` for Hopper, in bfloat16, for heads of K <= 128.
 // The formulas stand there, and why gradients of decays are taken as they are.
 //
 // Triton's kernel reaches half of the memory's speed: it takes all registers a thread can have, so
@@ -33,16 +33,25 @@ struct Arguments {
     float scale, inverse_tau;
 };
 
-// Tiles in shared memory. Those of V columns are two, and the states' rows are channels.
-constexpr int EARLY = 0, LATE = TILE, GATES = 2 * TILE, QUERIES = 3 * TILE, VALUES = 4 * TILE,
-              D_Y = 6 * TILE, STATE = 8 * TILE, D_STATE = 10 * TILE, SCORES_T = 12 * TILE,
-              D_SCORES = 13 * TILE;
-constexpr int HALF = C / 2;  // channels of a group
+constexpr int TILES_K = (K + C - 1) / C, TILES_V = (V + C - 1) / C;
+constexpr int OWN = TILES_K * C / 2;       // channels of a group
+constexpr int PART = C / 2, PARTS = TILES_K;  // of which it takes so many at once in the end
+
+// Tiles in shared memory: of early and late; of scores and their gradients; and, for 64 columns of V
+// at a time, of the states, in STATE_SLOTS places, and of v and the gradient of y in two. Gates and
+// queries come last, into a place of the states.
+constexpr int STATE_SLOTS = 3 - TILES_K, STATE_SLOT = 2 * TILES_K * TILE, VALUE_SLOT = 2 * TILE;
+constexpr int EARLY = 0, LATE = TILES_K * TILE, SCORES_T = 2 * TILES_K * TILE,
+              D_SCORES = SCORES_T + TILE, STATES = D_SCORES + TILE,
+              VALUES = STATES + STATE_SLOTS * STATE_SLOT, CHANNELS = VALUES + 2 * VALUE_SLOT;
+constexpr int D_STATES = TILES_K * TILE, D_Y = TILE;  // within a place
+constexpr int GATES = STATES + TILES_V % STATE_SLOTS * STATE_SLOT, QUERIES = GATES + D_STATES;
 
 // Of the channels, after the tiles.
 struct Channels {
-    float decay[C], balance[C];  // log decay of the whole chunk; aug
+    float decay[TILES_K * C], balance[TILES_K * C];  // log decay of the whole chunk; aug
 };
+static_assert(CHANNELS + sizeof(Channels) <= 115712, "");  // what each of two blocks can have
 
 // Where a chunk lies: its first token, counted over the batch, and how many it has.
 struct Place {
@@ -69,15 +78,16 @@ struct Place {
     }
 };
 
-// Of each channel, from the sums of warps what a warp's rows lack: the decays' of later rows, and
-// of all that count for each; half the chunk's log decay less that of later rows.
-__device__ void join(Reductions& reductions, const Channels& channels) {
-    const int channel = threadIdx.x % C, group = channel / HALF, column = channel % HALF,
-              warp = threadIdx.x / C;
+// Of each of the groups' channels of a part, from the sums of warps what a warp's rows lack: the
+// decays' of later rows, and of all that count for each; half the chunk's log decay less that of
+// later rows.
+__device__ void join(Reductions<PARTS>& reductions, const Channels& channels, int part) {
+    const int group = threadIdx.x % C / PART, column = threadIdx.x % PART, warp = threadIdx.x / C,
+              channel = group * OWN + part * PART + column;
     float decays = reductions.edge[channel], after = 0.5f * channels.decay[channel];
 #pragma unroll
     for (int w = 0; w < 4; ++w) {
-        decays += reductions.from_state[group][w][column];
+        decays += reductions.from_state[part][group][w][column];
         if (w > warp) {
             decays += reductions.decays[group][w][column];
             after -= reductions.later[group][w][column];
@@ -90,7 +100,7 @@ __device__ void join(Reductions& reductions, const Channels& channels) {
 
 // Rounds a group's sums into its half of a tile, and puts zeros where they do not count.
 template <typename Counts>
-__device__ void store_where(const Sums<HALF>& sums, u32 at, int first_column, Counts counts) {
+__device__ void store_where(const Sums<PART>& sums, u32 at, int first_column, Counts counts) {
 #pragma unroll
     for (int n = 0; n < 4; ++n)
 #pragma unroll
@@ -110,7 +120,7 @@ __device__ float balance_at(const void* aug, int i) {
 extern "C" __global__ void __launch_bounds__(THREADS, 2) chunk_gradients(const Arguments a) {
     extern __shared__ __align__(1024) char memory[];
     const u32 shared = (u32)__cvta_generic_to_shared(memory);
-    const int thread = threadIdx.x, lane = thread % 32, group = thread / 128,
+    const int thread = threadIdx.x, lane = thread % 32, group = __shfl_sync(~0u, thread / 128, 0),
               warp = thread % 128 / 32;
     const int unit = blockIdx.x / H, head = blockIdx.x % H;
     const i64 chunk_at = (i64)unit * H + head;
@@ -138,113 +148,144 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) chunk_gradients(const A
         if (AUG) balance = balance_at(a.aug, head * K + thread);
     }
 
-    copy_tile(shared + EARLY, a.early + token_at * K, H * K, length, K);
-    copy_tile(shared + LATE, a.late + token_at * K, H * K, length, K);
-    commit_copies();
+    // Rows of K, in tiles side by side; the place of the states of 64 columns of V, or behind all of
+    // them what is needed last; and of v and the gradient of y.
+    const auto copy_channels = [&](u32 at, const u16* from, i64 stride) {
+#pragma unroll
+        for (int k = 0; k < TILES_K; ++k)
+            copy_tile(at + k * TILE, from + k * C, stride, length, K - k * C);
+    };
+    const auto ask_for_states = [&](int tile) {
+        const u32 at = anew(shared) + STATES + tile % STATE_SLOTS * STATE_SLOT;
+        if (tile < TILES_V) {
+            const i64 first = anew(chunk_at) * K * V + tile * C;
+#pragma unroll
+            for (int k = 0; k < TILES_K; ++k) {
+                const i64 rows = first + k * C * V;
+                copy_tile(at + k * TILE, a.states + rows, V, K - k * C, V - tile * C);
+                copy_tile(at + D_STATES + k * TILE, a.d_states + rows, V, K - k * C, V - tile * C);
+            }
+        } else if (tile == TILES_V) {
+            const i64 batch = anew(place.batch), first = anew(place.first);
+            copy_channels(at, a.gates + batch * a.gate_b + head * a.gate_h + first * a.gate_t,
+                          a.gate_t);
+            if (AUG)
+                copy_channels(at + D_STATES, a.q + batch * a.q_b + head * a.q_h + first * a.q_t,
+                              a.q_t);
+        }
+        commit_copies();
+    };
     const u16* const v = a.v + place.batch * a.v_b + head * a.v_h + place.first * a.v_t;
+    const auto ask_for_values = [&](int tile) {
+        const u32 at = anew(shared) + VALUES + tile % 2 * VALUE_SLOT;
+        if (tile < TILES_V) {
+            copy_tile(at, v + tile * C, a.v_t, length, V - tile * C);
+            copy_tile(at + D_Y, a.d_y + token_at * V + tile * C, H * V, length, V - tile * C);
+        }
+        commit_copies();
+    };
+    copy_channels(shared + EARLY, a.early + token_at * K, H * K);
+    copy_channels(shared + LATE, a.late + token_at * K, H * K);
+    commit_copies();
+    ask_for_values(0);
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        const int columns = V - half * C;
-        copy_tile(shared + VALUES + half * TILE, v + half * C, a.v_t, length, columns);
-        copy_tile(shared + D_Y + half * TILE, a.d_y + token_at * V + half * C, H * V, length,
-                  columns);
-    }
-    commit_copies();
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        const i64 at = chunk_at * K * V + half * C;
-        copy_tile(shared + STATE + half * TILE, a.states + at, V, K, V - half * C);
-        copy_tile(shared + D_STATE + half * TILE, a.d_states + at, V, K, V - half * C);
-    }
-    commit_copies();
-    copy_tile(shared + GATES,
-              a.gates + place.batch * a.gate_b + head * a.gate_h + place.first * a.gate_t, a.gate_t,
-              length, K);
-    if (AUG)
-        copy_tile(shared + QUERIES, a.q + place.batch * a.q_b + head * a.q_h + place.first * a.q_t,
-                  a.q_t, length, K);
-    commit_copies();
+    for (int tile = 0; tile < STATE_SLOTS; ++tile) ask_for_states(tile);
+    ask_for_values(1);
 
-    // Where a word of two columns lies: in the group's half of a tile, and in a tile of its own.
-    const u32 half_word = shared + place_of(row, group * 64 + lane % 4 * 4),
-              tile_word = shared + place_of(row, lane % 4 * 4);
-    const u32 own_rows = group * HALF * 128, own_columns = group * HALF * 2;
-    const int own_column = group * HALF + lane % 4 * 2;  // the first of this thread's
+    // Where words of two columns lie in a tile: of a group's half of the columns, and of its
+    // channels' first part.
+    const u32 half_word = place_of(row, group * PART * 2 + lane % 4 * 4),
+              part_word = OWN < C ? half_word : group * TILE + place_of(row, lane % 4 * 4);
+    // Where a group's half lies, as rows and as columns, and so its channels.
+    const u32 half_rows = group * PART * 128, half_columns = group * PART * 2;
+    const u32 own_rows = group * OWN * 128, own_columns = OWN < C ? half_columns : group * TILE;
 
-    Channels& channels = *(Channels*)(memory + 14 * TILE);
-    if (thread < C) {
+    Channels& channels = *(Channels*)(memory + CHANNELS);
+    if (thread < TILES_K * C) {
         channels.decay[thread] = decay;
         channels.balance[thread] = balance;
     }
 
-    await_copies<3>();
+    await_copies<STATE_SLOTS + 2>();
     if (is_exact) {  // left to `exact_gradients`
         await_copies<0>();
         return;
     }
-    Sums<32> scores;
+    Sums<PART> scores;
     begin_products();
-    multiply_tile<ALONG, ALONG>(scores, shared + LATE, shared + EARLY + own_rows, false);
+#pragma unroll
+    for (int k = 0; k < TILES_K; ++k)
+        multiply_tile<ALONG, ALONG>(scores, shared + LATE + k * TILE,
+                                    shared + EARLY + k * TILE + half_rows, k > 0);
     commit_products();
     await_products<0>();
+    const int own_column = group * PART + lane % 4 * 2;  // the first of this thread's
     // Of a later token (column) and an earlier one (row).
-    store_where(scores, half_word + SCORES_T, own_column,
+    store_where(scores, shared + SCORES_T + half_word, own_column,
                 [&](int i, int column) { return row + 8 * i <= column; });
 
-    await_copies<2>();
-    Sums<32> d_scores;
-    Sums<64> dv;
-    begin_products();
-    multiply_tile<ALONG, ALONG>(d_scores, shared + D_Y, shared + VALUES + own_rows, false);
-    multiply_tile<ALONG, ALONG>(d_scores, shared + D_Y + TILE, shared + VALUES + TILE + own_rows,
-                                true);
-    commit_products();
-    multiply_tile<ALONG, ACROSS>(dv, shared + SCORES_T, shared + D_Y + group * TILE, false);
-    commit_products();
-    await_products<1>();
-    store_where(d_scores, half_word + D_SCORES, own_column,
-                [&](int i, int column) { return row + 8 * i >= column; });
+    Sums<PART> d_scores;
+    Sums<OWN> d_early, d_late;
+    float d_similarity[2] = {}, edge[TILES_K] = {};
+#pragma unroll 1
+    for (int tile = 0; tile < TILES_V; ++tile) {
+        const u32 tiles = anew(shared);
+        const u32 values = tiles + VALUES + tile % 2 * VALUE_SLOT, d_y = values + D_Y,
+                  states = tiles + STATES + tile % STATE_SLOTS * STATE_SLOT,
+                  d_states = states + D_STATES;
+        await_copies<STATE_SLOTS>();
+        Sums<PART> dv;
+        begin_products();
+        multiply_tile<ALONG, ALONG>(d_scores, d_y, values + half_rows, tile > 0);
+        multiply_tile<ALONG, ACROSS>(dv, tiles + SCORES_T, d_y + half_columns, false);
+#pragma unroll
+        for (int k = 0; k < TILES_K; ++k)
+            multiply_tile<ALONG, ACROSS>(dv, tiles + LATE + k * TILE,
+                                         d_states + k * TILE + half_columns, true);
+        multiply_tile<ALONG, ALONG>(d_early, d_y, states + own_rows, tile > 0);
+        multiply_tile<ALONG, ALONG>(d_late, values, d_states + own_rows, tile > 0);
+        commit_products();
+#pragma unroll
+        for (int k = 0; k < TILES_K; ++k)
+            edge[k] += state_product(states + k * TILE, d_states + k * TILE);
+        await_products<0>();
+        __syncthreads();  // all groups' products are done
+        ask_for_states(tile + STATE_SLOTS);
 
-    await_copies<1>();
-    Sums<32> d_early, d_late, dk;
-    begin_products();
-    multiply_tile<ALONG, ACROSS>(dv, shared + LATE, shared + D_STATE + group * TILE, true);
-    multiply_tile<ALONG, ALONG>(d_early, shared + D_Y, shared + STATE + own_rows, false);
-    multiply_tile<ALONG, ALONG>(d_early, shared + D_Y + TILE, shared + STATE + TILE + own_rows,
-                                true);
-    multiply_tile<ALONG, ALONG>(d_late, shared + VALUES, shared + D_STATE + own_rows, false);
-    multiply_tile<ALONG, ALONG>(d_late, shared + VALUES + TILE, shared + D_STATE + TILE + own_rows,
-                                true);
-    multiply_tile<ALONG, ACROSS>(d_early, shared + D_SCORES, shared + LATE + own_columns, true);
-    multiply_tile<ACROSS, ACROSS>(dk, shared + D_SCORES, shared + EARLY + own_columns, false);
-    commit_products();
-    const float edge_of_states = state_product(shared + STATE, shared + D_STATE);
-    await_products<0>();
-    await_copies<0>();  // all groups' products are done, too: their tiles can be written over
+#pragma unroll
+        for (int n = 0; n < 4; n += 2) {
+            const u32 at = half_word ^ 16 * n;
+            const Words of_v(values + at), of_y(d_y + at);
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                const int i = j % 2;
+                float* const sum = &dv[n + j / 2][2 * i];
+                if (AUG) {
+                    const float2 x = unpack(of_v[j]), dy = unpack(of_y[j]);
+                    const float b = similarity[i];
+                    const float s = sigmoid(b * x.x), t = sigmoid(b * x.y);
+                    const float ds = dy.x * (s - s * s), dt = dy.y * (t - t * t);
+                    d_similarity[i] += ds * x.x + dt * x.y;
+                    sum[0] += b * ds;
+                    sum[1] += b * dt;
+                }
+                store_word(Words::place(d_y + at, j), pack(sum[0], sum[1]));
+            }
+        }
+        __syncthreads();
+        // By the threads that then ask for what takes its place.
+        store_tile(a.d_v + token_at * V + tile * C, d_y, H * V, length, V - tile * C);
+        ask_for_values(tile + 2);
+    }
 
     // Over the scores, which nobody reads any more.
-    Reductions& reductions = *(Reductions*)(memory + SCORES_T);
-    if (lane < 8) reductions.edge[thread / 32 * 8 + lane] = edge_of_states;
-    float d_similarity[2] = {};
+    Reductions<PARTS>& reductions = *(Reductions<PARTS>*)(memory + SCORES_T);
+    store_where(d_scores, shared + D_SCORES + half_word, own_column,
+                [&](int i, int column) { return row + 8 * i >= column; });
 #pragma unroll
-    for (int n = 0; n < 8; n += 2) {
-        const u32 at = (tile_word ^ 16 * n) + group * TILE;
-        const Words values(at + VALUES), d_y(at + D_Y);
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            const int i = j % 2;
-            float* const sum = &dv[n + j / 2][2 * i];
-            if (AUG) {
-                const float2 x = unpack(values[j]), dy = unpack(d_y[j]);
-                const float b = similarity[i];
-                const float s = sigmoid(b * x.x), t = sigmoid(b * x.y);
-                const float ds = dy.x * (s - s * s), dt = dy.y * (t - t * t);
-                d_similarity[i] += ds * x.x + dt * x.y;
-                sum[0] += b * ds;
-                sum[1] += b * dt;
-            }
-            store_word(Words::place(at + D_Y, j), pack(sum[0], sum[1]));
-        }
+    for (int k = 0; k < TILES_K; ++k) {
+        const float sum = sum_quarters(edge[k]);
+        if (lane < 8) reductions.edge[k * C + thread / 32 * 8 + lane] = sum;
     }
     if (AUG) {
 #pragma unroll
@@ -254,50 +295,34 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) chunk_gradients(const A
             if (lane % 4 == 0) reductions.d_similarity[group][row + 8 * i] = d_similarity[i];
         }
     }
-
     // `from_state` counts for the decays after its token: all of it, less that from t on.
-    float decays[4][4], g[4][4], from_state[8] = {};
 #pragma unroll
-    for (int n = 0; n < 4; n += 2) {
-        const u32 at = half_word ^ 16 * n;
-        const Words early(at + EARLY), late(at + LATE), logits(at + GATES);
+    for (int part = 0; part < PARTS; ++part) {
+        float from_state[8] = {};
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            const int m = n + j / 2, i = j % 2;
-            const float2 e = unpack(early[j]), l = unpack(late[j]), logit = unpack(logits[j]);
-            const float* const de = &d_early[m][2 * i];
-            const float* const dl = &d_late[m][2 * i];
-            float* const of_key = &dk[m][2 * i];
-            from_state[2 * m] += l.x * dl[0];
-            from_state[2 * m + 1] += l.y * dl[1];
-            of_key[0] += dl[0];
-            of_key[1] += dl[1];
-            decays[m][2 * i] = e.x * de[0] - l.x * of_key[0];
-            decays[m][2 * i + 1] = e.y * de[1] - l.y * of_key[1];
-            // There is no decay at tokens after the chunk's.
-            const float rate = row + 8 * i < length ? a.inverse_tau : 0;
-            g[m][2 * i] = log_decay(logit.x, rate);
-            g[m][2 * i + 1] = log_decay(logit.y, rate);
+        for (int n = 0; n < 4; n += 2) {
+            const Words late(shared + LATE + (part_word ^ part * PART * 2 ^ 16 * n));
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                const int m = n + j / 2;
+                const float2 l = unpack(late[j]);
+                const float* const dl = &d_late[4 * part + m][2 * (j % 2)];
+                from_state[2 * m] += l.x * dl[0];
+                from_state[2 * m + 1] += l.y * dl[1];
+            }
         }
+        sum_rows(from_state, reductions.from_state[part][group]);
     }
-    float later[4][4];
-#pragma unroll
-    for (int n = 0; n < 4; ++n)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) later[n][i] = g[n][i];
-    sum_later_rows(decays, reductions.decays[group]);
-    sum_later_rows(later, reductions.later[group]);
-    sum_rows(from_state, reductions.from_state[group]);
-    __syncthreads();
+    await_copies<0>();
+    auto& dk = d_late;
+    begin_products();
+    multiply_tile<ALONG, ACROSS>(d_early, shared + D_SCORES, shared + LATE + own_columns, true);
+    multiply_tile<ACROSS, ACROSS>(dk, shared + D_SCORES, shared + EARLY + own_columns, true);
+    commit_products();
+    await_products<0>();
+    __syncthreads();  // early and late can be written over
 
-#pragma unroll
-    for (int half = 0; half < 2; ++half)
-        store_tile(a.d_v + token_at * V + half * C, shared + D_Y + half * TILE, H * V, length,
-                   V - half * C);
-    join(reductions, channels);
-    __syncthreads();
-
-    float share[2] = {}, aug_shares[8] = {};
+    float share[2] = {};
     if (AUG) {
 #pragma unroll
         for (int i = 0; i < 2; ++i)
@@ -305,46 +330,84 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) chunk_gradients(const A
                 reductions.d_similarity[0][row + 8 * i] + reductions.d_similarity[1][row + 8 * i];
     }
 #pragma unroll
-    for (int n = 0; n < 4; n += 2) {
-        const u32 at = half_word ^ 16 * n;
-        const Words logits(at + GATES), queries(at + QUERIES);
+    for (int part = 0; part < PARTS; ++part) {
+        float decays[4][4], later[4][4];
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            const int m = n + j / 2, i = j % 2, column = 8 * m + lane % 4 * 2;
-            const float2 logit = unpack(logits[j]), q = unpack(queries[j]);
-            float dq[2], d_logits[2];
+        for (int n = 0; n < 4; n += 2) {
+            const u32 at = shared + (part_word ^ part * PART * 2 ^ 16 * n);
+            const Words early(at + EARLY), late(at + LATE), logits(at + GATES);
 #pragma unroll
-            for (int h = 0; h < 2; ++h) {
-                const float log_decay = g[m][2 * i + h], decay = exp2_of(log_decay),
-                            k = key_of(log_decay, decay);
-                // G_t - m, from the later log decays.
-                const float since =
-                    reductions.later[group][warp][column + h] + log_decay - later[m][2 * i + h];
-                const float dg = decays[m][2 * i + h] + reductions.decays[group][warp][column + h];
-                dq[h] = d_early[m][2 * i + h] * (exp2_of(since) * a.scale);
-                float of_key = dk[m][2 * i + h] * exp2_of(-since);
-                if (AUG) {
-                    const float raw_q = h ? q.y : q.x,
-                                of_balance = share[i] * channels.balance[group * HALF + column + h];
-                    aug_shares[2 * m + h] += share[i] * raw_q * k;
-                    dq[h] += of_balance * k;
-                    of_key += of_balance * raw_q;
-                }
-                d_logits[h] =
-                    (dg - decay * of_key) * sigmoid(-(h ? logit.y : logit.x)) * a.inverse_tau;
+            for (int j = 0; j < 4; ++j) {
+                const int m = n + j / 2, i = j % 2;
+                const float2 e = unpack(early[j]), l = unpack(late[j]), logit = unpack(logits[j]);
+                const float* const de = &d_early[4 * part + m][2 * i];
+                const float* const of_key = &dk[4 * part + m][2 * i];
+                decays[m][2 * i] = e.x * de[0] - l.x * of_key[0];
+                decays[m][2 * i + 1] = e.y * de[1] - l.y * of_key[1];
+                // There is no decay at tokens after the chunk's.
+                const float rate = row + 8 * i < length ? a.inverse_tau : 0;
+                later[m][2 * i] = log_decay(logit.x, rate);
+                later[m][2 * i + 1] = log_decay(logit.y, rate);
             }
-            store_word(Words::place(at + EARLY, j), pack(dq[0], dq[1]));
-            store_word(Words::place(at + LATE, j), pack(d_logits[0], d_logits[1]));
         }
+        sum_later_rows(decays, reductions.decays[group]);
+        sum_later_rows(later, reductions.later[group]);
+        __syncthreads();
+        join(reductions, channels, part);
+        __syncthreads();
+
+        float aug_shares[8] = {};
+#pragma unroll
+        for (int n = 0; n < 4; n += 2) {
+            const u32 at = shared + (part_word ^ part * PART * 2 ^ 16 * n);
+            const Words logits(at + GATES), queries(at + QUERIES);
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                const int m = n + j / 2, i = j % 2, column = 8 * m + lane % 4 * 2;
+                const float2 logit = unpack(logits[j]), q = unpack(queries[j]);
+                const float rate = row + 8 * i < length ? a.inverse_tau : 0;
+                float dq[2], d_logits[2];
+#pragma unroll
+                for (int h = 0; h < 2; ++h) {
+                    const float raw_logit = h ? logit.y : logit.x;
+                    const float g = log_decay(raw_logit, rate), decay = exp2_of(g),
+                                k = key_of(g, decay);
+                    // G_t - m, from the later log decays.
+                    const float since =
+                        reductions.later[group][warp][column + h] + g - later[m][2 * i + h];
+                    const float dg =
+                        decays[m][2 * i + h] + reductions.decays[group][warp][column + h];
+                    dq[h] = d_early[4 * part + m][2 * i + h] * (exp2_of(since) * a.scale);
+                    float of_key = dk[4 * part + m][2 * i + h] * exp2_of(-since);
+                    if (AUG) {
+                        const float raw_q = h ? q.y : q.x;
+                        const float of_balance =
+                            share[i] * channels.balance[group * OWN + part * PART + column + h];
+                        aug_shares[2 * m + h] += share[i] * raw_q * k;
+                        dq[h] += of_balance * k;
+                        of_key += of_balance * raw_q;
+                    }
+                    d_logits[h] = (dg - decay * of_key) * sigmoid(-raw_logit) * a.inverse_tau;
+                }
+                store_word(Words::place(at + EARLY, j), pack(dq[0], dq[1]));
+                store_word(Words::place(at + LATE, j), pack(d_logits[0], d_logits[1]));
+            }
+        }
+        if (AUG) sum_rows(aug_shares, reductions.aug[part][group]);
+        __syncthreads();
     }
-    if (AUG) sum_rows(aug_shares, reductions.aug[group]);
-    __syncthreads();
-    store_tile(a.d_q + token_at * K, shared + EARLY, H * K, length, K);
-    store_tile(a.d_gates + token_at * K, shared + LATE, H * K, length, K);
+#pragma unroll
+    for (int k = 0; k < TILES_K; ++k) {
+        store_tile(a.d_q + token_at * K + k * C, shared + EARLY + k * TILE, H * K, length,
+                   K - k * C);
+        store_tile(a.d_gates + token_at * K + k * C, shared + LATE + k * TILE, H * K, length,
+                   K - k * C);
+    }
     if (AUG && thread < K) {
+        const int column = thread % PART, part = thread % OWN / PART, own = thread / OWN;
         float sum = 0;
 #pragma unroll
-        for (int w = 0; w < 4; ++w) sum += reductions.aug[thread / HALF][w][thread % HALF];
+        for (int w = 0; w < 4; ++w) sum += reductions.aug[part][own][w][column];
         a.d_aug[chunk_at * K + thread] = sum;
     }
 }

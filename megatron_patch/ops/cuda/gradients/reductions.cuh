@@ -4,13 +4,14 @@
 
 #include "tiles.cuh"
 
-// Sums of each warp, for the other warps: of a group's 32 channels.
+// Sums of each warp, for the other warps: of 32 channels of each group, in so many parts.
 using OfWarps = float[4][C / 2];
+template <int PARTS>
 struct Reductions {
-    OfWarps decays[2], later[2], from_state[2], aug[2];
-    float edge[C], d_similarity[2][C];
+    OfWarps decays[2], later[2], from_state[PARTS][2], aug[PARTS][2];
+    float edge[PARTS * C], d_similarity[2][C];
 };
-static_assert(sizeof(Reductions) <= TILE, "");
+static_assert(sizeof(Reductions<2>) <= TILE, "");
 
 // Turns rows as `Sums` has them into sums of each row and those of the warp after it, and writes
 // all 16 rows' sums.
@@ -50,13 +51,14 @@ __device__ void sum_rows(float (&x)[8], OfWarps& sums) {
     sums[warp][8 * n + 2 * (lane % 4) + j] = x[0];
 }
 
-// Of the states' row 8 (warp) + lane % 8, the sum over V of their product, in lanes 0 to 7.
+// Of a tile of states, row 8 (warp) + lane % 8: a quarter of the sum over columns of the product with
+// its gradient.
 __device__ float state_product(u32 state, u32 d_state) {
-    const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 8 + lane % 8, quarter = lane / 8;
+    const int thread = anew((int)threadIdx.x), row = thread / 32 * 8 + thread % 8, quarter = thread % 32 / 8;
     float sum = 0;
 #pragma unroll
-    for (int piece = 0; piece < 4; ++piece) {
-        const u32 at = quarter / 2 * TILE + place_of(row, quarter % 2 * 64 + piece * 16);
+    for (int piece = 0; piece < 2; ++piece) {
+        const u32 at = place_of(row, quarter * 32 + piece * 16);
         const uint4 x = load_piece(state + at), y = load_piece(d_state + at);
         const auto add = [&](u32 x, u32 y) {
             const float2 p = unpack(x), r = unpack(y);
@@ -67,6 +69,10 @@ __device__ float state_product(u32 state, u32 d_state) {
         add(x.z, y.z);
         add(x.w, y.w);
     }
+    return sum;
+}
+// The sum over quarters.
+__device__ float sum_quarters(float sum) {
     sum += __shfl_xor_sync(~0u, sum, 8);
     return sum + __shfl_xor_sync(~0u, sum, 16);
 }
