@@ -175,10 +175,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) chunk_gradients(const A
         }
         commit_copies();
     };
-    const u16* const v = a.v + place.batch * a.v_b + head * a.v_h + place.first * a.v_t;
     const auto ask_for_values = [&](int tile) {
         const u32 at = anew(shared) + VALUES + tile % 2 * VALUE_SLOT;
         if (tile < TILES_V) {
+            const i64 batch = anew(place.batch), first = anew(place.first);
+            const u16* const v = a.v + batch * a.v_b + head * a.v_h + first * a.v_t;
             copy_tile(at, v + tile * C, a.v_t, length, V - tile * C);
             copy_tile(at + D_Y, a.d_y + token_at * V + tile * C, H * V, length, V - tile * C);
         }
@@ -200,12 +201,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) chunk_gradients(const A
     const u32 half_rows = group * PART * 128, half_columns = group * PART * 2;
     const u32 own_rows = group * OWN * 128, own_columns = OWN < C ? half_columns : group * TILE;
 
-    Channels& channels = *(Channels*)(memory + CHANNELS);
-    if (thread < TILES_K * C) {
-        channels.decay[thread] = decay;
-        channels.balance[thread] = balance;
-    }
-
     await_copies<STATE_SLOTS + 2>();
     if (is_exact) {  // left to `exact_gradients`
         await_copies<0>();
@@ -223,6 +218,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) chunk_gradients(const A
     // Of a later token (column) and an earlier one (row).
     store_where(scores, shared + SCORES_T + half_word, own_column,
                 [&](int i, int column) { return row + 8 * i <= column; });
+    Channels& channels = *(Channels*)(memory + CHANNELS);
+    if (thread < TILES_K * C) {
+        channels.decay[thread] = decay;
+        channels.balance[thread] = balance;
+    }
 
     Sums<PART> d_scores;
     Sums<OWN> d_early, d_late;

@@ -20,11 +20,10 @@ __device__ u32 place_of(int row, int byte) { return row * 128 + (byte ^ (row % 8
 
 // The same number, which the compiler takes for a new one: what follows from it is computed where it
 // is used, and holds no registers elsewhere.
-__device__ int anew(int x) {
+__device__ u32 anew(u32 x) {
     asm volatile("" : "+r"(x));
     return x;
 }
-__device__ u32 anew(u32 x) { return anew((int)x); }
 __device__ i64 anew(i64 x) {
     asm volatile("" : "+l"(x));
     return x;
@@ -33,11 +32,11 @@ __device__ i64 anew(i64 x) {
 // Copies rows of 16-byte pieces from `from`, `stride` numbers apart, into a tile; zeros where there
 // are fewer rows than 64 or fewer columns.
 __device__ void copy_tile(u32 tile, const u16* from, i64 stride, int rows, int columns) {
-    const int thread = anew((int)threadIdx.x), piece = thread % PIECES;
+    const u32 thread = anew(threadIdx.x), piece = thread % PIECES;
     const bool inside = 8 * piece < columns;
 #pragma unroll
     for (int turn = 0; turn < C / IN_TURN; ++turn) {
-        const int row = thread / PIECES + turn * IN_TURN;
+        const int row = (int)(thread / PIECES) + turn * IN_TURN;
         const bool known = inside && row < rows;
         const u16* const source = known ? from + row * stride + 8 * piece : from;
         asm volatile(
@@ -69,10 +68,10 @@ __device__ uint4 load_piece(u32 at) {
 
 // The other way, of rows that are there.
 __device__ void store_tile(u16* to, u32 tile, i64 stride, int rows, int columns) {
-    const int thread = anew((int)threadIdx.x), piece = thread % PIECES;
+    const u32 thread = anew(threadIdx.x), piece = thread % PIECES;
 #pragma unroll
     for (int turn = 0; turn < C / IN_TURN; ++turn) {
-        const int row = thread / PIECES + turn * IN_TURN;
+        const int row = (int)(thread / PIECES) + turn * IN_TURN;
         if (8 * piece >= columns || row >= rows) continue;
         *(uint4*)(to + row * stride + 8 * piece) = load_piece(tile + place_of(row, 16 * piece));
     }
