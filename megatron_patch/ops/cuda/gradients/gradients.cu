@@ -331,7 +331,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) chunk_gradients(const A
     }
 #pragma unroll
     for (int part = 0; part < PARTS; ++part) {
-        float decays[4][4], later[4][4];
+        float decays[4][4], g[4][4], later[4][4];
 #pragma unroll
         for (int n = 0; n < 4; n += 2) {
             const u32 at = shared + (part_word ^ part * PART * 2 ^ 16 * n);
@@ -346,8 +346,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) chunk_gradients(const A
                 decays[m][2 * i + 1] = e.y * de[1] - l.y * of_key[1];
                 // There is no decay at tokens after the chunk's.
                 const float rate = row + 8 * i < length ? a.inverse_tau : 0;
-                later[m][2 * i] = log_decay(logit.x, rate);
-                later[m][2 * i + 1] = log_decay(logit.y, rate);
+                later[m][2 * i] = g[m][2 * i] = log_decay(logit.x, rate);
+                later[m][2 * i + 1] = g[m][2 * i + 1] = log_decay(logit.y, rate);
             }
         }
         sum_later_rows(decays, reductions.decays[group]);
@@ -370,11 +370,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) chunk_gradients(const A
 #pragma unroll
                 for (int h = 0; h < 2; ++h) {
                     const float raw_logit = h ? logit.y : logit.x;
-                    const float g = log_decay(raw_logit, rate), decay = exp2_of(g),
-                                k = key_of(g, decay);
+                    // With several parts once more, for want of registers.
+                    const float log = PARTS > 1 ? log_decay(raw_logit, rate) : g[m][2 * i + h];
+                    const float decay = exp2_of(log), k = key_of(log, decay);
                     // G_t - m, from the later log decays.
                     const float since =
-                        reductions.later[group][warp][column + h] + g - later[m][2 * i + h];
+                        reductions.later[group][warp][column + h] + log - later[m][2 * i + h];
                     const float dg =
                         decays[m][2 * i + h] + reductions.decays[group][warp][column + h];
                     dq[h] = d_early[4 * part + m][2 * i + h] * (exp2_of(since) * a.scale);
