@@ -54,8 +54,7 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["megatron_patch*", "convert*"]),
     package_data={
-        f"megatron_patch.ops.cuda.{kernel}": ["*.cu", "*.cuh"]
-        for kernel in ("decoder", "gradients")
+        f"megatron_patch.ops.cuda.{kernel}": ["*.cu", "*.cuh"] for kernel in ("chunks", "decoder")
     },
     install_requires=["torch>=2.4", "numpy", "pydantic>=2", "pyyaml"],
     extras_require=EXTRAS,

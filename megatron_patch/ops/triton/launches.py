@@ -20,7 +20,8 @@ from megatron_patch.ops.triton.shares import sum_shares
 from megatron_patch.ops.triton.states import carry, scan
 
 if CUDA_BINDINGS_INSTALLED:
-    from megatron_patch.ops.cuda.gradients import gradients as cuda_gradients
+    from megatron_patch.ops.cuda.chunks import gradients as cuda_gradients
+    from megatron_patch.ops.cuda.chunks import output as cuda_output
 
 EXACT_PROGRAMS = 256  # of the kernel for exact chunks; two fit a multiprocessor
 
@@ -209,13 +210,31 @@ def forward(
             # `outputs`, for gradients take their place.
             normalised = call.outputs(*v.shape, dtype=call.dtype)
             inverse_std = call.empty(*v.shape[:3])
-        launcher(output, (call.layout.chunk_count * call.heads,))(
-            v, out_gate, call.bias, found.early, found.late, found.exact, scores, found.similarity,
-            states, out, normalised, inverse_std,
-            *call.numbers(), norm_eps, *v.stride(), *call.gate_strides(),
-            **call.widths(), **call.gate_options(), BK=config.output_k, HAS_AUG=aug is not None,
-            num_warps=config.output_warps, maxnreg=config.output_registers,
-        )  # fmt: skip
+        grid = (call.layout.chunk_count * call.heads,)
+        if CUDA_BINDINGS_INSTALLED and cuda_output.fits(q, v, out_gate, call.bias, config.chunk):
+            kernel = cuda_output.kernel(q, v, aug, out_gate, call.bias, call.bounds, keep)
+            if not is_compiling():
+                cuda_output.launch(
+                    kernel, call.k, grid[0],
+                    (
+                        v, out_gate, call.bias, found.early, found.late, found.exact, scores,
+                        found.similarity, states, out, normalised, inverse_std,
+                        call.layout.chunk_table, call.bounds,
+                    ),
+                    (
+                        call.time, call.layout.chunks, *v.stride()[:3], *call.gate_strides()[:3],
+                    ),
+                    (norm_eps,),
+                )  # fmt: skip
+        else:
+            launcher(output, grid)(
+                v, out_gate, call.bias, found.early, found.late, found.exact, scores,
+                found.similarity, states, out, normalised, inverse_std,
+                *call.numbers(), norm_eps, *v.stride(), *call.gate_strides(),
+                **call.widths(), **call.gate_options(), BK=config.output_k,
+                HAS_AUG=aug is not None,
+                num_warps=config.output_warps, maxnreg=config.output_registers,
+            )  # fmt: skip
     if not output_final_state:
         final_state = q.new_empty(0, dtype=torch.float32)
     if keep:
@@ -310,8 +329,8 @@ def backward(
                         call.layout.chunk_table, call.bounds,
                     ),
                     (
-                        *q.stride()[:3], *gate_logits.stride()[:3], *v.stride()[:3],
                         call.time, call.layout.chunks,
+                        *q.stride()[:3], *gate_logits.stride()[:3], *v.stride()[:3],
                     ),
                     (call.scale, call.inverse_tau),
                 )  # fmt: skip

@@ -1,4 +1,5 @@
-// Matrices of bfloat16 in shared memory, as tiles of 64 rows of 128 bytes.
+// Matrices of bfloat16 in shared memory, as tiles of 64 rows of 128 bytes. A head has K and V
+// columns.
 
 #pragma once
 
@@ -7,7 +8,9 @@ using u32 = unsigned int;
 using u64 = unsigned long long;
 using i64 = long long;
 
-constexpr int C = 64;                      // tokens of a chunk; rows and columns of a tile
+constexpr int C = 64;        // tokens of a chunk; rows and columns of a tile
+constexpr int HALF = C / 2;  // columns of a group of four warps
+constexpr int TILES_K = (K + C - 1) / C, TILES_V = (V + C - 1) / C;
 constexpr int TILE = C * 2 * C;            // bytes
 constexpr int THREADS = 256;               // of a block: two groups of four warps
 constexpr int PIECES = C / 8;              // of 16 bytes, of a row
@@ -18,8 +21,8 @@ constexpr int IN_TURN = THREADS / PIECES;  // rows that all threads copy at once
 // multiples of 1,024 bytes.
 __device__ u32 place_of(int row, int byte) { return row * 128 + (byte ^ (row % 8 * 16)); }
 
-// The same number, which the compiler takes for a new one: what follows from it is computed where it
-// is used, and holds no registers elsewhere.
+// The same number, which the compiler takes for a new one: what follows from it is computed where
+// it is used, and holds no registers elsewhere.
 __device__ u32 anew(u32 x) {
     asm volatile("" : "+r"(x));
     return x;
@@ -44,6 +47,12 @@ __device__ void copy_tile(u32 tile, const u16* from, i64 stride, int rows, int c
             "l"(source), "r"(known ? 16 : 0)
             : "memory");
     }
+}
+// Rows of K numbers, into tiles side by side.
+__device__ void copy_channels(u32 tiles, const u16* from, i64 stride, int rows) {
+#pragma unroll
+    for (int k = 0; k < TILES_K; ++k)
+        copy_tile(tiles + k * TILE, from + k * C, stride, rows, K - k * C);
 }
 __device__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
@@ -86,7 +95,12 @@ __device__ u32 pack(float first, float second) {
 __device__ float2 unpack(u32 word) {
     return make_float2(__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000));
 }
-__device__ float widen(u16 x) { return __uint_as_float((u32)x << 16); }
+// A number of float32 or of bfloat16, of so many bytes.
+template <int BYTES>
+__device__ float number_at(const void* numbers, int i) {
+    return BYTES == 4 ? ((const float*)numbers)[i]
+                      : __uint_as_float((u32)((const u16*)numbers)[i] << 16);
+}
 
 __device__ u32 load_word(u32 at) {
     u32 word;

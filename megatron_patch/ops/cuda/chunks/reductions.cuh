@@ -51,10 +51,11 @@ __device__ void sum_rows(float (&x)[8], OfWarps& sums) {
     sums[warp][8 * n + 2 * (lane % 4) + j] = x[0];
 }
 
-// Of a tile of states, row 8 (warp) + lane % 8: a quarter of the sum over columns of the product with
-// its gradient.
+// Of a tile of states, row 8 (warp) + lane % 8: a quarter of the sum over columns of the product
+// with its gradient.
 __device__ float state_product(u32 state, u32 d_state) {
-    const u32 thread = anew(threadIdx.x), row = thread / 32 * 8 + thread % 8, quarter = thread % 32 / 8;
+    const u32 thread = anew(threadIdx.x), row = thread / 32 * 8 + thread % 8,
+              quarter = thread % 32 / 8;
     float sum = 0;
 #pragma unroll
     for (int piece = 0; piece < 2; ++piece) {

@@ -68,3 +68,17 @@ __device__ void multiply_tile(S& sums, u32 a, u32 b, bool add) {
         multiply_16<A, B>(sums, descriptor(a + i * STEP<A>), descriptor(b + i * STEP<B>),
                           add || i > 0);
 }
+
+// Rounds a group's sums into its half of a tile, and puts zeros where they do not count.
+template <typename Counts>
+__device__ void store_where(const Sums<HALF>& sums, u32 at, int first_column, Counts counts) {
+#pragma unroll
+    for (int n = 0; n < 4; ++n)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const int column = first_column + 8 * n;
+            store_word((at ^ 16 * n) + i * 1024,
+                       pack(counts(i, column) ? sums[n][2 * i] : 0,
+                            counts(i, column + 1) ? sums[n][2 * i + 1] : 0));
+        }
+}

@@ -10,9 +10,11 @@
 // columns: half of V for dv, half of K for all else.
 //
 // gradients.py compiles this file for a model, with its numbers for names in capital letters: H, K,
-// V, and bytes of the numbers of aug and of bounds, AUG and BOUND, zero where there are none.
+// V, and bytes of the numbers of aug and of bounds, AUG and BOUND, zero where there are none;
+// BLOCKS share a multiprocessor, with SHARED bytes of its memory each.
 
 #include "decays.cuh"
+#include "place.cuh"
 #include "products.cuh"
 #include "reductions.cuh"
 
@@ -26,20 +28,17 @@ struct Arguments {
     const u16 *states, *d_states;
     u16 *d_q, *d_gates, *d_v;
     float* d_aug;
-    const int* table;
-    const void* bounds;
-    i64 q_b, q_t, q_h, gate_b, gate_t, gate_h, v_b, v_t, v_h;
-    i64 tokens, chunks;  // of a sequence
+    Chunks chunks;
+    i64 q_strides[3], gate_strides[3], v_strides[3];  // of a batch entry, a token and a head
     float scale, inverse_tau;
 };
 
-constexpr int TILES_K = (K + C - 1) / C, TILES_V = (V + C - 1) / C;
-constexpr int OWN = TILES_K * C / 2;       // channels of a group
-constexpr int PART = C / 2, PARTS = TILES_K;  // of which it takes so many at once in the end
+constexpr int OWN = TILES_K * C / 2;  // channels of a group,
+constexpr int PARTS = TILES_K;        // of which it takes 32 at once in the end
 
-// Tiles in shared memory: of early and late; of scores and their gradients; and, for 64 columns of V
-// at a time, of the states, in STATE_SLOTS places, and of v and the gradient of y in two. Gates and
-// queries come last, into a place of the states.
+// Tiles in shared memory: of early and late; of scores and their gradients; and, for 64 columns of
+// V at a time, of the states, in STATE_SLOTS places, and of v and the gradient of y in two. Gates
+// and queries come last, into a place of the states.
 constexpr int STATE_SLOTS = 3 - TILES_K, STATE_SLOT = 2 * TILES_K * TILE, VALUE_SLOT = 2 * TILE;
 constexpr int EARLY = 0, LATE = TILES_K * TILE, SCORES_T = 2 * TILES_K * TILE,
               D_SCORES = SCORES_T + TILE, STATES = D_SCORES + TILE,
@@ -51,39 +50,14 @@ constexpr int GATES = STATES + TILES_V % STATE_SLOTS * STATE_SLOT, QUERIES = GAT
 struct Channels {
     float decay[TILES_K * C], balance[TILES_K * C];  // log decay of the whole chunk; aug
 };
-static_assert(CHANNELS + sizeof(Channels) <= 115712, "");  // what each of two blocks can have
-
-// Where a chunk lies: its first token, counted over the batch, and how many it has.
-struct Place {
-    i64 batch, first;
-    int length;  // negative: there is no such chunk
-
-    static __device__ i64 bound(const Arguments& a, int i) {
-        return BOUND == 8 ? ((const i64*)a.bounds)[i] : ((const int*)a.bounds)[i];
-    }
-
-    __device__ Place(const Arguments& a, int unit) {
-        if (BOUND) {
-            const int sequence = a.table[2 * unit];
-            batch = 0;
-            length = -1;
-            if (sequence < 0) return;
-            first = bound(a, sequence) + (i64)a.table[2 * unit + 1] * C;
-            length = (int)min(bound(a, sequence + 1) - first, (i64)C);
-        } else {
-            batch = unit / (int)a.chunks;
-            first = (i64)(unit % (int)a.chunks) * C;
-            length = (int)min(a.tokens - first, (i64)C);
-        }
-    }
-};
+static_assert(CHANNELS + sizeof(Channels) <= SHARED, "");
 
 // Of each of the groups' channels of a part, from the sums of warps what a warp's rows lack: the
 // decays' of later rows, and of all that count for each; half the chunk's log decay less that of
 // later rows.
 __device__ void join(Reductions<PARTS>& reductions, const Channels& channels, int part) {
-    const int group = threadIdx.x % C / PART, column = threadIdx.x % PART, warp = threadIdx.x / C,
-              channel = group * OWN + part * PART + column;
+    const int group = threadIdx.x % C / HALF, column = threadIdx.x % HALF, warp = threadIdx.x / C,
+              channel = group * OWN + part * HALF + column;
     float decays = reductions.edge[channel], after = 0.5f * channels.decay[channel];
 #pragma unroll
     for (int w = 0; w < 4; ++w) {
@@ -98,39 +72,20 @@ __device__ void join(Reductions<PARTS>& reductions, const Channels& channels, in
     reductions.later[group][warp][column] = after;
 }
 
-// Rounds a group's sums into its half of a tile, and puts zeros where they do not count.
-template <typename Counts>
-__device__ void store_where(const Sums<PART>& sums, u32 at, int first_column, Counts counts) {
-#pragma unroll
-    for (int n = 0; n < 4; ++n)
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const int column = first_column + 8 * n;
-            store_word((at ^ 16 * n) + i * 1024,
-                       pack(counts(i, column) ? sums[n][2 * i] : 0,
-                            counts(i, column + 1) ? sums[n][2 * i + 1] : 0));
-        }
-}
-
-// A number of aug.
-__device__ float balance_at(const void* aug, int i) {
-    return AUG == 4 ? ((const float*)aug)[i] : widen(((const u16*)aug)[i]);
-}
-
-extern "C" __global__ void __launch_bounds__(THREADS, 2) chunk_gradients(const Arguments a) {
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) chunk_gradients(const Arguments a) {
     extern __shared__ __align__(1024) char memory[];
     const u32 shared = (u32)__cvta_generic_to_shared(memory);
     const int thread = threadIdx.x, lane = thread % 32, group = __shfl_sync(~0u, thread / 128, 0),
               warp = thread % 128 / 32;
     const int unit = blockIdx.x / H, head = blockIdx.x % H;
     const i64 chunk_at = (i64)unit * H + head;
-    const Place place(a, unit);
+    const Place place(a.chunks, unit);
     const int length = place.length;
     if (length < 0) {
         if (AUG && thread < K) a.d_aug[chunk_at * K + thread] = 0;
         return;
     }
-    const i64 token_at = (place.batch * a.tokens + place.first) * H + head;
+    const i64 token_at = (place.batch * a.chunks.tokens + place.first) * H + head;
 
     // Small numbers first: behind all copies they would be waited for.
     const bool is_exact = a.exact[chunk_at];
@@ -145,16 +100,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) chunk_gradients(const A
     float decay = 0, balance = 0;
     if (thread < K) {
         decay = a.chunk_decays[chunk_at * K + thread];
-        if (AUG) balance = balance_at(a.aug, head * K + thread);
+        if (AUG) balance = number_at<AUG>(a.aug, head * K + thread);
     }
 
-    // Rows of K, in tiles side by side; the place of the states of 64 columns of V, or behind all of
+    // The place of the states of 64 columns of V, or behind all of
     // them what is needed last; and of v and the gradient of y.
-    const auto copy_channels = [&](u32 at, const u16* from, i64 stride) {
-#pragma unroll
-        for (int k = 0; k < TILES_K; ++k)
-            copy_tile(at + k * TILE, from + k * C, stride, length, K - k * C);
-    };
     const auto ask_for_states = [&](int tile) {
         const u32 at = anew(shared) + STATES + tile % STATE_SLOTS * STATE_SLOT;
         if (tile < TILES_V) {
@@ -166,27 +116,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) chunk_gradients(const A
                 copy_tile(at + D_STATES + k * TILE, a.d_states + rows, V, K - k * C, V - tile * C);
             }
         } else if (tile == TILES_V) {
-            const i64 batch = anew(place.batch), first = anew(place.first);
-            copy_channels(at, a.gates + batch * a.gate_b + head * a.gate_h + first * a.gate_t,
-                          a.gate_t);
+            const Place where = anew(place);
+            copy_channels(at, a.gates + where.in(a.gate_strides, head), a.gate_strides[1], length);
             if (AUG)
-                copy_channels(at + D_STATES, a.q + batch * a.q_b + head * a.q_h + first * a.q_t,
-                              a.q_t);
+                copy_channels(at + D_STATES, a.q + where.in(a.q_strides, head), a.q_strides[1],
+                              length);
         }
         commit_copies();
     };
     const auto ask_for_values = [&](int tile) {
         const u32 at = anew(shared) + VALUES + tile % 2 * VALUE_SLOT;
         if (tile < TILES_V) {
-            const i64 batch = anew(place.batch), first = anew(place.first);
-            const u16* const v = a.v + batch * a.v_b + head * a.v_h + first * a.v_t;
-            copy_tile(at, v + tile * C, a.v_t, length, V - tile * C);
+            const u16* const v = a.v + anew(place).in(a.v_strides, head);
+            copy_tile(at, v + tile * C, a.v_strides[1], length, V - tile * C);
             copy_tile(at + D_Y, a.d_y + token_at * V + tile * C, H * V, length, V - tile * C);
         }
         commit_copies();
     };
-    copy_channels(shared + EARLY, a.early + token_at * K, H * K);
-    copy_channels(shared + LATE, a.late + token_at * K, H * K);
+    copy_channels(shared + EARLY, a.early + token_at * K, H * K, length);
+    copy_channels(shared + LATE, a.late + token_at * K, H * K, length);
     commit_copies();
     ask_for_values(0);
 #pragma unroll
@@ -195,10 +143,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) chunk_gradients(const A
 
     // Where words of two columns lie in a tile: of a group's half of the columns, and of its
     // channels' first part.
-    const u32 half_word = place_of(row, group * PART * 2 + lane % 4 * 4),
+    const u32 half_word = place_of(row, group * HALF * 2 + lane % 4 * 4),
               part_word = OWN < C ? half_word : group * TILE + place_of(row, lane % 4 * 4);
     // Where a group's half lies, as rows and as columns, and so its channels.
-    const u32 half_rows = group * PART * 128, half_columns = group * PART * 2;
+    const u32 half_rows = group * HALF * 128, half_columns = group * HALF * 2;
     const u32 own_rows = group * OWN * 128, own_columns = OWN < C ? half_columns : group * TILE;
 
     await_copies<STATE_SLOTS + 2>();
@@ -206,7 +154,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) chunk_gradients(const A
         await_copies<0>();
         return;
     }
-    Sums<PART> scores;
+    Sums<HALF> scores;
     begin_products();
 #pragma unroll
     for (int k = 0; k < TILES_K; ++k)
@@ -214,7 +162,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) chunk_gradients(const A
                                     shared + EARLY + k * TILE + half_rows, k > 0);
     commit_products();
     await_products<0>();
-    const int own_column = group * PART + lane % 4 * 2;  // the first of this thread's
+    const int own_column = group * HALF + lane % 4 * 2;  // the first of this thread's
     // Of a later token (column) and an earlier one (row).
     store_where(scores, shared + SCORES_T + half_word, own_column,
                 [&](int i, int column) { return row + 8 * i <= column; });
@@ -224,7 +172,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) chunk_gradients(const A
         channels.balance[thread] = balance;
     }
 
-    Sums<PART> d_scores;
+    Sums<HALF> d_scores;
     Sums<OWN> d_early, d_late;
     float d_similarity[2] = {}, edge[TILES_K] = {};
 #pragma unroll 1
@@ -234,7 +182,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) chunk_gradients(const A
                   states = tiles + STATES + tile % STATE_SLOTS * STATE_SLOT,
                   d_states = states + D_STATES;
         await_copies<STATE_SLOTS>();
-        Sums<PART> dv;
+        Sums<HALF> dv;
         begin_products();
         multiply_tile<ALONG, ALONG>(d_scores, d_y, values + half_rows, tile > 0);
         multiply_tile<ALONG, ACROSS>(dv, tiles + SCORES_T, d_y + half_columns, false);
@@ -301,7 +249,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) chunk_gradients(const A
         float from_state[8] = {};
 #pragma unroll
         for (int n = 0; n < 4; n += 2) {
-            const Words late(shared + LATE + (part_word ^ part * PART * 2 ^ 16 * n));
+            const Words late(shared + LATE + (part_word ^ part * HALF * 2 ^ 16 * n));
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
                 const int m = n + j / 2;
@@ -334,7 +282,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) chunk_gradients(const A
         float decays[4][4], g[4][4], later[4][4];
 #pragma unroll
         for (int n = 0; n < 4; n += 2) {
-            const u32 at = shared + (part_word ^ part * PART * 2 ^ 16 * n);
+            const u32 at = shared + (part_word ^ part * HALF * 2 ^ 16 * n);
             const Words early(at + EARLY), late(at + LATE), logits(at + GATES);
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
@@ -359,7 +307,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) chunk_gradients(const A
         float aug_shares[8] = {};
 #pragma unroll
         for (int n = 0; n < 4; n += 2) {
-            const u32 at = shared + (part_word ^ part * PART * 2 ^ 16 * n);
+            const u32 at = shared + (part_word ^ part * HALF * 2 ^ 16 * n);
             const Words logits(at + GATES), queries(at + QUERIES);
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
@@ -383,7 +331,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) chunk_gradients(const A
                     if (AUG) {
                         const float raw_q = h ? q.y : q.x;
                         const float of_balance =
-                            share[i] * channels.balance[group * OWN + part * PART + column + h];
+                            share[i] * channels.balance[group * OWN + part * HALF + column + h];
                         aug_shares[2 * m + h] += share[i] * raw_q * k;
                         dq[h] += of_balance * k;
                         of_key += of_balance * raw_q;
@@ -405,7 +353,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) chunk_gradients(const A
                    K - k * C);
     }
     if (AUG && thread < K) {
-        const int column = thread % PART, part = thread % OWN / PART, own = thread / OWN;
+        const int column = thread % HALF, part = thread % OWN / HALF, own = thread / OWN;
         float sum = 0;
 #pragma unroll
         for (int w = 0; w < 4; ++w) sum += reductions.aug[part][own][w][column];

@@ -1,0 +1,1 @@
+"""The read-out and the gradients of a chunk, in CUDA C++ for Hopper."""

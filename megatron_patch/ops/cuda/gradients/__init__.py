@@ -1,1 +1,0 @@
-"""Gradients of a chunk, in CUDA C++ for Hopper."""
