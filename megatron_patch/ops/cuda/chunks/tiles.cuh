@@ -97,7 +97,7 @@ __device__ float2 unpack(u32 word) {
 }
 // A number of float32 or of bfloat16, of so many bytes.
 template <int BYTES>
-__device__ float number_at(const void* numbers, int i) {
+__device__ float number_at(const void* numbers, i64 i) {
     return BYTES == 4 ? ((const float*)numbers)[i]
                       : __uint_as_float((u32)((const u16*)numbers)[i] << 16);
 }
