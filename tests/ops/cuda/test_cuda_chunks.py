@@ -108,7 +108,7 @@ def test_which_outputs_fit(monkeypatch):
 @pytest.mark.parametrize("k, v", WIDTHS)
 @pytest.mark.parametrize(
     "kind",
-    ["plain", "strided", "float32", "no aug", "no bias", "no gate", "packed", "long", "exact"],
+    ["plain", "strided", "bfloat16", "no aug", "no bias", "no gate", "packed", "long", "exact"],
 )
 def test_they_are_those_of_tritons_kernels(kind, k, v, monkeypatch):
     from megatron_patch.ops.triton import launches
@@ -130,7 +130,7 @@ def test_they_are_those_of_tritons_kernels(kind, k, v, monkeypatch):
         arguments["gate_logits"][:, :, 0] *= 1e3
     if kind == "no aug":
         del parameters["aug"]
-    if kind != "float32":
+    if kind == "bfloat16":
         parameters = {name: x.bfloat16() for name, x in parameters.items()}
     arguments |= parameters
     names = [name for name in arguments if name != "cu_seqlens"]
@@ -158,5 +158,7 @@ def test_they_are_those_of_tritons_kernels(kind, k, v, monkeypatch):
     monkeypatch.setattr(launches, "CUDA_BINDINGS_INSTALLED", False)
     for name, found, wanted in zip(["out", "alone", *names], first, run(), strict=True):
         error = (found.double() - wanted.double()).norm() / wanted.double().norm()
-        assert error < 5e-4, (name, error)
+        # Few as they are, many a parameter's gradients can be rounded to a neighbour.
+        limit = 2**-8 if name in parameters and kind == "bfloat16" else 5e-4
+        assert error < limit, (name, error)
     assert len(launched) == 6
