@@ -5,9 +5,9 @@
 // Triton's kernel reaches half of the memory's speed: it takes all registers a thread can have, so
 // that few warps are there to hide each other's waits. Here a chunk and head have eight warps of
 // half as many registers each, two blocks share a multiprocessor, and what is read goes by
-// asynchronous copies into shared memory, all asked for at once; one block's copies and the other's
-// arithmetic take place at the same time. The two groups of four warps do the same for different
-// columns: half of V for dv, half of K for all else.
+// asynchronous copies into shared memory, asked for as soon as there is a place; one block's copies
+// and the other's arithmetic take place at the same time. The two groups of four warps do the same
+// for different columns: half of K, and half of the columns for dv and for the scores.
 //
 // gradients.py compiles this file for a model, with its numbers for names in capital letters: H, K,
 // V, and bytes of the numbers of aug and of bounds, AUG and BOUND, zero where there are none;
@@ -103,8 +103,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) chunk_gradients(co
         if (AUG) balance = number_at<AUG>(a.aug, head * K + thread);
     }
 
-    // The place of the states of 64 columns of V, or behind all of
-    // them what is needed last; and of v and the gradient of y.
+    // The states of 64 columns of V, or behind all of them what is needed last; and v and the
+    // gradient of y.
     const auto ask_for_states = [&](int tile) {
         const u32 at = anew(shared) + STATES + tile % STATE_SLOTS * STATE_SLOT;
         if (tile < TILES_V) {
