@@ -30,12 +30,13 @@ MODEL = {  # K 64, V 128
     "metala": {"init": "authors", "backend": "triton"},
     "distributed_backend": "nccl",
     "train_micro_batch_size_per_gpu": BATCH,
-    # Small steps: those of Adam amplify rounding.
+    # Small steps: those of Adam amplify rounding. With three times as large ones two processes on a
+    # CPU were 2e-3 to 4e-2 from one within 20 steps, by the seed, and with these less than 2e-3.
     "optimizer": {
         "type": "Adam",
-        "params": {"lr": 3.0e-4, "betas": [0.9, 0.95], "eps": 1.0e-8},
+        "params": {"lr": 1.0e-4, "betas": [0.9, 0.95], "eps": 1.0e-8},
     },
-    "min_lr": 3.0e-5,
+    "min_lr": 1.0e-5,
     "checkpoint_factor": STEPS,
     "do_valid": True,
     "eval_interval": STEPS // 2,
@@ -50,7 +51,7 @@ PRECISIONS = {
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 # By precision: how far the loss of the first step, and of any, may be from that of one GPU. The
 # first is the rounding of one forward pass, of 2^-9 of each value in bfloat16.
-TOLERANCES = {"bfloat16": (2e-3, 1e-2), "float32": (1e-5, 3e-4)}
+TOLERANCES = {"bfloat16": (2e-3, 5e-3), "float32": (1e-5, 3e-4)}
 LAYOUTS = {
     "tensor parallel": dict(tp=2, pp=1),
     "pipeline": dict(tp=1, pp=2),
