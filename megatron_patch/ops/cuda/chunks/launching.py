@@ -90,7 +90,7 @@ def launch(
     """Launches it on the current stream of the current device: all its arguments as the file names
     them, in that order."""
     addresses = (0 if x is None else x.data_ptr() for x in tensors)
-    form = f"{len(tensors)}Q{len(sizes)}q{len(numbers)}f"
+    form = f"{len(tensors)}Q{len(sizes)}q{len(numbers)}f0q"  # as long as C makes the structure
     arguments = ctypes.create_string_buffer(struct.pack(form, *addresses, *sizes, *numbers))
     parameters = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
     stream = torch.cuda.current_stream().cuda_stream
