@@ -54,7 +54,12 @@ class ParallelMetaLALayer(nn.Module):
         past = self.layer_past if self.use_cache else None
         mixed, self.layer_past = self.mixer(self.input_norm(x), past, self.use_cache)
         x = x + self._dropout(mixed)
-        return x + self._dropout(self.mlp(self.mlp_norm(x)))
+        x = x + self._dropout(self.mlp(self.mlp_norm(x)))
+        if x.requires_grad:
+            # GPT-NeoX transposes what its last layer gives, and so this gradient. Left as it is in
+            # memory, it would be copied before each product of each layer.
+            x.register_hook(torch.Tensor.contiguous)
+        return x
 
     def _dropout(self, x: torch.Tensor) -> torch.Tensor:
         return F.dropout(x, self.hidden_dropout, self.training)

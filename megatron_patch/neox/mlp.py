@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from megatron import mpu
+
+from megatron_patch.ops import swiglu
 
 
 class ParallelSwiGLU(torch.nn.Module):
@@ -46,5 +47,4 @@ class ParallelSwiGLU(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., d] to [..., d], identical on all tensor-parallel ranks."""
-        gate, up = self.gate_up_proj(x)[0].chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate) * up)[0]
+        return self.down_proj(swiglu(self.gate_up_proj(x)[0]))[0]

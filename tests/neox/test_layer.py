@@ -90,6 +90,25 @@ def test_output_is_the_recurrence(in_neox, config):
     assert in_neox(config, code) < 1e-12
 
 
+def test_a_transposed_gradient_is_copied_once(in_neox, config):
+    """GPT-NeoX transposes what its last layer gives. Below it, products and sums get gradients as
+    one block of memory."""
+    code = """
+    from megatron.training import get_model
+    model = get_model(neox_args)
+    found = []
+    look = lambda module, d_inputs, d_outputs: found.append(d_outputs[0].is_contiguous())
+    for layer in model.sequential[2:4]:
+        layer.mlp.register_full_backward_hook(look)
+    x = torch.randn(5, 3, 64, requires_grad=True)
+    for layer in model.sequential[2:4]:
+        x = layer((x, None))[0]
+    x.transpose(0, 1).contiguous().square().sum().backward()
+    answer(found)
+    """
+    assert in_neox(config, code) == [True, True]
+
+
 def test_cached_steps_continue_the_sequence(in_neox, config):
     code = """
     from megatron.training import get_model

@@ -10,6 +10,9 @@ gradient.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -447,7 +450,6 @@ def _contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
-@torch.library.custom_op("metala::short_convolution", mutates_args=())
 def short_convolution(
     x: Tensor,
     weight: Tensor,
@@ -456,10 +458,25 @@ def short_convolution(
     silu: bool,
     output_final_state: bool,
 ) -> tuple[Tensor, Tensor]:
-    """y with the strides of x, and the final state, empty if not wanted. Sums are float32."""
+    """y, contiguous, and the final state, empty if not wanted. Sums are float32."""
+    # As for `meta_linear_attention`, whose way through a custom operator takes long, too.
+    traced = torch.compiler.is_compiling() or type(x) is not Tensor
+    return (_forward if traced else _Eager.apply)(
+        x, weight, initial_state, cu_seqlens, silu, output_final_state
+    )
+
+
+def _run_forward(
+    x: Tensor,
+    weight: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    silu: bool,
+    output_final_state: bool,
+) -> tuple[Tensor, Tensor]:
     call = _Call(x, weight, cu_seqlens, silu, FORWARD_RUN, FORWARD_ROWS)
     x = _rows(x)
-    y = torch.empty_like(x)
+    y = x.new_empty(x.shape)
     final_state = call.state_like(x) if output_final_state else x.new_empty(0)
     states = call.sequences if output_final_state else 0
     with torch.cuda.device_of(x):
@@ -471,17 +488,7 @@ def short_convolution(
     return y, final_state
 
 
-@short_convolution.register_fake
-def _(x, weight, initial_state, cu_seqlens, silu, output_final_state):
-    y = torch.empty_like(_rows(x))
-    if not output_final_state:
-        return y, x.new_empty(0)
-    sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    return y, x.new_empty(sequences, x.shape[2], weight.shape[2] - 1)
-
-
-@torch.library.custom_op("metala::short_convolution_backward", mutates_args=())
-def _backward(
+def _run_backward(
     d_y: Tensor,
     d_final_state: Tensor | None,
     x: Tensor,
@@ -490,7 +497,8 @@ def _backward(
     cu_seqlens: Tensor | None,
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, of the weight and of the initial state, empty if there was none."""
+    """Gradients of x, with its strides, of the weight and of the initial state, empty if there was
+    none."""
     call = _Call(x, weight, cu_seqlens, silu, BACKWARD_RUN, BACKWARD_ROWS)
     x, d_y = _rows(x), _rows(d_y)
     d_x = torch.empty_like(x)
@@ -511,19 +519,36 @@ def _backward(
     return d_x, d_weight, d_state
 
 
+_forward = torch.library.custom_op("metala::short_convolution", _run_forward, mutates_args=())
+_backward = torch.library.custom_op(
+    "metala::short_convolution_backward", _run_backward, mutates_args=()
+)
+
+
+@_forward.register_fake
+def _(x, weight, initial_state, cu_seqlens, silu, output_final_state):
+    y = x.new_empty(x.shape)
+    if not output_final_state:
+        return y, x.new_empty(0)
+    sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return y, x.new_empty(sequences, x.shape[2], weight.shape[2] - 1)
+
+
 @_backward.register_fake
 def _(d_y, d_final_state, x, weight, initial_state, cu_seqlens, silu):
     d_state = x.new_empty(0 if initial_state is None else initial_state.shape)
     return torch.empty_like(_rows(x)), weight.new_empty(weight.shape), d_state
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     *tensors, ctx.silu, _ = inputs
     ctx.save_for_backward(*tensors)
     ctx.set_materialize_grads(False)
 
 
-def _autograd_backward(ctx, d_y, d_final_state):
+def _gradients(
+    ctx: Any, run: Callable, d_y: Tensor | None, d_final_state: Tensor | None
+) -> tuple[Tensor | None, ...]:
     x, weight, initial_state, cu_seqlens = ctx.saved_tensors
     if d_final_state is not None and d_final_state.numel() == 0:
         d_final_state = None
@@ -531,10 +556,25 @@ def _autograd_backward(ctx, d_y, d_final_state):
         if d_final_state is None:
             return (None,) * 6
         d_y = torch.zeros_like(x)
-    d_x, d_weight, d_state = _backward(
-        d_y, d_final_state, x, weight, initial_state, cu_seqlens, ctx.silu
-    )
+    d_x, d_weight, d_state = run(d_y, d_final_state, x, weight, initial_state, cu_seqlens, ctx.silu)
     return d_x, d_weight, d_state if initial_state is not None else None, None, None, None
 
 
-short_convolution.register_autograd(_autograd_backward, setup_context=_setup_context)
+_forward.register_autograd(
+    lambda ctx, *gradients: _gradients(ctx, _backward, *gradients), setup_context=_setup_context
+)
+
+
+class _Eager(torch.autograd.Function):
+    """The same without the custom operators."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        output = _run_forward(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _gradients(ctx, _run_backward, *gradients)

@@ -1,0 +1,48 @@
+"""The gated activation of the MLP, on both halves of one projection."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from megatron_patch.ops import availability
+from megatron_patch.ops.checks import FLOAT_DTYPES, check_choice
+
+SWIGLU_BACKENDS = ("auto", "triton", "torch")
+
+
+def swiglu(gate_and_up: torch.Tensor, *, backend: str = "auto") -> torch.Tensor:
+    """silu(gate) * up, the first and the second half of the last dimension (arXiv 2002.05202).
+
+    Args:
+        gate_and_up: [..., 2 F] float16, bfloat16, float32 or float64; not modified, and all that is
+            kept for the backward pass.
+        backend: "triton" (CUDA), which computes in float32 and writes the gradient of both halves
+            where it belongs, "torch", or "auto", which takes the first of these that can run, and
+            "torch" under `torch.compile`, which fuses it.
+
+    Returns:
+        [..., F] in the same dtype.
+
+    Raises:
+        ValueError: the last dimension is odd, the dtype is not a float, or the backend asked for by
+            name cannot run here.
+    """
+    check_choice("backend", backend, SWIGLU_BACKENDS)
+    shape, dtype = list(gate_and_up.shape), gate_and_up.dtype
+    if not shape or shape[-1] % 2 or dtype not in FLOAT_DTYPES:
+        raise ValueError(
+            f"gate_and_up: found {dtype} {shape}, wanted floats [..., 2 F] with an even last size"
+        )
+    reason = availability.triton_obstacle(dtype, gate_and_up.device)
+    if backend == "auto":
+        is_plain = type(gate_and_up) is torch.Tensor and not torch.compiler.is_compiling()
+        backend = "triton" if reason is None and is_plain else "torch"
+    elif backend == "triton" and reason is not None and not availability.interpreted(dtype):
+        raise ValueError(f"backend 'triton': {reason}; use backend 'auto' or 'torch'")
+    if backend == "triton":
+        from megatron_patch.ops.triton import swiglu as implementation
+
+        return implementation(gate_and_up)
+    gate, up = gate_and_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
