@@ -75,6 +75,18 @@ def records_gradients(*tensors: torch.Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
+def is_traced(x: torch.Tensor) -> bool:
+    """Whether somebody looks at the single operators of a call on x, as `torch.compile`, fake
+    tensors, `make_fx` and `torch.func` do. A plain `autograd.Function` that launches kernels hides
+    them."""
+    return (
+        torch.compiler.is_compiling()
+        or type(x) is not torch.Tensor
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
+
+
 def check_inplace_final_state(
     initial_state: torch.Tensor | None, *others: torch.Tensor | None
 ) -> None:

@@ -110,6 +110,7 @@ def meta_linear_attention(
     sequences = batch
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, batch, time, device)
+        cu_seqlens = cu_seqlens.contiguous()  # kernels read it by its address
         sequences = len(cu_seqlens) - 1
     if initial_state is not None:
         check_tensor(

@@ -70,6 +70,7 @@ def short_convolution(
     sequences = batch
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, batch, time, x.device)
+        cu_seqlens = cu_seqlens.contiguous()  # kernels read it by its address
         sequences = len(cu_seqlens) - 1
     if initial_state is not None:
         shape = [sequences, channels, width - 1]

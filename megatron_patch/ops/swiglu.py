@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from megatron_patch.ops import availability
-from megatron_patch.ops.checks import FLOAT_DTYPES, check_choice
+from megatron_patch.ops.checks import FLOAT_DTYPES, check_choice, is_traced
 
 SWIGLU_BACKENDS = ("auto", "triton", "torch")
 
@@ -18,8 +18,9 @@ def swiglu(gate_and_up: torch.Tensor, *, backend: str = "auto") -> torch.Tensor:
         gate_and_up: [..., 2 F] float16, bfloat16, float32 or float64; not modified, and all that is
             kept for the backward pass.
         backend: "triton" (CUDA), which computes in float32 and writes the gradient of both halves
-            where it belongs, "torch", or "auto", which takes the first of these that can run, and
-            "torch" under `torch.compile`, which fuses it.
+            where it belongs, once (not for second derivatives), "torch", or "auto", which takes the
+            first of these that can run, and "torch" under `torch.compile`, which fuses it, and
+            under `torch.func`.
 
     Returns:
         [..., F] in the same dtype.
@@ -36,8 +37,7 @@ def swiglu(gate_and_up: torch.Tensor, *, backend: str = "auto") -> torch.Tensor:
         )
     reason = availability.triton_obstacle(dtype, gate_and_up.device)
     if backend == "auto":
-        is_plain = type(gate_and_up) is torch.Tensor and not torch.compiler.is_compiling()
-        backend = "triton" if reason is None and is_plain else "torch"
+        backend = "torch" if reason is not None or is_traced(gate_and_up) else "triton"
     elif backend == "triton" and reason is not None and not availability.interpreted(dtype):
         raise ValueError(f"backend 'triton': {reason}; use backend 'auto' or 'torch'")
     if backend == "triton":

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron_patch.ops.checks import is_traced
 from megatron_patch.ops.triton.tiles import sigmoid
 
 # Tokens per program: longer runs read fewer rows twice, and give fewer shares of the weight's
@@ -460,8 +461,7 @@ def short_convolution(
 ) -> tuple[Tensor, Tensor]:
     """y, contiguous, and the final state, empty if not wanted. Sums are float32."""
     # As for `meta_linear_attention`, whose way through a custom operator takes long, too.
-    traced = torch.compiler.is_compiling() or type(x) is not Tensor
-    return (_forward if traced else _Eager.apply)(
+    return (_forward if is_traced(x) else _Eager.apply)(
         x, weight, initial_state, cu_seqlens, silu, output_final_state
     )
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_patch.ops.checks import records_gradients
+from megatron_patch.ops.checks import is_traced, records_gradients
 from megatron_patch.ops.triton import launches
 from megatron_patch.ops.triton.configuration import configure
 from megatron_patch.ops.triton.layout import unit_count
@@ -35,10 +35,9 @@ def meta_linear_attention(
     """
     tensors = (q, gate_logits, v, aug, out_gate, out_gate_bias, initial_state)
     keep = records_gradients(*tensors)
-    # The custom operator is what torch.compile and fake tensors see; without them, PyTorch's way
-    # through it would take longer than the kernels do on short sequences.
-    traced = torch.compiler.is_compiling() or type(q) is not Tensor
-    out, final_state, *_ = (_forward if traced else _Eager.apply)(
+    # Where nobody looks, PyTorch's way through the custom operator would take longer than the
+    # kernels do on short sequences.
+    out, final_state, *_ = (_forward if is_traced(q) else _Eager.apply)(
         *tensors, cu_seqlens, float(tau), float(scale), float(norm_eps), output_final_state, keep
     )
     return out, final_state if output_final_state else None

@@ -50,11 +50,12 @@ def backward(x, d_y, d_x, count, F: tl.constexpr, ROWS: tl.constexpr, COLUMNS: t
 
 
 def _launch(kernel: Any, width: int, *tensors: Tensor) -> None:
+    if tensors[0].numel() == 0:
+        return
     count = tensors[0].numel() // (2 * width)
     grid = triton.cdiv(count, ROWS), triton.cdiv(width, COLUMNS)
-    if count:
-        with torch.cuda.device_of(tensors[0]):
-            kernel[grid](*tensors, count, F=width, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4)
+    with torch.cuda.device_of(tensors[0]):
+        kernel[grid](*tensors, count, F=width, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4)
 
 
 class _SwiGLU(torch.autograd.Function):

@@ -100,6 +100,7 @@ def test_which_outputs_fit(monkeypatch):
     gate = tensors()["v"]
     assert fits(out_gate=sliced(gate, 8))
     assert not fits(out_gate=sliced(gate, 4))
+    assert not fits(k=36, v=72, bias=None)  # early and late of every other head would not fit
     assert not fits(bias=bias.half())
     assert not fits(k=136) and not fits(v=264) and not fits(v=100) and not fits(chunk=32)
 

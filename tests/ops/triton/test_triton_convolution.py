@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from megatron_patch.ops import short_convolution
 from megatron_patch.ops.triton import convolution
@@ -93,6 +94,11 @@ def test_packed_sequences(short_runs, bounds, state, integer):
     cu_seqlens = torch.tensor(bounds, dtype=integer, device=DEVICE)
     tensors = make(T=20, N=len(bounds) - 1, state=state)
     assert_right(tensors, cu_seqlens=cu_seqlens, output_final_state=state)
+
+
+def test_boundaries_with_gaps_in_memory():
+    table = torch.tensor([[0, 3], [4, 9], [20, 0]], dtype=torch.int32, device=DEVICE)
+    assert_right(make(T=20, N=2), cu_seqlens=table[:, 0])
 
 
 def test_rows_behind_the_last_sequence(short_runs):
@@ -215,3 +221,14 @@ def test_compiles_without_graph_breaks():
     inputs = list(tensors.values())
     first, second = (torch.autograd.grad(y.square().sum(), inputs[:2]) for y, _ in (found, wanted))
     assert all(map(torch.equal, first, second))
+
+
+def test_who_looks_at_operators_finds_one():
+    """`vmap` and `make_fx` on plain tensors."""
+    x, weight = torch.randn(3, 2, 9, 6, device=DEVICE), torch.randn(6, 1, 4, device=DEVICE)
+
+    def convolve(x):
+        return short_convolution(x, weight, backend="triton")[0]
+
+    assert torch.equal(torch.vmap(convolve)(x), torch.stack([convolve(part) for part in x]))
+    assert "metala.short_convolution" in make_fx(convolve)(x[0]).code

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from megatron_patch.ops import meta_linear_attention
 from megatron_patch.ops.triton.configuration import configure
@@ -102,6 +103,11 @@ def test_packed_sequences(boundaries, integer):
     cu_seqlens = torch.tensor(boundaries, dtype=integer, device=DEVICE)
     tensors = make(1, 40, 1, 16, 32, N=len(boundaries) - 1)
     assert_right(tensors, cu_seqlens=cu_seqlens)
+
+
+def test_boundaries_with_gaps_in_memory():
+    table = torch.tensor([[0, 3], [4, 9], [20, 0]], dtype=torch.int32, device=DEVICE)
+    assert_right(make(1, 20, 1, 16, 32, N=2), cu_seqlens=table[:, 0])
 
 
 def test_many_segments(monkeypatch):
@@ -278,3 +284,18 @@ def test_layout_of_packed_sequences():
     assert segments == [[1, 0], [2, 0], [2, 1], [3, 0], [3, 1], [3, 2]]
     assert layout.chunk_bounds.tolist() == [0, 0, 1, 6, 15]
     assert layout.segment_bounds.tolist() == [0, 0, 1, 3, 6]
+
+
+def test_who_looks_at_operators_finds_one():
+    """`vmap` and `make_fx` on plain tensors."""
+    tensors = [make(1, 20, 1, 16, 32, absent=("initial_state",), seed=seed) for seed in range(2)]
+    stacked = [torch.stack(parts) for parts in zip(*(t.values() for t in tensors), strict=True)]
+
+    def mix(*parts):
+        return meta_linear_attention(**dict(zip(tensors[0], parts, strict=True)), backend="triton")[
+            0
+        ]
+
+    wanted = torch.stack([mix(*t.values()) for t in tensors])
+    assert torch.equal(torch.vmap(mix)(*stacked), wanted)
+    assert "metala.forward" in make_fx(mix)(*tensors[0].values()).code

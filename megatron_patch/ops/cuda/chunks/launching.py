@@ -27,11 +27,12 @@ LARGEST_K = 128  # of a head
 
 def fits(q: Tensor, chunk: int, *tensors: Tensor) -> bool:
     """Whether there are kernels for heads and chunks like these, on their device, where `tensors`
-    are copied by 16 bytes."""
+    are copied by 16 bytes, as rows of K are which other kernels wrote."""
     return (
         chunk == CHUNK
         and q.dtype == torch.bfloat16
         and q.shape[3] <= LARGEST_K
+        and q.shape[3] % VECTOR == 0
         and all(_is_in_vectors(x) for x in tensors)
         and _is_hopper(q.device)
     )
