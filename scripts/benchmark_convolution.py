@@ -17,7 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from benchmark_ops import bandwidth, graph_ms  # noqa: E402
+from benchmark_ops import bandwidth, graph_ms, relative_error  # noqa: E402
 
 from megatron_patch.ops import short_convolution  # noqa: E402
 
@@ -70,10 +70,7 @@ def check_all() -> bool:
         found = evaluate(tensors, weights, "triton", **how)
         again = evaluate(tensors, weights, "triton", **how)
         wanted = evaluate(tensors, weights, "torch", torch.float64, **how)
-        error = max(
-            ((x.double() - want).norm() / want.norm()).item()
-            for x, want in zip(found, wanted, strict=True)
-        )
+        error = max(relative_error(x, want) for x, want in zip(found, wanted, strict=True))
         if not error <= LIMITS[dtype] or not all(map(torch.equal, found, again)):
             wrong += 1
             print(f"WRONG {dtype} D {channels} W {width} {kind} T {length} {error}")

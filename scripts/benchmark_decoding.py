@@ -37,7 +37,7 @@ from benchmark_generate import (  # noqa: E402
     sizes,
     time_steps,
 )
-from benchmark_ops import bandwidth, graph_ms, make  # noqa: E402
+from benchmark_ops import bandwidth, graph_ms, make, relative_error  # noqa: E402
 
 from megatron_patch.hf import MetaLACache, MetaLAConfig, MetaLAForCausalLM  # noqa: E402
 from megatron_patch.hf.decoding_metala import _kernel  # noqa: E402
@@ -49,10 +49,6 @@ TIMED = WIDTHS[:3]
 LAYERS = 16
 STEPS = 200
 LIMITS = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
-
-
-def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    return ((found.double() - wanted).norm() / wanted.norm()).item()
 
 
 def check(operator, tensors: dict, judge: str, limit: float, name: str) -> bool:

@@ -84,7 +84,7 @@ def evaluate(tensors, weights, operator, dtype=None, **arguments):
     return [*results, *gradients]
 
 
-def relative_change(x, want) -> float:
+def relative_error(x, want) -> float:
     return ((x.double() - want).norm() / want.norm()).item()
 
 
@@ -153,7 +153,7 @@ def errors_of_a_draw(case: tuple) -> tuple[bool, list[list[float]]]:
             # What is zero up to rounding has no relative error, but is finite.
             errors.append([0.0 if x.isfinite().all() else math.nan for x in results])
         else:
-            errors.append([relative_change(x, want) for x in results])
+            errors.append([relative_error(x, want) for x in results])
     return same, errors
 
 

@@ -10,7 +10,6 @@ gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_patch.ops.checks import is_traced
+from megatron_patch.ops.triton.differentiable import differentiable
 from megatron_patch.ops.triton.tiles import sigmoid
 
 # Tokens per program: longer runs read fewer rows twice, and give fewer shares of the weight's
@@ -451,21 +450,6 @@ def _contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
-def short_convolution(
-    x: Tensor,
-    weight: Tensor,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    silu: bool,
-    output_final_state: bool,
-) -> tuple[Tensor, Tensor]:
-    """y, contiguous, and the final state, empty if not wanted. Sums are float32."""
-    # As for `meta_linear_attention`, whose way through a custom operator takes long, too.
-    return (_forward if is_traced(x) else _Eager.apply)(
-        x, weight, initial_state, cu_seqlens, silu, output_final_state
-    )
-
-
 def _run_forward(
     x: Tensor,
     weight: Tensor,
@@ -474,6 +458,7 @@ def _run_forward(
     silu: bool,
     output_final_state: bool,
 ) -> tuple[Tensor, Tensor]:
+    """y, contiguous, and the final state, empty if not wanted. Sums are float32."""
     call = _Call(x, weight, cu_seqlens, silu, FORWARD_RUN, FORWARD_ROWS)
     x = _rows(x)
     y = x.new_empty(x.shape)
@@ -547,7 +532,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _gradients(
-    ctx: Any, run: Callable, d_y: Tensor | None, d_final_state: Tensor | None
+    ctx: Any, eager: bool, d_y: Tensor | None, d_final_state: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     x, weight, initial_state, cu_seqlens = ctx.saved_tensors
     if d_final_state is not None and d_final_state.numel() == 0:
@@ -556,25 +541,9 @@ def _gradients(
         if d_final_state is None:
             return (None,) * 6
         d_y = torch.zeros_like(x)
+    run = _run_backward if eager else _backward
     d_x, d_weight, d_state = run(d_y, d_final_state, x, weight, initial_state, cu_seqlens, ctx.silu)
     return d_x, d_weight, d_state if initial_state is not None else None, None, None, None
 
 
-_forward.register_autograd(
-    lambda ctx, *gradients: _gradients(ctx, _backward, *gradients), setup_context=_setup_context
-)
-
-
-class _Eager(torch.autograd.Function):
-    """The same without the custom operators."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        output = _run_forward(*inputs)
-        _setup_context(ctx, inputs, output)
-        return output
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _gradients(ctx, _run_backward, *gradients)
+short_convolution = differentiable(_forward, _run_forward, _setup_context, _gradients)

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_patch.ops.checks import is_traced, records_gradients
+from megatron_patch.ops.checks import records_gradients
 from megatron_patch.ops.triton import launches
 from megatron_patch.ops.triton.configuration import configure
+from megatron_patch.ops.triton.differentiable import differentiable
 from megatron_patch.ops.triton.layout import unit_count
 
 
@@ -35,9 +36,7 @@ def meta_linear_attention(
     """
     tensors = (q, gate_logits, v, aug, out_gate, out_gate_bias, initial_state)
     keep = records_gradients(*tensors)
-    # Where nobody looks, PyTorch's way through the custom operator would take longer than the
-    # kernels do on short sequences.
-    out, final_state, *_ = (_forward if is_traced(q) else _Eager.apply)(
+    out, final_state, *_ = _with_gradients(
         *tensors, cu_seqlens, float(tau), float(scale), float(norm_eps), output_final_state, keep
     )
     return out, final_state if output_final_state else None
@@ -99,9 +98,13 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.set_materialize_grads(False)
 
 
+# PyTorch before 2.6 does not tell.
+_retains_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+
+
 def _gradients(
-    ctx: Any, run: Any, overwrite: bool, d_out: Tensor | None, d_final_state: Tensor | None
-) -> tuple:
+    ctx: Any, eager: bool, d_out: Tensor | None, d_final_state: Tensor | None, *_: Any
+) -> tuple[Tensor | None, ...]:
     tensors = ctx.saved_tensors
     if d_final_state is not None and d_final_state.numel() == 0:
         d_final_state = None
@@ -109,6 +112,9 @@ def _gradients(
         if d_final_state is None:
             return (None,) * 13
         d_out = torch.zeros_like(tensors[2])
+    # Unless the caller retains the graph, nobody reads what was kept after this pass.
+    overwrite = eager and not _retains_graph()
+    run = launches.backward if eager else _backward
     found = run(*tensors, d_out, d_final_state, *ctx.numbers, overwrite)
     found = tuple(
         gradient if tensor is not None else None
@@ -117,27 +123,4 @@ def _gradients(
     return (*found, *(None,) * 6)
 
 
-_forward.register_autograd(
-    lambda ctx, d_out, d_final_state, *_: _gradients(ctx, _backward, False, d_out, d_final_state),
-    setup_context=_setup_context,
-)
-
-
-# PyTorch before 2.6 does not tell.
-_retains_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
-
-
-class _Eager(torch.autograd.Function):
-    """The same without the custom operators."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple:
-        output = launches.forward(*inputs)
-        _setup_context(ctx, inputs, output)
-        return output
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d_out: Tensor | None, d_final_state: Tensor | None, *_: Any) -> tuple:
-        # Unless the caller retains the graph, nobody reads what was kept after this pass.
-        return _gradients(ctx, launches.backward, not _retains_graph(), d_out, d_final_state)
+_with_gradients = differentiable(_forward, launches.forward, _setup_context, _gradients)

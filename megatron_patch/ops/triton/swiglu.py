@@ -49,13 +49,13 @@ def backward(x, d_y, d_x, count, F: tl.constexpr, ROWS: tl.constexpr, COLUMNS: t
     tl.store(d_x + at + F, d_up.to(d_x.dtype.element_ty), mask=mask)
 
 
-def _launch(kernel: Any, width: int, *tensors: Tensor) -> None:
-    if tensors[0].numel() == 0:
+def _launch(kernel: Any, x: Tensor, *others: Tensor) -> None:
+    if x.numel() == 0:
         return
-    count = tensors[0].numel() // (2 * width)
+    count, width = x.numel() // x.shape[-1], x.shape[-1] // 2
     grid = triton.cdiv(count, ROWS), triton.cdiv(width, COLUMNS)
-    with torch.cuda.device_of(tensors[0]):
-        kernel[grid](*tensors, count, F=width, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4)
+    with torch.cuda.device_of(x):
+        kernel[grid](x, *others, count, F=width, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4)
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -63,7 +63,7 @@ class _SwiGLU(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor) -> Tensor:
         x = x.contiguous()
         y = x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
-        _launch(forward, y.shape[-1], x, y)
+        _launch(forward, x, y)
         ctx.save_for_backward(x)
         return y
 
@@ -72,7 +72,7 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx: Any, d_y: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         d_x = torch.empty_like(x)
-        _launch(backward, d_y.shape[-1], x, d_y.contiguous(), d_x)
+        _launch(backward, x, d_y.contiguous(), d_x)
         return d_x
 
 

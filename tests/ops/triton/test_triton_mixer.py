@@ -292,9 +292,8 @@ def test_who_looks_at_operators_finds_one():
     stacked = [torch.stack(parts) for parts in zip(*(t.values() for t in tensors), strict=True)]
 
     def mix(*parts):
-        return meta_linear_attention(**dict(zip(tensors[0], parts, strict=True)), backend="triton")[
-            0
-        ]
+        named = dict(zip(tensors[0], parts, strict=True))
+        return meta_linear_attention(**named, backend="triton")[0]
 
     wanted = torch.stack([mix(*t.values()) for t in tensors])
     assert torch.equal(torch.vmap(mix)(*stacked), wanted)
