@@ -6,7 +6,7 @@ import signal
 import sys
 from collections.abc import Callable
 
-from megatron_patch.neox.settings import SettingsError
+from megatron_patch.architecture import SettingsError
 
 
 class ConvertError(Exception):

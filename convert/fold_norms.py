@@ -8,9 +8,9 @@ from dataclasses import replace
 import torch
 
 from convert.command import ConvertError
-from convert.model_shape import ModelShape
 from convert.neox_checkpoint import NeoXCheckpoint
 from convert.tensor_table import TensorRule
+from megatron_patch.architecture import Architecture
 
 # Which norm's scale multiplies the channels of a tensor, and along which of its dimensions they
 # lie. Before the projections of a mixer stands the depthwise convolution, without a bias.
@@ -35,6 +35,11 @@ class FoldedNorms:
     """
 
     def __init__(self, source: NeoXCheckpoint):
+        if source.shape.norm == "layernorm":
+            raise ConvertError(
+                "--fold-norms: norm: found 'layernorm', whose mean no weights can take away, "
+                "wanted rmsnorm"
+            )
         if source.shape.norm == "rmsnorm" and source.shape.tied:
             raise ConvertError(
                 "--fold-norms: no_weight_tying is false: the last norm's scale cannot go into the "
@@ -56,7 +61,7 @@ class FoldedNorms:
         for rule in source.table:
             if rule.name.endswith(".scale") and rule not in folded:
                 raise ConvertError(f"--fold-norms: layer {rule.layer}: no place for {rule.name}")
-        self.shape: ModelShape = replace(source.shape, norm="simplermsnorm")
+        self.shape: Architecture = replace(source.shape, norm="simplermsnorm")
 
     def is_folded(self, rule: TensorRule) -> bool:
         """Whether a scale goes into the tensor."""

@@ -7,19 +7,16 @@ import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from tqdm import tqdm
 
-from convert import attention_settings
 from convert.command import ConvertError
 from convert.json_file import write_json
-from convert.model_shape import ModelShape
 from convert.safetensors_writer import SafetensorsWriter, nbytes
 from convert.tensor_table import TensorRule
 from convert.tokenizer_folder import SpecialTokens
-from megatron_patch.neox.settings import MetaLASettings
+from megatron_patch.architecture import Architecture
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
@@ -120,8 +117,7 @@ def _cast(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
 
 def write_config(
     folder: Path,
-    shape: ModelShape,
-    args: SimpleNamespace,
+    shape: Architecture,
     special: SpecialTokens,
     dtype: torch.dtype,
 ) -> None:
@@ -131,7 +127,6 @@ def write_config(
     Args:
         folder: where to.
         shape: the model's shape as written.
-        args: GPT-NeoX's settings with its defaults.
         special: ids of the special tokens.
         dtype: what most tensors were written in.
     """
@@ -140,33 +135,12 @@ def write_config(
     from megatron_patch.hf import MetaLAConfig
     from megatron_patch.hf.remote_code import write_model_code
 
-    metala = MetaLASettings.parse(args.metala)
     tokens = {
         "bos_token_id": special.bos,
         "eos_token_id": special.eos,
         "pad_token_id": special.pad,
     }
-    config = MetaLAConfig(
-        vocab_size=shape.padded_vocab_size,
-        decoder_embed_dim=shape.hidden_size,
-        decoder_layers=shape.num_layers,
-        decoder_attention_heads=shape.num_heads,
-        glu_dim=shape.intermediate_size,
-        glu_act="silu",
-        bias=False,
-        norm_type=shape.norm,
-        no_scale_embedding=True,  # GPT-NeoX does not scale embeddings
-        init_std=float(args.init_method_std),
-        tie_word_embeddings=shape.tied,
-        tau=metala.tau,
-        conv_width=shape.conv_width,
-        self_augmentation=shape.self_augmentation,
-        norm_eps=float(args.rms_norm_epsilon),
-        output_norm_eps=metala.output_norm_eps,
-        architectures=["MetaLAForCausalLM"],
-        **attention_settings.to_hf(shape, args),
-        **tokens,
-    )
+    config = MetaLAConfig(**shape.to_hf(), architectures=["MetaLAForCausalLM"], **tokens)
     config.save_pretrained(folder)
     path = folder / "config.json"
     values = json.loads(path.read_text())

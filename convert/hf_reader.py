@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from convert.attention_settings import from_hf
 from convert.command import ConvertError
-from convert.model_shape import ModelShape
 from convert.tensor_table import Split, TensorRule, fit_vocabulary, tensor_table
 from convert.torch_file import load_torch_file
+from megatron_patch.architecture import Architecture
 from megatron_patch.hf import MetaLAConfig
 
 # Where transformers saves weights, the first that is there is read.
@@ -46,18 +45,7 @@ class HFFolder:
     def __init__(self, folder: Path):
         self.folder = folder
         self.config = _read_config(folder)
-        self.shape = ModelShape(
-            num_layers=self.config.decoder_layers,
-            hidden_size=self.config.decoder_embed_dim,
-            num_heads=self.config.decoder_attention_heads,
-            intermediate_size=self.config.glu_dim,
-            padded_vocab_size=self.config.vocab_size,
-            conv_width=self.config.conv_width,
-            self_augmentation=self.config.self_augmentation,
-            norm=self.config.norm_type,
-            tied=self.config.tie_word_embeddings,
-            attention=from_hf(self.config),
-        )
+        self.shape = Architecture.from_hf(self.config)
         self._opened: tuple[Path, Mapping[str, torch.Tensor] | Any] | None = None
         self._files = self._find_tensors()
         self.dtypes = self._check_tensors()

@@ -18,11 +18,10 @@ from typing import Any
 import torch
 import yaml
 
-from convert.attention_settings import to_neox
 from convert.command import ConvertError, run
 from convert.folder import check_target, complete_folder
 from convert.hf_reader import HFFolder
-from convert.model_shape import padded_vocabulary
+from convert.layout import padded_vocabulary
 from convert.neox_checkpoint import NeoXCheckpoint
 from convert.neox_writer import check_layout, write_checkpoint
 from convert.tokenizer_folder import RunTokenizer, read_tokenizer
@@ -76,7 +75,8 @@ def hf_to_neox(
     check_layout(shape, tensor_parallel, pipeline_parallel)
     target = output.resolve()
     settings = {
-        **model_settings(source, divisible_by),
+        **source.shape.to_neox(),
+        "make_vocab_size_divisible_by": divisible_by,
         "model_parallel_size": tensor_parallel,
         "pipe_parallel_size": pipeline_parallel,
         "tokenizer_type": "HFTokenizer",
@@ -117,33 +117,6 @@ def vocabulary_divisor(source: HFFolder, tokenizer: RunTokenizer, tensor_paralle
         return padded_vocabulary(tokenizer.size, divisible_by, tensor_parallel)
 
     return min((n for n in candidates if padded(n) >= rows), key=padded)
-
-
-def model_settings(source: HFFolder, divisible_by: int) -> dict[str, Any]:
-    """GPT-NeoX's settings of the model, without layout and files."""
-    config = source.config
-    return {
-        "num_layers": config.decoder_layers,
-        "hidden_size": config.decoder_embed_dim,
-        "num_attention_heads": config.decoder_attention_heads,
-        "intermediate_size": config.glu_dim,
-        **to_neox(config),
-        "metala": {
-            "tau": config.tau,
-            "conv_width": config.conv_width,
-            "self_augmentation": config.self_augmentation,
-            "output_norm_eps": config.output_norm_eps,
-            "init": "authors",
-        },
-        "norm": config.norm_type,
-        "rms_norm_epsilon": config.norm_eps,
-        "activation": "swiglu",
-        "no_weight_tying": not config.tie_word_embeddings,
-        "make_vocab_size_divisible_by": divisible_by,
-        "init_method": "normal",
-        "output_layer_init_method": "normal",
-        "init_method_std": config.init_std,
-    }
 
 
 def training_settings(source: HFFolder) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,9 +10,9 @@ from typing import Any
 import torch
 import yaml
 
-from convert.model_shape import ModelShape
 from convert.tensor_table import tensor_table
 from convert.verify import Comparison
+from megatron_patch.architecture import Architecture
 
 # What a reader of the model may want to know of the run, if the settings have it: nothing of the
 # machines it ran on, their layout and their paths.
@@ -78,7 +77,7 @@ model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 
 def write_model_card(
     folder: Path,
-    shape: ModelShape,
+    shape: Architecture,
     settings: Mapping[str, Any],
     dtype: torch.dtype,
     iteration: int,
@@ -105,8 +104,7 @@ def write_model_card(
     )
     parameters = sum(math.prod(rule.shape) for rule in tensor_table(shape))
     rows = {"parameters": f"{parameters:,}", "dtype": str(dtype).removeprefix("torch.")}
-    rows |= dataclasses.asdict(shape)
-    rows["vocab_size"] = rows.pop("padded_vocab_size")
+    rows |= shape.to_hf()
     training = {key: settings[key] for key in TRAINING_SETTINGS if settings.get(key) is not None}
     length = settings.get("seq_length")
     known = samples is not None and isinstance(length, int)

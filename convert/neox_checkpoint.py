@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from convert.command import ConvertError
-from convert.model_shape import check_tensor_parallel, model_shape, with_defaults
+from convert.layout import check_tensor_parallel
 from convert.tensor_table import (
     Split,
     TensorRule,
@@ -29,6 +29,7 @@ from convert.tensor_table import (
     tensor_table,
 )
 from convert.torch_file import load_torch_file, saved_name
+from megatron_patch.architecture import Architecture, export_obstacles, with_defaults
 from megatron_patch.neox.yaml_config import SUFFIXES, merge_yaml, merge_yaml_texts
 
 STEP = re.compile(r"global_step(\d+)")
@@ -98,6 +99,26 @@ def config_texts(step: Path) -> dict[str, str]:
     return {p.name: p.read_text(encoding="utf-8") for p in files if p.suffix in SUFFIXES}
 
 
+def described_model(
+    settings: Mapping[str, Any], padded_vocab_size: int | None = None
+) -> Architecture:
+    """The model that a run's settings describe, one that the Hugging Face model can be.
+
+    Args:
+        settings: merged YAML settings, '-' in keys already '_'.
+        padded_vocab_size: rows of the embedding over all tensor-parallel ranks.
+
+    Raises:
+        ConvertError: it cannot be exported; the line says what is in the way.
+        SettingsError: the settings are malformed.
+    """
+    args = with_defaults(settings)
+    model = Architecture.from_neox(args, padded_vocab_size)
+    for name, found, wanted in export_obstacles(args):
+        raise ConvertError(f"{name}: found {found}, which cannot be exported, wanted {wanted}")
+    return model
+
+
 class NeoXCheckpoint:
     """One iteration of a checkpoint, checked for completeness when it is opened.
 
@@ -139,7 +160,7 @@ class NeoXCheckpoint:
                 "say pipe_parallel_size: 0; two layouts are mixed here, or --config is another's"
             )
         # The settings are checked before the files, which are named after them.
-        model_shape(self.settings, padded_vocab_size=1)
+        described_model(self.settings)
         if self.is_pipeline_form:
             self._check_ranks({rank for _, rank in layer_files}, LAYER_FILE_NAME)
         else:
@@ -158,7 +179,7 @@ class NeoXCheckpoint:
         if rows is None:
             what = "word_embeddings.weight" if self.file(0, 0).is_file() else "the file"
             raise ConvertError(f"{self.file(0, 0)}: {what} is missing")
-        self.shape = model_shape(self.settings, rows.shape[0] * self.tensor_parallel)
+        self.shape = described_model(self.settings, rows.shape[0] * self.tensor_parallel)
         check_tensor_parallel(self.shape, self.tensor_parallel)
         self.table = tensor_table(self.shape)
         self._check_layers()

@@ -20,13 +20,14 @@ from convert.fold_norms import FoldedNorms
 from convert.folder import check_target, complete_folder
 from convert.gpt_neox import need_neox
 from convert.hf_folder import parse_size, write_config, write_weights
+from convert.layout import padded_vocabulary
 from convert.model_card import write_model_card
-from convert.model_shape import ModelShape, padded_vocabulary, with_defaults
 from convert.neox_checkpoint import NeoXCheckpoint
 from convert.push_to_hub import check_push, push_to_hub
 from convert.tensor_table import tensor_table
 from convert.tokenizer_folder import RunTokenizer, find_tokenizer, read_tokenizer
 from convert.verify import Comparison, verify
+from megatron_patch.architecture import Architecture, with_defaults
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -88,7 +89,7 @@ def neox_to_hf(
 
     with complete_folder(output, overwrite, mark="config.json") as folder:
         words.write(folder)
-        write_config(folder, shape, args, words.special, main_dtype)
+        write_config(folder, shape, words.special, main_dtype)
         largest = max(math.prod(rule.shape) * source.dtype(rule).itemsize for rule in source.table)
         memory = torch.empty(largest, dtype=torch.uint8)
         full = partial((folded or source).full, out=memory)
@@ -139,7 +140,7 @@ def print_summary(
     source: NeoXCheckpoint,
     output: Path,
     tokenizer: RunTokenizer,
-    shape: ModelShape,
+    shape: Architecture,
     dtype: torch.dtype,
     size: int,
     comparison: Comparison | None,

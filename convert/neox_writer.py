@@ -13,12 +13,13 @@ import yaml
 from tqdm import tqdm
 
 from convert.command import ConvertError
-from convert.model_shape import ModelShape, check_tensor_parallel, with_defaults
+from convert.layout import check_tensor_parallel
 from convert.tensor_table import TensorRule, module_layers, tensor_table
+from megatron_patch.architecture import Architecture, with_defaults
 from megatron_patch.neox.yaml_config import merge_yaml_texts
 
 
-def check_layout(shape: ModelShape, tensor_parallel: int, pipeline_parallel: int) -> None:
+def check_layout(shape: Architecture, tensor_parallel: int, pipeline_parallel: int) -> None:
     """Raises a ConvertError if GPT-NeoX could not run the model in this layout."""
     if tensor_parallel < 1 or pipeline_parallel < 0:
         raise ConvertError("tensor parallel must be at least 1, pipeline parallel at least 0")
@@ -31,7 +32,7 @@ def check_layout(shape: ModelShape, tensor_parallel: int, pipeline_parallel: int
 
 def write_checkpoint(
     folder: Path,
-    shape: ModelShape,
+    shape: Architecture,
     full: Callable[[TensorRule], torch.Tensor],
     tensor_parallel: int,
     pipeline_parallel: int,
@@ -77,7 +78,7 @@ def write_checkpoint(
 
 def _write_layers(
     step: Path,
-    shape: ModelShape,
+    shape: Architecture,
     table: Sequence[TensorRule],
     full: Callable[[TensorRule], torch.Tensor],
     tensor_parallel: int,
@@ -105,7 +106,7 @@ def _rank_file(step: Path, rank: int) -> Path:
 
 
 def _states(
-    shape: ModelShape,
+    shape: Architecture,
     tensor_parallel: int,
     pipeline_parallel: int,
     iteration: int,

@@ -14,10 +14,11 @@ from pathlib import Path
 
 from convert.command import ConvertError, run
 from convert.folder import check_target, complete_folder
-from convert.model_shape import padded_vocabulary, with_defaults
+from convert.layout import padded_vocabulary
 from convert.neox_checkpoint import NeoXCheckpoint, config_texts
 from convert.neox_writer import adapt_configs, check_layout, write_checkpoint
 from convert.tokenizer_folder import find_tokenizer, read_tokenizer
+from megatron_patch.architecture import with_defaults
 from megatron_patch.neox.yaml_config import merge_yaml_texts, read_yaml
 
 

@@ -14,7 +14,14 @@ from dataclasses import dataclass
 import torch
 
 from convert.command import ConvertError
-from convert.model_shape import AttentionShape, ModelShape
+from megatron_patch.architecture import Architecture, AttentionLayers
+
+# The tensors of a norm, by GPT-NeoX's names, and what each is in Hugging Face.
+NORM_TENSORS: dict[str, dict[str, str]] = {
+    "simplermsnorm": {},
+    "rmsnorm": {"scale": "weight"},
+    "layernorm": {"weight": "weight", "bias": "bias"},
+}
 
 
 class Split(enum.Enum):
@@ -154,17 +161,17 @@ def block_layer(block: int) -> int:
     return block + 2
 
 
-def norm_layer(shape: ModelShape) -> int:
+def norm_layer(shape: Architecture) -> int:
     """Index of the last norm, which follows another function without tensors."""
     return shape.num_layers + 3
 
 
-def head_layer(shape: ModelShape) -> int:
+def head_layer(shape: Architecture) -> int:
     """Index of the output layer; tied weights leave it without tensors of its own."""
     return shape.num_layers + 4
 
 
-def module_layers(shape: ModelShape) -> list[int]:
+def module_layers(shape: Architecture) -> list[int]:
     """Indices of the layers that are modules: each has a file in a pipeline-form checkpoint, be it
     empty."""
     blocks = [block_layer(i) for i in range(shape.num_layers)]
@@ -172,7 +179,7 @@ def module_layers(shape: ModelShape) -> list[int]:
     return [embedding_layer(), *blocks, norm_layer(shape), *head]
 
 
-def tensor_table(shape: ModelShape) -> list[TensorRule]:
+def tensor_table(shape: Architecture) -> list[TensorRule]:
     """All tensors of a model, layer by layer."""
     d, vocabulary = shape.hidden_size, shape.padded_vocab_size
     heads, key, value = shape.num_heads, shape.key_width, shape.value_width
@@ -188,8 +195,8 @@ def tensor_table(shape: ModelShape) -> list[TensorRule]:
         add(layer, name, size, split, whole(hf, size, **hf_options))
 
     def norm(layer: int, name: str, hf: str) -> None:
-        if shape.norm == "rmsnorm":
-            plain(layer, f"{name}.scale", (d,), Split.REPLICATED, f"{hf}.weight")
+        for neox, kind in NORM_TENSORS[shape.norm].items():
+            plain(layer, f"{name}.{neox}", (d,), Split.REPLICATED, f"{hf}.{kind}")
 
     def column(layer: int, name: str, hf: dict[str, int], groups: int = 1, bias: bool = False):
         """A column-parallel matrix, of Hugging Face matrices by name and rows; and its bias."""
@@ -209,21 +216,21 @@ def tensor_table(shape: ModelShape) -> list[TensorRule]:
     def metala(layer: int, block: str) -> None:
         mixer, mlp, f = f"{block}.token_mixer", f"{block}.channel_mixer", shape.intermediate_size
         norm(layer, "input_norm", f"{block}.token_norm")
-        conv = (d, 1, shape.conv_width)
+        conv = (d, 1, shape.metala.conv_width)
         plain(layer, "mixer.conv1d.weight", conv, Split.REPLICATED, f"{mixer}.conv1d.weight")
-        widths = {"q_proj": d // 2, "k_gate": d // 2, "v_proj": d, "g_proj": d}
+        widths = {"q_proj": heads * key, "k_gate": heads * key, "v_proj": d, "g_proj": d}
         by_head = {f"{mixer}.{name}": width for name, width in widths.items()}
         column(layer, "mixer.in_proj", by_head, groups=heads)
         bias, aug = (heads, value), (heads, key)
         plain(layer, "mixer.out_gate_bias", bias, Split.COLUMN, f"{mixer}.g_proj.bias", flat=True)
-        if shape.self_augmentation:
+        if shape.metala.self_augmentation:
             plain(layer, "mixer.aug_balance", aug, Split.COLUMN, f"{mixer}.aug_balance", flat=True)
         row(layer, "mixer.out_proj", f"{mixer}.out_proj", d)
         norm(layer, "mlp_norm", f"{block}.channel_norm")
         column(layer, "mlp.gate_up_proj", {f"{mlp}.l1": f, f"{mlp}.l2": f})
         row(layer, "mlp.down_proj", f"{mlp}.l3", f)
 
-    def attention(layer: int, block: str, of: AttentionShape) -> None:
+    def attention(layer: int, block: str, of: AttentionLayers) -> None:
         mixer, mlp, f = f"{block}.token_mixer", f"{block}.channel_mixer", of.intermediate_size
         norm(layer, "input_layernorm", f"{block}.token_norm")
         # Head by head where each has its own key; else all queries, all keys, all values.

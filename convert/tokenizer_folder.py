@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from convert.command import ConvertError
 from convert.gpt_neox import find_neox
 from convert.json_file import write_json
+from megatron_patch.architecture import tokenizer_obstacles
 
 # What transformers saves for a tokenizer.
 TOKENIZER_FILES = (
@@ -72,11 +73,8 @@ def find_tokenizer(given: Path | None, args: SimpleNamespace) -> Path:
         if not given.exists():
             raise ConvertError(f"--tokenizer {given}: no such file or folder")
         return given
-    if args.tokenizer_type.lower() not in ("hftokenizer", "hfgpt2tokenizer") or not args.vocab_file:
-        raise ConvertError(
-            f"tokenizer_type {args.tokenizer_type} with vocab_file {args.vocab_file}: not a "
-            "tokenizer.json; give the tokenizer by --tokenizer (tokenizer.json, or its folder)"
-        )
+    for name, found, wanted in tokenizer_obstacles(args):
+        raise ConvertError(f"{name}: found {found}, wanted {wanted}")
     path = Path(args.vocab_file).expanduser()
     if path.exists():
         return path

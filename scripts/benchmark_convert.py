@@ -36,9 +36,10 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from convert.model_shape import ModelShape, model_shape  # noqa: E402
+from convert.neox_checkpoint import described_model  # noqa: E402
 from convert.neox_writer import write_checkpoint  # noqa: E402
 from convert.tensor_table import TensorRule, tensor_table  # noqa: E402
+from megatron_patch.architecture import Architecture  # noqa: E402
 from megatron_patch.neox.yaml_config import merge_yaml  # noqa: E402
 
 TOKENS = 32_000
@@ -56,7 +57,7 @@ def write_tokenizer(path: Path) -> None:
 
 
 def write_synthetic(
-    folder: Path, shape: ModelShape, settings: Mapping[str, Any], tensor_parallel: int, pipe: int
+    folder: Path, shape: Architecture, settings: Mapping[str, Any], tensor_parallel: int, pipe: int
 ) -> None:
     """A checkpoint whose tensors are stretches of one block of random numbers, each from a place
     of its own."""
@@ -167,7 +168,7 @@ def main() -> None:
             "vocab_file": str(work / "tokenizer.json"),
             "model_parallel_size": options.tensor_parallel,
         }
-        shape = model_shape(settings, TOKENS)
+        shape = described_model(settings, TOKENS)
         table = tensor_table(shape)
         parameters = sum(math.prod(rule.shape) for rule in table)
         largest = max(math.prod(rule.shape) for rule in table) * DTYPE.itemsize
@@ -183,7 +184,7 @@ def main() -> None:
 def measure(
     form: str,
     work: Path,
-    shape: ModelShape,
+    shape: Architecture,
     settings: Mapping[str, Any],
     largest: int,
     options: argparse.Namespace,

@@ -37,8 +37,8 @@ from link_neox import MARK, entry_point  # noqa: E402
 
 from convert.command import ConvertError  # noqa: E402
 from convert.gpt_neox import need_neox  # noqa: E402
+from megatron_patch.architecture import SettingsError  # noqa: E402
 from megatron_patch.indexed_dataset import IndexedDatasetWriter  # noqa: E402
-from megatron_patch.neox.settings import SettingsError  # noqa: E402
 from megatron_patch.neox.yaml_config import merge_yaml  # noqa: E402
 
 TOKENS = 32_000

@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
+from megatron_patch.architecture import SettingsError
 from megatron_patch.embedded.model import build_model, load_tokenizer, model_config
 from megatron_patch.embedded.samples import build_samples
 from megatron_patch.embedded.settings import EmbeddedSettings, read_settings
 from megatron_patch.embedded.trainer import checkpoint_step, find_checkpoint, train
 from megatron_patch.hf import MetaLAForCausalLM
 from megatron_patch.hf.remote_code import write_model_code
-from megatron_patch.neox.settings import SettingsError
 
 TOLERANCE = 1e-4  # of logits in float32, from the reloaded folder
 VERIFIED_TOKENS = 64

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerFast, set_seed
 
+from megatron_patch.architecture import Architecture, SettingsError, with_defaults
 from megatron_patch.embedded.settings import EmbeddedSettings
 from megatron_patch.hf import MetaLAConfig, MetaLAForCausalLM
-from megatron_patch.neox.settings import SettingsError, metala_intermediate_size
 
 # The names by which GPT-NeoX's HFTokenizer finds them.
 END_OF_TEXT = "<|endoftext|>"
@@ -37,25 +37,12 @@ def load_tokenizer(settings: EmbeddedSettings) -> PreTrainedTokenizerFast:
 
 def model_config(settings: EmbeddedSettings, tokenizer: PreTrainedTokenizerFast) -> MetaLAConfig:
     """The model's configuration. The vocabulary is the tokenizer's, without GPT-NeoX's padding."""
-    metala = settings.metala_settings
+    model = Architecture.from_neox(with_defaults(settings.model_dump()), len(tokenizer))
     return MetaLAConfig(
-        vocab_size=len(tokenizer),
-        decoder_embed_dim=settings.hidden_size,
-        decoder_layers=settings.num_layers,
-        decoder_attention_heads=settings.num_attention_heads,
-        glu_dim=metala_intermediate_size(settings),
-        norm_type=settings.norm,
-        no_scale_embedding=True,
-        init_std=settings.init_method_std,
+        **model.to_hf(),
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
-        tie_word_embeddings=not settings.no_weight_tying,
-        tau=metala.tau,
-        conv_width=metala.conv_width,
-        self_augmentation=metala.self_augmentation,
-        norm_eps=settings.rms_norm_epsilon,
-        output_norm_eps=metala.output_norm_eps,
     )
 
 
@@ -63,7 +50,7 @@ def build_model(settings: EmbeddedSettings, config: MetaLAConfig) -> MetaLAForCa
     """A new model, initialised as `metala.init` says (by itself it is as the authors' are)."""
     set_seed(settings.seed)
     model = MetaLAForCausalLM(config)
-    if settings.metala_settings.init == "neox":
+    if settings.metala_options.init == "neox":
         _initialize_as_neox(model, settings)
     return model
 

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from megatron_patch.architecture import SettingsError
 from megatron_patch.embedded.settings import EmbeddedSettings
 from megatron_patch.indexed_dataset import IndexedDataset
-from megatron_patch.neox.settings import SettingsError
 
 
 class PackedSamples(Dataset):

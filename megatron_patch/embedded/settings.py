@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -23,12 +24,14 @@ from pydantic import (
     ValidationError,
 )
 
-from megatron_patch.neox.settings import (
-    MetaLASettings,
+from megatron_patch.architecture import (
+    EXPORTED_NORMS,
+    GPT_NEOX_DEFAULTS,
+    MetaLAOptions,
     SettingsError,
-    check_settings,
     expand_attention_config,
 )
+from megatron_patch.neox.settings import check_settings
 from megatron_patch.neox.yaml_config import merge_yaml
 
 # They steer GPT-NeoX's processes, memory, kernels, logs and generation, not what is learned.
@@ -108,10 +111,11 @@ class EmbeddedSettings(BaseModel):
     expansion_factor: PositiveFloat | None = None
     attention_config: list
     metala: dict | None = None
-    norm: only("simplermsnorm", "rmsnorm") = Field("layernorm", validate_default=True)
-    rms_norm_epsilon: PositiveFloat = 1e-8
-    activation: only("swiglu") = Field("gelu", validate_default=True)
-    pos_emb: only("none") = Field("learned", validate_default=True)
+    norm: only(*EXPORTED_NORMS) = Field(GPT_NEOX_DEFAULTS["norm"], validate_default=True)
+    rms_norm_epsilon: PositiveFloat = GPT_NEOX_DEFAULTS["rms_norm_epsilon"]
+    layernorm_epsilon: PositiveFloat = GPT_NEOX_DEFAULTS["layernorm_epsilon"]
+    activation: only("swiglu") = Field(GPT_NEOX_DEFAULTS["activation"], validate_default=True)
+    pos_emb: only("none") = Field(GPT_NEOX_DEFAULTS["pos_emb"], validate_default=True)
     no_weight_tying: bool = False
     init_method: only("normal") = "normal"
     output_layer_init_method: only("normal", "scaled_normal") = "scaled_normal"
@@ -135,7 +139,9 @@ class EmbeddedSettings(BaseModel):
     zero_optimization: ZeroOptimization | None = None
 
     # data
-    tokenizer_type: only("HFTokenizer") = Field("GPT2BPETokenizer", validate_default=True)
+    tokenizer_type: only("HFTokenizer") = Field(
+        GPT_NEOX_DEFAULTS["tokenizer_type"], validate_default=True
+    )
     vocab_file: Path
     data_path: str | None = None
     train_data_paths: list[str] | None = None
@@ -192,8 +198,8 @@ class EmbeddedSettings(BaseModel):
     wandb_host: str = "https://api.wandb.ai"
 
     @property
-    def metala_settings(self) -> MetaLASettings:
-        return MetaLASettings.parse(self.metala)
+    def metala_options(self) -> MetaLAOptions:
+        return MetaLAOptions.parse(self.metala)
 
     def batch(self, world_size: int) -> tuple[int, int]:
         """(sequences per process and step, accumulation steps) for so many processes.
@@ -246,16 +252,15 @@ def _describe(error: Any) -> str:
     return f"{key}: found {error['input']!r}, {reason[0].lower()}{reason[1:]}"
 
 
-class _AsNeox:
-    """Attribute access for `check_settings`: a setting that the YAML may not have here is unset."""
-
-    pipe_partition_method = "type:metala"
-
-    def __init__(self, settings: EmbeddedSettings):
-        self._settings = settings
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._settings, name)
+def _as_neox(settings: EmbeddedSettings) -> SimpleNamespace:
+    """What `check_settings` reads; a setting that the YAML may not have here has its default."""
+    return SimpleNamespace(
+        **{
+            **GPT_NEOX_DEFAULTS,
+            **settings.model_dump(),
+            "pipe_partition_method": "type:metala",
+        }
+    )
 
 
 def _check(settings: EmbeddedSettings) -> None:
@@ -267,10 +272,10 @@ def _check(settings: EmbeddedSettings) -> None:
             f"attention_config: found layers of type {', '.join(others)}, wanted metala alone in "
             "the embedded engine"
         )
-    check_settings(_AsNeox(settings))
-    if settings.metala_settings.backend != "auto":
+    check_settings(_as_neox(settings))
+    if settings.metala_options.backend != "auto":
         raise SettingsError(
-            f"metala.backend: found {settings.metala_settings.backend!r}, wanted auto in the "
+            f"metala.backend: found {settings.metala_options.backend!r}, wanted auto in the "
             "embedded engine"
         )
     if bool(settings.data_path) == bool(settings.train_data_paths):

@@ -17,8 +17,8 @@ from torch import nn
 from torch.utils.data import Dataset, SequentialSampler, Subset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from megatron_patch.architecture import SettingsError
 from megatron_patch.embedded.settings import EmbeddedSettings
-from megatron_patch.neox.settings import SettingsError
 
 METRICS = "metrics.jsonl"
 

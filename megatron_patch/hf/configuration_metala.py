@@ -7,10 +7,9 @@ from typing import Any
 
 from transformers.configuration_utils import PretrainedConfig
 
-NORM_TYPES = ("simplermsnorm", "rmsnorm")
+from .architecture_metala import MODEL_OPTIONS, Architecture
+
 GLU_ACTIVATIONS = ("silu", "swish")
-# transformers' names: a MetaLA layer, and one of softmax attention.
-LAYER_TYPES = ("linear_attention", "full_attention")
 # Keys that mean something in hybrids alone; other models' files are written without them.
 HYBRID_KEYS = (
     "layer_types",
@@ -34,23 +33,25 @@ class MetaLAConfig(PretrainedConfig):
 
     Args:
         vocab_size: rows of the embedding and of the head.
-        decoder_embed_dim: model width d, a multiple of twice the number of heads.
+        decoder_embed_dim: model width d, a multiple of the number of heads.
         decoder_layers: number of blocks.
-        decoder_attention_heads: H; keys are d / 2H wide, values d / H.
+        decoder_attention_heads: H; keys are expand_k d / H wide, values d / H.
         glu_dim: width of the MLP; -1 for d.
         glu_act: "silu" or "swish", two names of one function.
         bias: whether the three MLP projections have biases.
-        norm_type: "simplermsnorm" (no parameters) or "rmsnorm" (a weight per channel).
+        norm_type: "simplermsnorm" (no parameters), "rmsnorm" (a weight per channel) or "layernorm"
+            (weight and bias).
         no_scale_embedding: if false, embeddings are multiplied by sqrt(d).
         init_std: standard deviation of new linear and embedding weights.
         use_cache: whether the model returns its state when it is not training.
         pad_token_id, bos_token_id, eos_token_id: special tokens.
         tie_word_embeddings: whether the head is the embedding.
 
+        norm_eps: epsilon of the two norms of a block and of the last one.
         tau: divides the log decay, above 0.
         conv_width: taps of the short convolution, at least 1.
+        expand_k: columns of queries and gates, as a multiple of d.
         self_augmentation: whether the read-out has the self-augmentation term.
-        norm_eps: epsilon of the two norms of a block and of the last one.
         output_norm_eps: epsilon of the LayerNorm over each head's output.
 
         layer_types: each layer's, "linear_attention" for MetaLA or "full_attention" for causal
@@ -100,11 +101,7 @@ class MetaLAConfig(PretrainedConfig):
         bos_token_id: int | None = 1,
         eos_token_id: int | list[int] | None = 2,
         tie_word_embeddings: bool = False,
-        tau: float = 16.0,
-        conv_width: int = 4,
-        self_augmentation: bool = True,
         norm_eps: float = 1e-6,
-        output_norm_eps: float = 1e-5,
         layer_types: list[str] | None = None,
         num_key_value_heads: int | None = None,
         attention_bias: bool = False,
@@ -125,11 +122,9 @@ class MetaLAConfig(PretrainedConfig):
         self.no_scale_embedding = no_scale_embedding
         self.init_std = init_std
         self.use_cache = use_cache
-        self.tau = tau
-        self.conv_width = conv_width
-        self.self_augmentation = self_augmentation
         self.norm_eps = norm_eps
-        self.output_norm_eps = output_norm_eps
+        for name, default in MODEL_OPTIONS.items():
+            setattr(self, name, kwargs.pop(name, default))
         self.num_key_value_heads = num_key_value_heads
         self.attention_bias = attention_bias
         self.attention_glu_dim = attention_glu_dim
@@ -157,79 +152,13 @@ class MetaLAConfig(PretrainedConfig):
 
     def check_values(self) -> None:
         """Raises a ValueError that names the first key whose value cannot be used."""
-        whole_numbers = [
-            "vocab_size",
-            "decoder_embed_dim",
-            "decoder_layers",
-            "decoder_attention_heads",
-            "glu_dim",
-            "conv_width",
-        ]
-        numbers = ["tau", "init_std", "norm_eps", "output_norm_eps"]
-        switches = [
-            "bias",
-            "no_scale_embedding",
-            "self_augmentation",
-            "use_cache",
-            "tie_word_embeddings",
-        ]
-        if self.is_hybrid:
-            whole_numbers += ["num_key_value_heads", "attention_glu_dim"]
-            numbers += ["partial_rotary_factor"] + ["rope_theta"] * (self.rope_theta is not None)
-            switches += ["attention_bias", "attention_glu_bias"]
-        for key in whole_numbers:
-            value = getattr(self, key)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{key}: found {value!r}, wanted a whole number of at least 1")
-        for key in numbers:
-            value = getattr(self, key)
-            if (
-                not isinstance(value, (int, float))
-                or isinstance(value, bool)
-                or not 0 < value < 1e30
-            ):
-                raise ValueError(f"{key}: found {value!r}, wanted a number above 0")
-        for key in switches:
-            value = getattr(self, key)
-            if not isinstance(value, bool):
+        for key in ("bias", "no_scale_embedding", "use_cache"):
+            if not isinstance(value := getattr(self, key), bool):
                 raise ValueError(f"{key}: found {value!r}, wanted true or false")
-        for key, known in (("norm_type", NORM_TYPES), ("glu_act", GLU_ACTIVATIONS)):
-            value = getattr(self, key)
-            if value not in known:
-                raise ValueError(f"{key}: found {value!r}, wanted one of {', '.join(known)}")
-        if self.decoder_embed_dim % (2 * self.decoder_attention_heads):
-            raise ValueError(
-                f"decoder_embed_dim: found {self.decoder_embed_dim} with decoder_attention_heads "
-                f"{self.decoder_attention_heads}, wanted a multiple of twice the heads, "
-                f"{2 * self.decoder_attention_heads}"
-            )
-        if self.is_hybrid:
-            self._check_attention()
-
-    def _check_attention(self) -> None:
-        types = self.layer_types
-        if not isinstance(types, (list, tuple)) or len(types) != self.decoder_layers:
-            raise ValueError(
-                f"layer_types: found {types!r}, wanted decoder_layers = {self.decoder_layers} "
-                "entries"
-            )
-        if others := [kind for kind in types if kind not in LAYER_TYPES]:
-            raise ValueError(
-                f"layer_types: found {others[0]!r}, wanted one of {', '.join(LAYER_TYPES)}"
-            )
-        if self.decoder_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_key_value_heads: found {self.num_key_value_heads}, wanted a divisor of "
-                f"decoder_attention_heads = {self.decoder_attention_heads}"
-            )
-        if self.rope_theta is not None and (
-            self.rotary_dim % 2 or not 2 <= self.rotary_dim <= self.head_value_dim
-        ):
-            raise ValueError(
-                f"partial_rotary_factor: found {self.partial_rotary_factor}, which rotates "
-                f"{self.rotary_dim} of a head's {self.head_value_dim} channels, wanted an even "
-                "number of them"
-            )
+        if self.glu_act not in GLU_ACTIVATIONS:
+            known = ", ".join(GLU_ACTIVATIONS)
+            raise ValueError(f"glu_act: found {self.glu_act!r}, wanted one of {known}")
+        Architecture.from_hf(self)
 
     def to_dict(self) -> dict[str, Any]:
         """As transformers gives it, without the keys for hybrids where this is none."""
@@ -259,7 +188,7 @@ class MetaLAConfig(PretrainedConfig):
     @property
     def head_key_dim(self) -> int:
         """K, the width of a head's queries and keys."""
-        return self.decoder_embed_dim // (2 * self.decoder_attention_heads)
+        return round(self.expand_k * self.decoder_embed_dim / self.decoder_attention_heads)
 
     @property
     def head_value_dim(self) -> int:

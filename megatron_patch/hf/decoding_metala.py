@@ -246,6 +246,8 @@ def _launches(kernel: Any, head: torch.Tensor) -> Callable[[torch.Tensor], torch
 
 def _kernel(model: nn.Module, states: list[tuple[torch.Tensor, torch.Tensor]]) -> Any | None:
     """`token_decoder` of a model of MetaLA layers alone, or `None` where there is no kernel."""
+    if model.config.norm_type == "layernorm":
+        return None  # kernels have RMS norms
     layers = []
     unbiased = [model.lm_head]
     for layer, (conv_state, recurrent_state) in zip(model.model.layers, states, strict=True):

@@ -83,6 +83,20 @@ class MetaLARMSNorm(nn.Module):
         return f"{self.dim}, eps={self.eps}, weight={self.weight is not None}"
 
 
+class MetaLALayerNorm(nn.LayerNorm):
+    """LayerNorm with weight and bias; x keeps its dtype, also under autocast."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).to(x.dtype)
+
+
+def make_norm(config: MetaLAConfig) -> nn.Module:
+    """The norm over the model's width that `norm_type` names."""
+    if config.norm_type == "layernorm":
+        return MetaLALayerNorm(config.decoder_embed_dim, eps=config.norm_eps)
+    return MetaLARMSNorm(config.decoder_embed_dim, config.norm_type, config.norm_eps)
+
+
 class MetaLAShortConvolution(nn.Conv1d):
     """Causal depthwise convolution and SiLU along time; the weight is [dim, 1, width].
 
@@ -168,12 +182,13 @@ class MetaLATokenMixer(nn.Module):
         self.norm_eps = float(config.output_norm_eps)
         self.conv_width = config.conv_width
 
-        self.q_proj = nn.Linear(dim, dim // 2, bias=False)
-        self.k_gate = nn.Linear(dim, dim // 2, bias=False)
+        columns = config.decoder_attention_heads * config.head_key_dim
+        self.q_proj = nn.Linear(dim, columns, bias=False)
+        self.k_gate = nn.Linear(dim, columns, bias=False)
         self.v_proj = nn.Linear(dim, dim, bias=False)
         self.g_proj = nn.Linear(dim, dim, bias=True)
         self.out_proj = nn.Linear(dim, dim, bias=False)
-        self.aug_balance = nn.Parameter(torch.zeros(dim // 2)) if config.self_augmentation else None
+        self.aug_balance = nn.Parameter(torch.zeros(columns)) if config.self_augmentation else None
         self.conv1d = MetaLAShortConvolution(dim, config.conv_width)
         # Read by `_init_weights`, which sees each projection alone.
         self.q_proj._init_gain = self.k_gate._init_gain = QUERY_GATE_GAIN
@@ -266,15 +281,15 @@ class MetaLADecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: MetaLAConfig, layer_idx: int):
         super().__init__()
-        dim, norm_type, eps = config.decoder_embed_dim, config.norm_type, config.norm_eps
+        dim = config.decoder_embed_dim
         self.is_attention = config.is_attention(layer_idx)
         mixer, width, bias = MetaLATokenMixer, config.glu_dim, config.bias
         if self.is_attention:
             mixer, width = MetaLAAttention, config.attention_glu_dim
             bias = config.attention_glu_bias
-        self.token_norm = MetaLARMSNorm(dim, norm_type, eps)
+        self.token_norm = make_norm(config)
         self.token_mixer = mixer(config)
-        self.channel_norm = MetaLARMSNorm(dim, norm_type, eps)
+        self.channel_norm = make_norm(config)
         self.channel_mixer = MetaLAChannelMixer(dim, width, bias)
 
     def forward(
@@ -329,6 +344,9 @@ class MetaLAPreTrainedModel(PreTrainedModel):
             init.kaiming_uniform_(module.weight, a=math.sqrt(5))
         elif isinstance(module, MetaLARMSNorm) and module.weight is not None:
             init.ones_(module.weight)
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
         elif isinstance(module, MetaLATokenMixer) and module.aug_balance is not None:
             init.zeros_(module.aug_balance)
 
@@ -346,7 +364,7 @@ class MetaLAModel(MetaLAPreTrainedModel):
         self.layers = nn.ModuleList(
             MetaLADecoderLayer(config, index) for index in range(config.decoder_layers)
         )
-        self.final_norm = MetaLARMSNorm(config.decoder_embed_dim, config.norm_type, config.norm_eps)
+        self.final_norm = make_norm(config)
         self.has_attention = any(layer.is_attention for layer in self.layers)
         self.post_init()
 

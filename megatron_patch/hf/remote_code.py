@@ -17,6 +17,7 @@ from importlib import import_module
 from pathlib import Path
 
 import megatron_patch
+from megatron_patch import architecture
 
 COPIED_FILES = (
     "attention_metala.py",
@@ -26,6 +27,7 @@ COPIED_FILES = (
     "modeling_metala.py",
 )
 OPERATORS_FILE = "ops_metala.py"
+ARCHITECTURE_FILE = "architecture_metala.py"
 AUTO_MAP = {
     "AutoConfig": "configuration_metala.MetaLAConfig",
     "AutoModel": "modeling_metala.MetaLAModel",
@@ -50,6 +52,7 @@ def write_model_code(folder: str | os.PathLike) -> None:
         source = (Path(__file__).parent / name).read_text(encoding="utf-8")
         (folder / name).write_text(source, encoding="utf-8")
     (folder / OPERATORS_FILE).write_text(operators_source(), encoding="utf-8")
+    (folder / ARCHITECTURE_FILE).write_text(inspect.getsource(architecture), encoding="utf-8")
     config = folder / "config.json"
     if config.exists():
         values = json.loads(config.read_text(encoding="utf-8"))

@@ -12,7 +12,7 @@ from importlib import import_module
 
 import torch
 
-from megatron_patch.neox.settings import SettingsError
+from megatron_patch.architecture import SettingsError
 
 _CPU = torch.device("cpu")
 

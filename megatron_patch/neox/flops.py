@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import torch
 
-from megatron_patch.neox.settings import (
-    MetaLASettings,
-    attention_intermediate_size,
-    metala_intermediate_size,
-)
+from megatron_patch.architecture import METALA, SOFTMAX_TYPES, Architecture
 
 
 def forward_flops_per_token(args) -> float:
     """Operations (a multiply-add is two) of one token's forward pass through the whole model.
 
     A MetaLA layer, with d hidden_size, f the MLP's width, W the convolution's, and H heads of state
-    K x V = d/2H x d/H:
+    K x V, where K = expand_k d / H and V = d / H:
 
-        projections    2 * 3d^2 + 2 * d^2
-        recurrence     5 * H * K * V = 5 d^2 / 2H    decay, rank-one update (2), read-out (2)
+        projections    2 d (2 H K + 2 d) + 2 d^2
+        recurrence     5 H K V                       decay, rank-one update (2), read-out (2)
         convolution    2 W d
         MLP            6 d f
 
@@ -32,22 +28,24 @@ def forward_flops_per_token(args) -> float:
     A layer of another type counts by GPT-NeoX's formula for a GPT, 24 d^2 + 4 s d. The output layer
     is 2 d times the padded vocabulary; the embedding look-up costs nothing.
     """
-    d, heads = args.hidden_size, args.num_attention_heads
+    model = Architecture.from_neox(args)
+    d, heads = model.hidden_size, model.num_heads
+    keys = heads * model.key_width
     metala = (
-        8 * d**2
-        + 2.5 * d**2 / heads
-        + 2 * MetaLASettings.parse(args.metala).conv_width * d
-        + 6 * d * metala_intermediate_size(args)
+        2 * d * (2 * keys + 2 * d)
+        + 2 * d**2
+        + 5 * keys * model.value_width
+        + 2 * model.metala.conv_width * d
+        + 6 * d * model.intermediate_size
     )
     pairs = 4 * args.seq_length * d
     total = 2 * d * args.padded_vocab_size
-    for kind in args.attention_config:
-        if kind == "metala":
+    for kind in model.layer_types or (METALA,) * model.num_layers:
+        if kind == METALA:
             total += metala
-        elif kind in ("global", "flash"):
-            key_heads = args.num_kv_heads or heads
-            total += 4 * d**2 * (1 + key_heads / heads) + pairs
-            total += 6 * d * attention_intermediate_size(args)
+        elif kind in SOFTMAX_TYPES:
+            of = model.attention
+            total += 4 * d**2 * (1 + of.num_kv_heads / heads) + pairs + 6 * d * of.intermediate_size
         else:
             total += 24 * d**2 + pairs
     return total

@@ -10,16 +10,17 @@ import torch.nn.functional as F
 from megatron.model.norms import get_norm
 from torch import nn
 
+from megatron_patch.architecture import Architecture
 from megatron_patch.neox.mixer import MixerState, ParallelMetaLAMixer
 from megatron_patch.neox.mlp import ParallelSwiGLU
-from megatron_patch.neox.settings import MetaLASettings, metala_intermediate_size
 
 
 class ParallelMetaLALayer(nn.Module):
     """x + mixer(norm(x)), then x + mlp(norm(x)): a MetaLA block with tensor-parallel projections.
 
     Built like GPT-NeoX's own layers from its arguments and initialisers; `neox_args.metala` holds
-    the settings of :class:`MetaLASettings`. The norm is the one that `norm:` selects.
+    the options of :class:`~megatron_patch.architecture.MetaLAOptions`. The norm is the one that
+    `norm:` selects.
     """
 
     def __init__(
@@ -30,8 +31,8 @@ class ParallelMetaLALayer(nn.Module):
         layer_number: int,
     ):
         super().__init__()
-        settings = MetaLASettings.parse(neox_args.metala)
-        if settings.init == "authors":
+        model = Architecture.from_neox(neox_args)
+        if model.metala.init == "authors":
             init_method = output_layer_init_method = partial(
                 nn.init.normal_, std=neox_args.init_method_std
             )
@@ -39,10 +40,10 @@ class ParallelMetaLALayer(nn.Module):
         self.layer_number = layer_number
         self.hidden_dropout = neox_args.hidden_dropout
         self.input_norm = norm(neox_args.hidden_size, eps=eps)
-        self.mixer = ParallelMetaLAMixer(neox_args, settings, init_method, output_layer_init_method)
+        self.mixer = ParallelMetaLAMixer(neox_args, model, init_method, output_layer_init_method)
         self.mlp_norm = norm(neox_args.hidden_size, eps=eps)
         self.mlp = ParallelSwiGLU(
-            neox_args, metala_intermediate_size(neox_args), init_method, output_layer_init_method
+            neox_args, model.intermediate_size, init_method, output_layer_init_method
         )
         # GPT-NeoX's generation switches `use_cache` on. It leaves `layer_past` where it is when it
         # switches it off again, to train or to evaluate.

@@ -9,7 +9,7 @@ import torch
 from megatron import mpu
 from torch import nn
 
-from megatron_patch.neox.settings import MetaLASettings
+from megatron_patch.architecture import Architecture
 from megatron_patch.ops import meta_linear_attention, short_convolution
 
 # (convolution state [B, d, W - 1], recurrent state [B, H, K, V]): all a layer keeps of the past.
@@ -49,46 +49,44 @@ class ParallelMetaLAMixer(nn.Module):
     tensor-parallel ranks.
 
     One column-parallel projection without gathering gives, head by head, q (K), gate logits (K), v
-    (V) and output gate (V), with K = d / 2H and V = d / H. A rank's share of its rows is therefore
-    whole heads at any tensor-parallel degree, one all-reduce in the backward pass serves all four,
-    and the operator reads the four where they lie. The output projection is row-parallel: one
-    all-reduce in the forward pass.
+    (V) and output gate (V), with K = expand_k d / H and V = d / H. A rank's share of its rows is
+    therefore whole heads at any tensor-parallel degree, one all-reduce in the backward pass serves
+    all four, and the operator reads the four where they lie. The output projection is row-parallel:
+    one all-reduce in the forward pass.
 
-    Parameters, full shapes and split: `conv1d.weight` [d, 1, W] replicated; `in_proj.weight` [3d,
-    d], `out_gate_bias` [H, V] and `aug_balance` [H, K] along the first dimension; `out_proj.weight`
-    [d, d] along the second.
+    Parameters, full shapes and split: `conv1d.weight` [d, 1, W] replicated; `in_proj.weight`
+    [2H(K + V), d], `out_gate_bias` [H, V] and `aug_balance` [H, K] along the first dimension;
+    `out_proj.weight` [d, d] along the second.
     """
 
     def __init__(
         self,
         neox_args,
-        settings: MetaLASettings,
+        model: Architecture,
         init_method: Callable[[torch.Tensor], object],
         output_layer_init_method: Callable[[torch.Tensor], object],
     ):
         super().__init__()
-        hidden_size = neox_args.hidden_size
-        heads = neox_args.num_attention_heads
-        self.settings = settings
-        self.num_heads = mpu.divide(heads, mpu.get_model_parallel_world_size())
-        self.key_width = hidden_size // (2 * heads)
-        self.value_width = hidden_size // heads
+        hidden_size = model.hidden_size
+        self.options = model.metala
+        self.num_heads = mpu.divide(model.num_heads, mpu.get_model_parallel_world_size())
+        self.key_width, self.value_width = model.key_width, model.value_width
 
         device = "cpu" if neox_args.use_cpu_initialization else torch.cuda.current_device()
         factory = {"device": device, "dtype": neox_args.params_dtype}
-        self.conv1d = ShortConvolution(hidden_size, settings.conv_width, **factory)
+        self.conv1d = ShortConvolution(hidden_size, self.options.conv_width, **factory)
         self.in_proj = mpu.ColumnParallelLinear(
             neox_args=neox_args,
             input_size=hidden_size,
-            output_size=3 * hidden_size,
+            output_size=2 * model.num_heads * (model.key_width + model.value_width),
             gather_output=False,
             init_method=self._authors_init(init_method)
-            if settings.init == "authors"
+            if self.options.init == "authors"
             else init_method,
             bias=False,
         )
         self.out_gate_bias = self._parameter_by_heads(self.value_width, factory)
-        if settings.self_augmentation:
+        if self.options.self_augmentation:
             self.aug_balance = self._parameter_by_heads(self.key_width, factory)
         else:
             self.register_parameter("aug_balance", None)
@@ -115,12 +113,13 @@ class ParallelMetaLAMixer(nn.Module):
 
     def _authors_init(self, base: Callable) -> Callable:
         """`base` for v and output gate; Xavier-uniform with gain 2**-2.5 for q and gate logits,
-        whose fans are those of the authors' separate [d/2, d] matrices."""
+        whose fans are those of the authors' separate [HK, d] matrices."""
+        columns = self.key_width * self.num_heads * mpu.get_model_parallel_world_size()
 
         def init(weight: torch.Tensor) -> torch.Tensor:
             base(weight)
             hidden_size = weight.shape[1]
-            bound = 2**-2.5 * math.sqrt(6 / (hidden_size + hidden_size / 2))
+            bound = 2**-2.5 * math.sqrt(6 / (hidden_size + columns))
             by_head = weight.data.view(-1, 2 * (self.key_width + self.value_width), hidden_size)
             by_head[:, : 2 * self.key_width].uniform_(-bound, bound)
             return weight
@@ -156,11 +155,11 @@ class ParallelMetaLAMixer(nn.Module):
             self.aug_balance,
             out_gate,
             out_gate_bias=self.out_gate_bias,
-            tau=self.settings.tau,
-            norm_eps=self.settings.output_norm_eps,
+            tau=self.options.tau,
+            norm_eps=self.options.output_norm_eps,
             initial_state=state,
             output_final_state=use_cache,
-            backend=self.settings.backend,
+            backend=self.options.backend,
         )
         output, _ = self.out_proj(out.flatten(-2))
         return output.transpose(0, 1), (conv_state, state) if use_cache else None

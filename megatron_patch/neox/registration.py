@@ -13,15 +13,17 @@ import functools
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from megatron_patch.architecture import SettingsError
 from megatron_patch.neox.cpu_mode import activate_cpu_mode
 from megatron_patch.neox.flops import flops_per_second
 from megatron_patch.neox.norm import SimpleRMSNorm
 from megatron_patch.neox.resume import check_load
-from megatron_patch.neox.settings import SettingsError, check_settings
+from megatron_patch.neox.settings import check_settings, export_warning
 
 LAYER_TYPE = "metala"
 _DEFAULT_PARTITION = "type:transformer|mlp"
@@ -103,6 +105,8 @@ def _check_settings_at_start() -> None:
             try:
                 neox_args = consume(cls, *args, **kwargs)
                 check_load(neox_args)
+                if name == "consume_deepy_args":
+                    _say_what_cannot_be_exported(neox_args)
             except SettingsError as error:
                 sys.exit(f"MetaLA: {error}" if os.environ.get("RANK", "0") == "0" else 1)
             return neox_args
@@ -111,6 +115,14 @@ def _check_settings_at_start() -> None:
 
     one_line_errors("consume_deepy_args")
     one_line_errors("consume_neox_args")
+
+
+def _say_what_cannot_be_exported(neox_args) -> None:
+    """Before the first step, not after weeks."""
+    is_training = Path(neox_args.user_script or "train.py").name == "train.py"
+    if is_training and LAYER_TYPE in neox_args.attention_config:
+        if warning := export_warning(neox_args):
+            print(f"MetaLA: {warning}", flush=True)
 
 
 def _add_norm() -> None:

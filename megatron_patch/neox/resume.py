@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_patch.neox.settings import SettingsError
+from megatron_patch.architecture import SettingsError
 
 
 def check_load(args) -> None:

@@ -1,4 +1,5 @@
-"""The settings under the YAML key `metala:` and the checks a MetaLA run must pass before it starts.
+"""The checks that a MetaLA run's settings must pass before it starts: those of the model, and those
+that concern how GPT-NeoX runs it.
 
 Importable without GPT-NeoX: the checks read plain attributes of any settings object.
 """
@@ -6,224 +7,210 @@ Importable without GPT-NeoX: the checks read plain attributes of any settings ob
 from __future__ import annotations
 
 import re
-from typing import Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-
+from megatron_patch.architecture import (
+    GPT_NEOX_DEFAULTS,
+    METALA,
+    NORM_EPSILON,
+    OTHER_BLOCKS,
+    SOFTMAX_TYPES,
+    WHOLE,
+    Architecture,
+    SettingsError,
+    expand_attention_config,
+    export_obstacles,
+    optional,
+    refuse,
+    tokenizer_obstacles,
+)
 from megatron_patch.ops import BACKENDS
 
-
-class SettingsError(ValueError):
-    """A setting, or a combination of settings, with which a MetaLA run makes no sense."""
-
-
-class MetaLASettings(BaseModel):
-    """The mapping under `metala:` in a GPT-NeoX YAML file; every key is optional."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
-
-    tau: float = Field(
-        16.0, gt=0, description="Divides the log decay: logsigmoid(gate_logits) / tau."
-    )
-    conv_width: int = Field(4, ge=1, description="Taps of the causal depthwise convolution.")
-    self_augmentation: bool = Field(True, description="Learn w of sigmoid((q . (w * k)) v).")
-    output_norm_eps: float = Field(1e-5, gt=0, description="Epsilon of each head's LayerNorm.")
-    init: Literal["neox", "authors"] = Field(
-        "neox",
-        description="'neox': GPT-NeoX's init_method and output_layer_init_method. 'authors': "
-        "normal with init_method_std for all linears, Xavier-uniform with gain 2**-2.5 for q and "
-        "gate logits.",
-    )
-    backend: Literal[BACKENDS] = Field("auto", description="Implementation of the operator.")
-
-    @classmethod
-    def parse(cls, mapping: dict | None) -> MetaLASettings:
-        """Settings from the YAML mapping, or the defaults for `None`.
-
-        Raises:
-            SettingsError: one line that names every offending key, what was found and what was
-            wanted.
-        """
-        if mapping is not None and not isinstance(mapping, dict):
-            raise SettingsError(
-                f"metala: found {mapping!r}, wanted a mapping of {', '.join(cls.model_fields)}"
-            )
-        try:
-            return cls(**(mapping or {}))
-        except ValidationError as error:
-            raise SettingsError("; ".join(cls._describe(e) for e in error.errors())) from None
-
-    @classmethod
-    def _describe(cls, error: dict) -> str:
-        key = ".".join(str(part) for part in error["loc"])
-        if error["type"] == "extra_forbidden":
-            return f"metala.{key}: unknown key, the known ones are {', '.join(cls.model_fields)}"
-        return f"metala.{key}: found {error['input']!r}: {error['msg']}"
+# Settings of which a model with MetaLA layers can have one value, and why.
+ONLY = {
+    "activation": ("swiglu", "the MLP of a MetaLA block"),
+    "sequence_parallel": (False, "the convolution of a metala layer needs all tokens"),
+    "gpt_j_residual": (False, "a metala layer's MLP follows its mixer"),
+    "use_mup": (False, "metala layers have no muP initialisation"),
+    "moe_num_experts": (1, "metala layers have a dense MLP"),
+    "te_columnparallel": (False, "metala layers have no Transformer Engine form"),
+    "te_rowparallel": (False, "metala layers have no Transformer Engine form"),
+    "te_layernorm_mlp": (False, "metala layers have no Transformer Engine form"),
+    "num_unique_layers": (None, "GPT-NeoX shares no layers any more"),
+}
+# Settings that attention layers alone read. Without such layers they would have no effect.
+OF_ATTENTION = (
+    "apply_query_key_layer_scaling",
+    "attention_dropout",
+    "attention_softmax_in_fp32",
+    "bias_dropout_fusion",
+    "bias_gelu_fusion",
+    "gmlp_attn_dim",
+    "gpt_j_tied",
+    "mlp_multiple_of",
+    "opt_pos_emb_offset",
+    "rope_fusion",
+    "rotary_emb_base",
+    "rotary_pct",
+    "rotary_save_freqs_buffer",
+    "rpe_max_distance",
+    "rpe_num_buckets",
+    "scaled_masked_softmax_fusion",
+    "scaled_upper_triang_masked_softmax_fusion",
+    "sliding_window_width",
+    "sparsity_config",
+    "te_fp8_mha",
+    "te_mha",
+    "use_flashattn_swiglu",
+    "use_qk_layernorm",
+)
+# GPT-NeoX's compiled norms, by the norm they compute.
+FUSED_NORMS = {"layernorm_fusion": "layernorm", "rmsnorm_fusion": "rmsnorm"}
 
 
-def metala_intermediate_size(args) -> int:
-    """Width f of a MetaLA block's MLP: `intermediate_size`, else `expansion_factor` times the
-    hidden size, else 8/3 of it rounded up to a multiple of 256 (2816 for 1024, as in the authors'
-    0.38B)."""
-    if args.intermediate_size:
-        return args.intermediate_size
-    if args.expansion_factor:
-        return int(args.expansion_factor * args.hidden_size)
-    return -(-8 * args.hidden_size // (3 * 256)) * 256
-
-
-def attention_intermediate_size(args) -> int:
-    """Width of the gated MLP that GPT-NeoX gives the attention layers of a hybrid: a third of
-    `intermediate_size` (else of `expansion_factor` times the hidden size, else of four times it),
-    rounded up to a multiple of `mlp_multiple_of`.
-
-    Raises:
-        SettingsError: GPT-NeoX's roundings do not meet, its two matrices would not fit each other.
-    """
-    if args.intermediate_size:
-        total = args.intermediate_size
-    elif args.expansion_factor:
-        total = int(args.expansion_factor * args.hidden_size)
-    else:
-        total = 4 * args.hidden_size
-    multiple, gate_and_up = args.mlp_multiple_of, int(total * 2 / 3)
-    width = -(-(gate_and_up // 2) // multiple) * multiple
-    if 2 * width != -(-gate_and_up // (2 * multiple)) * 2 * multiple:
-        raise SettingsError(
-            f"mlp_multiple_of: found {multiple} with an MLP of {total}, of which GPT-NeoX cannot "
-            "build the attention layers' third, wanted the width that theirs should have"
-        )
-    return width
-
-
-def expand_attention_config(attention_config: list | None, num_layers: int) -> list[str]:
-    """One layer type per layer from GPT-NeoX's shorthand, e.g. `[[["metala", "global"], 8]]`.
-
-    Raises:
-        SettingsError: the shorthand is malformed, or gives another number of layers.
-    """
-    if attention_config is None:
-        return ["global"] * num_layers
-    if not isinstance(attention_config, (list, tuple)):
-        raise SettingsError(
-            f"attention_config: found {attention_config!r}, wanted a list of layer types"
-        )
-    if all(isinstance(item, str) for item in attention_config):
-        layers = list(attention_config)
-    else:
-        layers = []
-        for item in attention_config:
-            if not (
-                isinstance(item, (list, tuple))
-                and len(item) == 2
-                and isinstance(item[0], list)
-                and item[0]
-                and (item[1] == "all" or isinstance(item[1], int))
-            ):
-                raise SettingsError(
-                    f"attention_config: found {item!r}, wanted [[layer types], repetitions]"
-                )
-            pattern, repetitions = item
-            if repetitions == "all":
-                repetitions = num_layers // len(pattern)
-            layers.extend(pattern * repetitions)
-    if len(layers) != num_layers:
-        raise SettingsError(
-            f"attention_config: found {len(layers)} layers, wanted num_layers = {num_layers}"
-        )
-    return layers
-
-
-def check_settings(args) -> MetaLASettings | None:
+def check_settings(args: Any) -> Architecture | None:
     """Checks a run's settings before anything is built.
 
     Args:
         args: any object with GPT-NeoX's settings as attributes, derived values not yet needed.
 
     Returns:
-        The parsed `metala:` settings, or `None` where no layer is of type `metala`.
+        The model, or `None` where no layer is of type `metala`.
 
     Raises:
         SettingsError: one line that names the setting, what was found and what was wanted.
     """
     if args.num_layers is None or args.hidden_size is None or args.num_attention_heads is None:
         return None  # GPT-NeoX itself reports these
-    layers = expand_attention_config(args.attention_config, args.num_layers)
-    if "metala" not in layers:
+    if not _has_metala_layers(args):
         if args.metala is not None:
             raise SettingsError(
                 "metala: found settings, but attention_config has no layer of type metala"
             )
         return None
-    settings = MetaLASettings.parse(args.metala)
-    tensor_parallel = max(args.model_parallel_size, 1)
-    hidden_size, heads = args.hidden_size, args.num_attention_heads
-
-    def refuse(setting: str, found: object, wanted: str) -> None:
-        raise SettingsError(f"{setting}: found {found!r}, wanted {wanted}")
-
-    if hidden_size % (2 * heads):
-        refuse("hidden_size", hidden_size, f"a multiple of 2 * num_attention_heads = {2 * heads}")
-    if heads % tensor_parallel:
-        refuse(
-            "num_attention_heads", heads, f"a multiple of model_parallel_size = {tensor_parallel}"
-        )
+    for name in ("num_kv_heads", "moe_num_experts", "model_parallel_size"):
+        if (found := getattr(args, name)) and not optional(WHOLE).accepts(found):
+            refuse(name, found, WHOLE.wanted)
     if args.intermediate_size and args.expansion_factor:
         refuse("expansion_factor", args.expansion_factor, "none, since intermediate_size is set")
-    if metala_intermediate_size(args) % tensor_parallel:
+    model = Architecture.from_neox(args)
+    if model.metala.backend not in BACKENDS:
+        refuse("metala.backend", model.metala.backend, f"one of {', '.join(BACKENDS)}")
+    for name, (wanted, why) in ONLY.items():
+        if (found := getattr(args, name)) != wanted:
+            refuse(name, found, f"{_in_yaml(wanted)}: {why}")
+    _check_unread(args, model)
+    _check_tensor_parallel(args, model)
+    _check_pipeline(args, model)
+    return model
+
+
+def export_warning(args: Any) -> str | None:
+    """One line that says why a model that trains cannot be exported, `None` where it can be."""
+    obstacles = [*export_obstacles(args), *tokenizer_obstacles(args)]
+    if not obstacles:
+        return None
+    reasons = "; ".join(f"{name}: found {found}, wanted {ok}" for name, found, ok in obstacles)
+    return f"this model trains, but cannot be exported to Hugging Face: {reasons}"
+
+
+def _has_metala_layers(args: Any) -> bool:
+    config = args.attention_config
+    if args.metala is None and METALA not in str(config):
+        return False  # a model of GPT-NeoX's own, which checks it itself
+    if not WHOLE.accepts(args.num_layers):
+        refuse("num_layers", args.num_layers, WHOLE.wanted)
+    return METALA in expand_attention_config(config, args.num_layers)
+
+
+def _in_yaml(value: object) -> str:
+    """A value as YAML writes it."""
+    return "none" if value is None else str(value).lower()
+
+
+def _check_unread(args: Any, model: Architecture) -> None:
+    """Refuses settings that no layer of this model reads: they would do nothing."""
+
+    def unless_default(name: str, why: str) -> None:
+        found, default = getattr(args, name), GPT_NEOX_DEFAULTS[name]
+        # GPT-NeoX itself puts {} in place of some that are not set.
+        if found != default and (found or default):
+            refuse(name, found, f"{_in_yaml(default)}: {why}")
+
+    for name, norm in FUSED_NORMS.items():
+        if model.norm != norm:
+            unless_default(name, f"norm is {model.norm}")
+    for name in sorted(set(NORM_EPSILON.values()) - {NORM_EPSILON[model.norm]}):
+        unless_default(name, f"norm is {model.norm}, which takes {NORM_EPSILON[model.norm]}")
+    if model.attention:
+        return
+    if args.pos_emb != "none":
+        refuse("pos_emb", args.pos_emb, "none: metala layers know the order of their tokens")
+    if args.num_kv_heads and args.num_kv_heads != model.num_heads:
+        refuse("num_kv_heads", args.num_kv_heads, "none: no layer has key heads")
+    for name in OF_ATTENTION:
+        unless_default(name, "no layer is one of attention")
+    if model.metala.init == "authors":
+        for name in ("init_method", "output_layer_init_method"):
+            allowed = {"normal", GPT_NEOX_DEFAULTS[name]}
+            if (found := getattr(args, name)) not in allowed:
+                refuse(name, found, "normal, or metala.init: neox, by which it counts")
+
+
+def _check_tensor_parallel(args: Any, model: Architecture) -> None:
+    degree = max(args.model_parallel_size, 1)
+    wanted = f"a multiple of model_parallel_size = {degree}"
+    if model.num_heads % degree:
+        refuse("num_attention_heads", model.num_heads, wanted)
+    if model.intermediate_size % degree:
+        refuse("intermediate_size", model.intermediate_size, wanted)
+    of, kinds = model.attention, set(model.layer_types) - {METALA}
+    if of is None:
+        return
+    if kinds - set(OTHER_BLOCKS) and of.intermediate_size % degree:
         refuse(
-            "intermediate_size",
-            metala_intermediate_size(args),
-            f"a multiple of model_parallel_size = {tensor_parallel}",
+            "mlp_multiple_of",
+            args.mlp_multiple_of,
+            f"one that makes the attention layers' MLP, {of.intermediate_size} wide, {wanted}",
         )
-    if args.activation != "swiglu":
-        refuse("activation", args.activation, "swiglu, the MLP of a MetaLA block")
-    if args.sequence_parallel:
-        refuse(
-            "sequence_parallel", True, "false: the convolution of a metala layer needs all tokens"
-        )
-    if args.gpt_j_residual:
-        refuse("gpt_j_residual", True, "false: a metala layer's MLP follows its mixer")
-    if args.use_mup:
-        refuse("use_mup", True, "false: metala layers have no muP initialisation")
-    if args.moe_num_experts > 1:
-        refuse("moe_num_experts", args.moe_num_experts, "1: metala layers have a dense MLP")
-    if args.te_columnparallel or args.te_rowparallel or args.te_layernorm_mlp:
-        refuse(
-            "te_columnparallel, te_rowparallel, te_layernorm_mlp", True, "false with metala layers"
-        )
-    others = set(layers) - {"metala"}
-    if others & {"global", "flash"}:
-        width = attention_intermediate_size(args)
-        if width % tensor_parallel:
-            refuse(
-                "mlp_multiple_of",
-                args.mlp_multiple_of,
-                f"one that makes the attention layers' MLP, {width} wide, a multiple of "
-                f"model_parallel_size = {tensor_parallel}",
-            )
-    key_heads = args.num_kv_heads or heads
-    if others and key_heads != heads:
-        if heads % key_heads:
-            refuse("num_kv_heads", key_heads, f"a divisor of num_attention_heads = {heads}")
-        if key_heads % tensor_parallel:
-            refuse(
-                "num_kv_heads", key_heads, f"a multiple of model_parallel_size = {tensor_parallel}"
-            )
-        if ungrouped := sorted(others - {"global", "flash"}):
-            refuse("num_kv_heads", key_heads, f"none with layers of type {', '.join(ungrouped)}")
-    if not others:
-        if args.pos_emb != "none":
-            refuse("pos_emb", args.pos_emb, "none: metala layers know the order of their tokens")
-        if args.attention_dropout:
-            refuse("attention_dropout", args.attention_dropout, "0: no layer has attention weights")
-        if args.num_kv_heads and args.num_kv_heads != heads:
-            refuse("num_kv_heads", args.num_kv_heads, "none: no layer has key heads")
+    if of.num_kv_heads != model.num_heads:
+        if of.num_kv_heads % degree:
+            refuse("num_kv_heads", of.num_kv_heads, wanted)
+        if ungrouped := sorted(kinds - set(SOFTMAX_TYPES)):
+            refuse("num_kv_heads", of.num_kv_heads, f"none with layers of type {ungrouped[0]}")
+
+
+def _check_pipeline(args: Any, model: Architecture) -> None:
+    """DeepSpeed shares out, among the stages, the layers whose class matches a `type:` pattern, and
+    fails where there are fewer of them than stages."""
     method = args.pipe_partition_method
-    if method.startswith("type:") and not re.search(
-        method.removeprefix("type:"), "ParallelMetaLALayerPipe", re.IGNORECASE
-    ):
+    if not isinstance(method, str):
+        refuse("pipe_partition_method", method, "a word such as type:transformer|mlp|metala")
+    if not method.startswith("type:"):
+        return
+    pattern = method.removeprefix("type:")
+    try:
+        matches = re.compile(pattern, re.IGNORECASE).search
+    except re.error as error:
+        refuse("pipe_partition_method", method, f"a regular expression after type: ({error})")
+    types = model.layer_types or (METALA,) * model.num_layers
+    if not matches("ParallelMetaLALayerPipe"):
+        refuse("pipe_partition_method", method, "one that matches metala layers, as type:metala")
+    found = sum(bool(matches(CLASS_OF.get(kind, "ParallelTransformerLayerPipe"))) for kind in types)
+    if found < max(args.pipe_parallel_size, 1):
         refuse(
-            "pipe_partition_method", method, "a pattern that matches metala layers, type:metala say"
+            "pipe_partition_method",
+            method,
+            f"one that matches at least pipe_parallel_size = {args.pipe_parallel_size} layers, as "
+            f"type:transformer|mlp|metala (it matches {found})",
         )
-    return settings
+
+
+# The classes of GPT-NeoX's layer types that are not its ordinary transformer layer.
+CLASS_OF = {
+    METALA: "ParallelMetaLALayerPipe",
+    "gmlp": "GMLPBlock",
+    "amlp": "GMLPBlock",
+    "rwkv": "RWKVResidualLayerPipe",
+    "mamba": "ParallelMambaResidualLayerPipe",
+}

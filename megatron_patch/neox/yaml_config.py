@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from megatron_patch.neox.settings import SettingsError
+from megatron_patch.architecture import SettingsError
 
 # GPT-NeoX reads the last as YAML too.
 SUFFIXES = (".yml", ".yaml", ".json")

@@ -28,6 +28,7 @@ class Model:
     norm: str = "simplermsnorm"
     self_augmentation: bool = True
     conv_width: int = 4
+    expand_k: float = 0.5
     tokens: int = TOKENS
     divisible_by: int = 16
     dtype: torch.dtype = torch.float32
@@ -62,9 +63,10 @@ class Model:
             "metala": {
                 "conv_width": self.conv_width,
                 "self_augmentation": self.self_augmentation,
+                "expand_k": self.expand_k,
             },
             "norm": self.norm,
-            "rms_norm_epsilon": 1.0e-6,
+            **({} if self.norm == "layernorm" else {"rms_norm_epsilon": 1.0e-6}),
             "activation": "swiglu",
             "pos_emb": "none",
             "no_weight_tying": not self.tied,
@@ -95,6 +97,12 @@ class Model:
             if bias:
                 random_tensor(f"{name}.bias", out)
 
+        def norm(name: str) -> None:
+            if self.norm != "simplermsnorm":
+                random_tensor(f"{name}.weight", d, scale=0.3, mean=1.0)
+            if self.norm == "layernorm":
+                random_tensor(f"{name}.bias", d, scale=0.3)
+
         d = self.d
         vocabulary("model.embed_tokens.weight", 1.0)
         for i in range(self.layers):
@@ -108,21 +116,20 @@ class Model:
                     linear(f"{mixer}.{name}", self.kv_heads * d // self.heads, d, bias)
             else:
                 random_tensor(f"{mixer}.conv1d.weight", d, 1, self.conv_width, scale=0.5)
-                linear(f"{mixer}.q_proj", d // 2, d)
-                linear(f"{mixer}.k_gate", d // 2, d)
+                columns = int(self.expand_k * d)
+                linear(f"{mixer}.q_proj", columns, d)
+                linear(f"{mixer}.k_gate", columns, d)
                 linear(f"{mixer}.v_proj", d, d)
                 linear(f"{mixer}.g_proj", d, d, bias=True)
                 if self.self_augmentation:
-                    random_tensor(f"{mixer}.aug_balance", d // 2, scale=10.0)
+                    random_tensor(f"{mixer}.aug_balance", columns, scale=10.0)
             linear(f"{mixer}.out_proj", d, d, bias)
             linear(f"{mlp}.l1", f, d, bias)
             linear(f"{mlp}.l2", f, d, bias)
             linear(f"{mlp}.l3", d, f, bias)
-            if self.norm == "rmsnorm":
-                random_tensor(f"model.layers.{i}.token_norm.weight", d, scale=0.3, mean=1.0)
-                random_tensor(f"model.layers.{i}.channel_norm.weight", d, scale=0.3, mean=1.0)
-        if self.norm == "rmsnorm":
-            random_tensor("model.final_norm.weight", d, scale=0.3, mean=1.0)
+            norm(f"model.layers.{i}.token_norm")
+            norm(f"model.layers.{i}.channel_norm")
+        norm("model.final_norm")
         if not self.tied:
             vocabulary("lm_head.weight", d**-0.5)
         return made
@@ -163,12 +170,21 @@ def attention_layer(
     return layer
 
 
+def norm_tensors(
+    model: Model, hf: dict[str, torch.Tensor], name: str, hf_name: str
+) -> dict[str, torch.Tensor]:
+    """What GPT-NeoX's RMSNorm calls scale, PyTorch's LayerNorm calls weight."""
+    if model.norm == "layernorm":
+        return {f"{name}.{kind}": hf[f"{hf_name}.{kind}"] for kind in ("weight", "bias")}
+    return {f"{name}.scale": hf[f"{hf_name}.weight"]} if model.norm == "rmsnorm" else {}
+
+
 def rank_layers(
     model: Model, hf: dict[str, torch.Tensor], tp: int, rank: int
 ) -> dict[int, dict[str, torch.Tensor]]:
     """What each GPT-NeoX layer holds on one rank, head by head and row by row."""
     d, f, heads = model.d, model.f, model.heads
-    key, value = d // (2 * heads), d // heads
+    key, value = int(model.expand_k * d) // heads, d // heads
     my_heads = range(rank * heads // tp, (rank + 1) * heads // tp)
     my_width = slice(rank * f // tp, (rank + 1) * f // tp)
     rows = hf["model.embed_tokens.weight"].shape[0]
@@ -188,11 +204,10 @@ def rank_layers(
         )
         if i in model.attention:
             layers[i + 2] = attention_layer(model, mixer, channel, tp, rank)
-            if model.norm == "rmsnorm":
-                for name, of in (("input", "token"), ("post_attention", "channel")):
-                    layers[i + 2][f"{name}_layernorm.scale"] = hf[
-                        f"model.layers.{i}.{of}_norm.weight"
-                    ]
+            for name, of in (("input", "token"), ("post_attention", "channel")):
+                layers[i + 2] |= norm_tensors(
+                    model, hf, f"{name}_layernorm", f"model.layers.{i}.{of}_norm"
+                )
             continue
         in_proj, bias, aug, out_proj = [], [], [], []
         for h in my_heads:
@@ -216,13 +231,10 @@ def rank_layers(
         }
         if model.self_augmentation:
             layer["mixer.aug_balance"] = torch.stack(aug)
-        if model.norm == "rmsnorm":
-            layer["input_norm.scale"] = hf[f"model.layers.{i}.token_norm.weight"]
-            layer["mlp_norm.scale"] = hf[f"model.layers.{i}.channel_norm.weight"]
+        layer |= norm_tensors(model, hf, "input_norm", f"model.layers.{i}.token_norm")
+        layer |= norm_tensors(model, hf, "mlp_norm", f"model.layers.{i}.channel_norm")
         layers[i + 2] = layer
-    layers[model.layers + 3] = (
-        {"norm.scale": hf["model.final_norm.weight"]} if model.norm == "rmsnorm" else {}
-    )
+    layers[model.layers + 3] = norm_tensors(model, hf, "norm", "model.final_norm")
     if not model.tied:
         layers[model.layers + 4] = {"final_linear.weight": hf["lm_head.weight"][my_tokens]}
     return {

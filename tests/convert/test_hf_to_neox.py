@@ -34,12 +34,13 @@ LENGTH = 64
 @given(
     layouts=st.tuples(LAYOUTS, LAYOUTS, LAYOUTS),
     tied=st.booleans(),
-    norm=st.sampled_from(["simplermsnorm", "rmsnorm"]),
+    norm=st.sampled_from(["simplermsnorm", "rmsnorm", "layernorm"]),
     tokens=st.integers(60, 130),
     attention=st.sampled_from([(), (1,), (0, 2)]),
+    expand_k=st.sampled_from([0.5, 1.0]),
 )
-def test_there_and_back_is_the_same_folder(layouts, tied, norm, tokens, attention):
-    model = Model(layers=3, tied=tied, norm=norm, tokens=tokens, attention=attention)
+def test_there_and_back_is_the_same_folder(layouts, tied, norm, tokens, attention, expand_k):
+    model = Model(3, tied=tied, norm=norm, tokens=tokens, attention=attention, expand_k=expand_k)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         vocab_file = write_tokenizer(folder / "tokenizer.json", ("<|endoftext|>",), tokens)
@@ -118,7 +119,7 @@ def folder(vocab_file, tmp_path) -> Path:
     [
         ({"glu_act": "gelu"}, "config.json: glu_act: found 'gelu'"),
         ({"bias": True}, "config.json: bias: found true"),
-        ({"norm_type": "layernorm"}, "config.json: norm_type: found 'layernorm'"),
+        ({"norm_type": "scalenorm"}, "config.json: norm_type: found 'scalenorm'"),
         ({"model_type": "llama"}, "config.json: model_type: found 'llama', wanted metala"),
         ({"no_scale_embedding": False, "tie_word_embeddings": True}, "no_scale_embedding: found"),
         ({"decoder_layers": 2}, "layers.1.* is missing"),

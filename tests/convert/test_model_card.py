@@ -32,7 +32,12 @@ def test_it_states_architecture_training_and_tokens(vocab_file, tmp_path):
     assert found.data.library_name == "transformers"
     assert found.data.pipeline_tag == "text-generation"
     assert "metala" in found.data.tags
-    for row in ("parameters | 18,912", "num_layers | 2", "hidden_size | 32", "vocab_size | 90"):
+    for row in (
+        "parameters | 18,912",
+        "decoder_layers | 2",
+        "decoder_embed_dim | 32",
+        "vocab_size | 90",
+    ):
         assert f"| {row} |" in found.text
     assert "| dtype | float32 |" in found.text
     assert "- iteration: 1,500\n" in found.text

@@ -27,6 +27,7 @@ MODELS = {
     "tied": Model(tied=True),
     "rmsnorm": Model(norm="rmsnorm", layers=1),
     "without self-augmentation": Model(self_augmentation=False, conv_width=2, layers=1),
+    "keys as wide as values": Model(expand_k=1.0, norm="layernorm", layers=1),
     "bfloat16": Model(dtype=torch.bfloat16, layers=1),
     "hybrid": Model(attention=(1,), norm="rmsnorm"),
     "hybrid without biases": Model(attention=(0,), bias=False, layers=3),

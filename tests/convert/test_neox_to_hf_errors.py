@@ -17,7 +17,7 @@ import yaml
 from convert.command import ConvertError
 from convert.folder import complete_folder
 from convert.neox_to_hf import neox_to_hf
-from megatron_patch.neox.settings import SettingsError
+from megatron_patch.architecture import SettingsError
 from tests.convert.conftest import write_tokenizer
 from tests.convert.synthetic import Model, write
 

@@ -66,7 +66,9 @@ def hybrid(vocab_file, tmp_path_factory) -> Path:
         "scaled_upper_triang_masked_softmax_fusion": True,
         "bias_dropout_fusion": True,
     }
-    model = Model(layers=3, norm="rmsnorm", attention=(1,), kv_heads=2, settings=settings)
+    model = Model(
+        layers=3, norm="layernorm", expand_k=1.0, attention=(1,), kv_heads=2, settings=settings
+    )
     write(folder, model, 2, 0, vocab_file)
     return folder
 
@@ -134,7 +136,7 @@ WRONG_IN_HYBRIDS = [
     ("mlp.linear1.bias", as_one_part),
     ("mlp.linear2.weight", in_swapped_order),
     ("mlp.linear2.bias", averaged),
-    ("input_layernorm.scale", averaged),
+    ("input_layernorm.weight", averaged),
 ]
 
 

@@ -52,8 +52,10 @@ def test_parameters_and_their_marks(in_neox, config):
     assert split == sorted(set(shapes) - {"mixer.conv1d.weight"})
 
 
-def test_output_is_the_recurrence(in_neox, config):
+@pytest.mark.parametrize("expand_k", [0.5, 1.0])
+def test_output_is_the_recurrence(in_neox, config, expand_k):
     """One layer in float64 against the formulas of its parts, written out token by token."""
+    config["metala"] = {**(config.get("metala") or {}), "expand_k": expand_k}
     code = """
     from megatron.training import get_model
     import torch.nn.functional as F
@@ -62,7 +64,8 @@ def test_output_is_the_recurrence(in_neox, config):
     for p in (layer.mixer.aug_balance, layer.mixer.out_gate_bias):
         torch.nn.init.normal_(p)
     m, d, H = layer.mixer, 64, 4
-    K, V, T, B = 8, 16, 9, 2
+    V, T, B = 16, 9, 2
+    K = int(neox_args.metala["expand_k"] * V)
     x = torch.randn(T, B, d, dtype=torch.float64)
     norm = lambda x: x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
     h = norm(x)
@@ -250,8 +253,10 @@ def test_the_command_of_the_readme_finds_its_settings(in_neox, config):
     assert in_neox(config, code) == [[1024, 24, "checkpoints"]] * 2
 
 
-@pytest.mark.parametrize("layers", [["metala", "metala"], ["metala", "global"]])
-def test_printed_flops_match_the_formula(in_neox, config, layers):
+@pytest.mark.parametrize(
+    ("layers", "key_width"), [(["metala", "metala"], 16), (["metala", "global"], 8)]
+)
+def test_printed_flops_match_the_formula(in_neox, config, layers, key_width):
     """Against an independent count: matrix shapes of the built model, the recurrence, and attention
     to all of a sequence's tokens, with half the key heads and an MLP of another width."""
     code = """
@@ -263,10 +268,11 @@ def test_printed_flops_match_the_formula(in_neox, config, layers):
     answer([matrices, get_actual_flops(neox_args, 2.0), get_forward_backward_flops(neox_args, 2.0)])
     """
     config.update(attention_config=layers, checkpoint_activations=True)
+    config["metala"] = {**(config.get("metala") or {}), "expand_k": key_width / 16}
     if "global" in layers:
         config.update(num_kv_heads=2, mlp_multiple_of=20)
     matrices, actual, needed = in_neox(config, code)
-    heads, key_width, value_width, hidden_size, length = 4, 8, 16, 64, 64
+    heads, value_width, hidden_size, length = 4, 16, 64, 64
     recurrence = heads * 5 * key_width * value_width
     attention = 2 * 2 * length * hidden_size
     forward = 2 * matrices + sum(recurrence if x == "metala" else attention for x in layers)
@@ -288,13 +294,16 @@ def test_an_unread_attention_mask_is_not_built(in_neox, config):
     assert in_neox(hybrid, code) == [1, 1, 32, 32]
 
 
-def test_authors_initialisation(in_neox, config):
-    """Linears normal(0.02); q and gate logits Xavier-uniform with gain 2**-2.5 over [d/2, d]."""
+@pytest.mark.parametrize("expand_k", [0.5, 1.0])
+def test_authors_initialisation(in_neox, config, expand_k):
+    """Linears normal(0.02); q and gate logits Xavier-uniform with gain 2**-2.5 over their matrix,
+    [expand_k d, d]. It is the default."""
+    config["metala"] = {"expand_k": expand_k}
     code = """
     from megatron.training import get_model
     mixer = get_model(neox_args).sequential[2].mixer
-    by_head = mixer.in_proj.weight.view(16, 192, 1024)  # q 32, gate 32, v 64, out gate 64
-    uniform, normal = by_head[:, :64], by_head[:, 64:]
+    by_head = mixer.in_proj.weight.view(16, -1, 1024)  # q K, gate K, v 64, out gate 64
+    uniform, normal = by_head[:, :-128], by_head[:, -128:]
     out = mixer.out_proj.weight
     answer([uniform.abs().max().item(), uniform.std().item(), normal.std().item(), out.std().item(),
             mixer.aug_balance.abs().max().item(), mixer.out_gate_bias.abs().max().item()])
@@ -302,7 +311,7 @@ def test_authors_initialisation(in_neox, config):
     config.update(hidden_size=1024, num_attention_heads=16, intermediate_size=256, num_layers=1)
     config.update(attention_config=["metala"])
     largest, uniform, normal, out, aug, bias = in_neox(config, code)
-    bound = 2**-2.5 * (6 / (1024 + 512)) ** 0.5
+    bound = 2**-2.5 * (6 / (1024 + 1024 * expand_k)) ** 0.5
     assert largest == pytest.approx(bound, rel=1e-3) and largest <= bound
     assert uniform == pytest.approx(bound / 3**0.5, rel=0.01)
     assert normal == pytest.approx(0.02, rel=0.01) and out == pytest.approx(0.02, rel=0.01)

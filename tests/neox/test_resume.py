@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from megatron_patch.architecture import SettingsError
 from megatron_patch.neox.resume import check_load
-from megatron_patch.neox.settings import SettingsError
 
 
 def settings(load, **changes) -> SimpleNamespace:

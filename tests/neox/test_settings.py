@@ -1,17 +1,12 @@
 """Every setting with which a MetaLA run makes no sense is refused with a line that names it."""
 
+import re
 from types import SimpleNamespace
 
 import pytest
 
-from megatron_patch.neox.settings import (
-    MetaLASettings,
-    SettingsError,
-    attention_intermediate_size,
-    check_settings,
-    expand_attention_config,
-    metala_intermediate_size,
-)
+from megatron_patch.architecture import GPT_NEOX_DEFAULTS, SettingsError
+from megatron_patch.neox.settings import check_settings, export_warning
 
 
 def settings(**changes) -> SimpleNamespace:
@@ -21,29 +16,19 @@ def settings(**changes) -> SimpleNamespace:
         num_attention_heads=4,
         attention_config=[[["metala"], 4]],
         metala=None,
-        model_parallel_size=1,
-        intermediate_size=None,
-        expansion_factor=None,
         activation="swiglu",
-        sequence_parallel=False,
-        gpt_j_residual=False,
-        use_mup=False,
-        moe_num_experts=1,
-        te_columnparallel=False,
-        te_rowparallel=False,
-        te_layernorm_mlp=False,
+        norm="simplermsnorm",
         pos_emb="none",
-        attention_dropout=0.0,
-        num_kv_heads=None,
-        mlp_multiple_of=1,
         pipe_partition_method="type:transformer|mlp|metala",
+        tokenizer_type="HFTokenizer",
+        vocab_file="tokenizer.json",
     )
-    return SimpleNamespace(**{**values, **changes})
+    return SimpleNamespace(**{**GPT_NEOX_DEFAULTS, **values, **changes})
 
 
 def test_sensible_settings_are_parsed():
-    assert check_settings(settings(metala={"tau": 8})) == MetaLASettings(tau=8.0)
-    assert check_settings(settings()) == MetaLASettings()
+    assert check_settings(settings(metala={"tau": 8})).metala.tau == 8
+    assert check_settings(settings()).intermediate_size == 256
 
 
 def test_a_run_without_metala_layers_is_left_alone():
@@ -55,14 +40,9 @@ def test_a_run_without_metala_layers_is_left_alone():
     ("changes", "message"),
     [
         ({"metala": {"tua": 8}}, r"metala\.tua: unknown key, the known ones are tau, conv_width"),
-        ({"metala": {"tau": "big"}}, r"metala\.tau: found 'big'"),
-        ({"metala": {"tau": 0}}, r"metala\.tau: found 0"),
-        ({"metala": {"conv_width": 0}}, r"metala\.conv_width: found 0"),
-        ({"metala": {"init": "xavier"}}, r"metala\.init: found 'xavier'.*'neox' or 'authors'"),
-        ({"metala": {"backend": "cuda"}}, r"metala\.backend: found 'cuda'"),
-        ({"metala": 16}, "metala: found 16, wanted a mapping of tau"),
+        ({"metala": {"backend": "cuda"}}, r"metala\.backend: found 'cuda', wanted one of auto"),
         ({"metala": {}, "attention_config": None}, "metala: found settings, but attention_config"),
-        ({"num_attention_heads": 5}, "hidden_size: found 64, wanted a multiple of .* = 10"),
+        ({"num_attention_heads": 5}, "hidden_size: found 64, wanted a multiple of .* = 5"),
         (
             {"num_attention_heads": 2, "model_parallel_size": 4},
             "num_attention_heads: found 2, wanted a multiple of model_parallel_size = 4",
@@ -78,14 +58,46 @@ def test_a_run_without_metala_layers_is_left_alone():
         ({"gpt_j_residual": True}, "gpt_j_residual: found True, wanted false"),
         ({"use_mup": True}, "use_mup: found True, wanted false"),
         ({"moe_num_experts": 8}, "moe_num_experts: found 8, wanted 1"),
-        ({"te_columnparallel": True}, "te_columnparallel.*: found True, wanted false"),
-        ({"attention_dropout": 0.1}, "attention_dropout: found 0.1, wanted 0"),
+        ({"moe_num_experts": "abc"}, "moe_num_experts: found 'abc', wanted a whole number"),
+        ({"num_unique_layers": 2}, "num_unique_layers: found 2, wanted none"),
+        ({"num_kv_heads": "two"}, "num_kv_heads: found 'two', wanted a whole number"),
+        ({"te_columnparallel": True}, "te_columnparallel: found True, wanted false"),
+        (
+            {"attention_dropout": 0.1},
+            "attention_dropout: found 0.1, wanted 0.0: no layer is one of",
+        ),
+        ({"use_qk_layernorm": True}, "use_qk_layernorm: found True, wanted false: no layer is one"),
+        ({"sliding_window_width": 128}, "sliding_window_width: found 128, wanted none: no layer"),
+        ({"rotary_pct": 0.25}, "rotary_pct: found 0.25, wanted 1.0: no layer is one of attention"),
+        ({"te_mha": True}, "te_mha: found True, wanted false: no layer is one of attention"),
+        (
+            {"apply_query_key_layer_scaling": True},
+            "apply_query_key_layer_scaling: found True, wanted false: no layer is one of attention",
+        ),
+        ({"mlp_multiple_of": 64}, "mlp_multiple_of: found 64, wanted 1: no layer is one of"),
+        ({"rope_fusion": True}, "rope_fusion: found True, wanted false: no layer is one of"),
+        ({"gpt_j_tied": True}, "gpt_j_tied: found True, wanted false"),
+        ({"layernorm_epsilon": 1e-6}, "layernorm_epsilon: found 1e-06, wanted 1e-05: norm is simp"),
+        ({"rmsnorm_fusion": True}, "rmsnorm_fusion: found True, wanted false: norm is simplerms"),
+        (
+            {"norm": "layernorm", "rms_norm_epsilon": 1e-6},
+            "rms_norm_epsilon: .*: norm is layernorm",
+        ),
+        ({"init_method": "small_init"}, "init_method: found 'small_init', .* metala.init: neox"),
         ({"num_kv_heads": 2}, "num_kv_heads: found 2, wanted none"),
         ({"pipe_partition_method": "type:mlp"}, "pipe_partition_method: found 'type:mlp'"),
+        ({"pipe_partition_method": "type:["}, r"pipe_partition_method: .* a regular expression"),
+        (
+            {"pipe_parallel_size": 5},
+            r"pipe_partition_method: .* pipe_parallel_size = 5 .*matches 4",
+        ),
         ({"num_layers": 6}, "attention_config: found 4 layers, wanted num_layers = 6"),
         ({"attention_config": [["metala", 4]]}, r"attention_config: found \['metala', 4\], wanted"),
         ({"attention_config": [[["metala"], "4"]]}, r"found \[\['metala'\], '4'\], wanted"),
-        ({"attention_config": [[[], "all"]]}, r"attention_config: found \[\[\], 'all'\], wanted"),
+        (
+            {"attention_config": [[[], "all"]], "metala": {}},
+            r"config: found \[\[\], 'all'\], wanted",
+        ),
         ({"attention_config": "metala"}, "attention_config: found 'metala', wanted a list"),
     ],
 )
@@ -99,7 +111,7 @@ def test_hybrids_keep_what_their_attention_layers_need():
     hybrid = settings(
         attention_config=[[["metala", "global"], 2]], pos_emb="rotary", attention_dropout=0.1
     )
-    assert check_settings(hybrid) == MetaLASettings()
+    assert check_settings(hybrid).attention.rope_theta == 10000
 
 
 @pytest.mark.parametrize(
@@ -108,6 +120,10 @@ def test_hybrids_keep_what_their_attention_layers_need():
         ({"intermediate_size": 2816}, "mlp_multiple_of: found 1 with an MLP of 2816"),
         ({"model_parallel_size": 2, "intermediate_size": 94}, "mlp_multiple_of: .* 31 wide"),
         ({"num_kv_heads": 3}, "num_kv_heads: found 3, wanted a divisor of num_attention_heads = 4"),
+        (
+            {"pipe_partition_method": "type:metala", "pipe_parallel_size": 4},
+            r"pipe_partition_method: found 'type:metala', .* pipe_parallel_size = 4 .*matches 2",
+        ),
         (
             {"num_kv_heads": 1, "model_parallel_size": 2, "intermediate_size": 96},
             "num_kv_heads: found 1, wanted a multiple of model_parallel_size = 2",
@@ -125,34 +141,23 @@ def test_senseless_hybrids_are_named(changes, message):
     assert "\n" not in str(error.value)
 
 
-def test_attention_config_shorthand():
-    assert expand_attention_config([[["metala", "global"], 2]], 4) == ["metala", "global"] * 2
-    assert expand_attention_config([[["metala"], "all"]], 3) == ["metala"] * 3
-    assert expand_attention_config(["metala", "global"], 2) == ["metala", "global"]
+def test_initialisation_by_gpt_neox_counts_where_it_is_asked_for():
+    assert check_settings(settings(init_method="small_init", metala={"init": "neox"}))
 
 
 @pytest.mark.parametrize(
-    ("changes", "width"),
+    ("changes", "named"),
     [
-        ({"hidden_size": 1024}, 2816),
-        ({"hidden_size": 2048}, 5632),
-        ({"intermediate_size": 100}, 100),
-        ({"expansion_factor": 3.5}, 224),
+        ({"norm": "scalenorm"}, "norm: found 'scalenorm', wanted simplermsnorm or rmsnorm or"),
+        ({"attention_config": [[["metala", "local"], 2]]}, r"layers 1 \(local\), 3 \(local\)"),
+        ({"attention_config": [[["metala", "global"], 2]], "pos_emb": "alibi"}, "pos_emb: found"),
+        ({"tokenizer_type": "CharLevelTokenizer"}, "tokenizer_type: found 'CharLevelTokenizer'"),
     ],
 )
-def test_intermediate_size(changes, width):
-    assert metala_intermediate_size(settings(**changes)) == width
-
-
-@pytest.mark.parametrize(
-    ("changes", "width"),
-    [
-        ({"intermediate_size": 96}, 32),
-        ({"intermediate_size": 94}, 31),
-        ({"hidden_size": 96}, 128),
-        ({"intermediate_size": 2816, "mlp_multiple_of": 2816}, 2816),
-        ({"intermediate_size": 2816, "mlp_multiple_of": 64}, 960),
-    ],
-)
-def test_intermediate_size_of_attention_layers(changes, width):
-    assert attention_intermediate_size(settings(**changes)) == width
+def test_what_cannot_be_exported_is_said_before_the_training(changes, named):
+    assert check_settings(settings(**changes))
+    warning = export_warning(settings(**changes))
+    assert "\n" not in warning
+    assert re.search(named, warning)
+    assert "trains, but cannot be exported" in warning
+    assert export_warning(settings()) is None

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_patch.architecture import SettingsError
 from megatron_patch.embedded.samples import (
     BlendedSamples,
     PackedSamples,
@@ -18,7 +19,6 @@ from megatron_patch.embedded.samples import (
 )
 from megatron_patch.embedded.settings import read_settings
 from megatron_patch.indexed_dataset import IndexedDataset, IndexedDatasetWriter
-from megatron_patch.neox.settings import SettingsError
 
 
 class Documents:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from megatron_patch.architecture import SettingsError
 from megatron_patch.embedded.settings import IGNORED_SETTINGS, EmbeddedSettings, read_settings
 from megatron_patch.embedded.trainer import find_checkpoint, training_arguments
-from megatron_patch.neox.settings import SettingsError
 
 
 def test_defaults_are_gpt_neoxs(small_run):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_patch.neox.settings import SettingsError
+from megatron_patch.architecture import SettingsError
 from megatron_patch.neox.yaml_config import merge_yaml, merge_yaml_texts
 
 
