@@ -33,6 +33,8 @@ NORM_EPSILON = {
     "te_layernorm": "layernorm_epsilon",
 }
 EXPORTED_NORMS = ("simplermsnorm", "rmsnorm", "layernorm")
+# Gain of the authors' Xavier-uniform initialisation of queries and gate logits.
+QUERY_GATE_GAIN = 2**-2.5
 
 
 class SettingsError(ValueError):

@@ -50,6 +50,7 @@ except ImportError:
             return super().__call__(*args)
 
 
+from .architecture_metala import QUERY_GATE_GAIN
 from .attention_metala import MetaLAAttention, attention_inputs, join_padding
 from .cache_metala import MetaLACache
 from .configuration_metala import MetaLAConfig
@@ -58,8 +59,6 @@ from .ops_metala import meta_linear_attention, short_convolution
 
 # A gate logit whose sigmoid is 1 in every float type: log decay 0, so decay 1 and key 1 - 1 = 0.
 OPEN_GATE_LOGIT = 1e4
-# Gain of the xavier-uniform initialisation of queries and gates, as the authors'.
-QUERY_GATE_GAIN = 2**-2.5
 
 
 class MetaLARMSNorm(nn.Module):

@@ -9,7 +9,7 @@ import torch
 from megatron import mpu
 from torch import nn
 
-from megatron_patch.architecture import Architecture
+from megatron_patch.architecture import QUERY_GATE_GAIN, Architecture
 from megatron_patch.ops import meta_linear_attention, short_convolution
 
 # (convolution state [B, d, W - 1], recurrent state [B, H, K, V]): all a layer keeps of the past.
@@ -119,7 +119,7 @@ class ParallelMetaLAMixer(nn.Module):
         def init(weight: torch.Tensor) -> torch.Tensor:
             base(weight)
             hidden_size = weight.shape[1]
-            bound = 2**-2.5 * math.sqrt(6 / (hidden_size + columns))
+            bound = QUERY_GATE_GAIN * math.sqrt(6 / (hidden_size + columns))
             by_head = weight.data.view(-1, 2 * (self.key_width + self.value_width), hidden_size)
             by_head[:, : 2 * self.key_width].uniform_(-bound, bound)
             return weight

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.dynamic_module_utils import check_imports
 
+import megatron_patch.architecture
 from megatron_patch import ops
 from megatron_patch.hf import MetaLAForCausalLM, exported_ops
 from megatron_patch.hf.remote_code import AUTO_MAP, operators_source, write_model_code
@@ -19,6 +20,7 @@ from tests.hf.conftest import KINDS
 
 IDS = [[5, 6, 7, 8, 9, 10, 11]]
 CODE_FILES = {
+    "architecture_metala.py",
     "attention_metala.py",
     "cache_metala.py",
     "configuration_metala.py",
@@ -78,7 +80,9 @@ def test_the_folder_is_flat_and_names_its_code(exported):
     config = json.loads((folder / "config.json").read_text())
     assert config["auto_map"] == AUTO_MAP
     assert config["decoder_embed_dim"] == model.config.decoder_embed_dim
-    for name in CODE_FILES - {"ops_metala.py"}:
+    architecture = Path(megatron_patch.architecture.__file__).read_bytes()
+    assert (folder / "architecture_metala.py").read_bytes() == architecture
+    for name in CODE_FILES - {"architecture_metala.py", "ops_metala.py"}:
         own = Path(exported_ops.__file__).with_name(name)
         assert (folder / name).read_bytes() == own.read_bytes()
 

@@ -12,7 +12,7 @@ from megatron_patch.embedded.trainer import find_checkpoint, training_arguments
 def test_defaults_are_gpt_neoxs(small_run):
     settings, ignored = read_settings([small_run(metala={"tau": 8})])
     assert ignored == ["distributed_backend"]
-    assert settings.metala_settings.tau == 8
+    assert settings.metala_options.tau == 8
     assert settings.weight_decay == 0.1
     assert settings.gradient_clipping == 1.0
     assert settings.seed == 1234
@@ -36,15 +36,14 @@ def test_defaults_are_gpt_neoxs(small_run):
         ({"no_such_key": 1}, "no_such_key: not a setting of the embedded engine; remove it or"),
         ({"train_epochs": 1}, "train_epochs: not a setting of the embedded engine"),
         ({"hidden_dropout": 0.1}, "hidden_dropout: found 0.1, wanted 0 in the embedded engine"),
-        ({"norm": "layernorm"}, "norm: found 'layernorm', wanted simplermsnorm or rmsnorm"),
-        ({"norm": None}, "norm: found 'layernorm', wanted simplermsnorm or rmsnorm"),
+        ({"norm": "scalenorm"}, "norm: found 'scalenorm', wanted simplermsnorm or rmsnorm or"),
         ({"pos_emb": "rotary"}, "pos_emb: found 'rotary', wanted none"),
         ({"tokenizer_type": "SPMTokenizer"}, "tokenizer_type: found 'SPMTokenizer', wanted HFTok"),
         ({"train_iters": -1}, "train_iters: found -1, input should be greater than 0"),
         ({"warmup": "much"}, "warmup: found 'much', input should be a valid number"),
         ({"metala": {"tua": 1}}, "metala.tua: unknown key"),
         ({"metala": {"backend": "triton"}}, "metala.backend: found 'triton', wanted auto"),
-        ({"hidden_size": 66}, "hidden_size: found 66, wanted a multiple of"),
+        ({"hidden_size": 66}, "hidden_size: found 66, with metala.expand_k = 0.5"),
         (
             {"attention_config": [[["metala", "global"], 1]]},
             "attention_config: found layers of type global, wanted metala alone in the embedded",
