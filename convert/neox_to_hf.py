@@ -146,9 +146,8 @@ def print_summary(
 ) -> None:
     """Says what was read, written and found."""
     special = tokenizer.special
-    form = "pipeline" if source.is_pipeline_form else "whole"
     parameters = sum(math.prod(rule.shape) for rule in tensor_table(shape))
-    print(f"read     {source.step}: {form} form, tensor parallel {source.tensor_parallel}")
+    print(f"read     {source.step}: {source.form} form, tensor parallel {source.tensor_parallel}")
     print(f"wrote    {output}: {parameters:,} parameters, {str(dtype)[6:]}, {size / 1e6:,.1f} MB")
     print(
         f"tokens   {tokenizer.source}: {tokenizer.size:,}, written {shape.padded_vocab_size:,}; "
