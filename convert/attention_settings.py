@@ -6,8 +6,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from convert.command import ConvertError
+from convert.mlp_widths import hybrid_mlp_settings
 from convert.model_shape import AttentionShape, ModelShape
-from megatron_patch.neox.settings import attention_intermediate_size
 
 
 def to_hf(shape: ModelShape, args: SimpleNamespace) -> dict[str, Any]:
@@ -63,8 +63,6 @@ def to_neox(config: Any) -> dict[str, Any]:
         "num_kv_heads": of.num_kv_heads,
         "use_bias_in_attn_linear": of.has_bias,
         "use_bias_in_mlp": of.mlp_has_bias,
-        # GPT-NeoX rounds the width of its own MLP, a third of `intermediate_size`, up to this.
-        "mlp_multiple_of": of.intermediate_size,
         "pos_emb": "none",
     }
     if config.rope_theta is not None:
@@ -75,11 +73,4 @@ def to_neox(config: Any) -> dict[str, Any]:
             "rotary_emb_base": int(config.rope_theta),
             "rotary_pct": config.partial_rotary_factor,
         }
-    sizes = {"hidden_size": config.hidden_size, "intermediate_size": config.glu_dim}
-    args = SimpleNamespace(**sizes, expansion_factor=None, mlp_multiple_of=of.intermediate_size)
-    if (found := attention_intermediate_size(args)) != of.intermediate_size:
-        raise ConvertError(
-            f"attention_glu_dim: found {of.intermediate_size}, which GPT-NeoX would make {found}; "
-            f"wanted at least a third of glu_dim, {config.glu_dim}"
-        )
-    return settings
+    return settings | hybrid_mlp_settings(config)

@@ -131,7 +131,7 @@ def test_attention_settings_go_there_and_back(changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"attention_glu_dim": 8}, "attention_glu_dim: found 8, .* make 16; .* third of glu_dim"),
+        ({"attention_glu_dim": 8}, "attention_glu_dim: found 8, .* beside glu_dim 40, .* a third"),
         ({"rope_theta": 10.5}, "rope_theta: found 10.5, wanted a whole number"),
         ({"layer_types": ["full_attention"] * 2}, "layer_types: found no linear_attention"),
     ],
