@@ -134,6 +134,9 @@ def write_config(
         args: GPT-NeoX's settings with its defaults.
         special: ids of the special tokens.
         dtype: what most tensors were written in.
+
+    Raises:
+        ConvertError: the Hugging Face model cannot have a value.
     """
     from transformers import GenerationConfig
 
@@ -146,27 +149,30 @@ def write_config(
         "eos_token_id": special.eos,
         "pad_token_id": special.pad,
     }
-    config = MetaLAConfig(
-        vocab_size=shape.padded_vocab_size,
-        decoder_embed_dim=shape.hidden_size,
-        decoder_layers=shape.num_layers,
-        decoder_attention_heads=shape.num_heads,
-        glu_dim=shape.intermediate_size,
-        glu_act="silu",
-        bias=False,
-        norm_type=shape.norm,
-        no_scale_embedding=True,  # GPT-NeoX does not scale embeddings
-        init_std=float(args.init_method_std),
-        tie_word_embeddings=shape.tied,
-        tau=metala.tau,
-        conv_width=shape.conv_width,
-        self_augmentation=shape.self_augmentation,
-        norm_eps=float(args.rms_norm_epsilon),
-        output_norm_eps=metala.output_norm_eps,
-        architectures=["MetaLAForCausalLM"],
-        **attention_settings.to_hf(shape, args),
-        **tokens,
-    )
+    try:
+        config = MetaLAConfig(
+            vocab_size=shape.padded_vocab_size,
+            decoder_embed_dim=shape.hidden_size,
+            decoder_layers=shape.num_layers,
+            decoder_attention_heads=shape.num_heads,
+            glu_dim=shape.intermediate_size,
+            glu_act="silu",
+            bias=False,
+            norm_type=shape.norm,
+            no_scale_embedding=True,  # GPT-NeoX does not scale embeddings
+            init_std=float(args.init_method_std),
+            tie_word_embeddings=shape.tied,
+            tau=metala.tau,
+            conv_width=shape.conv_width,
+            self_augmentation=shape.self_augmentation,
+            norm_eps=float(args.rms_norm_epsilon),
+            output_norm_eps=metala.output_norm_eps,
+            architectures=["MetaLAForCausalLM"],
+            **attention_settings.to_hf(shape, args),
+            **tokens,
+        )
+    except ValueError as error:
+        raise ConvertError(f"the settings cannot be exported: {error}") from None
     config.save_pretrained(folder)
     path = folder / "config.json"
     values = json.loads(path.read_text())

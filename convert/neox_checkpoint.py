@@ -23,6 +23,7 @@ import torch
 
 from convert.command import ConvertError
 from convert.model_shape import check_tensor_parallel, model_shape, with_defaults
+from convert.setting_types import check_setting_types
 from convert.tensor_table import (
     Split,
     TensorRule,
@@ -122,6 +123,7 @@ class NeoXCheckpoint:
         self.step = find_step(checkpoint, iteration)
         self.iteration = int(STEP.fullmatch(self.step.name)[1])
         self.settings = read_settings(self.step, config)
+        check_setting_types(self.settings)
         args = with_defaults(self.settings)
         self.tensor_parallel = args.model_parallel_size
         names = [p.name for p in self.step.iterdir()]

@@ -62,7 +62,7 @@ def zero3_tensors(step: Path) -> dict[str, torch.Tensor]:
         len(states), flat, described, exclude_frozen_parameters=True
     )
     dtypes = {name: tensor.dtype for name, tensor in states[0]["module"].items()}
-    return {name: tensor.contiguous().to(dtypes[name]) for name, tensor in joined.items()}
+    return {name: tensor.contiguous().detach().to(dtypes[name]) for name, tensor in joined.items()}
 
 
 # Kernels for GPUs alone; what they compute is the same.

@@ -52,7 +52,8 @@ def neox_to_hf(
         iteration: which one to read, by default the latest.
         config: YAML files of the run, in place of those inside the checkpoint.
         tokenizer: tokenizer.json or a tokenizer's folder, in place of the settings' `vocab_file`.
-        dtype: of the tensors written, by default each tensor's own.
+        dtype: of the tensors written, by default the one that each had in training (float32 under
+            ZeRO stage 3 is rounded to it).
         check: whether to compare the result with the GPT-NeoX model.
         keep_vocab_padding: whether to keep the vocabulary's padding rows.
         overwrite: whether to replace a Hugging Face folder that is there.
@@ -180,7 +181,7 @@ def main() -> None:
         type=Path,
         help="tokenizer.json or a tokenizer's folder, in place of the settings' vocab_file",
     )
-    parser.add_argument("--dtype", choices=DTYPES, help="default: as in the checkpoint")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: that of the training")
     parser.add_argument(
         "--verify",
         action="store_true",

@@ -132,7 +132,7 @@ class Zero3Checkpoint:
         if not isinstance(groups, list) or not all(isinstance(g, torch.Tensor) for g in groups):
             raise ConvertError(f"{file}: holds no fp32_flat_groups of ZeRO stage 3")
         self._check_ranks(file, state.get("partition_count"), len(self._optimizer_files))
-        return groups
+        return [group.detach() for group in groups]
 
     def _find_places(self, states: Mapping[str, Any]) -> dict[str, Place]:
         file, ranks = self.model_files[0], len(self.model_files)

@@ -144,6 +144,8 @@ def folder(vocab_file, tmp_path) -> Path:
         ({"model_type": "llama"}, "config.json: model_type: found 'llama', wanted metala"),
         ({"no_scale_embedding": False, "tie_word_embeddings": True}, "no_scale_embedding: found"),
         ({"decoder_layers": 2}, "layers.1.* is missing"),
+        ({"vocab_size": "90"}, "config.json: "),
+        ({"dtype": "abc"}, "config.json: "),
         ({"glu_dim": 25}, r"has shape \(24, 32\), wanted \(25, 32\)"),
         ({"self_augmentation": False}, "aug_balance is no tensor of this model"),
         ({"tie_word_embeddings": True}, "lm_head.weight differs from model.embed_tokens.weight"),

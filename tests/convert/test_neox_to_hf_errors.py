@@ -73,13 +73,6 @@ def test_an_absent_iteration_lists_those_present(tmp_path, vocab_file):
     refused(tmp_path, "no file `latest`; choose by --iteration: it holds iterations 9, 10")
 
 
-def test_zero_stage_3(tmp_path, vocab_file):
-    write(tmp_path / "neox", MODEL, 1, 0, vocab_file)
-    file = tmp_path / "neox/global_step7/mp_rank_00_model_states.pt"
-    file.rename(file.with_name("zero_pp_rank_0_mp_rank_00_model_states.pt"))
-    refused(tmp_path, "ZeRO stage 3")
-
-
 # settings
 
 
@@ -139,6 +132,33 @@ HYBRID = {"attention_config": ["metala", "global"]}
 def test_models_that_cannot_be_exported(settings, message, tmp_path, vocab_file):
     text = yaml.safe_dump({**MODEL.yaml(1, 0, vocab_file), **settings})
     write(tmp_path / "neox", MODEL, 1, 0, vocab_file, configs={"all.yml": text})
+    refused(tmp_path, message)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mlp_multiple_of": 0}, "mlp_multiple_of: found 0, wanted a whole number of at least 1"),
+        ({"intermediate_size": "24"}, "intermediate_size: found '24', wanted a whole number"),
+        ({"intermediate_size": -24}, "intermediate_size: found -24, wanted a whole number"),
+        ({"num_kv_heads": "4"}, "num_kv_heads: found '4', wanted a whole number"),
+        ({"num_layers": True}, "num_layers: found True, wanted a whole number"),
+        ({"pipe_parallel_size": "1"}, "pipe_parallel_size: found '1', wanted a whole number"),
+        ({"intermediate_size": None, "expansion_factor": "3"}, "expansion_factor: found '3'"),
+        ({"rms_norm_epsilon": "1e-6"}, r"rms_norm_epsilon: found '1e-6', .* \(YAML reads 1e-6 as"),
+        ({"rms_norm_epsilon": 0}, "the settings cannot be exported: norm_eps: found 0"),
+        ({"init_method_std": float("nan")}, "init_method_std: found nan"),
+        ({"pos_emb": "rotary", "rotary_emb_base": "big"}, "rotary_emb_base: found 'big'"),
+        ({"pos_emb": "rotary", "rotary_pct": 1.5}, "cannot be exported: partial_rotary_factor"),
+        ({"no_weight_tying": "false"}, "no_weight_tying: found 'false', wanted true or false"),
+        ({"use_bias_in_mlp": "no"}, "use_bias_in_mlp: found 'no', wanted true or false"),
+        ({"vocab_file": 5}, "vocab_file: found 5, wanted text"),
+    ],
+)
+def test_odd_values_are_named(settings, message, tmp_path, vocab_file):
+    model = Model(attention=(1,))
+    text = yaml.safe_dump({**model.yaml(1, 0, vocab_file), **settings})
+    write(tmp_path / "neox", model, 1, 0, vocab_file, configs={"all.yml": text})
     refused(tmp_path, message)
 
 
