@@ -1,9 +1,10 @@
 """Output folders that are either absent or complete, also where the process is killed.
 
-A folder is written under a temporary name beside its target, `.NAME.partial-…`, flushed to the disk
-and renamed. One that it replaces is called `.NAME.old-…` for a moment. Whoever works on such a
-folder holds a lock on it, which ends with the process: the next run tells what a killed one left
-from what a running one writes, removes the former, and puts back a folder that was being replaced.
+A folder is written under a temporary name beside its target, `.NAME.partial-HOST-PID-…`, flushed to
+the disk and renamed. One that it replaces is called `.NAME.old-HOST-PID-…` for a moment. Whoever
+works on such a folder holds a lock on it, which ends with the process. So the next run on that
+host, whatever target it has in the same place, tells what a killed one left from what a running one
+writes: it removes the former, and puts back a folder that was being replaced.
 """
 
 from __future__ import annotations
@@ -12,13 +13,19 @@ import fcntl
 import os
 import re
 import shutil
+import socket
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from convert.command import ConvertError
+
+# Without host and process: as earlier versions named them.
+LEFTOVER = re.compile(
+    r"\.(?P<name>.+)\.(?P<kind>partial|old)-(?:(?P<host>[\w.]+)-(?P<pid>\d+)-)?\w{8}"
+)
 
 
 def check_target(target: Path, overwrite: bool, mark: str) -> None:
@@ -54,7 +61,7 @@ def complete_folder(target: Path, overwrite: bool, mark: str) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         _settle_leftovers(target)
         check_target(target, overwrite, mark)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+        temporary = _temporary(target, "partial")
     except OSError as error:
         raise ConvertError(f"{target}: cannot be written: {error}") from None
     try:
@@ -79,7 +86,7 @@ def _take_place(temporary: Path, target: Path) -> None:
         _flush(target.parent)
         return
     with _locked(target):
-        old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent))
+        old = _temporary(target, "old")
         os.rename(target, old)
         try:
             os.rename(temporary, target)
@@ -90,39 +97,86 @@ def _take_place(temporary: Path, target: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
+def _temporary(target: Path, kind: str) -> Path:
+    """A new folder beside `target`, whose name says what it is for, and who works on it."""
+    prefix = f".{target.name}.{kind}-{_host()}-{os.getpid()}-"
+    return Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
+
+
 def _settle_leftovers(target: Path) -> None:
-    """Clears away what killed processes left beside `target`, and says so."""
-    name = re.compile(rf"\.{re.escape(target.name)}\.(partial|old)-\w{{8}}")
+    """Clears away what killed processes left beside `target`, for whatever target, and says so."""
     for path in sorted(target.parent.iterdir()):
-        found = name.fullmatch(path.name)
-        # An empty folder may be one that its maker has not locked yet.
-        if not found or not path.is_dir() or _is_empty_folder(path):
+        found = LEFTOVER.fullmatch(path.name)
+        if not found or path.is_symlink() or not path.is_dir():
             continue
+        is_ours = found["name"] == target.name
+        try:
+            if _is_dead(path, found, is_ours):
+                _settle(path, target.with_name(found["name"]), found["kind"])
+            elif is_ours and not _is_empty_folder(path):
+                where = f" on {found['host']}" if found["host"] not in (None, _host()) else ""
+                print(f"note: {path} belongs to another conversion{where}", file=sys.stderr)
+        except FileNotFoundError:
+            pass  # its conversion ended meanwhile
+        except OSError as error:  # another user's
+            print(f"note: {path} cannot be removed: {error.strerror}", file=sys.stderr)
+
+
+def _is_dead(path: Path, found: re.Match, is_ours: bool) -> bool:
+    """Whether the process that made a leftover is known to be gone."""
+    if found["host"] is None:
         with _locked(path) as is_locked:
-            if not is_locked:
-                print(f"note: {path} belongs to another conversion", file=sys.stderr)
-            elif found[1] == "old" and not target.exists():
-                os.rename(path, target)
-                print(f"note: {target} was put back after a killed conversion", file=sys.stderr)
-            else:
-                shutil.rmtree(path)
-                print(f"note: removed {path}, left by a killed conversion", file=sys.stderr)
+            return is_ours and bool(is_locked) and not _is_empty_folder(path)
+    if found["host"] != _host():
+        return False
+    with _locked(path) as is_locked:
+        # Its maker may not have locked it yet.
+        if is_locked is None or _is_empty_folder(path):
+            return not _is_running(int(found["pid"]))
+        return is_locked
+
+
+def _settle(path: Path, target: Path, kind: str) -> None:
+    if kind == "old" and not target.exists():
+        os.rename(path, target)
+        print(f"note: {target} was put back after a killed conversion", file=sys.stderr)
+    else:
+        shutil.rmtree(path)
+        print(f"note: removed {path}, left by a killed conversion", file=sys.stderr)
+
+
+def _host() -> str:
+    return re.sub(r"[^\w.]", "_", socket.gethostname())
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[bool]:
+def _locked(folder: Path) -> Iterator[bool | None]:
     """Locks a folder against `_settle_leftovers` of other processes, whatever its name becomes;
-    gives False where it is locked already, or where the file system has no locks."""
-    file = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        is_locked = True
-    except OSError:
-        is_locked = False
-    try:
+    gives False where it is locked already, `None` where that cannot be known: it is another user's,
+    or the file system has no such locks."""
+    with ExitStack() as stack:
+        try:
+            file = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, file)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_locked = True
+        except FileNotFoundError:
+            raise
+        except BlockingIOError:
+            is_locked = False
+        except OSError:
+            is_locked = None
         yield is_locked
-    finally:
-        os.close(file)
 
 
 def _flush(*paths: Path) -> None:

@@ -129,6 +129,9 @@ def write_config(
         shape: the model's shape as written.
         special: ids of the special tokens.
         dtype: what most tensors were written in.
+
+    Raises:
+        ConvertError: the Hugging Face model cannot have a value.
     """
     from transformers import GenerationConfig
 
@@ -140,7 +143,10 @@ def write_config(
         "eos_token_id": special.eos,
         "pad_token_id": special.pad,
     }
-    config = MetaLAConfig(**shape.to_hf(), architectures=["MetaLAForCausalLM"], **tokens)
+    try:
+        config = MetaLAConfig(**shape.to_hf(), architectures=["MetaLAForCausalLM"], **tokens)
+    except ValueError as error:
+        raise ConvertError(f"the settings cannot be exported: {error}") from None
     config.save_pretrained(folder)
     path = folder / "config.json"
     values = json.loads(path.read_text())

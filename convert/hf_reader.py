@@ -174,8 +174,8 @@ def _read_config(folder: Path) -> MetaLAConfig:
         raise ConvertError(f"{path}: model_type: found {kind!r}, wanted metala")
     try:
         config = MetaLAConfig(**values)
-    except (TypeError, ValueError) as error:
-        raise ConvertError(f"{path}: {error}") from None
+    except Exception as error:  # transformers checks types in ways of its own
+        raise ConvertError(f"{path}: {' '.join(str(error).split())}") from None
     if config.bias:
         raise ConvertError(f"{path}: bias: found true, wanted false: the MLP has none in GPT-NeoX")
     if config.tie_word_embeddings and not config.no_scale_embedding:

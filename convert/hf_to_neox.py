@@ -21,10 +21,10 @@ import yaml
 from convert.command import ConvertError, run
 from convert.folder import check_target, complete_folder
 from convert.hf_reader import HFFolder
-from convert.layout import padded_vocabulary
 from convert.neox_checkpoint import NeoXCheckpoint
 from convert.neox_writer import check_layout, write_checkpoint
 from convert.tokenizer_folder import RunTokenizer, read_tokenizer
+from convert.vocabulary import divisor_that_keeps, padded_vocabulary, tell_new_rows
 
 PRECISION = {torch.float32: "fp32", torch.bfloat16: "bfloat16", torch.float16: "fp16"}
 MODEL_FILE, TRAINING_FILE = "model.yml", "training.yml"
@@ -94,13 +94,12 @@ def hf_to_neox(
             folder, shape, source.full, tensor_parallel, pipeline_parallel, 0, settings, configs
         )
         shutil.copytree(folder / "global_step0/configs", folder / "configs")
+    tell_new_rows(rows - source.shape.padded_vocab_size)
     return NeoXCheckpoint(output)
 
 
 def vocabulary_divisor(source: HFFolder, tokenizer: RunTokenizer, tensor_parallel: int) -> int:
-    """`make_vocab_size_divisible_by` with which GPT-NeoX, which pads the tokenizer's size itself,
-    gives the model all its rows and the fewest others: the head's zeros there have the logit 0 and
-    would count in the loss. 128 where that adds none.
+    """`make_vocab_size_divisible_by`, see `divisor_that_keeps`.
 
     Raises:
         ConvertError: the tokenizer has tokens for which the model has no rows.
@@ -111,12 +110,7 @@ def vocabulary_divisor(source: HFFolder, tokenizer: RunTokenizer, tensor_paralle
             f"{tokenizer.source} has {tokenizer.size} tokens, but the model has {rows} rows: not "
             "its tokenizer? Give the right one by --tokenizer"
         )
-    candidates = [128, 64, 32, 16, 8, 4, 2, 1, -(-rows // tensor_parallel)]
-
-    def padded(divisible_by: int) -> int:
-        return padded_vocabulary(tokenizer.size, divisible_by, tensor_parallel)
-
-    return min((n for n in candidates if padded(n) >= rows), key=padded)
+    return divisor_that_keeps(rows, tokenizer.size, tensor_parallel)
 
 
 def training_settings(source: HFFolder) -> dict[str, Any]:

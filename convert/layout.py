@@ -1,4 +1,4 @@
-"""What a layout of tensor-parallel ranks asks of a model, and what it makes of the vocabulary."""
+"""What a layout of tensor-parallel ranks asks of a model."""
 
 from __future__ import annotations
 
@@ -19,9 +19,3 @@ def check_tensor_parallel(shape: Architecture, degree: int) -> None:
     for name, size in sizes:
         if size % degree:
             raise ConvertError(f"tensor parallel {degree} does not divide {name}, {size}")
-
-
-def padded_vocabulary(tokens: int, divisible_by: int, tensor_parallel: int) -> int:
-    """Rows that GPT-NeoX gives the embedding for a tokenizer of `tokens` tokens."""
-    multiple = divisible_by * tensor_parallel
-    return -(-tokens // multiple) * multiple

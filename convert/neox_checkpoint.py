@@ -1,11 +1,13 @@
 """Reading GPT-NeoX checkpoints: where the files are, what they must hold, and full tensors.
 
-A checkpoint folder holds one folder for each iteration, `global_stepN`, in one of two forms:
+A checkpoint folder holds one folder for each iteration, `global_stepN`, in one of three forms:
 
     pipeline form (pipe_parallel_size >= 1): layer_{layer:02d}-model_{rank:02d}-model_states.pt,
         the tensors of one layer on one tensor-parallel rank
     whole form (pipe_parallel_size 0): mp_rank_{rank:02d}_model_states.pt, of which "module" has
         names `sequential.{layer}.{tensor}`
+    ZeRO stage 3: zero_pp_rank_{rank}_mp_rank_00_*_states.pt, see `convert.zero3_checkpoint`; the
+        names are those of the whole form
 
 `global_stepN/configs` holds the YAML files of the run.
 """
@@ -29,6 +31,8 @@ from convert.tensor_table import (
     tensor_table,
 )
 from convert.torch_file import load_torch_file, saved_name
+from convert.zero3_checkpoint import MODEL_FILE as ZERO3_FILE
+from convert.zero3_checkpoint import Zero3Checkpoint
 from megatron_patch.architecture import Architecture, export_obstacles, with_defaults
 from megatron_patch.neox.yaml_config import SUFFIXES, merge_yaml, merge_yaml_texts
 
@@ -127,7 +131,7 @@ class NeoXCheckpoint:
         iteration: N.
         settings: the run's merged YAML settings.
         tensor_parallel: number of ranks a tensor is split over.
-        is_pipeline_form: which of the two forms this is.
+        form: `pipeline`, `whole` or `ZeRO 3`.
         shape: the model's shape.
         table: the rules of all its tensors.
         samples: sequences trained on until this iteration, `None` if not recorded.
@@ -146,14 +150,19 @@ class NeoXCheckpoint:
             (int(m[1]), int(m[2])): m[0] for name in names if (m := LAYER_FILE.fullmatch(name))
         }
         rank_files = {int(m[1]): m[0] for name in names if (m := RANK_FILE.fullmatch(name))}
-        if not layer_files and not rank_files:
-            hint = " (ZeRO stage 3 splits every tensor: save the 16-bit model whole, then convert)"
-            stage_3 = any(name.startswith("zero_pp_rank_") for name in names)
+        is_zero3 = any(ZERO3_FILE.fullmatch(name) for name in names)
+        if not (layer_files or rank_files or is_zero3):
             raise ConvertError(
                 f"{self.step} is no checkpoint: it holds neither layer_*-model_*-model_states.pt "
-                f"nor mp_rank_*_model_states.pt{hint if stage_3 else ''}"
+                "nor mp_rank_*_model_states.pt nor zero_pp_rank_*_mp_rank_00_model_states.pt"
             )
-        self.is_pipeline_form = bool(layer_files)
+        if is_zero3 and (layer_files or rank_files):
+            other = min([*layer_files.values(), *rank_files.values()])
+            raise ConvertError(
+                f"{self.step}: {other} lies beside files of ZeRO stage 3: two layouts are mixed "
+                "here"
+            )
+        self.form = "pipeline" if layer_files else "ZeRO 3" if is_zero3 else "whole"
         if self.is_pipeline_form and not args.pipe_parallel_size:
             raise ConvertError(
                 f"{self.step / min(layer_files.values())}: a file of a pipeline, but the settings "
@@ -161,7 +170,15 @@ class NeoXCheckpoint:
             )
         # The settings are checked before the files, which are named after them.
         described_model(self.settings)
-        if self.is_pipeline_form:
+        self._zero3: Zero3Checkpoint | None = None
+        if is_zero3:
+            if self.tensor_parallel != 1:
+                raise ConvertError(
+                    f"{self.step}: files of ZeRO stage 3, but model_parallel_size is "
+                    f"{self.tensor_parallel}"
+                )
+            self._zero3 = Zero3Checkpoint(self.step)
+        elif self.is_pipeline_form:
             self._check_ranks({rank for _, rank in layer_files}, LAYER_FILE_NAME)
         else:
             self._check_ranks(set(rank_files), RANK_FILE_NAME)
@@ -172,7 +189,7 @@ class NeoXCheckpoint:
         self._held: list[dict[int, dict[str, torch.Tensor]]] = [
             {} for _ in range(self.tensor_parallel)
         ]
-        for layer, rank in sorted(layer_files) or [(0, rank) for rank in sorted(rank_files)]:
+        for layer, rank in sorted(layer_files) or [(0, r) for r in range(self.tensor_parallel)]:
             for index, tensors in self._read(layer, rank).items():
                 self._held[rank][index] = {name: t.to("meta") for name, t in tensors.items()}
         rows = self._held[0].get(0, {}).get("word_embeddings.weight")
@@ -185,16 +202,29 @@ class NeoXCheckpoint:
         self._check_layers()
         self._check_tensors()
         self.samples: int | None = None
-        self._check_states(rank_files)
+        self._check_states(
+            self._zero3.model_files
+            if self._zero3
+            else [self.step / rank_files[rank] for rank in sorted(rank_files)]
+        )
+
+    @property
+    def is_pipeline_form(self) -> bool:
+        """Whether each layer has files of its own."""
+        return self.form == "pipeline"
 
     def file(self, layer: int, rank: int) -> Path:
         """The file that holds a layer's tensors on a rank."""
         if self.is_pipeline_form:
             return self.step / f"layer_{layer:02d}-model_{rank:02d}-model_states.pt"
+        if self._zero3:
+            return self._zero3.model_files[0]
         return self.step / RANK_FILE_NAME.format(rank)
 
     def shards(self, rule: TensorRule) -> list[torch.Tensor]:
         """A tensor's shards in rank order, read from the disk when they are used."""
+        if self._zero3:
+            return [self._zero3.read(f"sequential.{rule.layer}.{rule.name}")]
         if rule.layer not in self._open or self._bytes_read > MAPPED_BYTES:
             self._open, self._bytes_read = {}, 0
             files = [self._read(rule.layer, rank) for rank in range(self.tensor_parallel)]
@@ -223,8 +253,11 @@ class NeoXCheckpoint:
         return self._held[0][rule.layer][rule.name].dtype
 
     def _read(self, layer: int, rank: int) -> dict[int, dict[str, torch.Tensor]]:
-        """The tensors in the file that holds a layer, by layer: in the whole form it holds all."""
+        """The tensors in the file that holds a layer, by layer: in the whole form it holds all,
+        under ZeRO stage 3 without their data."""
         path = self.file(layer, rank)
+        if self._zero3:
+            return self._by_layer(self._zero3.tensors(), path)
         content = load_torch_file(path)
         if self.is_pipeline_form:
             layers = {layer: content}
@@ -314,19 +347,18 @@ class NeoXCheckpoint:
                             f"{self.dtype(rule)}"
                         )
 
-    def _check_states(self, rank_files: Mapping[int, str]) -> None:
+    def _check_states(self, files: Sequence[Path]) -> None:
         """The files say themselves which iteration and which sizes they are of."""
-        for name in sorted(rank_files.values()):
-            states = load_torch_file(self.step / name)
+        for file in files:
+            states = load_torch_file(file)
             found = states.get("iteration", self.iteration)
             if found != self.iteration:
                 raise ConvertError(
-                    f"{self.step / name}: a file of iteration {found} in the folder of "
-                    f"{self.iteration}"
+                    f"{file}: a file of iteration {found} in the folder of {self.iteration}"
                 )
             if self.is_pipeline_form and states.get("module") is not None:
                 raise ConvertError(
-                    f"{self.step / name}: a whole model among the files of a pipeline; two layouts "
+                    f"{file}: a whole model among the files of a pipeline; two layouts "
                     "are mixed here"
                 )
             self.samples = self._samples(states)
@@ -334,7 +366,7 @@ class NeoXCheckpoint:
             for key in ("num_layers", "hidden_size", "num_attention_heads", "model_parallel_size"):
                 if saved.get(key, self.settings.get(key)) != self.settings.get(key, saved.get(key)):
                     raise ConvertError(
-                        f"{self.step / name}: saved with {key} {saved[key]}, but the settings say "
+                        f"{file}: saved with {key} {saved[key]}, but the settings say "
                         f"{self.settings[key]}"
                     )
 

@@ -19,18 +19,50 @@ from convert.torch_file import load_torch_file
 from megatron_patch.architecture import expand_attention_config
 
 
-def rank_tensors(step: Path, is_pipeline_form: bool, rank: int) -> dict[int, dict]:
+def rank_tensors(step: Path, form: str, rank: int) -> dict[int, dict]:
     """The state of each layer on a rank, by layer index, from the rank's own files."""
-    if is_pipeline_form:
+    if form == "pipeline":
         files = step.glob(f"layer_*-model_{rank:02d}-model_states.pt")
         return {int(re.match(r"layer_(\d+)", f.name)[1]): load_torch_file(f) for f in files}
+    if form == "ZeRO 3":
+        module = zero3_tensors(step)
+    else:
+        module = load_torch_file(step / f"mp_rank_{rank:02d}_model_states.pt")["module"]
     layers: dict[int, dict] = {}
-    for name, tensor in load_torch_file(step / f"mp_rank_{rank:02d}_model_states.pt")[
-        "module"
-    ].items():
+    for name, tensor in module.items():
         _, layer, rest = name.split(".", 2)
         layers.setdefault(int(layer), {})[rest] = tensor
     return layers
+
+
+def zero3_tensors(step: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint of ZeRO stage 3, joined by DeepSpeed's own code, which does not
+    read the files here: it would run what is in them. In their dtypes of the training."""
+    from deepspeed.utils import zero_to_fp32
+
+    def of_all_ranks(kind: str) -> list:
+        files = step.glob(f"*zero_pp_rank_*_mp_rank_00_{kind}_states.pt")
+        in_order = sorted(files, key=lambda file: int(re.search(r"pp_rank_(\d+)", file.name)[1]))
+        return [load_torch_file(file) for file in in_order]
+
+    states = of_all_ranks("model")
+    flat = [held["optimizer_state_dict"]["fp32_flat_groups"] for held in of_all_ranks("optim")]
+    described = [
+        zero_to_fp32.zero_model_state(
+            buffers={},
+            param_shapes=held["param_shapes"],
+            shared_params=[],
+            ds_version=held["ds_version"],
+            frozen_param_shapes=None,
+            frozen_param_fragments=None,
+        )
+        for held in states
+    ]
+    joined = zero_to_fp32._get_fp32_state_dict_from_zero3_checkpoint(
+        len(states), flat, described, exclude_frozen_parameters=True
+    )
+    dtypes = {name: tensor.dtype for name, tensor in states[0]["module"].items()}
+    return {name: tensor.contiguous().detach().to(dtypes[name]) for name, tensor in joined.items()}
 
 
 # Kernels for GPUs alone; what they compute is the same.
@@ -128,7 +160,7 @@ def main() -> None:
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{work / 'meeting'}", rank=rank, world_size=ranks
     )
-    layers = rank_tensors(Path(job["step"]), job["is_pipeline_form"], rank)
+    layers = rank_tensors(Path(job["step"]), job["form"], rank)
     vocabulary = layers[0]["word_embeddings.weight"].shape[0] * ranks
     tokens = torch.load(work / "tokens.pt", weights_only=True)
     model = build_model(job["settings"], ranks, vocabulary, tokens.shape[1])

@@ -20,13 +20,13 @@ from convert.fold_norms import FoldedNorms
 from convert.folder import check_target, complete_folder
 from convert.gpt_neox import need_neox
 from convert.hf_folder import parse_size, write_config, write_weights
-from convert.layout import padded_vocabulary
 from convert.model_card import write_model_card
 from convert.neox_checkpoint import NeoXCheckpoint
 from convert.push_to_hub import check_push, push_to_hub
 from convert.tensor_table import tensor_table
 from convert.tokenizer_folder import RunTokenizer, find_tokenizer, read_tokenizer
 from convert.verify import Comparison, verify
+from convert.vocabulary import padded_vocabulary
 from megatron_patch.architecture import Architecture, with_defaults
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -53,7 +53,8 @@ def neox_to_hf(
         iteration: which one to read, by default the latest.
         config: YAML files of the run, in place of those inside the checkpoint.
         tokenizer: tokenizer.json or a tokenizer's folder, in place of the settings' `vocab_file`.
-        dtype: of the tensors written, by default each tensor's own.
+        dtype: of the tensors written, by default the one that each had in training (float32 under
+            ZeRO stage 3 is rounded to it).
         check: whether to compare the result with the GPT-NeoX model.
         keep_vocab_padding: whether to keep the vocabulary's padding rows.
         overwrite: whether to replace a Hugging Face folder that is there.
@@ -147,9 +148,8 @@ def print_summary(
 ) -> None:
     """Says what was read, written and found."""
     special = tokenizer.special
-    form = "pipeline" if source.is_pipeline_form else "whole"
     parameters = sum(math.prod(rule.shape) for rule in tensor_table(shape))
-    print(f"read     {source.step}: {form} form, tensor parallel {source.tensor_parallel}")
+    print(f"read     {source.step}: {source.form} form, tensor parallel {source.tensor_parallel}")
     print(f"wrote    {output}: {parameters:,} parameters, {str(dtype)[6:]}, {size / 1e6:,.1f} MB")
     print(
         f"tokens   {tokenizer.source}: {tokenizer.size:,}, written {shape.padded_vocab_size:,}; "
@@ -182,7 +182,7 @@ def main() -> None:
         type=Path,
         help="tokenizer.json or a tokenizer's folder, in place of the settings' vocab_file",
     )
-    parser.add_argument("--dtype", choices=DTYPES, help="default: as in the checkpoint")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: that of the training")
     parser.add_argument(
         "--verify",
         action="store_true",

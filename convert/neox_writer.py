@@ -136,17 +136,26 @@ def _states(
 
 
 def adapt_configs(
-    configs: Mapping[str, str], tensor_parallel: int, pipeline_parallel: int
+    configs: Mapping[str, str],
+    tensor_parallel: int,
+    pipeline_parallel: int,
+    others: Mapping[str, Any] | None = None,
 ) -> dict[str, str]:
     """The YAML files of a run, changed to another layout; comments and the rest stay.
 
     A key that no file has is added to the first one. Where a file is written too unusually to be
     changed in place, it is written anew, without its comments.
+
+    Args:
+        configs: the files' texts by name.
+        tensor_parallel, pipeline_parallel: the new layout.
+        others: further settings to change; a number, or a mapping whose `stage` is another.
     """
     changed = dict(configs)
     wanted = {
         "model_parallel_size": tensor_parallel,
         "pipe_parallel_size": pipeline_parallel,
+        **(others or {}),
     }
     for key, value in wanted.items():
         for name in changed:
@@ -157,8 +166,10 @@ def adapt_configs(
             name = next(iter(changed))
             settings = merge_yaml_texts({name: changed[name]})
         settings[key] = value
-        pattern = rf"(?m)^(\s*\{{?\s*[\"']?{key.replace('_', '[-_]')}[\"']?\s*:\s*)\d+"
-        text = re.sub(pattern, rf"\g<1>{value}", changed[name])
+        word, number = ("stage", value["stage"]) if isinstance(value, Mapping) else (key, value)
+        word = word.replace("_", "[-_]")
+        pattern = rf"(?m)^([^#\n]*?(?<![\w-])[\"']?{word}[\"']?\s*:\s*)\d+"
+        text = re.sub(pattern, rf"\g<1>{number}", changed[name])
         if merge_yaml_texts({name: text}) != settings:
             text = yaml.safe_dump(settings, sort_keys=False)
         changed[name] = text

@@ -9,15 +9,18 @@ python convert/reshape_neox.py --checkpoint CHECKPOINTS --output FOLDER --tensor
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from convert.command import ConvertError, run
 from convert.folder import check_target, complete_folder
-from convert.layout import padded_vocabulary
 from convert.neox_checkpoint import NeoXCheckpoint, config_texts
 from convert.neox_writer import adapt_configs, check_layout, write_checkpoint
 from convert.tokenizer_folder import find_tokenizer, read_tokenizer
+from convert.vocabulary import divisor_that_keeps, padded_vocabulary, tell_new_rows
 from megatron_patch.architecture import with_defaults
 from megatron_patch.neox.yaml_config import merge_yaml_texts, read_yaml
 
@@ -34,8 +37,9 @@ def reshape_neox(
 ) -> NeoXCheckpoint:
     """Writes `output`, a folder for GPT-NeoX's `load`, complete or not at all.
 
-    The vocabulary is padded as GPT-NeoX will pad it in the new layout: rows that were there are
-    kept as far as they fit, new ones are zeros.
+    The vocabulary keeps its rows: `make_vocab_size_divisible_by` is changed where GPT-NeoX would
+    pad otherwise in the new layout. Where the ranks cannot have equal shares of them, rows of zeros
+    are added, as few as possible. What is changed in the settings, and new rows, are told.
 
     Args:
         checkpoint: the folder that GPT-NeoX's `save` named.
@@ -58,6 +62,7 @@ def reshape_neox(
     source = NeoXCheckpoint(checkpoint, iteration, config)
     args = with_defaults(source.settings)
     rows = source.shape.padded_vocab_size
+    others = zero_that_loads(source.settings, tensor_parallel, pipeline_parallel)
     if tensor_parallel != source.tensor_parallel and tensor_parallel >= 1:
         words = read_tokenizer(find_tokenizer(tokenizer, args))
         divisible_by = args.make_vocab_size_divisible_by
@@ -67,11 +72,14 @@ def reshape_neox(
                 f"{rows} rows: not the tokenizer of this training? Give the right one by "
                 "--tokenizer"
             )
-        rows = padded_vocabulary(words.size, divisible_by, tensor_parallel)
+        kept = divisor_that_keeps(rows, words.size, tensor_parallel, divisible_by)
+        rows = padded_vocabulary(words.size, kept, tensor_parallel)
+        if kept != divisible_by:
+            others["make_vocab_size_divisible_by"] = kept
     shape = replace(source.shape, padded_vocab_size=rows)
     check_layout(shape, tensor_parallel, pipeline_parallel)
     texts = in_one_folder(read_yaml(config)) if config else config_texts(source.step)
-    configs = adapt_configs(texts, tensor_parallel, pipeline_parallel)
+    configs = adapt_configs(texts, tensor_parallel, pipeline_parallel, others)
     settings = merge_yaml_texts(configs)
     with complete_folder(output, overwrite, mark="latest") as folder:
         write_checkpoint(
@@ -84,7 +92,28 @@ def reshape_neox(
             settings,
             configs,
         )
+    for key, value in others.items():
+        told = f"stage {value['stage']}" if isinstance(value, Mapping) else value
+        print(
+            f"note: the settings written have {key}: {told}; a training from other YAML files "
+            "needs it too",
+            file=sys.stderr,
+        )
+    tell_new_rows(rows - source.shape.padded_vocab_size)
     return NeoXCheckpoint(output)
+
+
+def zero_that_loads(
+    settings: Mapping[str, Any], tensor_parallel: int, pipeline_parallel: int
+) -> dict[str, Any]:
+    """`zero_optimization` with stage 1, where the run's stage cannot load the new layout: stage 3
+    reads files of its own, and GPT-NeoX has 2 and 3 on one rank without a pipeline alone."""
+    zero = settings.get("zero_optimization")
+    stage = zero.get("stage") if isinstance(zero, Mapping) else None
+    is_split = tensor_parallel > 1 or pipeline_parallel > 0
+    if stage == 3 or (stage == 2 and is_split):
+        return {"zero_optimization": {**zero, "stage": 1}}
+    return {}
 
 
 def in_one_folder(texts: dict[str, str]) -> dict[str, str]:

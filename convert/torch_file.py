@@ -32,7 +32,20 @@ def _allow_numpy_states() -> None:
         pass
 
 
+def _allow_deepspeed_states() -> None:
+    """DeepSpeed stores two objects of its own beside ZeRO's weights. They are read as inert
+    stand-ins of the same names: DeepSpeed is not needed, and none of its code runs."""
+    for module, name, kind in (
+        ("deepspeed.runtime.zero.config", "ZeroStageEnum", int),
+        ("deepspeed.runtime.fp16.loss_scaler", "LossScaler", object),
+        ("deepspeed.runtime.fp16.loss_scaler", "DynamicLossScaler", object),
+    ):
+        stand_in = type(name, (kind,), {"__module__": module})
+        torch.serialization.add_safe_globals([stand_in])
+
+
 _allow_numpy_states()
+_allow_deepspeed_states()
 
 
 def saved_name(path: Path) -> str | None:

@@ -3,8 +3,9 @@ Hugging Face model, run on the same tokens.
 
 The GPT-NeoX side shares nothing with the converter's merging. One process for each tensor-parallel
 rank builds the tensor-parallel model and loads its own rank's files, as in training; the stages of
-a pipeline run in one process. Both sides compute in float32 on the CPU whatever the weights' dtype
-is, so that a conversion which keeps the dtype must agree to float32's accuracy.
+a pipeline run in one process, and DeepSpeed's own code joins the pieces of ZeRO stage 3. Both sides
+compute in float32 on the CPU whatever the weights' dtype is, so that a conversion which keeps the
+dtype must agree to float32's accuracy.
 """
 
 from __future__ import annotations
@@ -138,7 +139,7 @@ def _neox_logits(
     job = {
         "settings": source.settings,
         "step": str(source.step.resolve()),
-        "is_pipeline_form": source.is_pipeline_form,
+        "form": source.form,
         "ranks": ranks,
     }
     (work / "job.json").write_text(json.dumps(job, default=str))

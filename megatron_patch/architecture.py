@@ -81,7 +81,7 @@ WHOLE = Kind(
 POSITIVE = Kind("a number above 0", lambda value: _is_finite(value) and value > 0)
 NOT_NEGATIVE = Kind("a number of at least 0", lambda value: _is_finite(value) and value >= 0)
 SWITCH = Kind("true or false", lambda value: isinstance(value, bool))
-WORD = Kind("a word", lambda value: isinstance(value, str))
+TEXT = Kind("text", lambda value: isinstance(value, str))
 
 
 def optional(kind: Kind) -> Kind:
@@ -130,7 +130,7 @@ class MetaLAOptions:
         "gate logits; 'neox': init_method and output_layer_init_method",
         of_model=False,
     )
-    backend: str = _option("auto", WORD, "implementation of the operator", of_model=False)
+    backend: str = _option("auto", TEXT, "implementation of the operator", of_model=False)
     side: InitVar[str] = "neox"
 
     def __post_init__(self, side: str) -> None:
@@ -373,21 +373,17 @@ class Architecture:
         rounds a third of `intermediate_size` up to a multiple of `mlp_multiple_of`, or both have
         their defaults."""
         widths = (self.intermediate_size, of.intermediate_size)
-        choices = (
-            {"intermediate_size": self.intermediate_size, "mlp_multiple_of": of.intermediate_size},
-            {"intermediate_size": None, "mlp_multiple_of": 1},
-            {"intermediate_size": None, "mlp_multiple_of": of.intermediate_size},
-        )
-        for choice in choices:
-            args = SimpleNamespace(hidden_size=self.hidden_size, expansion_factor=None, **choice)
+        for size in (self.intermediate_size, None):
+            settings = {"intermediate_size": size, "mlp_multiple_of": of.intermediate_size}
+            args = SimpleNamespace(hidden_size=self.hidden_size, expansion_factor=None, **settings)
             try:
                 if (metala_intermediate_size(args), attention_intermediate_size(args)) == widths:
-                    return choice
+                    return settings
             except SettingsError:
                 continue
         raise SettingsError(
-            f"attention_glu_dim: found {of.intermediate_size}, which GPT-NeoX cannot have beside "
-            f"glu_dim = {self.intermediate_size}; wanted at least a third of it"
+            f"attention_glu_dim: found {of.intermediate_size}, which no settings of GPT-NeoX give "
+            f"beside glu_dim = {self.intermediate_size}, wanted at least a third of it"
         )
 
     # ---- Hugging Face
@@ -504,6 +500,23 @@ GPT_NEOX_DEFAULTS = {
 }
 
 
+# Of settings that describe no model but are read with it.
+KINDS = {
+    "num_layers": WHOLE,
+    "hidden_size": WHOLE,
+    "num_attention_heads": WHOLE,
+    "model_parallel_size": WHOLE,
+    "make_vocab_size_divisible_by": WHOLE,
+    "pipe_parallel_size": Kind(
+        "a whole number of at least 0", lambda value: value == 0 or WHOLE.accepts(value)
+    ),
+    "no_weight_tying": SWITCH,
+    "tokenizer_type": TEXT,
+    "vocab_file": optional(TEXT),
+    "num_kv_heads": optional(WHOLE),
+}
+
+
 def with_defaults(settings: Mapping[str, Any]) -> SimpleNamespace:
     """Settings of YAML files as attributes, GPT-NeoX's defaults filled in.
 
@@ -514,12 +527,11 @@ def with_defaults(settings: Mapping[str, Any]) -> SimpleNamespace:
     for key, value in settings.items():
         if value is not None or values.get(key) is None:
             values[key] = value
-    sizes = ("model_parallel_size", "make_vocab_size_divisible_by")
-    for key in ("num_layers", "hidden_size", "num_attention_heads", *sizes):
+    for key, kind in KINDS.items():
         if key not in values:
-            raise SettingsError(f"{key}: not in the settings")
-        if not WHOLE.accepts(values[key]):
-            refuse(key, values[key], WHOLE.wanted)
+            raise SettingsError(f"{key}: found nothing in the settings, wanted {kind.wanted}")
+        if not kind.accepts(values[key]):
+            refuse(key, values[key], kind.wanted)
     return SimpleNamespace(**values)
 
 

@@ -36,10 +36,14 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from convert.command import ConvertError, run  # noqa: E402
+from convert.hf_folder import parse_size  # noqa: E402
+from convert.layout import check_tensor_parallel  # noqa: E402
 from convert.neox_checkpoint import described_model  # noqa: E402
 from convert.neox_writer import write_checkpoint  # noqa: E402
 from convert.tensor_table import TensorRule, tensor_table  # noqa: E402
-from megatron_patch.architecture import Architecture  # noqa: E402
+from convert.vocabulary import padded_vocabulary  # noqa: E402
+from megatron_patch.architecture import Architecture, with_defaults  # noqa: E402
 from megatron_patch.neox.yaml_config import merge_yaml  # noqa: E402
 
 TOKENS = 32_000
@@ -98,11 +102,15 @@ def copy_seconds(source: Path, target: Path) -> float:
 
 
 def convert_in_child(source: Path, target: Path, max_shard_size: str) -> dict[str, float]:
-    """Seconds and bytes of one conversion, in a new process."""
+    """Seconds and bytes of one conversion, in a new process.
+
+    Raises:
+        ConvertError: it failed, and said why.
+    """
     command = [sys.executable, __file__, "--child", source, target, max_shard_size]
-    process = subprocess.run(
-        [*map(str, command)], stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT
-    )
+    process = subprocess.run([*map(str, command)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    if process.returncode:
+        raise ConvertError(f"the conversion failed with exit code {process.returncode}")
     return json.loads(process.stdout.splitlines()[-1])
 
 
@@ -120,7 +128,6 @@ def child(source: Path, target: Path, max_shard_size: str) -> None:
     from transformers import GenerationConfig  # noqa: F401
 
     import megatron_patch.hf.remote_code  # noqa: F401
-    from convert.hf_folder import parse_size
     from convert.neox_to_hf import neox_to_hf
 
     resident, anonymous = memory("VmRSS"), memory("RssAnon")
@@ -135,12 +142,14 @@ def child(source: Path, target: Path, max_shard_size: str) -> None:
 
     sampler = threading.Thread(target=sample)
     sampler.start()
-    start = time.perf_counter()
-    neox_to_hf(source, target, max_shard_bytes=parse_size(max_shard_size))
-    flush(target, drop=False)
-    seconds = time.perf_counter() - start
-    done.set()
-    sampler.join()
+    try:
+        start = time.perf_counter()
+        neox_to_hf(source, target, max_shard_bytes=parse_size(max_shard_size))
+        flush(target, drop=False)
+        seconds = time.perf_counter() - start
+    finally:  # Python waits for the thread at its end
+        done.set()
+        sampler.join()
     found = {
         "seconds": seconds,
         "resident": memory("VmHWM") - resident,
@@ -158,6 +167,14 @@ def main() -> None:
     parser.add_argument("--max-shard-size", default="5GB")
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
+    if options.repeats < 1:
+        parser.error("--repeats: wanted at least 1")
+    if not options.folder.is_dir():
+        parser.error(f"--folder: {options.folder} is no folder")
+    try:
+        parse_size(options.max_shard_size)
+    except ValueError as error:
+        parser.error(f"--max-shard-size: {error}")
 
     with tempfile.TemporaryDirectory(prefix="benchmark-convert-", dir=options.folder) as name:
         work = Path(name)
@@ -168,7 +185,11 @@ def main() -> None:
             "vocab_file": str(work / "tokenizer.json"),
             "model_parallel_size": options.tensor_parallel,
         }
-        shape = described_model(settings, TOKENS)
+        args = with_defaults(settings)
+        degree = args.model_parallel_size
+        rows = padded_vocabulary(TOKENS, args.make_vocab_size_divisible_by, degree)
+        shape = described_model(settings, rows)
+        check_tensor_parallel(shape, degree)
         table = tensor_table(shape)
         parameters = sum(math.prod(rule.shape) for rule in table)
         largest = max(math.prod(rule.shape) for rule in table) * DTYPE.itemsize
@@ -222,6 +243,6 @@ def measure(
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
-        child(Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4])
+        run(lambda: child(Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4]))
     else:
-        main()
+        run(main)

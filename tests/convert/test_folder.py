@@ -10,10 +10,12 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 
+from convert import folder
 from convert.command import ConvertError
 from convert.folder import complete_folder
 from convert.neox_to_hf import neox_to_hf
@@ -103,8 +105,7 @@ def test_killed_at_any_operation_it_is_absent_or_complete(before, tmp_path, capf
         assert contents(target) in (None, before, NEW)
         write_new(target)
         assert contents(target) == NEW
-        left = [path for path in case.iterdir() if path != target]
-        assert all(path.is_dir() and not any(path.iterdir()) for path in left)
+        assert [path for path in case.iterdir() if path != target] == []
         notes += capfd.readouterr().err
     assert number > 10 and seen.count(NEW) > 1  # killed before and after the change of place
     assert f"note: removed {tmp_path}" in notes
@@ -124,6 +125,66 @@ def test_a_folder_being_replaced_is_put_back(tmp_path, capfd):
     assert capfd.readouterr().err == (
         f"note: {tmp_path / 'hf'} was put back after a killed conversion\n"
     )
+
+
+@pytest.mark.parametrize("before", [None, OLD], ids=["absent", "overwritten"])
+def test_the_next_conversion_to_another_name_tidies_too(before, tmp_path, capfd):
+    """Whatever the operation the process was killed at, and also where it left an empty folder."""
+    for number in range(1000):
+        case = tmp_path / str(number)
+        first = case / "hf0"
+        case.mkdir()
+        if before:
+            first.mkdir()
+            for name, text in before.items():
+                (first / name).write_text(text)
+        was_killed = killed_at(number, lambda first=first: write_new(first))
+        write_new(case / "hf1")
+        assert contents(case / "hf1") == NEW
+        assert contents(first) in (before, NEW)
+        assert {path.name for path in case.iterdir()} <= {"hf0", "hf1"}
+        if not was_killed:
+            break
+    assert f"note: removed {tmp_path}" in capfd.readouterr().err
+
+
+def test_only_what_is_known_to_be_dead_is_removed(tmp_path, capfd, monkeypatch):
+    """Not: another host's, a running process's that has no lock (yet), an earlier version's of
+    another name, somebody else's."""
+    gone = os.fork()
+    if gone == 0:
+        os._exit(0)
+    os.waitpid(gone, 0)
+    here = folder._host()
+    left = [
+        f".hf.partial-elsewhere-{gone}-abcd1234",
+        f".hf0.partial-elsewhere-{gone}-abcd1234",
+        f".hf0.partial-{here}-{os.getpid()}-abcd1234",
+        ".hf0.partial-abcd1234",
+        ".hf0.partial",
+    ]
+    dead = [f".hf.partial-{here}-{gone}-abcd1234", f".hf0.old-{here}-{gone}-abcd1234"]
+    for name in [*left, *dead]:
+        (tmp_path / name).mkdir()
+    for name in (left[0], left[1], left[3], left[4], dead[1]):
+        (tmp_path / name / "file").write_text(name)
+    write_new(tmp_path / "hf")
+    assert {path.name for path in tmp_path.iterdir()} == {*left, "hf", "hf0"}
+    assert contents(tmp_path / "hf0") == {"file": dead[1]}
+    told = capfd.readouterr().err.splitlines()
+    assert told == [
+        f"note: {tmp_path / left[0]} belongs to another conversion on elsewhere",
+        f"note: removed {tmp_path / dead[0]}, left by a killed conversion",
+        f"note: {tmp_path / 'hf0'} was put back after a killed conversion",
+    ]
+
+    # Where the file system has no locks, the process alone tells.
+    monkeypatch.setattr(folder.fcntl, "flock", Mock(side_effect=OSError(37, "no locks")))
+    for name in (left[2], f".hf0.partial-{here}-{gone}-abcd1234"):
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "file").write_text("half")
+    write_new(tmp_path / "hf")
+    assert {path.name for path in tmp_path.iterdir()} == {*left, "hf", "hf0"}
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -171,5 +232,4 @@ def test_a_conversion_killed_at_random_operations(vocab_file, tmp_path):
         number += moments.randrange(1, 20)
     assert partial > 2  # killed while it wrote tensors
     assert {path.name: path.read_bytes() for path in target.iterdir()} == whole
-    left = [path for path in target.parent.iterdir() if path != target]
-    assert all(not any(path.iterdir()) for path in left)
+    assert list(target.parent.iterdir()) == [target]

@@ -57,6 +57,28 @@ def test_there_and_back_is_the_same_folder(layouts, tied, norm, tokens, attentio
         assert files[0] == files[1]
 
 
+def test_a_hybrid_with_the_default_widths_of_its_mlps_comes_back(vocab_file, tmp_path):
+    """64 for attention layers is less than a third of metala's 256."""
+    sizes = {"d": 48, "f": 256, "attention": (1,), "attention_f": 64}
+    write(tmp_path / "neox", Model(**sizes, settings={"intermediate_size": None}), 1, 0, vocab_file)
+    neox_to_hf(tmp_path / "neox", tmp_path / "hf")
+    written = hf_to_neox(tmp_path / "hf", tmp_path / "back", 2, 0)
+    assert written.settings["intermediate_size"] is None
+    neox_to_hf(tmp_path / "back", tmp_path / "again")
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("hf", "again"))
+    assert one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
+
+
+def test_new_rows_are_told(vocab_file, tmp_path, capfd):
+    words = write_tokenizer(tmp_path / "tokenizer.json", (), tokens=91)
+    write(tmp_path / "neox", Model(tokens=91, layers=1), 1, 0, words)
+    neox_to_hf(tmp_path / "neox", tmp_path / "hf")
+    hf_to_neox(tmp_path / "hf", tmp_path / "one", 1, 0)
+    assert "new vocabulary rows" not in capfd.readouterr().err
+    hf_to_neox(tmp_path / "hf", tmp_path / "two", 2, 0)
+    assert "note: 1 new vocabulary rows of zeros" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("tp", "pp", "values", "safe"),
     [
@@ -123,6 +145,8 @@ def folder(vocab_file, tmp_path) -> Path:
         ({"model_type": "llama"}, "config.json: model_type: found 'llama', wanted metala"),
         ({"no_scale_embedding": False, "tie_word_embeddings": True}, "no_scale_embedding: found"),
         ({"decoder_layers": 2}, "layers.1.* is missing"),
+        ({"vocab_size": "90"}, "config.json: "),
+        ({"dtype": "abc"}, "config.json: "),
         ({"glu_dim": 25}, r"has shape \(24, 32\), wanted \(25, 32\)"),
         ({"self_augmentation": False}, "aug_balance is no tensor of this model"),
         ({"tie_word_embeddings": True}, "lm_head.weight differs from model.embed_tokens.weight"),

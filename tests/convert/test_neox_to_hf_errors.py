@@ -73,13 +73,6 @@ def test_an_absent_iteration_lists_those_present(tmp_path, vocab_file):
     refused(tmp_path, "no file `latest`; choose by --iteration: it holds iterations 9, 10")
 
 
-def test_zero_stage_3(tmp_path, vocab_file):
-    write(tmp_path / "neox", MODEL, 1, 0, vocab_file)
-    file = tmp_path / "neox/global_step7/mp_rank_00_model_states.pt"
-    file.rename(file.with_name("zero_pp_rank_0_mp_rank_00_model_states.pt"))
-    refused(tmp_path, "ZeRO stage 3")
-
-
 # settings
 
 
@@ -94,7 +87,7 @@ def test_settings_missing_or_given_twice(tmp_path, vocab_file):
     refused(tmp_path, "local.yml: not YAML")
     (configs / "local.yml").unlink()
     (configs / "all.yml").write_text("hidden_size: 32\n")
-    refused(tmp_path, "num_layers: not in the checkpoint's settings")
+    refused(tmp_path, "num_layers: found nothing in the settings")
     (configs / "all.yml").unlink()
     refused(tmp_path, r"has no configs/\*.yml; give the run's by --config")
     refused(tmp_path, "nowhere.yml: cannot be read", config=[tmp_path / "nowhere.yml"])
@@ -108,11 +101,11 @@ HYBRID = {"attention_config": ["metala", "global"]}
     [
         (
             {"attention_config": [[["metala", "mamba"], 1]]},
-            r"attention_config: found layers that cannot be exported: 1 \(mamba\); wanted metala, ",
+            r"attention_config: found layers 1 \(mamba\), which cannot be exported, wanted metala, ",
         ),
         (
-            {"attention_config": ["local", "bigbird"]},
-            r"cannot be exported: 0 \(local\), 1 \(bigbird\); wanted metala, global, flash",
+            {"num_layers": 3, "attention_config": ["local", "bigbird", "metala"]},
+            r"found layers 0 \(local\), 1 \(bigbird\), which cannot be exported, wanted metala, gl",
         ),
         ({"attention_config": None}, "attention_config: found no layer of type metala"),
         (
@@ -128,17 +121,44 @@ HYBRID = {"attention_config": ["metala", "global"]}
         ({"gpt_j_residual": True}, "gpt_j_residual: found True"),
         ({"moe_num_experts": 4}, "moe_num_experts: found 4"),
         ({"attention_config": [[["metala"], 3]]}, "attention_config: found 3 layers, wanted"),
-        ({"norm": "layernorm"}, "norm: found 'layernorm', which cannot be exported"),
+        ({"norm": "scalenorm"}, "norm: found 'scalenorm', which cannot be exported"),
         ({"pos_emb": "rotary"}, "pos_emb: found 'rotary', which cannot be exported"),
         ({"use_mup": True}, "use_mup: found True"),
         ({"metala": {"taw": 3}}, "metala.taw: unknown key"),
         ({"num_layers": "2"}, "num_layers: found '2', wanted a whole number"),
-        ({"num_attention_heads": 5}, "hidden_size: found 32, wanted a multiple of .* 10"),
+        ({"num_attention_heads": 5}, "hidden_size: found 32, wanted a multiple of .* 5"),
     ],
 )
 def test_models_that_cannot_be_exported(settings, message, tmp_path, vocab_file):
     text = yaml.safe_dump({**MODEL.yaml(1, 0, vocab_file), **settings})
     write(tmp_path / "neox", MODEL, 1, 0, vocab_file, configs={"all.yml": text})
+    refused(tmp_path, message)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mlp_multiple_of": 0}, "mlp_multiple_of: found 0, wanted a whole number of at least 1"),
+        ({"intermediate_size": "24"}, "intermediate_size: found '24', wanted a whole number"),
+        ({"intermediate_size": -24}, "intermediate_size: found -24, wanted a whole number"),
+        ({"num_kv_heads": "4"}, "num_kv_heads: found '4', wanted a whole number"),
+        ({"num_layers": True}, "num_layers: found True, wanted a whole number"),
+        ({"pipe_parallel_size": "1"}, "pipe_parallel_size: found '1', wanted a whole number"),
+        ({"intermediate_size": None, "expansion_factor": "3"}, "expansion_factor: found '3'"),
+        ({"rms_norm_epsilon": "1e-6"}, "rms_norm_epsilon: found '1e-6', .* text to YAML"),
+        ({"rms_norm_epsilon": 0}, "rms_norm_epsilon: found 0, wanted a number above 0"),
+        ({"init_method_std": float("nan")}, "init_method_std: found nan"),
+        ({"pos_emb": "rotary", "rotary_emb_base": "big"}, "rotary_emb_base: found 'big'"),
+        ({"pos_emb": "rotary", "rotary_pct": 1.5}, "rotary_pct: found 1.5, which rotates 12"),
+        ({"no_weight_tying": "false"}, "no_weight_tying: found 'false', wanted true or false"),
+        ({"use_bias_in_mlp": "no"}, "use_bias_in_mlp: found 'no', wanted true or false"),
+        ({"vocab_file": 5}, "vocab_file: found 5, wanted text"),
+    ],
+)
+def test_odd_values_are_named(settings, message, tmp_path, vocab_file):
+    model = Model(attention=(1,))
+    text = yaml.safe_dump({**model.yaml(1, 0, vocab_file), **settings})
+    write(tmp_path / "neox", model, 1, 0, vocab_file, configs={"all.yml": text})
     refused(tmp_path, message)
 
 
@@ -337,7 +357,7 @@ def test_tokenizers_missing_or_of_another_training(tmp_path, vocab_file):
 def test_a_tokenizer_type_without_tokenizer_json(tmp_path, vocab_file):
     model = Model(settings={"tokenizer_type": "GPT2BPETokenizer"})
     write(tmp_path / "neox", model, 1, 0, vocab_file)
-    refused(tmp_path, "tokenizer_type GPT2BPETokenizer .* give the tokenizer by --tokenizer")
+    refused(tmp_path, "tokenizer_type: found 'GPT2BPETokenizer' .* give one by --tokenizer")
     neox_to_hf(tmp_path / "neox", tmp_path / "hf", tokenizer=vocab_file)
 
 

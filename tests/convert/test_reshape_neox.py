@@ -17,10 +17,12 @@ from hypothesis import strategies as st
 
 from convert.command import ConvertError
 from convert.neox_checkpoint import NeoXCheckpoint
+from convert.neox_to_hf import neox_to_hf
 from convert.neox_writer import adapt_configs
 from convert.reshape_neox import reshape_neox
+from megatron_patch.hf import MetaLAForCausalLM
 from tests.convert.conftest import write_tokenizer
-from tests.convert.synthetic import Model, rank_layers, write
+from tests.convert.synthetic import TOKENS, Model, rank_layers, write
 
 ROOT = Path(__file__).resolve().parents[2]
 LAYOUTS = st.tuples(st.sampled_from([1, 2, 4]), st.sampled_from([0, 1, 2, 3]))
@@ -57,16 +59,6 @@ def assert_holds(folder: Path, model: Model, hf: dict[str, torch.Tensor], tp: in
                 assert storage == tensor.nbytes, where  # no file carries the whole tensor
 
 
-def padded(model: Model, hf: dict[str, torch.Tensor], kept: int, rows: int):
-    """The model with its vocabulary cut to `kept` rows, then filled up with zeros."""
-    result = dict(hf)
-    for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        if name in hf:
-            result[name] = torch.zeros(rows, model.d, dtype=model.dtype)
-            result[name][:kept] = hf[name][:kept]
-    return result
-
-
 @hypothesis_settings(max_examples=40, deadline=None)
 @given(
     source=LAYOUTS,
@@ -91,18 +83,16 @@ def test_there_and_back(source, target, tied, norm, dtype, tokens, attention, kv
         kv_heads=kv_heads,
         bias=bias,
     )
-    before, after = model.rows(source[0]), model.rows(target[0])
-    kept = min(before, after)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         vocab_file = write_tokenizer(folder / "tokenizer.json", (), tokens)
         hf = write(folder / "source", model, *source, vocab_file)
 
         reshape_neox(folder / "source", folder / "target", *target)
-        assert_holds(folder / "target", model, padded(model, hf, kept, after), *target)
+        assert_holds(folder / "target", model, hf, *target)
 
         reshape_neox(folder / "target", folder / "back", *source)
-        assert_holds(folder / "back", model, padded(model, hf, kept, before), *source)
+        assert_holds(folder / "back", model, hf, *source)
 
 
 @pytest.mark.parametrize(("tp", "pp"), [(2, 0), (2, 3)])
@@ -135,6 +125,10 @@ def test_configs_keep_their_comments():
         "a.yml": '# sizes\n{"num_layers": 2,  # few\n  "pipe-parallel-size": 2,\n}\n',
         "b.yml": "model_parallel_size: 4 # ranks\n",
     }
+    zero = {"zero_optimization": {"stage": 1, "overlap_comm": True}}
+    text = "zero_optimization: {stage: 3, overlap_comm: true}  # memory\n"
+    changed = adapt_configs(configs | {"c.yml": text}, 4, 2, zero)
+    assert changed["c.yml"] == text.replace("3", "1")
     # absent keys are added; what cannot be changed in place is written anew
     changed = adapt_configs({"a.yml": "{num_layers: 2, pipe_parallel_size: 1}"}, 4, 2)
     assert yaml.safe_load(changed["a.yml"]) == {
@@ -175,7 +169,66 @@ def test_the_vocabulary_needs_its_tokenizer_where_the_padding_could_change(vocab
     with pytest.raises(ConvertError, match="40 tokens, which do not give .* 96 rows"):
         reshape_neox(tmp_path / "neox", tmp_path / "new", 4, 1, tokenizer=other)
     reshape_neox(tmp_path / "neox", tmp_path / "new", 4, 1, tokenizer=vocab_file)
-    assert NeoXCheckpoint(tmp_path / "new").shape.padded_vocab_size == 128
+    assert NeoXCheckpoint(tmp_path / "new").shape.padded_vocab_size == 96
+
+
+def neox_rows(written: NeoXCheckpoint, tokens: int) -> int:
+    """The rows that GPT-NeoX makes of the settings written, by its own loop."""
+    multiple = written.settings["make_vocab_size_divisible_by"] * written.tensor_parallel
+    while tokens % multiple:
+        tokens += 1
+    return tokens
+
+
+@pytest.mark.parametrize(
+    ("divisible_by", "layouts"), [(24, (1, 4, 1)), (16, (4, 1, 2)), (128, (1, 2, 4))]
+)
+def test_no_layout_changes_the_loss(divisible_by, layouts, vocab_file, tmp_path, capfd):
+    """The padding's rows count in the loss, so all layouts must have the same ones."""
+    model = Model(divisible_by=divisible_by)
+    hf = write(tmp_path / "0", model, layouts[0], 0, vocab_file)
+    rows = hf["lm_head.weight"].shape[0]
+    for i, tp in enumerate(layouts[1:]):
+        written = reshape_neox(tmp_path / str(i), tmp_path / str(i + 1), tp, 1)
+        assert written.shape.padded_vocab_size == neox_rows(written, TOKENS) == rows
+        assert_holds(tmp_path / str(i + 1), model, hf, tp, 1)
+        found = written.settings["make_vocab_size_divisible_by"]
+        told = f"the settings written have make_vocab_size_divisible_by: {found}"
+        before = NeoXCheckpoint(tmp_path / str(i)).settings["make_vocab_size_divisible_by"]
+        assert (told in capfd.readouterr().err) == (found != before)
+    neox_to_hf(tmp_path / "0", tmp_path / "one", keep_vocab_padding=True)
+    neox_to_hf(tmp_path / "2", tmp_path / "other", keep_vocab_padding=True)
+    one, other = (
+        MetaLAForCausalLM.from_pretrained(tmp_path / name)(
+            **dict.fromkeys(("input_ids", "labels"), torch.arange(TOKENS)[None])
+        ).loss
+        for name in ("one", "other")
+    )
+    assert torch.equal(one, other)
+
+
+def test_rows_that_must_be_added_are_told(tmp_path, capfd):
+    vocab_file = write_tokenizer(tmp_path / "tokenizer.json", (), tokens=91)
+    write(tmp_path / "neox", Model(tokens=91, divisible_by=1), 1, 0, vocab_file)
+    written = reshape_neox(tmp_path / "neox", tmp_path / "new", 2, 0)
+    assert written.shape.padded_vocab_size == neox_rows(written, 91) == 92
+    assert "note: 1 new vocabulary rows of zeros" in capfd.readouterr().err
+    head = read(tmp_path / "new", 2, 0, 1)[6]["final_linear.weight"]
+    assert head.shape == (46, 32) and not head[-1].any() and head[:-1].any(dim=1).all()
+
+
+@pytest.mark.parametrize(
+    ("stage", "tp", "pp", "written"),
+    [(3, 1, 0, 1), (3, 2, 1, 1), (2, 1, 0, 2), (2, 1, 1, 1), (1, 2, 0, 1)],
+)
+def test_the_stage_written_can_load_what_is_written(
+    stage, tp, pp, written, vocab_file, tmp_path, capfd
+):
+    zero = {"zero_optimization": {"stage": stage, "overlap_comm": True}}
+    write(tmp_path / "neox", Model(layers=1, settings=zero), 1, 0, vocab_file)
+    found = reshape_neox(tmp_path / "neox", tmp_path / "new", tp, pp).settings["zero_optimization"]
+    assert found == {"stage": written, "overlap_comm": True}
+    assert ("zero_optimization: stage 1;" in capfd.readouterr().err) == (stage != written)
 
 
 def split_settings(folder: Path, vocab_file: Path, names: tuple[str, str]) -> list[Path]:

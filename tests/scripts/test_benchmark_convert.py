@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
+import pytest
 import yaml
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / "configs"
 
 
 def test_the_model_is_streamed(run_script, tmp_path):
@@ -24,3 +28,35 @@ def test_the_model_is_streamed(run_script, tmp_path):
     assert peak < 1.3 * largest + 16 < model / 2, process.stdout
     assert re.search(r"speed, of the copy's +\d+%", process.stdout)
     assert [path.name for path in tmp_path.iterdir()] == ["model.yml"]
+
+
+def test_a_conversion_that_fails_ends_it(tmp_path):
+    """The thread that measures memory ends with the conversion, and does not keep the process."""
+    command = [sys.executable, ROOT / "scripts/benchmark_convert.py", "--child", tmp_path / "none"]
+    process = subprocess.run(
+        [*map(str, command), str(tmp_path / "hf"), "5GB"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert process.returncode == 1
+    assert process.stderr.endswith(f"error: {tmp_path / 'none'} is no checkpoint: no such folder\n")
+    assert "Traceback" not in process.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--repeats", 0], "--repeats: wanted at least 1"),
+        (["--max-shard-size", "big"], "--max-shard-size: 'big' is no size"),
+        (["--folder", "nowhere"], "--folder: nowhere is no folder"),
+        (["--tensor-parallel", 3], "error: tensor parallel 3 does not divide num_attention_heads"),
+        (["--tensor-parallel", 0], "error: model_parallel_size: found 0"),
+        (["--config", "nowhere.yml"], "error: nowhere.yml: cannot be read"),
+    ],
+)
+def test_wrong_arguments_are_named(run_script, flags, message, tmp_path):
+    config = ["--folder", tmp_path, "--config", CONFIGS / "metala_tiny.yml"]
+    process = run_script("benchmark_convert.py", *config, *flags)
+    assert process.returncode and message in process.stderr
+    assert "Traceback" not in process.stderr and not list(tmp_path.iterdir())

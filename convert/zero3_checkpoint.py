@@ -1,0 +1,161 @@
+"""Reading what DeepSpeed writes under ZeRO stage 3, where each rank holds a piece of every tensor.
+
+There are two files for each of n ranks:
+
+    zero_pp_rank_{rank}_mp_rank_00_model_states.pt: names, shapes and dtypes of the tensors in
+        training, without their data
+    zero_pp_rank_{rank}_mp_rank_00_optim_states.pt, or bf16_zero_…: the rank's pieces in float32, in
+        "fp32_flat_groups", one after another; a group has the tensors of one of "param_shapes"
+
+A tensor is flattened, filled up to a multiple of n, and cut into n pieces of one size.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from convert.command import ConvertError
+from convert.torch_file import load_torch_file, saved_name
+
+MODEL_FILE = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_model_states\.pt")
+OPTIMIZER_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
+# As in neox_checkpoint: mapped files count as this process's memory until they are closed.
+MAPPED_BYTES = 512 * 2**20
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor lies: `size` numbers from `start` on in each rank's flat group."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    group: int
+    start: int
+    size: int
+
+
+class Zero3Checkpoint:
+    """The files of one iteration, checked for completeness when it is opened.
+
+    Attributes:
+        step: the `global_stepN` folder.
+        model_files: each rank's, in rank order.
+
+    Raises:
+        ConvertError: a file is missing, damaged, renamed or of another number of ranks.
+    """
+
+    def __init__(self, step: Path):
+        self.step = step
+        self.model_files = self._find(MODEL_FILE)
+        self._optimizer_files = self._find(OPTIMIZER_FILE)
+        states = [load_torch_file(file) for file in self.model_files]
+        for file, held in zip(self.model_files, states, strict=True):
+            self._check_ranks(file, held.get("dp_world_size"), len(states))
+        if len(self._optimizer_files) != len(states):
+            raise ConvertError(
+                f"{step}: found {len(self._optimizer_files)} files *_optim_states.pt, wanted "
+                f"{len(states)}: under ZeRO stage 3 they hold the weights"
+            )
+        self._groups: list[list[torch.Tensor]] = []
+        self._bytes_read = 0
+        self._places = self._find_places(states[0])
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Tensors without their data, by the names in the file's "module"."""
+        return {
+            name: torch.empty(place.shape, dtype=place.dtype, device="meta")
+            for name, place in self._places.items()
+        }
+
+    def read(self, name: str) -> torch.Tensor:
+        """A whole tensor, rounded to its dtype in training: what the model computed with."""
+        place = self._places[name]
+        pieces = [
+            groups[place.group][place.start : place.start + place.size] for groups in self._open()
+        ]
+        self._bytes_read += sum(piece.nbytes for piece in pieces)
+        whole = torch.cat([piece.to(place.dtype) for piece in pieces])
+        return whole[: math.prod(place.shape)].view(place.shape)
+
+    def _find(self, pattern: re.Pattern) -> list[Path]:
+        """The files of one kind, in rank order."""
+        found: dict[int, Path] = {}
+        for path in sorted(self.step.iterdir()):
+            if not (match := pattern.fullmatch(path.name)):
+                continue
+            rank, tensor_rank = map(int, match.groups())
+            if tensor_rank:
+                raise ConvertError(
+                    f"{path}: ZeRO stage 3 with model_parallel_size above 1, which GPT-NeoX "
+                    "does not train"
+                )
+            if rank in found:
+                raise ConvertError(
+                    f"{path}: {found[rank].name} lies beside it: the files of two runs are mixed"
+                )
+            saved = saved_name(path)
+            if saved and pattern.fullmatch(saved) and saved != path.name:
+                raise ConvertError(f"{path}: the file was saved as {saved}: it was renamed")
+            found[rank] = path
+        for rank in range(max(found, default=-1) + 1):
+            if rank not in found:
+                beside = next(iter(found.values())).name
+                raise ConvertError(f"{self.step}: rank {rank} has no file such as {beside}")
+        return [found[rank] for rank in sorted(found)]
+
+    @staticmethod
+    def _check_ranks(file: Path, found: object, ranks: int) -> None:
+        if found != ranks:
+            raise ConvertError(
+                f"{file}: saved by one of {found} data-parallel ranks, but the folder has files "
+                f"of {ranks}"
+            )
+
+    def _open(self) -> list[list[torch.Tensor]]:
+        """Each rank's flat groups, mapped and not read."""
+        if not self._groups or self._bytes_read > MAPPED_BYTES:
+            self._groups, self._bytes_read = [], 0
+            self._groups = [self._flat_groups(file) for file in self._optimizer_files]
+        return self._groups
+
+    def _flat_groups(self, file: Path) -> list[torch.Tensor]:
+        state = load_torch_file(file).get("optimizer_state_dict")
+        groups = state.get("fp32_flat_groups") if isinstance(state, Mapping) else None
+        if not isinstance(groups, list) or not all(isinstance(g, torch.Tensor) for g in groups):
+            raise ConvertError(f"{file}: holds no fp32_flat_groups of ZeRO stage 3")
+        self._check_ranks(file, state.get("partition_count"), len(self._optimizer_files))
+        return [group.detach() for group in groups]
+
+    def _find_places(self, states: Mapping[str, Any]) -> dict[str, Place]:
+        file, ranks = self.model_files[0], len(self.model_files)
+        module, shapes = states.get("module"), states.get("param_shapes")
+        if not isinstance(module, Mapping) or not isinstance(shapes, list):
+            raise ConvertError(f"{file}: holds no module and param_shapes of ZeRO stage 3")
+        places: dict[str, Place] = {}
+        sizes = []
+        for group, by_name in enumerate(shapes):
+            start = 0
+            for name, shape in by_name.items():
+                if not isinstance(tensor := module.get(name), torch.Tensor):
+                    raise ConvertError(f"{file}: {name} is in param_shapes and not in the module")
+                size = -(-math.prod(shape) // ranks)
+                places[name] = Place(tuple(shape), tensor.dtype, group, start, size)
+                start += size
+            sizes.append(start)
+        for name in module.keys() - places.keys():
+            raise ConvertError(f"{file}: {name} is in the module and not in param_shapes")
+        for path, groups in zip(self._optimizer_files, self._open(), strict=True):
+            if (found := [group.numel() for group in groups]) != sizes:
+                raise ConvertError(
+                    f"{path}: fp32_flat_groups have sizes {found}, but by {file.name} they are "
+                    f"{sizes}"
+                )
+        return places
