@@ -171,18 +171,24 @@ def _check_run(args, states: dict, file: Path, is_training: bool, stage: int, re
 
 def _check_optimizer(args, states: dict, file: Path, stage: int, refuse) -> None:
     """Under ZeRO the optimizer is in files of its own, a share for each data-parallel rank, whose
-    names tell bfloat16."""
+    names tell bfloat16. ZeRO 1 and 2 read each other's."""
     or_else = f"as in {file}, or finetune: true, which loads the weights alone"
+    optimizer = states.get("optimizer")
     if not stage:
-        if states.get("optimizer") is None:
+        if optimizer is None:
             saved = (states.get("ds_config") or {}).get("zero_optimization") or {}
             refuse("zero_optimization.stage", 0, f"{saved.get('stage', '1 or 2')}, {or_else}")
+        is_float32 = "param_groups" in optimizer  # else DeepSpeed wraps it
+        if is_float32 != (args.precision == "fp32"):
+            wanted = "fp32" if is_float32 else "another one"
+            refuse("precision", args.precision, f"{wanted}, {or_else}")
         return
-    prefixes = ("", "bf16_") if args.precision != "bfloat16" else ("bf16_", "")
+    is_bfloat16 = args.precision == "bfloat16"
+    prefixes = ("bf16_", "") if is_bfloat16 else ("", "bf16_")
     own, other = (file.with_name(f"{p}zero_pp_rank_0_mp_rank_00_optim_states.pt") for p in prefixes)
     if not own.is_file():
         if other.is_file():
-            wanted = "another one" if args.precision == "bfloat16" else "bfloat16"
+            wanted = "another one" if is_bfloat16 else "bfloat16"
             refuse("precision", args.precision, f"{wanted}, {or_else}")
         refuse("zero_optimization.stage", stage, f"0, {or_else}")
     saved = states.get("dp_world_size")
