@@ -12,25 +12,12 @@ import functools
 import hashlib
 import inspect
 import os
-import re
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-
-
-def index_maps(prefix: str | Path) -> list[Path]:
-    """The index maps of the data set PREFIX.bin, PREFIX.idx, under GPT-NeoX's names and ours."""
-    prefix = Path(prefix)
-    name = re.compile(
-        re.escape(prefix.name) + r"(_[0-9a-f]{16})?_(train|valid|test)(_\d+)?"
-        r"_indexmap_.+_(doc|sample|shuffle)_idx\.npy"
-    )
-    folder = prefix.parent
-    return sorted(p for p in folder.iterdir() if name.fullmatch(p.name)) if folder.is_dir() else []
 
 
 def name_index_maps_after_data(replace: Callable[[Any, Any], None]) -> None:
