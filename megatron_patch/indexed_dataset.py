@@ -16,6 +16,7 @@
 from __future__ import annotations
 
 import os
+import re
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,6 +57,17 @@ def bin_path(prefix: str | Path) -> Path:
 def idx_path(prefix: str | Path) -> Path:
     """The index file of a data set."""
     return Path(f"{prefix}.idx")
+
+
+def index_map_paths(prefix: str | Path) -> list[Path]:
+    """GPT-NeoX's index maps of a data set, which it keeps beside the pair: which documents make
+    which sample. A data set that replaces another has no use for them."""
+    folder, start = Path(prefix).parent, re.escape(Path(prefix).name)
+    name = re.compile(  # the hash is that of `megatron_patch.neox.index_maps`
+        rf"{start}(_[0-9a-f]{{16}})?_(train|valid|test)(_\d+)?"
+        r"_indexmap_.+_(doc|sample|shuffle)_idx\.npy"
+    )
+    return sorted(path for path in folder.glob("*_idx.npy") if name.fullmatch(path.name))
 
 
 def token_dtype(vocab_size: int) -> np.dtype:

@@ -17,7 +17,12 @@ from pathlib import Path
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from megatron_patch.indexed_dataset import IndexedDatasetWriter, bin_path, idx_path
+from megatron_patch.indexed_dataset import (
+    IndexedDatasetWriter,
+    bin_path,
+    idx_path,
+    index_map_paths,
+)
 
 END_OF_TEXT = "<|endoftext|>"
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".jsonl")
@@ -184,6 +189,8 @@ def main() -> None:
             raise FileNotFoundError(f"{args.tokenizer}: no such file")
         texts = iterate_documents(args.inputs, args.json_key, args.suffix)
         documents, tokens = prepare(texts, args.tokenizer, args.output, args.workers)
+        for path in index_map_paths(args.output):  # of what was there before
+            path.unlink(missing_ok=True)
     except (OSError, ValueError) as error:
         sys.exit(f"prepare_data.py: {error}")
     print(f"{args.output}.bin, .idx: {documents:,} documents, {tokens:,} tokens")

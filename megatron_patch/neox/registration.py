@@ -21,8 +21,12 @@ import torch
 from megatron_patch.architecture import SettingsError
 from megatron_patch.neox.cpu_mode import activate_cpu_mode
 from megatron_patch.neox.flops import flops_per_second
+from megatron_patch.neox.index_maps import name_index_maps_after_data
 from megatron_patch.neox.norm import SimpleRMSNorm
-from megatron_patch.neox.resume import check_load
+from megatron_patch.neox.ranks import check_running_ranks, count_ranks
+from megatron_patch.neox.replicas import check_replicas, share_random_state
+from megatron_patch.neox.resume import check_load, go_on_from_save
+from megatron_patch.neox.saving import check_saving, delete_old_checkpoints
 from megatron_patch.neox.settings import check_settings, export_warning
 
 LAYER_TYPE = "metala"
@@ -44,6 +48,9 @@ def register() -> None:
     _count_flops()
     _initialize_without_cuda()
     _find_data_sets()
+    name_index_maps_after_data(_replace)
+    _check_running_ranks()
+    _check_saved_checkpoints()
     _fix_pipeline_validation()
     _forget_earlier_prompts()
     _gather_logits_for_inference()
@@ -81,6 +88,7 @@ def _check_settings_at_start() -> None:
     from megatron.neox_arguments.arguments import NeoXArgs
 
     post_init = NeoXArgs.__post_init__
+    is_launcher = False
 
     @functools.wraps(post_init)
     def checked_post_init(self) -> None:
@@ -92,6 +100,9 @@ def _check_settings_at_start() -> None:
         is_metala_run, key_heads = check_settings(self) is not None, self.num_kv_heads
         if is_metala_run:
             self.num_kv_heads = None
+            check_saving(self)
+            if is_launcher:
+                count_ranks(self)
         post_init(self)
         self.num_kv_heads = key_heads
 
@@ -102,10 +113,14 @@ def _check_settings_at_start() -> None:
 
         @functools.wraps(consume)
         def consume_or_exit(cls, *args, **kwargs):
+            nonlocal is_launcher
+            is_launcher = name == "consume_deepy_args"
             try:
                 neox_args = consume(cls, *args, **kwargs)
+                if is_launcher and LAYER_TYPE in neox_args.attention_config:
+                    go_on_from_save(neox_args)
                 check_load(neox_args)
-                if name == "consume_deepy_args":
+                if is_launcher:
                     _say_what_cannot_be_exported(neox_args)
             except SettingsError as error:
                 sys.exit(f"MetaLA: {error}" if os.environ.get("RANK", "0") == "0" else 1)
@@ -227,6 +242,34 @@ def _find_data_sets() -> None:
     _replace(make_dataset, make_inferred_dataset)
 
 
+def _check_running_ranks() -> None:
+    from megatron.training import pretrain
+
+    @functools.wraps(pretrain)
+    def pretrain_on_counted_ranks(neox_args):
+        if LAYER_TYPE in neox_args.attention_config:
+            check_running_ranks(neox_args)
+        return pretrain(neox_args)
+
+    _replace(pretrain, pretrain_on_counted_ranks)
+
+
+def _check_saved_checkpoints() -> None:
+    from megatron import checkpointing, mpu
+
+    save_checkpoint = checkpointing.save_checkpoint
+
+    @functools.wraps(save_checkpoint)
+    def save_equal_replicas(neox_args, iteration, model, *args, **kwargs):
+        if LAYER_TYPE in neox_args.attention_config:
+            group, source = mpu.get_model_parallel_group(), mpu.get_model_parallel_src_rank()
+            check_replicas(model.module, group, source)
+        save_checkpoint(neox_args, iteration, model, *args, **kwargs)
+
+    _replace(save_checkpoint, save_equal_replicas)
+    _replace(checkpointing.delete_old_checkpoints, delete_old_checkpoints)
+
+
 def _fix_pipeline_validation() -> None:
     """With `pipe_parallel_size` >= 1 `forward_step` returns the loss alone where its caller,
     `evaluate`, unpacks a loss and metrics."""
@@ -243,11 +286,13 @@ def _fix_pipeline_validation() -> None:
 def _forget_earlier_prompts() -> None:
     """Generation from several prompts keeps the caches of one for the next, and the last one's for
     whatever the model does then."""
+    from megatron import mpu
     from megatron.text_generation_utils import stream_tokens
 
     @functools.wraps(stream_tokens)
     def stream_tokens_of_one_prompt(neox_args, model, *args, **kwargs):
         model.module.clear_cache()
+        share_random_state(mpu.get_model_parallel_group(), mpu.get_model_parallel_src_rank())
         try:
             yield from stream_tokens(neox_args, model, *args, **kwargs)
         finally:

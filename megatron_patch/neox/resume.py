@@ -3,12 +3,54 @@ DeepSpeed says of files that it does not expect."""
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
 import torch
 
 from megatron_patch.architecture import SettingsError
+from megatron_patch.neox.yaml_config import merge_yaml_texts
+
+
+def go_on_from_save(args) -> None:
+    """Lets a run that was stopped go on from its own last checkpoint.
+
+    A run whose start is elsewhere than in `save` (`finetune: true`, a `load` of another folder, or
+    none) would begin there again each time it is started, and write over its checkpoints. Where
+    `save` holds steps of this very run, they are what it loads.
+
+    Args:
+        args: GPT-NeoX's settings in the launcher, which hands them to all ranks.
+
+    Raises:
+        SettingsError: `save` holds steps that began elsewhere.
+    """
+    if not _is_training(args) or not args.save or not list(Path(args.save).glob("global_step*")):
+        return
+    if not args.finetune and args.load and _is_same(args.load, args.save):
+        return
+    step = _latest_step("save", Path(args.save))
+    configs = sorted((step / "configs").glob("*"))
+    saved = merge_yaml_texts({str(file): file.read_text() for file in configs})
+    own = merge_yaml_texts(args.config_files or {})
+    for name, default in {"load": None, "finetune": False, "iteration": None}.items():
+        before, now = saved.get(name, default), own.get(name, default)
+        if before != now and not (name == "load" and before and now and _is_same(before, now)):
+            raise SettingsError(
+                f"save: found {step}, of a run with {name}: {before}, where this one has {now}; "
+                f"wanted a folder of its own, or load: {args.save} and finetune: false to go on"
+            )
+    args.load, args.finetune, args.iteration = args.save, False, None
+    print(f"MetaLA: save holds {step.name} of this run, which goes on from there", flush=True)
+
+
+def _is_training(args) -> bool:
+    return Path(args.user_script or "train.py").name == "train.py"
+
+
+def _is_same(one: str, other: str) -> bool:
+    return Path(one).resolve() == Path(other).resolve()
 
 
 def check_load(args) -> None:
@@ -22,7 +64,7 @@ def check_load(args) -> None:
     Raises:
         SettingsError: names the folder or setting, what was found there and what was wanted.
     """
-    is_training = Path(args.user_script or "train.py").name == "train.py"
+    is_training = _is_training(args)
     if is_training and args.no_load_optim:
         raise SettingsError(
             "no_load_optim: found true, wanted false: GPT-NeoX would train one of the model's "
@@ -46,26 +88,37 @@ def _find_step(args) -> Path | None:
                 f"load: found {saved or 'no checkpoint'} in {folder}, wanted {wanted}"
             )
         return folder / wanted
-    latest = folder / "latest"
-    if latest.is_file():
-        tag = latest.read_text().strip()
-        if not (folder / tag).is_dir():
-            raise SettingsError(f"load: {latest} names {tag!r}, which is not there; found {saved}")
-        return folder / tag
-    if saved:
-        raise SettingsError(f"load: found {saved} in {folder}, wanted a file `latest` naming one")
-    same_folder = args.save is not None and Path(args.save).resolve() == folder.resolve()
+    if saved or (folder / "latest").is_file():
+        return _latest_step("load", folder)
+    same_folder = args.save is not None and _is_same(args.save, args.load)
     if args.finetune or args.no_load_optim or not same_folder:
         raise SettingsError(f"load: found no checkpoint in {folder}, wanted one to go on from")
     return None
 
 
+def _latest_step(setting: str, folder: Path) -> Path:
+    saved = sorted(p.name for p in folder.glob("global_step*"))
+    latest = folder / "latest"
+    if not latest.is_file():
+        raise SettingsError(
+            f"{setting}: found {saved} in {folder}, wanted a file `latest` naming one"
+        )
+    tag = latest.read_text().strip()
+    if not (folder / tag).is_dir():
+        raise SettingsError(f"{setting}: {latest} names {tag!r}, which is not there; found {saved}")
+    return folder / tag
+
+
 def _check_states(args, step: Path, is_training: bool) -> None:
     """By the first rank's file: whether its layout is that of the settings, and whether it has all
     that will be loaded. GPT-NeoX ends with exit code 0 where it misses the random states."""
-    file = step / "mp_rank_00_model_states.pt"
-    is_universal = (args.checkpoint or {}).get("load_universal")
-    if os.environ.get("RANK", "0") != "0" or is_universal or not file.is_file():
+    if os.environ.get("RANK", "0") != "0" or (args.checkpoint or {}).get("load_universal"):
+        return
+    # GPT-NeoX generates and evaluates without ZeRO, whatever the settings say.
+    stage = (args.zero_optimization or {}).get("stage", 0) if is_training else 0
+    whole, partitioned = (step / f"{p}mp_rank_00_model_states.pt" for p in ("", "zero_pp_rank_0_"))
+    file = whole if whole.is_file() else partitioned
+    if not file.is_file():
         return
     try:
         # As DeepSpeed loads it, but mapped: tensors are not read.
@@ -73,20 +126,108 @@ def _check_states(args, step: Path, is_training: bool) -> None:
     except Exception:  # DeepSpeed, which reads other files too, will say what is the matter
         return
 
-    def refuse(setting: str, wanted: str) -> None:
-        raise SettingsError(f"{setting}: found {getattr(args, setting)!r}, wanted {wanted}")
+    def refuse(setting: str, found: object, wanted: object) -> None:
+        raise SettingsError(f"{setting}: found {found!r}, wanted {wanted}")
 
+    if not is_training and file is partitioned:
+        refuse("load", args.load, "a checkpoint in one file a rank, not one of ZeRO 3")
+    if (stage == 3) != (file is partitioned):
+        # They have other files: DeepSpeed finds none that it could load.
+        wanted = "another one" if stage == 3 else "3"
+        refuse("zero_optimization.stage", stage, f"{wanted}, as in {file}")
     another = f"as in {file}, or that checkpoint in another layout, by convert/reshape_neox.py"
-    if (states.get("module") is None) != (args.pipe_parallel_size > 0):
+    if file is whole and (states.get("module") is None) != (args.pipe_parallel_size > 0):
         wanted = "at least 1" if states.get("module") is None else "0"
-        refuse("pipe_parallel_size", f"{wanted}, {another}")
-    saved = states.get("args", {}).get("model_parallel_size", args.model_parallel_size)
+        refuse("pipe_parallel_size", args.pipe_parallel_size, f"{wanted}, {another}")
+    saved_args = states.get("args", {})
+    saved = saved_args.get("model_parallel_size", args.model_parallel_size)
     if saved != args.model_parallel_size:
-        refuse("model_parallel_size", f"{saved}, {another}")
-    missing = []
+        refuse("model_parallel_size", args.model_parallel_size, f"{saved}, {another}")
+    for name, saved in saved_args.items():  # GPT-NeoX asserts that they are equal
+        if (found := getattr(args, name, None)) is not None and found != saved:
+            refuse(name, found, f"{saved!r}, as in {file}")
+    if not args.finetune:
+        _check_run(args, states, file, is_training, stage, refuse)
+
+
+def _check_run(args, states: dict, file: Path, is_training: bool, stage: int, refuse) -> None:
+    """What a run needs besides the weights to go on."""
+    random_states = args.no_load_rng or "random_rng_state" in states
     if is_training and states.get("lr_scheduler") is None:
-        missing.append("optimizer")
-    if not args.no_load_rng and "random_rng_state" not in states:
-        missing.append("random")
-    if missing and not args.finetune:
-        refuse("finetune", f"True: {file} has no {' and no '.join(missing)} states")
+        missing = "no optimizer states" if random_states else "no optimizer and no random states"
+        refuse("finetune", args.finetune, f"True: {file} has {missing}")
+    if not random_states:
+        refuse(
+            "no_load_rng",
+            args.no_load_rng,
+            f"True, which loads all else: {file} has no random states (no_save_rng)",
+        )
+    if not is_training:
+        return
+    _check_optimizer(args, states, file, stage, refuse)
+    if isinstance(states["lr_scheduler"], dict):
+        _check_schedule(args, states["lr_scheduler"], file)
+
+
+def _check_optimizer(args, states: dict, file: Path, stage: int, refuse) -> None:
+    """Under ZeRO the optimizer is in files of its own, a share for each data-parallel rank, whose
+    names tell bfloat16. ZeRO 1 and 2 read each other's."""
+    or_else = f"as in {file}, or finetune: true, which loads the weights alone"
+    optimizer = states.get("optimizer")
+    if not stage:
+        if optimizer is None:
+            saved = (states.get("ds_config") or {}).get("zero_optimization") or {}
+            refuse("zero_optimization.stage", 0, f"{saved.get('stage', '1 or 2')}, {or_else}")
+        is_float32 = "param_groups" in optimizer  # else DeepSpeed wraps it
+        if is_float32 != (args.precision == "fp32"):
+            wanted = "fp32" if is_float32 else "another one"
+            refuse("precision", args.precision, f"{wanted}, {or_else}")
+        return
+    is_bfloat16 = args.precision == "bfloat16"
+    prefixes = ("bf16_", "") if is_bfloat16 else ("", "bf16_")
+    own, other = (file.with_name(f"{p}zero_pp_rank_0_mp_rank_00_optim_states.pt") for p in prefixes)
+    if not own.is_file():
+        if other.is_file():
+            wanted = "another one" if is_bfloat16 else "bfloat16"
+            refuse("precision", args.precision, f"{wanted}, {or_else}")
+        refuse("zero_optimization.stage", stage, f"0, {or_else}")
+    saved = states.get("dp_world_size")
+    ranks = max(args.model_parallel_size, 1) * max(args.pipe_parallel_size, 1)
+    if saved and args.global_num_gpus and args.global_num_gpus != saved * ranks:
+        refuse(
+            "global_num_gpus",
+            args.global_num_gpus,
+            f"{saved * ranks}, since ZeRO has a share of the optimizer for each, {or_else}",
+        )
+
+
+def _check_schedule(args, saved: dict, file: Path) -> None:
+    """GPT-NeoX asserts on every rank that the learning rate's schedule is the checkpoint's, unless
+    it is told which of the two to take."""
+    if args.override_lr_scheduler and args.use_checkpoint_lr_scheduler:
+        raise SettingsError(
+            "use_checkpoint_lr_scheduler: found true, wanted false with override_lr_scheduler: true"
+        )
+    if args.override_lr_scheduler or args.use_checkpoint_lr_scheduler:
+        return
+    steps = args.lr_decay_iters
+    if steps is None and args.train_iters is not None:
+        fraction = args.lr_decay_fraction
+        steps = args.train_iters if fraction is None else math.floor(args.train_iters * fraction)
+    values = {  # by the scheduler's name: setting, value
+        "start_lr": ("optimizer.params.lr", args.lr),
+        "min_lr": ("min_lr", args.min_lr),
+        "decay_style": ("lr_decay_style", args.lr_decay_style),
+    }
+    if steps is not None:  # with `train_epochs` the data tell
+        setting = "train_iters" if args.lr_decay_iters is None else "lr_decay_iters"
+        values["end_iter"] = (setting, max(1, steps))
+        values["warmup_iter"] = ("warmup", args.warmup * max(1, steps))
+    for name, (setting, found) in values.items():
+        if name in saved and found != saved[name]:
+            unit = " steps" if name in ("end_iter", "warmup_iter") else ""
+            raise SettingsError(
+                f"{setting}: found {found}{unit}, wanted {saved[name]}{unit}, as in {file}; "
+                "override_lr_scheduler: true takes the settings' schedule, "
+                "use_checkpoint_lr_scheduler: true the checkpoint's"
+            )

@@ -83,7 +83,6 @@ def one_gpu(precision, neox_checkout, token_data, tokenizer_file, make_once) -> 
             save=str(folder / "checkpoints"),
             extra_save_iters=[0],
             num_gpus=1,
-            global_num_gpus=1,  # GPT-NeoX counts all of the machine's, used or not
         )
         (folder / "output").write_text(train(neox_checkout, config, folder).output)
 

@@ -1,12 +1,16 @@
-"""A `load` that finds no checkpoint stops the run, unless the run is a first start."""
+"""A `load` that finds no checkpoint stops the run, unless the run is a first start; what cannot be
+loaded is refused in one line; a run that was stopped goes on from `save`."""
 
 from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 
 from megatron_patch.architecture import SettingsError
-from megatron_patch.neox.resume import check_load
+from megatron_patch.neox.resume import check_load, go_on_from_save
+from tests.neox.process import NeoXProcess
+from tests.neox.training import settings as training_settings
 
 
 def settings(load, **changes) -> SimpleNamespace:
@@ -20,6 +24,19 @@ def settings(load, **changes) -> SimpleNamespace:
         model_parallel_size=1,
         pipe_parallel_size=0,
         user_script="./train.py",
+        config_files={},
+        zero_optimization={"stage": 0},
+        precision="fp32",
+        global_num_gpus=1,
+        lr=1e-3,
+        min_lr=1e-4,
+        warmup=0.1,
+        lr_decay_style="cosine",
+        lr_decay_iters=None,
+        lr_decay_fraction=None,
+        train_iters=20,
+        override_lr_scheduler=False,
+        use_checkpoint_lr_scheduler=False,
     )
     return SimpleNamespace(load=load, **{**values, **changes})
 
@@ -80,11 +97,22 @@ def test_training_is_not_told_to_load_no_optimizer(load):
         check_load(settings(load, no_load_optim=True))
 
 
+SCHEDULE = {
+    "start_lr": 1e-3,
+    "min_lr": 1e-4,
+    "decay_style": "cosine",
+    "end_iter": 20,
+    "warmup_iter": 2.0,
+    "num_iters": 10,
+}
+
+
 def save_states(folder, **changes) -> None:
     save_step(folder, 10)
     states = {
         "module": {},
-        "lr_scheduler": {},
+        "optimizer": {"param_groups": []},
+        "lr_scheduler": SCHEDULE,
         "random_rng_state": (3, (1, 2), None),
         "args": {"model_parallel_size": 1},
         **changes,
@@ -121,7 +149,203 @@ def test_weights_alone_are_not_a_run_to_resume(tmp_path):
     load, generate = str(tmp_path), {"user_script": "./generate.py", "no_load_optim": True}
     with pytest.raises(SettingsError, match="finetune: found False, wanted True: .* no optimizer "):
         check_load(settings(load))
-    with pytest.raises(SettingsError, match="finetune: found False, .* has no random states"):
+    with pytest.raises(SettingsError, match="no_load_rng: found False, .* has no random states"):
         check_load(settings(load, **generate))
     check_load(settings(load, finetune=True))
     check_load(settings(load, **generate, no_load_rng=True))
+
+
+def test_a_run_without_random_states_keeps_its_optimizer(tmp_path):
+    """`no_save_rng: true`, then gone on from."""
+    save_states(tmp_path, random_rng_state="absent")
+    with pytest.raises(SettingsError, match="no_load_rng: found False, wanted True, which"):
+        check_load(settings(str(tmp_path)))
+    check_load(settings(str(tmp_path), no_load_rng=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lr": 2e-3}, "optimizer.params.lr: found 0.002, wanted 0.001, as in"),
+        ({"min_lr": 0.0}, "min_lr: found 0.0, wanted 0.0001, as in"),
+        ({"lr_decay_style": "linear"}, "lr_decay_style: found linear, wanted cosine, as in"),
+        ({"train_iters": 40}, "train_iters: found 40 steps, wanted 20 steps, as in"),
+        ({"lr_decay_iters": 30}, "lr_decay_iters: found 30 steps, wanted 20 steps, as in"),
+        ({"lr_decay_fraction": 0.5}, "train_iters: found 10 steps, wanted 20 steps, as in"),
+        ({"warmup": 0.2}, "warmup: found 4.0 steps, wanted 2.0 steps, as in .*; override_lr_sch"),
+    ],
+)
+def test_another_schedule_is_named(tmp_path, changes, message):
+    save_states(tmp_path)
+    load = str(tmp_path)
+    with pytest.raises(SettingsError, match=message):
+        check_load(settings(load, **changes))
+    chosen = {"override_lr_scheduler": True, "use_checkpoint_lr_scheduler": True}
+    for name in chosen:
+        check_load(settings(load, **changes, **{name: True}))
+    with pytest.raises(SettingsError, match="use_checkpoint_lr_scheduler: found true, wanted fals"):
+        check_load(settings(load, **changes, **chosen))
+    check_load(settings(load, finetune=True, **changes))
+    check_load(settings(load, user_script="./generate.py", no_load_optim=True, **changes))
+
+
+def test_another_model_is_named(tmp_path):
+    """GPT-NeoX asserts it on every rank, when fine-tuning too."""
+    save_states(tmp_path, args={"model_parallel_size": 1, "num_layers": 2, "padded_vocab_size": 8})
+    unknown_yet = {"padded_vocab_size": None}
+    check_load(settings(str(tmp_path), num_layers=2, **unknown_yet))
+    with pytest.raises(SettingsError, match="num_layers: found 4, wanted 2, as in"):
+        check_load(settings(str(tmp_path), num_layers=4, finetune=True, **unknown_yet))
+
+
+def test_another_number_of_ranks_is_named_under_zero(tmp_path):
+    save_states(tmp_path, optimizer=None, dp_world_size=2, args={"model_parallel_size": 2})
+    (tmp_path / "global_step10/zero_pp_rank_0_mp_rank_00_optim_states.pt").touch()
+    run = {"zero_optimization": {"stage": 1}, "model_parallel_size": 2}
+    check_load(settings(str(tmp_path), global_num_gpus=4, **run))
+    with pytest.raises(SettingsError, match="global_num_gpus: found 8, wanted 4, since ZeRO"):
+        check_load(settings(str(tmp_path), global_num_gpus=8, **run))
+    check_load(settings(str(tmp_path), global_num_gpus=8, finetune=True, **run))
+
+
+SAVE = """
+from megatron.checkpointing import save_checkpoint
+from megatron.training import setup_model_and_optimizer, train_step
+from megatron.utils import Timers
+model, optimizer, lr_scheduler, _ = setup_model_and_optimizer(neox_args)
+batches = iter([{"text": torch.arange(65).repeat(4, 1)}])
+timers = Timers(use_wandb=False, tensorboard_writer=None, comet_experiment=None)
+train_step(neox_args, timers, batches, model, optimizer, lr_scheduler)
+save_checkpoint(neox_args, 1, model, optimizer, lr_scheduler)
+answer(None)
+"""
+LOAD = """
+from megatron.training import setup_model_and_optimizer
+from megatron_patch.neox.resume import check_load
+refusal = error = None
+try:
+    check_load(neox_args)
+except ValueError as refused:
+    refusal = str(refused)
+try:
+    setup_model_and_optimizer(neox_args)
+except Exception as failed:
+    error = repr(failed)
+answer([refusal, error])
+"""
+
+
+@pytest.fixture(scope="module")
+def in_neox(neox_checkout, tmp_path_factory):
+    process = NeoXProcess(neox_checkout, tmp_path_factory.mktemp("in_neox"))
+    yield process
+    process.close()
+
+
+@pytest.fixture(scope="module")
+def saved(in_neox, tokenizer_file, tmp_path_factory):
+    """A folder of checkpoints of one step, named by ZeRO stage and precision, made when asked."""
+    folder = tmp_path_factory.mktemp("saved")
+
+    def settings_of(stage: int, precision: str, **changes) -> dict:
+        zero = {"zero_optimization": {"stage": stage}, "precision": precision}
+        return training_settings("none", tokenizer_file, **zero, **changes)
+
+    def make(stage: int, precision: str) -> str:
+        path = folder / f"{stage}-{precision}"
+        if not path.exists():
+            in_neox(settings_of(stage, precision, save=str(path), checkpoint_factor=1), SAVE)
+        return str(path)
+
+    make.settings = settings_of
+    return make
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "finetune", "message"),
+    [
+        ((0, "fp32"), (1, "fp32"), False, "zero_optimization.stage: found 1, wanted 0, as in"),
+        ((0, "fp32"), (0, "bfloat16"), False, "precision: found 'bfloat16', wanted fp32, as in"),
+        ((1, "fp32"), (0, "fp32"), False, "zero_optimization.stage: found 0, wanted 1, as in"),
+        ((1, "fp32"), (1, "bfloat16"), False, "precision: found 'bfloat16', wanted another one,"),
+        ((1, "fp32"), (2, "fp32"), False, None),
+        ((1, "fp32"), (3, "fp32"), True, "zero_optimization.stage: found 3, wanted another one,"),
+        ((3, "fp32"), (1, "fp32"), True, "zero_optimization.stage: found 1, wanted 3, as in"),
+        ((3, "fp32"), (3, "fp32"), False, None),
+    ],
+)
+def test_deepspeed_loads_what_is_not_refused(in_neox, saved, before, now, finetune, message):
+    """And what is refused it cannot load."""
+    config = saved.settings(*now, load=saved(*before), finetune=finetune)
+    refusal, error = in_neox(config, LOAD)
+    assert (refusal is None) == (error is None) == (message is None), (refusal, error)
+    if message:
+        assert refusal.startswith(message)
+
+
+def save_run(folder, config: dict, step: int = 10) -> None:
+    """What GPT-NeoX leaves of a run with these settings."""
+    save_step(folder, step)
+    (folder / f"global_step{step}/configs").mkdir()
+    (folder / f"global_step{step}/configs/run.yml").write_text(yaml.safe_dump(config))
+
+
+@pytest.mark.parametrize("spelling", ["{}", "{}/", "{}/../base"])
+@pytest.mark.parametrize("start", [{"finetune": True}, {"iteration": 7}, {}])
+def test_a_stopped_run_goes_on_from_save(tmp_path, capsys, start, spelling):
+    base, save = tmp_path / "base", tmp_path / "save"
+    base.mkdir()
+    config = {"load": str(base), **start}
+    args = settings(**{**config, "save": str(save)}, config_files={"a.yml": yaml.safe_dump(config)})
+    go_on_from_save(args)
+    assert (args.load, args.finetune) == (str(base), start.get("finetune", False))
+    save_run(save, {**config, "load": spelling.format(base)})
+    go_on_from_save(args)
+    assert (args.load, args.finetune, args.iteration) == (str(save), False, None)
+    line = "MetaLA: save holds global_step10 of this run, which goes on from there\n"
+    assert capsys.readouterr().out == line
+
+
+def test_a_run_that_loads_nothing_goes_on_from_save(tmp_path):
+    save_run(tmp_path, {"train_iters": 20})
+    args = settings(None, save=str(tmp_path))
+    go_on_from_save(args)
+    assert args.load == str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [
+        ({"load": "elsewhere", "finetune": True}, {"load": "base", "finetune": True}),
+        ({}, {"load": "base", "finetune": True}),
+        ({"load": "base"}, {"load": "base", "finetune": True}),
+        ({"load": "base", "iteration": 3}, {"load": "base", "iteration": 4}),
+        ({"load": "base"}, {}),
+        ({"load": "save"}, {"load": "save", "finetune": True}),
+    ],
+)
+def test_steps_of_another_run_are_not_written_over(tmp_path, monkeypatch, before, now):
+    monkeypatch.chdir(tmp_path)
+    save_run(tmp_path / "save", before)
+    args = settings(
+        **{"load": None, **now, "save": "save"}, config_files={"a.yml": yaml.safe_dump(now)}
+    )
+    with pytest.raises(SettingsError, match="save: found save/global_step10, of a run wit"):
+        go_on_from_save(args)
+
+
+def test_nothing_changes_where_load_is_save_or_nothing_is_trained(tmp_path):
+    save_run(tmp_path, {"load": "elsewhere"})
+    for changes in ({}, {"save": f"{tmp_path}/"}, {"save": None}):
+        args = settings(str(tmp_path), iteration=10, **changes)
+        go_on_from_save(args)
+        assert (args.load, args.iteration) == (str(tmp_path), 10)
+    args = settings("base", save=str(tmp_path), user_script="generate.py")
+    go_on_from_save(args)
+    assert args.load == "base"
+
+
+def test_save_without_latest_is_said(tmp_path):
+    save_step(tmp_path, 10, latest=False)
+    with pytest.raises(SettingsError, match=r"save: found \['global_step10'\].*wanted a file `lat"):
+        go_on_from_save(settings("base", save=str(tmp_path)))

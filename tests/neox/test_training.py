@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import struct
 from pathlib import Path
@@ -117,7 +118,8 @@ def test_layouts_train_alike_and_convert_alike(
 
 
 def test_a_new_model_of_two_ranks(neox_checkout, token_data, tokenizer_file, tmp_path):
-    """The convolution, which all ranks have, stays identical. What GPT-NeoX saved is verified."""
+    """The convolution, which all ranks have, stays identical, with dropout too. What GPT-NeoX saved
+    is verified."""
     config = settings(
         token_data,
         tokenizer_file,
@@ -126,6 +128,7 @@ def test_a_new_model_of_two_ranks(neox_checkout, token_data, tokenizer_file, tmp
         save=str(tmp_path / "checkpoints"),
         checkpoint_factor=20,
         no_weight_tying=False,
+        hidden_dropout=0.1,
     )
     train(neox_checkout, config, tmp_path)
     step = tmp_path / "checkpoints/global_step20"
@@ -223,6 +226,41 @@ def test_a_killed_run_resumes_as_if_unbroken(neox_checkout, token_data, tokenize
     assert max(resumed.losses) == 40
 
 
+def test_a_stopped_fine_tuning_goes_on(
+    neox_checkout, token_data, tokenizer_file, reference, tmp_path
+):
+    """By the command that started it, on both data-parallel ranks, with dropout's random states."""
+
+    def config(name: str, keep: int) -> dict:
+        return settings(
+            token_data,
+            tokenizer_file,
+            load=str(reference[1] / "checkpoints"),
+            finetune=True,
+            save=f"{tmp_path / name}/",
+            train_iters=12,
+            checkpoint_factor=6,
+            keep_last_n_checkpoints=keep,
+            hidden_dropout=0.1,
+            train_micro_batch_size_per_gpu=2,
+            num_gpus=2,
+        )
+
+    unbroken = train(neox_checkout, config("unbroken", 2), tmp_path)
+    assert "goes on from there" not in unbroken.output
+    assert sorted(unbroken.losses) == list(range(1, 13))
+    shutil.copytree(tmp_path / "unbroken/global_step6", tmp_path / "stopped/global_step6")
+    (tmp_path / "stopped/latest").write_text("global_step6")
+    resumed = train(neox_checkout, config("stopped", 1), tmp_path)
+    assert "MetaLA: save holds global_step6 of this run, which goes on from there" in resumed.output
+    assert sorted(resumed.losses) == list(range(7, 13))
+    for step, loss in resumed.losses.items():
+        assert loss == pytest.approx(unbroken.losses[step], abs=1e-6)
+    left = {path.name for path in (tmp_path / "stopped").iterdir()}
+    assert "global_step12" in left and "global_step6" not in left
+    assert (tmp_path / "stopped/latest").read_text() == "global_step12"
+
+
 @pytest.mark.parametrize(
     ("tp", "pp", "changes"),
     [
@@ -297,6 +335,7 @@ def test_wandb_offline_holds_the_loss_of_every_logged_step(reference):
     [
         ({"metala": {"tua": 8}}, "metala.tua: unknown key, the known ones are tau"),
         ({"load": "/nowhere", "save": None}, "load: found no checkpoint in /nowhere"),
+        ({"num_gpus": 2, "global_num_gpus": 4}, "global_num_gpus: found 4, wanted 2 (or none)"),
     ],
 )
 def test_mistakes_end_the_launcher_with_one_line(

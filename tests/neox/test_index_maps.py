@@ -1,0 +1,130 @@
+"""Samples are those of the data that are there, in whatever way they came to their prefix."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_patch.indexed_dataset import IndexedDatasetWriter
+from tests.neox.process import NeoXProcess
+from tests.neox.training import settings
+
+DOCUMENTS = 40
+PARTS = ("train", "valid", "test")
+READ = """
+from megatron.data.data_utils import build_train_valid_test_data_loaders
+loaders = build_train_valid_test_data_loaders(neox_args)
+before = torch.get_rng_state()
+samples = {name: [batch["text"].tolist() for batch in loader] for name, loader in loaders.items()}
+answer([samples, torch.equal(before, torch.get_rng_state())])
+"""
+
+
+@pytest.fixture(scope="module")
+def in_neox(neox_checkout, tmp_path_factory):
+    process = NeoXProcess(neox_checkout, tmp_path_factory.mktemp("in_neox"))
+    yield process
+    process.close()
+
+
+@pytest.fixture
+def read(in_neox, tokenizer_file):
+    def read_samples(prefix: Path | None, **changes) -> tuple[dict[str, np.ndarray], bool]:
+        """Samples [n, tokens] of each part; whether the ranks' shared generator is untouched."""
+        config = settings(prefix, tokenizer_file, train_iters=4, eval_interval=4, eval_iters=2)
+        samples, is_untouched = in_neox({**config, **changes}, READ)
+        return {name: np.concatenate(batches) for name, batches in samples.items()}, is_untouched
+
+    return read_samples
+
+
+def write(prefix: Path, seed: int) -> None:
+    """Documents of lengths that the seed gives; the tokens of each are its number, from 1 on."""
+    sizes = np.random.default_rng(seed).integers(20, 60, DOCUMENTS)
+    with IndexedDatasetWriter(prefix, vocab_size=512) as writer:
+        for number, size in enumerate(sizes, 1):
+            writer.add_document([number] * size)
+
+
+def write_labels(prefix: Path, seed: int, left_out: Collection[int]) -> None:
+    """The labels of the documents that `write` writes, -100 for all tokens of those left out."""
+    none = 69_999
+    sizes = np.random.default_rng(seed).integers(20, 60, DOCUMENTS)
+    with IndexedDatasetWriter(prefix, vocab_size=70_000) as writer:
+        for number, size in enumerate(sizes, 1):
+            writer.add_document([none if number in left_out else number] * size)
+    labels = np.fromfile(f"{prefix}.bin", "<i4")
+    labels[labels == none] = -100
+    labels.tofile(f"{prefix}.bin")
+
+
+def blend(prefix: Path) -> dict:
+    return {
+        "data_path": None,
+        **{f"{part}_data_paths": [f"{prefix}0", f"{prefix}1"] for part in PARTS},
+    }
+
+
+def equal(one: dict, other: dict) -> bool:
+    return all(np.array_equal(one[part], other[part]) for part in PARTS)
+
+
+@pytest.mark.parametrize("packing", ["packed", "pack_until_overflow"])
+def test_data_prepared_again_are_read(read, tmp_path, packing):
+    changes = {"pack_impl": packing, "split": "60,20,20"}
+    write(tmp_path / "text", seed=0)
+    first, is_untouched = read(tmp_path / "text", **changes)
+    assert is_untouched  # only one tensor-parallel rank reads
+    for name in ("text", "fresh"):
+        write(tmp_path / name, seed=1)
+    again, _ = read(tmp_path / "text", **changes)
+    assert equal(again, read(tmp_path / "fresh", **changes)[0])
+    assert not equal(again, first)
+
+
+def test_blended_data_prepared_again_are_read(read, tmp_path):
+    for seed, names in ((0, ["text"]), (2, ["text", "fresh"])):
+        for name in names:
+            write(tmp_path / f"{name}0", seed)
+            write(tmp_path / f"{name}1", seed + 1)
+        samples = [read(None, **blend(tmp_path / name))[0] for name in names]
+    assert equal(*samples)
+
+
+def test_gpt_neox_itself_still_reads_what_was_there(read, tmp_path):
+    """The fault, without metala layers. That of the generator too."""
+    changes = {"attention_config": None, "metala": None, "norm": "rmsnorm", "split": "60,20,20"}
+    write(tmp_path / "text", seed=0)
+    _, is_untouched = read(tmp_path / "text", **changes)
+    assert not is_untouched
+    for name in ("text", "fresh"):
+        write(tmp_path / name, seed=1)
+    again, _ = read(tmp_path / "text", **changes)
+    assert not equal(again, read(tmp_path / "fresh", **changes)[0])
+
+
+@pytest.mark.parametrize("packing", ["packed", "pack_until_overflow"])
+def test_no_document_is_in_two_parts(read, tmp_path, packing):
+    """After `split` was changed, and with the packing that counts from the first document."""
+    write(tmp_path / "text", seed=0)
+    for split in ("60,20,20", "20,20,60"):
+        samples, _ = read(tmp_path / "text", split=split, pack_impl=packing)
+        # Padding is 0.
+        train, valid, test = (set(samples[part].ravel().tolist()) - {0} for part in PARTS)
+        assert 0 < max(train) < min(valid) <= max(valid) < min(test)
+
+
+def test_other_labels_make_other_samples(read, tmp_path):
+    """Documents without labels are left out."""
+    changes = {**blend(tmp_path / "text"), "pack_impl": "pack_until_overflow"}
+    changes["train_label_data_paths"] = [f"{tmp_path}/label0", f"{tmp_path}/label1"]
+    for i in (0, 1):
+        write(tmp_path / f"text{i}", seed=i)
+    for left_out in (range(1, 21), range(21, 41)):
+        for i in (0, 1):
+            write_labels(tmp_path / f"label{i}", i, left_out)
+        samples, _ = read(None, **changes)
+        assert not set(samples["train"].ravel().tolist()) & set(left_out)
