@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import sys
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from unittest import mock
 
@@ -41,7 +40,7 @@ from benchmark_ops import bandwidth, graph_ms, make, relative_error  # noqa: E40
 
 from megatron_patch.hf import MetaLACache, MetaLAConfig, MetaLAForCausalLM  # noqa: E402
 from megatron_patch.hf.decoding_metala import _kernel  # noqa: E402
-from megatron_patch.ops import meta_linear_attention, short_convolution  # noqa: E402
+from megatron_patch.ops import backends, meta_linear_attention, short_convolution  # noqa: E402
 
 # (heads, K, V)
 WIDTHS = [(8, 64, 128), (8, 128, 256), (16, 64, 128), (4, 256, 512), (8, 40, 80), (8, 48, 96)]
@@ -121,8 +120,7 @@ def time_all() -> None:
 
 @torch.no_grad()
 def time_decoders(names: list[str], device: torch.device) -> None:
-    # The package has a function of this name too.
-    choice = import_module("megatron_patch.ops.token_decoder")
+    module = backends.REGISTRY["token_decoder"]["cuda"].module
     speed = read_bandwidth(device)
     free_memory(device)
     print(f"read bandwidth {speed / 1e12:.2f} TB/s; milliseconds a step, and share of the limit")
@@ -136,8 +134,8 @@ def time_decoders(names: list[str], device: torch.device) -> None:
         limit = bytes_read(model) / speed
         line = f"{name:<6} limit {1e3 * limit:.3f}"
         kernels = {}  # by the part of megatron_patch.ops that each is of
-        for bindings in (choice.CUDA_BINDINGS_INSTALLED, False):
-            with mock.patch.object(choice, "CUDA_BINDINGS_INSTALLED", bindings):
+        for failure in (backends.import_failure(module), "is left out"):
+            with mock.patch.dict(backends._failures, {module: failure}):
                 kernel = _kernel(model, states)
             kernels[type(kernel).__module__.split(".")[2]] = kernel
         for language, kernel in kernels.items():

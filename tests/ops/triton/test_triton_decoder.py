@@ -1,12 +1,11 @@
 """A step of a whole decoder in one launch against the model's own layers in float64."""
 
-from importlib import import_module
-
 import pytest
 import torch
 
 from megatron_patch.hf import MetaLACache
 from megatron_patch.hf.decoding_metala import _kernel
+from megatron_patch.ops import backends
 from megatron_patch.ops.triton import decoder
 from tests.ops.decoder_steps import (
     DEVICE,
@@ -20,15 +19,13 @@ from tests.ops.decoder_steps import (
     two_runs,
 )
 
-# The package has a function of this name too.
-token_decoder = import_module("megatron_patch.ops.token_decoder")
-
 GPU = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 
 
 @pytest.fixture(autouse=True)
 def no_other_kernel(monkeypatch):
-    monkeypatch.setattr(token_decoder, "CUDA_BINDINGS_INSTALLED", False)
+    module = backends.REGISTRY["token_decoder"]["cuda"].module
+    monkeypatch.setitem(backends._failures, module, "is not installed")
 
 
 @pytest.mark.parametrize(
