@@ -44,6 +44,7 @@ from megatron_patch.ops import backends, meta_linear_attention, short_convolutio
 
 # (heads, K, V)
 WIDTHS = [(8, 64, 128), (8, 128, 256), (16, 64, 128), (4, 256, 512), (8, 40, 80), (8, 48, 96)]
+WIDTHS += [(8, 16, 16), (16, 32, 32), (8, 64, 64), (8, 128, 128), (4, 256, 256), (8, 128, 64)]
 TIMED = WIDTHS[:3]
 LAYERS = 16
 STEPS = 200

@@ -40,6 +40,10 @@ SHAPES = [
 ]
 NAMES = ("q", "gate_logits", "v", "aug", "out_gate", "out_gate_bias", "initial_state")
 WIDTHS = [(32, 64), (64, 128), (96, 192), (128, 256), (48, 96), (256, 512), (40, 80), (36, 72)]
+# Of other `expand_k`: K = V for 1.0, K = 2 V for 2.0.
+WIDTHS += [(k, k) for k in (16, 32, 40, 64, 96, 128, 256)] + [(64, 32), (128, 64)]
+# Not in bfloat16 alone.
+IN_ALL_DTYPES = [(64, 128), (128, 256), (40, 80), (40, 40), (64, 64), (128, 128)]
 LENGTHS = [17, 300, 2500]
 # Medians of errors over random draws stay below this in bfloat16, and in all dtypes below this
 # multiple of those of chunked PyTorch whose products take operands of the same dtype. Not the worst
@@ -167,7 +171,7 @@ def check_all(jobs: int) -> bool:
         for kind in kinds
         # The rarer kinds at two lengths.
         if length in (300, 2500) or kind in ("plain", "state")
-        if dtype == torch.bfloat16 or (k, v) in ((64, 128), (128, 256), (40, 80))
+        if dtype == torch.bfloat16 or (k, v) in IN_ALL_DTYPES
     ]
     groups: dict[tuple, list] = {}
     for case in cases:  # one process per kernel configuration compiles it once

@@ -20,10 +20,11 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 )
 @pytest.mark.parametrize("bounds", [None, [0, 1, 70, 300]])
 @pytest.mark.parametrize("T", [1, 300])
-def test_fla_equals_reference(make_inputs, dtype, tolerance, bounds, T):
+@pytest.mark.parametrize(("K", "V"), [(64, 128), (64, 64), (16, 16), (64, 32)])
+def test_fla_equals_reference(make_inputs, dtype, tolerance, bounds, T, K, V):
     if bounds is not None and bounds[-1] != T:
         pytest.skip("boundaries are for the long sequence")
-    inputs = make_inputs(1, T, 2, 64, 128, N=None if bounds is None else 3, dtype=dtype)
+    inputs = make_inputs(1, T, 2, K, V, N=None if bounds is None else 3, dtype=dtype)
     inputs = {name: x.detach().cuda().requires_grad_() for name, x in inputs.items()}
     exact = {name: x.detach().double().requires_grad_() for name, x in inputs.items()}
     arguments = {

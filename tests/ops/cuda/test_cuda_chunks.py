@@ -21,6 +21,7 @@ GPU = pytest.mark.skipif(not HOPPER, reason="needs a GPU of compute capability 9
 
 
 WIDTHS = [(64, 128), (48, 96), (8, 16), (128, 256), (72, 144), (96, 32), (32, 256)]
+WIDTHS += [(64, 64), (128, 128), (128, 64)]
 
 
 def compile_for(source, blocks, heads, k, v, **numbers):
