@@ -37,6 +37,7 @@ from benchmark_generate import (  # noqa: E402
     time_steps,
 )
 from benchmark_ops import bandwidth, graph_ms, make, relative_error  # noqa: E402
+from command_line import CommandError, Parser, need_gpu, one_of, run_script  # noqa: E402
 
 from megatron_patch.hf import MetaLACache, MetaLAConfig, MetaLAForCausalLM  # noqa: E402
 from megatron_patch.hf.decoding_metala import _kernel  # noqa: E402
@@ -149,22 +150,19 @@ def time_decoders(names: list[str], device: torch.device) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--sizes", nargs="+", choices=SIZES, default=["380m", "1b", "3b"],
+        "--sizes", nargs="+", type=one_of(SIZES), default=["380m", "1b", "3b"],
         help="of configs/metala_*.yml, whose whole step is timed",
     )  # fmt: skip
     arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit("benchmark_decoding: found no CUDA device, wanted one to check and time on")
+    need_gpu()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
     if not check_all():
-        sys.exit("benchmark_decoding: the kernels are wrong on this machine; not timed")
+        raise CommandError("the kernels are wrong on this machine; not timed")
     time_all()
     time_decoders(arguments.sizes, torch.device("cuda"))
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)
