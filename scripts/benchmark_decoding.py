@@ -32,14 +32,14 @@ from benchmark_generate import (  # noqa: E402
     build,
     bytes_read,
     free_memory,
+    metala_config,
     read_bandwidth,
-    sizes,
     time_steps,
 )
 from benchmark_ops import bandwidth, graph_ms, make, relative_error  # noqa: E402
 from command_line import CommandError, Parser, need_gpu, one_of, run_script  # noqa: E402
 
-from megatron_patch.hf import MetaLACache, MetaLAConfig, MetaLAForCausalLM  # noqa: E402
+from megatron_patch.hf import MetaLACache, MetaLAForCausalLM  # noqa: E402
 from megatron_patch.hf.decoding_metala import _kernel  # noqa: E402
 from megatron_patch.ops import backends, meta_linear_attention, short_convolution  # noqa: E402
 
@@ -127,7 +127,7 @@ def time_decoders(names: list[str], device: torch.device) -> None:
     free_memory(device)
     print(f"read bandwidth {speed / 1e12:.2f} TB/s; milliseconds a step, and share of the limit")
     for name in names:
-        model = build(MetaLAForCausalLM, MetaLAConfig(**sizes(name)), device)
+        model = build(MetaLAForCausalLM, metala_config(name), device)
         token = torch.randint(VOCABULARY, (1, 1), device=device)
         logits = torch.empty(VOCABULARY, dtype=torch.bfloat16, device=device)
         cache = MetaLACache(model.config)

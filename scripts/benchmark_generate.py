@@ -71,6 +71,12 @@ def sizes(name: str) -> dict[str, int]:
     )
 
 
+def metala_config(name: str) -> MetaLAConfig:
+    """Of a size in configs/, with its width of keys."""
+    settings = yaml.safe_load(SIZES[name].read_text(encoding="utf-8"))
+    return MetaLAConfig(**sizes(name), expand_k=settings.get("metala", {}).get("expand_k", 0.5))
+
+
 def build(kind: type[nn.Module], config, device: torch.device) -> nn.Module:
     """A model with random weights in bfloat16, made on its device."""
     before = torch.get_default_dtype()
@@ -284,7 +290,7 @@ def main() -> None:
     free_memory(device)
 
     # One model at a time, for the memory that each takes.
-    metala = build(MetaLAForCausalLM, MetaLAConfig(**shape), device)
+    metala = build(MetaLAForCausalLM, metala_config(arguments.size), device)
     limit = bytes_read(metala) / speed
     print(
         f"{name}, torch {torch.__version__}, bfloat16; MetaLA of "

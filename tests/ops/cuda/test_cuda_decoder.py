@@ -226,6 +226,7 @@ def test_the_embedding_is_the_models_own():
         # Rows that are no whole vectors; fewer rows than multiprocessors.
         (torch.bfloat16, dict(decoder_embed_dim=36)),
         (torch.bfloat16, dict(glu_dim=80)),
+        (torch.bfloat16, dict(expand_k=1.0)),  # another K than V / 2
     ],
 )
 def test_where_triton_serves(dtype, options):

@@ -41,6 +41,7 @@ def no_other_kernel(monkeypatch):
         (torch.float16, dict(norm_type="rmsnorm")),
         (torch.float32, dict(norm_type="rmsnorm", bias=True)),
         (torch.float32, dict(self_augmentation=False, conv_width=2)),
+        (torch.float32, dict(expand_k=1.0)),
         (torch.float32, dict(conv_width=1, no_scale_embedding=False, tau=1.0)),
         (torch.bfloat16, dict(no_scale_embedding=False, tie_word_embeddings=True)),
     ],
