@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import sys
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from unittest import mock
 
@@ -33,18 +32,20 @@ from benchmark_generate import (  # noqa: E402
     build,
     bytes_read,
     free_memory,
+    metala_config,
     read_bandwidth,
-    sizes,
     time_steps,
 )
 from benchmark_ops import bandwidth, graph_ms, make, relative_error  # noqa: E402
+from command_line import CommandError, Parser, need_gpu, one_of, run_script  # noqa: E402
 
-from megatron_patch.hf import MetaLACache, MetaLAConfig, MetaLAForCausalLM  # noqa: E402
+from megatron_patch.hf import MetaLACache, MetaLAForCausalLM  # noqa: E402
 from megatron_patch.hf.decoding_metala import _kernel  # noqa: E402
-from megatron_patch.ops import meta_linear_attention, short_convolution  # noqa: E402
+from megatron_patch.ops import backends, meta_linear_attention, short_convolution  # noqa: E402
 
 # (heads, K, V)
 WIDTHS = [(8, 64, 128), (8, 128, 256), (16, 64, 128), (4, 256, 512), (8, 40, 80), (8, 48, 96)]
+WIDTHS += [(8, 16, 16), (16, 32, 32), (8, 64, 64), (8, 128, 128), (4, 256, 256), (8, 128, 64)]
 TIMED = WIDTHS[:3]
 LAYERS = 16
 STEPS = 200
@@ -121,13 +122,12 @@ def time_all() -> None:
 
 @torch.no_grad()
 def time_decoders(names: list[str], device: torch.device) -> None:
-    # The package has a function of this name too.
-    choice = import_module("megatron_patch.ops.token_decoder")
+    module = backends.REGISTRY["token_decoder"]["cuda"].module
     speed = read_bandwidth(device)
     free_memory(device)
     print(f"read bandwidth {speed / 1e12:.2f} TB/s; milliseconds a step, and share of the limit")
     for name in names:
-        model = build(MetaLAForCausalLM, MetaLAConfig(**sizes(name)), device)
+        model = build(MetaLAForCausalLM, metala_config(name), device)
         token = torch.randint(VOCABULARY, (1, 1), device=device)
         logits = torch.empty(VOCABULARY, dtype=torch.bfloat16, device=device)
         cache = MetaLACache(model.config)
@@ -136,8 +136,8 @@ def time_decoders(names: list[str], device: torch.device) -> None:
         limit = bytes_read(model) / speed
         line = f"{name:<6} limit {1e3 * limit:.3f}"
         kernels = {}  # by the part of megatron_patch.ops that each is of
-        for bindings in (choice.CUDA_BINDINGS_INSTALLED, False):
-            with mock.patch.object(choice, "CUDA_BINDINGS_INSTALLED", bindings):
+        for failure in (backends.import_failure(module), "is left out"):
+            with mock.patch.dict(backends._failures, {module: failure}):
                 kernel = _kernel(model, states)
             kernels[type(kernel).__module__.split(".")[2]] = kernel
         for language, kernel in kernels.items():
@@ -150,22 +150,19 @@ def time_decoders(names: list[str], device: torch.device) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--sizes", nargs="+", choices=SIZES, default=["380m", "1b", "3b"],
+        "--sizes", nargs="+", type=one_of(SIZES), default=["380m", "1b", "3b"],
         help="of configs/metala_*.yml, whose whole step is timed",
     )  # fmt: skip
     arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit("benchmark_decoding: found no CUDA device, wanted one to check and time on")
+    need_gpu()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
     if not check_all():
-        sys.exit("benchmark_decoding: the kernels are wrong on this machine; not timed")
+        raise CommandError("the kernels are wrong on this machine; not timed")
     time_all()
     time_decoders(arguments.sizes, torch.device("cuda"))
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -34,6 +34,10 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from command_line import Parser, number, one_of, picture, run_script, whole  # noqa: E402
+from command_line import device as device_name  # noqa: E402
+
 from megatron_patch.hf import MetaLACache, MetaLAConfig, MetaLAForCausalLM  # noqa: E402
 from megatron_patch.hf.decoding_metala import COMPILE_OPTIONS, record_cuda_graph  # noqa: E402
 
@@ -65,6 +69,12 @@ def sizes(name: str) -> dict[str, int]:
         intermediate_size=settings["intermediate_size"],
         vocab_size=VOCABULARY,
     )
+
+
+def metala_config(name: str) -> MetaLAConfig:
+    """Of a size in configs/, with its width of keys."""
+    settings = yaml.safe_load(SIZES[name].read_text(encoding="utf-8"))
+    return MetaLAConfig(**sizes(name), expand_k=settings.get("metala", {}).get("expand_k", 0.5))
 
 
 def build(kind: type[nn.Module], config, device: torch.device) -> nn.Module:
@@ -243,27 +253,27 @@ def plot(results: dict[tuple[int, int], tuple[Speed, Speed | None]], path: Path,
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--size", choices=SIZES, default="380m", help="of configs/metala_*.yml")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 64])
-    parser.add_argument("--contexts", type=int, nargs="+", default=[2**n for n in (10, 13, 15, 17)])
-    parser.add_argument("--steps", type=int, default=48, help="timed steps")
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--decoding-graph", choices=("compiled", "eager"), default="compiled", help="MetaLA's"
+        "--size", type=one_of(SIZES), default="380m", help="of configs/metala_*.yml"
     )
-    parser.add_argument("--budget", type=float, default=240, help="seconds, then compiles no more")
-    parser.add_argument("--plot", type=Path, default=Path("benchmark_generate.png"))
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--batches", type=whole(1), nargs="+", default=[1, 64])
+    parser.add_argument(
+        "--contexts", type=whole(1), nargs="+", default=[2**n for n in (10, 13, 15, 17)]
+    )
+    parser.add_argument("--steps", type=whole(1), default=48, help="timed steps")
+    parser.add_argument(
+        "--decoding-graph", type=one_of(("compiled", "eager")), default="compiled", help="MetaLA's"
+    )
+    seconds = number(lambda x: x >= 0, "of seconds, 0 or more")
+    parser.add_argument("--budget", type=seconds, default=240, help="then compiles no more")
+    parser.add_argument("--plot", type=picture, default="benchmark_generate.png")
+    parser.add_argument(
+        "--device", type=device_name, default="cuda" if torch.cuda.is_available() else "cpu"
+    )
     arguments = parser.parse_args()
     for name in ("batches", "contexts"):
-        values = getattr(arguments, name)
-        if min(values) < 1:
-            parser.error(f"--{name}: found {min(values)}, wanted at least 1")
-        setattr(arguments, name, sorted(set(values)))
-    if arguments.steps < 1:
-        parser.error(f"--steps: found {arguments.steps}, wanted at least 1")
+        setattr(arguments, name, sorted(set(getattr(arguments, name))))
     return arguments
 
 
@@ -280,7 +290,7 @@ def main() -> None:
     free_memory(device)
 
     # One model at a time, for the memory that each takes.
-    metala = build(MetaLAForCausalLM, MetaLAConfig(**shape), device)
+    metala = build(MetaLAForCausalLM, metala_config(arguments.size), device)
     limit = bytes_read(metala) / speed
     print(
         f"{name}, torch {torch.__version__}, bfloat16; MetaLA of "
@@ -350,4 +360,4 @@ def line(
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, torch.cuda.OutOfMemoryError)

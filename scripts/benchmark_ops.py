@@ -29,6 +29,9 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from command_line import CommandError, Parser, need_gpu, picture, run_script, whole  # noqa: E402
+
 from megatron_patch.ops import chunked, meta_linear_attention  # noqa: E402
 
 # (batch, tokens, heads, K, V); the first is the one that targets are stated for.
@@ -40,6 +43,10 @@ SHAPES = [
 ]
 NAMES = ("q", "gate_logits", "v", "aug", "out_gate", "out_gate_bias", "initial_state")
 WIDTHS = [(32, 64), (64, 128), (96, 192), (128, 256), (48, 96), (256, 512), (40, 80), (36, 72)]
+# Of other `expand_k`: K = V for 1.0, K = 2 V for 2.0.
+WIDTHS += [(k, k) for k in (16, 32, 40, 64, 96, 128, 256)] + [(64, 32), (128, 64)]
+# Not in bfloat16 alone.
+IN_ALL_DTYPES = [(64, 128), (128, 256), (40, 80), (40, 40), (64, 64), (128, 128)]
 LENGTHS = [17, 300, 2500]
 # Medians of errors over random draws stay below this in bfloat16, and in all dtypes below this
 # multiple of those of chunked PyTorch whose products take operands of the same dtype. Not the worst
@@ -167,7 +174,7 @@ def check_all(jobs: int) -> bool:
         for kind in kinds
         # The rarer kinds at two lengths.
         if length in (300, 2500) or kind in ("plain", "state")
-        if dtype == torch.bfloat16 or (k, v) in ((64, 128), (128, 256), (40, 80))
+        if dtype == torch.bfloat16 or (k, v) in IN_ALL_DTYPES
     ]
     groups: dict[tuple, list] = {}
     for case in cases:  # one process per kernel configuration compiles it once
@@ -361,7 +368,7 @@ def time_all(with_fla: bool) -> None:
     print(f"first call, compilation included: {first_call_seconds():.1f} s", flush=True)
 
 
-def plot(path: str) -> None:
+def plot(path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -386,15 +393,16 @@ def plot(path: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--no-check", action="store_true", help="time without checking first")
     parser.add_argument("--no-time", action="store_true", help="check without timing")
-    parser.add_argument("--plot", metavar="PATH", help="draw time against length into this file")
-    parser.add_argument("--jobs", type=int, default=min(8, os.cpu_count() or 1))
+    parser.add_argument(
+        "--plot", type=picture, metavar="PATH", help="draw time against length into this file"
+    )
+    parser.add_argument("--jobs", type=whole(1), default=min(8, os.cpu_count() or 1))
     parser.add_argument("--first-call", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit("benchmark_ops: found no CUDA device, wanted one to check and time the kernels on")
+    need_gpu()
     if options.first_call:
         _, both = mixer(SHAPES[0], "triton")
         torch.cuda.synchronize()
@@ -407,7 +415,7 @@ def main() -> None:
 
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}")
     if not options.no_check and not check_all(options.jobs):
-        sys.exit("benchmark_ops: the kernels are wrong on this machine; not timed")
+        raise CommandError("the kernels are wrong on this machine; not timed")
     if not options.no_time:
         time_all(with_fla=find_spec("fla") is not None)
     if options.plot:
@@ -415,4 +423,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

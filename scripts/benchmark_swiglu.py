@@ -17,6 +17,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from benchmark_ops import bandwidth, graph_ms, relative_error  # noqa: E402
+from command_line import CommandError, Parser, need_gpu, run_script  # noqa: E402
 
 from megatron_patch.ops import swiglu  # noqa: E402
 
@@ -96,13 +97,13 @@ def time_all() -> None:
 
 
 def main() -> None:
-    if not torch.cuda.is_available():
-        sys.exit("benchmark_swiglu: found no CUDA device, wanted one to check and time on")
+    Parser(description=__doc__.split("\n")[0]).parse_args()
+    need_gpu()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
     if not check_all():
-        sys.exit("benchmark_swiglu: the kernels are wrong on this machine; not timed")
+        raise CommandError("the kernels are wrong on this machine; not timed")
     time_all()
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -33,6 +33,7 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "scripts"))
+from command_line import CommandError, Parser, existing_file, run_script, whole  # noqa: E402
 from link_neox import MARK, entry_point  # noqa: E402
 
 from convert.command import ConvertError  # noqa: E402
@@ -86,6 +87,9 @@ def write_data(folder: Path) -> dict[str, Any]:
 def training_settings(options: argparse.Namespace) -> dict[str, Any]:
     """The settings of `--config`, of the number of GPUs and steps asked for."""
     given = merge_yaml([options.config])
+    needed = ("num_layers", "seq_length", "intermediate_size", "train_micro_batch_size_per_gpu")
+    if missing := [name for name in needed if name not in given]:
+        raise SettingsError(f"{options.config}: found no {missing[0]}, wanted a model's settings")
     micro = options.micro_batch or given["train_micro_batch_size_per_gpu"]
     return {
         **given,
@@ -128,49 +132,47 @@ def measure(checkout: Path, settings: dict[str, Any], folder: Path, name: str) -
     """Trains, and reads what was printed.
 
     Raises:
-        RuntimeError: the training failed; its last lines.
+        CommandError: the training failed; its last lines stand before.
     """
     config = folder / f"{name}.yml"
     config.write_text(yaml.safe_dump({**settings, "master_port": free_port()}))
-    run = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "./deepy.py", "train.py", str(config)],
         cwd=checkout,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
-    if run.returncode:
-        raise RuntimeError("\n".join([*run.stdout.splitlines()[-40:], f"training {name} failed"]))
-    times = [float(time) for time in TIME.findall(run.stdout)][1:]
+    if done.returncode:
+        print(*done.stdout.splitlines()[-40:], sep="\n", file=sys.stderr)
+        raise CommandError(f"training {name} failed with exit code {done.returncode}")
+    times = [float(time) for time in TIME.findall(done.stdout)][1:]
     tokens = settings["train_batch_size"] * settings["seq_length"]
     return Measurement(
         times,
         tokens / (statistics.mean(times) / 1e3),
-        float(MEMORY.search(run.stdout)[1]) * 2**20 / 1e9,
-        int(PARAMETERS.search(run.stdout)[1]),
+        float(MEMORY.search(done.stdout)[1]) * 2**20 / 1e9,
+        int(PARAMETERS.search(done.stdout)[1]),
     )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", type=Path, default=ROOT / "configs/metala_380m.yml")
-    parser.add_argument("--gpus", type=int, default=1, help="of this machine (default: 1)")
-    parser.add_argument("--tensor-parallel", type=int, default=1, help="ranks (default: 1)")
-    parser.add_argument("--micro-batch", type=int, help="sequences (default: as in --config)")
-    parser.add_argument("--steps", type=int, default=40, help="default: 40")
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", type=existing_file, default=ROOT / "configs/metala_380m.yml")
+    parser.add_argument("--gpus", type=whole(1), default=1, help="of this machine (default: 1)")
+    parser.add_argument("--tensor-parallel", type=whole(1), default=1, help="ranks (default: 1)")
+    parser.add_argument("--micro-batch", type=whole(1), help="sequences (default: as in --config)")
+    parser.add_argument("--steps", type=whole(2 * INTERVAL), default=40, help="default: 40")
     parser.add_argument("--no-peer", action="store_true", help="MetaLA alone")
     options = parser.parse_args()
     if options.gpus % options.tensor_parallel:
         parser.error(f"--gpus: found {options.gpus}, wanted a multiple of --tensor-parallel")
-    if options.steps < 2 * INTERVAL:
-        parser.error(f"--steps: found {options.steps}, wanted {2 * INTERVAL} or more")
-    try:
-        checkout = need_neox()
-        settings = training_settings(options)
-    except (ConvertError, SettingsError) as error:
-        sys.exit(f"benchmark_training: {error}")
+    if torch.cuda.is_available() and options.gpus > torch.cuda.device_count():
+        parser.error(f"--gpus: found {options.gpus}, wanted {torch.cuda.device_count()} or fewer")
+    settings = training_settings(options)
+    checkout = need_neox()
     if MARK not in entry_point(checkout).read_text():
-        sys.exit(f"benchmark_training: link it first: scripts/link_neox.py {checkout}")
+        raise CommandError(f"link it first: scripts/link_neox.py {checkout}")
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     print(
@@ -189,10 +191,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         data = write_data(Path(work))
         for name, changes in models.items():
-            try:
-                one = measure(checkout, {**changes, **data}, Path(work), name.split(",")[0])
-            except RuntimeError as error:
-                sys.exit(f"benchmark_training: {error}")
+            one = measure(checkout, {**changes, **data}, Path(work), name.split(",")[0])
             found.append(one)
             span = f"{min(one.milliseconds):.1f} to {max(one.milliseconds):.1f}"
             print(
@@ -207,4 +206,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, ConvertError, SettingsError)

@@ -25,6 +25,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from command_line import CommandError, Parser, device, number, one_of, run_script, told, whole
 from jinja2 import TemplateError
 from safetensors import SafetensorError, safe_open
 from transformers import (
@@ -293,28 +294,24 @@ def obey(command: str, conversation: Conversation) -> bool:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    temperature = number(lambda x: x >= 0, "of 0 or more")
+    top_p = number(lambda x: 0 < x <= 1, "above 0, at most 1")
     parser.add_argument("folder", help="the model's folder, or its name on the Hub")
     parser.add_argument("--system", help="system message, or with --plain the text's first line")
-    parser.add_argument("--max-new-tokens", type=int, default=512, help="longest answer")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest")
-    parser.add_argument("--top-p", type=float, default=0.95, help="probability to draw from")
-    parser.add_argument("--seed", type=int, help="for the same answers again")
+    parser.add_argument("--max-new-tokens", type=whole(1), default=512, help="longest answer")
+    parser.add_argument(
+        "--temperature", type=temperature, default=0.8, help="0: always the likeliest"
+    )
+    parser.add_argument("--top-p", type=top_p, default=0.95, help="probability to draw from")
+    parser.add_argument("--seed", type=whole(0), help="for the same answers again")
     parser.add_argument("--plain", action="store_true", help="plain text, without chat template")
     parser.add_argument("--stats", action="store_true", help="say after each turn what it took")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="auto: the folder's")
-    arguments = parser.parse_args()
-    for name, fits, wanted in (
-        ("max-new-tokens", arguments.max_new_tokens >= 1, "at least 1"),
-        ("temperature", arguments.temperature >= 0, "0 or more"),
-        ("top-p", 0 < arguments.top_p <= 1, "above 0, at most 1"),
-    ):
-        if not fits:
-            parser.error(f"--{name}: wanted {wanted}")
-    return arguments
+    parser.add_argument(
+        "--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu"
+    )
+    parser.add_argument("--dtype", type=one_of(DTYPES), default="auto", help="auto: the folder's")
+    return parser.parse_args()
 
 
 def main() -> None:
@@ -326,10 +323,13 @@ def main() -> None:
         model = AutoModelForCausalLM.from_pretrained(
             arguments.folder, trust_remote_code=False, **{DTYPE_KEY: arguments.dtype}
         )
-    except (OSError, ValueError) as error:
-        sys.exit(f"{arguments.folder}: {error}")
+    except Exception as error:  # transformers and its libraries have many kinds
+        raise CommandError(
+            f"folder: found {arguments.folder} ({told(error)}), wanted a MetaLA model"
+        ) from None
     if not isinstance(model, MetaLAForCausalLM):
-        sys.exit(f"{arguments.folder}: found a {type(model).__name__}, wanted a MetaLA model")
+        found = type(model).__name__
+        raise CommandError(f"folder: found {arguments.folder}, a {found}, wanted a MetaLA model")
     model = model.to(arguments.device).eval()
     conversation = Conversation(model, tokenizer, arguments.system, arguments.plain)
     choose = chooser(arguments.temperature, arguments.top_p)
@@ -360,4 +360,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

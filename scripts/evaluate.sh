@@ -27,6 +27,11 @@ export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
   exit 1
 }
 
+if [ ! -f "$folder/config.json" ]; then
+  echo "evaluate.sh: FOLDER: found $folder, wanted a model's folder, with a config.json" >&2
+  exit 2
+fi
+
 results="runs/evaluate/$(basename "$folder")"
 # Imported first, megatron_patch.hf is what lm_eval's AutoModel finds for a MetaLA configuration.
 "$python" -c 'import megatron_patch.hf; from lm_eval.__main__ import cli_evaluate; cli_evaluate()' \

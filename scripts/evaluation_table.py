@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 from pathlib import Path
+
+from command_line import CommandError, Parser, existing, run_script
 
 # "CommonSense Reasoning benchmark" in https://github.com/BICLab/MetaLA (README, commit 3353262):
 # the released checkpoints of 0.38B, 1B and 3B parameters, trained on 300B tokens; accuracy in %.
@@ -50,7 +50,9 @@ def read_results(path: Path) -> dict[str, dict[str, float]]:
     """
     try:
         results = json.loads(path.read_text(encoding="utf-8"))["results"]
-    except (ValueError, KeyError, TypeError):
+        if not all(isinstance(values, dict) for values in results.values()):
+            raise TypeError
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{path}: no results of lm_eval") from None
     found = {}
     for task, values in results.items():
@@ -93,16 +95,18 @@ def table(results: dict[str, dict[str, float]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("results", type=Path, help="lm_eval's results file, or a folder of them")
+    parser = Parser(description=__doc__)
+    parser.add_argument(
+        "results", type=existing, help="lm_eval's results file, or a folder of them"
+    )
     path = parser.parse_args().results
+    path = newest_results(path)
     try:
-        path = newest_results(path)
         text = table(read_results(path))
-    except (OSError, ValueError) as error:
-        sys.exit(str(error))
+    except ValueError as error:
+        raise CommandError(error) from None
     print(f"{path}\n\n{text}\n\n{EXPLANATION}")
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -4,12 +4,12 @@ what GPT-NeoX printed. Several files give several curves."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from command_line import CommandError, Parser, existing_file, picture, run_script
 
 _NEOX_TRAIN = re.compile(r"iteration\s+(\d+)/\s*\d+ \|.*?\blm_loss: (\S+)")
 _NEOX_VALID = re.compile(r"validation results at iteration (\d+) \| lm_loss value: (\S+)")
@@ -30,19 +30,27 @@ def read_losses(path: Path) -> Losses:
         ValueError: there is none.
     """
     losses = Losses()
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        if line.startswith('{"iteration"'):
-            row = json.loads(line)
-            for key, target in (("loss", losses.train), ("eval_loss", losses.valid)):
-                if key in row:
-                    target[row["iteration"]] = row[key]
-        elif match := _NEOX_TRAIN.search(line):
-            losses.train[int(match[1])] = float(match[2])
-        elif match := _NEOX_VALID.search(line):
-            losses.valid[int(match[1])] = float(match[2])
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    for count, line in enumerate(lines, 1):
+        try:
+            _read_line(line, losses)
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{path}:{count}: found no numbers, wanted a loss") from None
     if not losses.train:
         raise ValueError(f"{path}: holds no training losses")
     return Losses(dict(sorted(losses.train.items())), dict(sorted(losses.valid.items())))
+
+
+def _read_line(line: str, losses: Losses) -> None:
+    if line.startswith('{"iteration"'):
+        row = json.loads(line)
+        for key, target in (("loss", losses.train), ("eval_loss", losses.valid)):
+            if key in row:
+                target[int(row["iteration"])] = float(row[key])
+    elif match := _NEOX_TRAIN.search(line):
+        losses.train[int(match[1])] = float(match[2])
+    elif match := _NEOX_VALID.search(line):
+        losses.valid[int(match[1])] = float(match[2])
 
 
 def plot(curves: dict[str, Losses], output: Path, title: str | None = None) -> None:
@@ -71,10 +79,10 @@ def plot(curves: dict[str, Losses], output: Path, title: str | None = None) -> N
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("logs", type=Path, nargs="+")
+    parser = Parser(description=__doc__)
+    parser.add_argument("logs", type=existing_file, nargs="+")
     parser.add_argument("--labels", nargs="+", help="one for each log; by default their names")
-    parser.add_argument("--output", type=Path, default=Path("loss.png"))
+    parser.add_argument("--output", type=picture, default="loss.png")
     parser.add_argument("--title")
     args = parser.parse_args()
     labels = args.labels or [str(path) for path in args.logs]
@@ -82,11 +90,11 @@ def main() -> None:
         parser.error(f"--labels: found {len(labels)}, wanted {len(args.logs)}")
     try:
         curves = {label: read_losses(path) for label, path in zip(labels, args.logs, strict=True)}
-    except (OSError, ValueError) as error:
-        sys.exit(f"plot_loss.py: {error}")
+    except ValueError as error:
+        raise CommandError(error) from None
     plot(curves, args.output, args.title)
     print(args.output)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -6,14 +6,15 @@ order of their names. Each document ends with <|endoftext|>. The same input give
 
 from __future__ import annotations
 
-import argparse
 import json
 import multiprocessing
 import sys
 import threading
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 
+from command_line import Parser, existing, existing_file, output_path, run_script, told, whole
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
@@ -93,6 +94,18 @@ def _texts_of_lines(path: Path, json_key: str) -> Iterator[str]:
             yield text
 
 
+def with_a_first(texts: Iterable[str]) -> Iterator[str]:
+    """The same texts, of which the first has been read.
+
+    Raises:
+        ValueError: there is none.
+    """
+    texts = iter(texts)
+    for first in texts:
+        return chain([first], texts)
+    raise ValueError("inputs: found no text, wanted one document or more")
+
+
 def refuse_existing(outputs: Iterable[Path], overwrite: bool) -> None:
     """Raises FileExistsError if one of `outputs` is there and may not be replaced."""
     for path in outputs:
@@ -104,7 +117,12 @@ class Encoder:
     """Text to tokens, in this process or as the function of a pool's workers."""
 
     def __init__(self, tokenizer_file: Path):
-        self.tokenizer = Tokenizer.from_file(str(tokenizer_file))
+        try:
+            self.tokenizer = Tokenizer.from_file(str(tokenizer_file))
+        except Exception as error:  # the library has no kind of its own
+            raise ValueError(
+                f"--tokenizer: found {tokenizer_file} ({told(error)}), wanted a tokenizer.json"
+            ) from None
         self.end_of_text = self.tokenizer.token_to_id(END_OF_TEXT)
         if self.end_of_text is None:
             raise ValueError(
@@ -131,8 +149,13 @@ def _encode_in_worker(text: str) -> list[int]:
 def prepare(
     texts: Iterable[str], tokenizer_file: Path, prefix: Path, workers: int = 1
 ) -> tuple[int, int]:
-    """Writes the data set and returns its numbers of documents and tokens."""
+    """Writes the data set and returns its numbers of documents and tokens.
+
+    Raises:
+        ValueError: there is no text, or the tokenizer is none; nothing is written then.
+    """
     encoder = Encoder(tokenizer_file)
+    texts = with_a_first(texts)
     documents = tokens = 0
     bar = tqdm(desc=f"Writing {prefix}", unit=" tokens", unit_scale=True, mininterval=0.5)
     with bar, IndexedDatasetWriter(prefix, encoder.tokenizer.get_vocab_size()) as writer:
@@ -147,7 +170,7 @@ def prepare(
 def _encode_all(
     texts: Iterable[str], encoder: Encoder, tokenizer_file: Path, workers: int
 ) -> Iterator[list[int]]:
-    if workers <= 1:
+    if workers == 1:
         yield from map(encoder, texts)
         return
     # `imap` reads ahead without limit; a corpus may be larger than the memory.
@@ -174,27 +197,29 @@ def _encode_all(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("inputs", type=Path, nargs="+", help="text files, .jsonl files, folders")
-    parser.add_argument("--output", type=Path, required=True, help="PREFIX of the files to write")
-    parser.add_argument("--tokenizer", type=Path, required=True, help="a tokenizer.json")
+    parser = Parser(description=__doc__)
+    parser.add_argument(
+        "inputs", type=existing, nargs="+", help="text files, .jsonl files, folders"
+    )
+    parser.add_argument(
+        "--output", type=output_path, required=True, help="PREFIX of the files to write"
+    )
+    parser.add_argument("--tokenizer", type=existing_file, required=True, help="a tokenizer.json")
     parser.add_argument("--json-key", default="text", help="key of the text in .jsonl files")
     parser.add_argument("--suffix", action="append", help="in folders: only such files, e.g. .py")
-    parser.add_argument("--workers", type=int, default=1, help="processes that tokenize")
+    parser.add_argument("--workers", type=whole(1), default=1, help="processes that tokenize")
     parser.add_argument("--overwrite", action="store_true", help="replace existing output")
     args = parser.parse_args()
     try:
         refuse_existing([bin_path(args.output), idx_path(args.output)], args.overwrite)
-        if not args.tokenizer.is_file():
-            raise FileNotFoundError(f"{args.tokenizer}: no such file")
         texts = iterate_documents(args.inputs, args.json_key, args.suffix)
         documents, tokens = prepare(texts, args.tokenizer, args.output, args.workers)
         for path in index_map_paths(args.output):  # of what was there before
             path.unlink(missing_ok=True)
     except (OSError, ValueError) as error:
-        sys.exit(f"prepare_data.py: {error}")
+        sys.exit(f"prepare_data.py: {told(error)}")
     print(f"{args.output}.bin, .idx: {documents:,} documents, {tokens:,} tokens")
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -7,7 +7,6 @@ repeated. Exit code 1 if the loss fell by less than 30 %, or if the verification
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -21,6 +20,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from command_line import Parser
 from link_neox import commit_of
 from plot_loss import plot, read_losses
 from tqdm import tqdm
@@ -346,7 +346,7 @@ def write_sample(folder: Path) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("--fresh", action="store_true", help="remove runs/quickstart first")
     args = parser.parse_args()
     started = time.monotonic()

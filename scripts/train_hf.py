@@ -5,12 +5,12 @@ Trainer, and writes a Hugging Face folder. The same command goes on where a run 
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from pathlib import Path
 
 import torch
+from command_line import Parser, output_folder, run_script
 from transformers import AutoModelForCausalLM
 
 from megatron_patch.architecture import SettingsError
@@ -67,10 +67,12 @@ def largest_difference(model: MetaLAForCausalLM, folder: Path, tokens: torch.Ten
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("configs", nargs="+", help="YAML files, merged as GPT-NeoX merges them")
     parser.add_argument("-d", "--conf_dir", type=Path, help="folder of the YAML files")
-    parser.add_argument("--output", type=Path, help="Hugging Face folder to write (SAVE/hf)")
+    parser.add_argument(
+        "--output", type=output_folder, help="Hugging Face folder to write (SAVE/hf)"
+    )
     parser.add_argument("--verify", action="store_true", help="compare the written model's logits")
     args = parser.parse_args()
     paths = [args.conf_dir / name if args.conf_dir else Path(name) for name in args.configs]
@@ -96,4 +98,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

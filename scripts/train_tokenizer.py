@@ -4,12 +4,11 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterable
-from pathlib import Path
 
-from prepare_data import END_OF_TEXT, iterate_documents, refuse_existing
+from command_line import Parser, existing, output_path, run_script, told, whole
+from prepare_data import END_OF_TEXT, iterate_documents, refuse_existing, with_a_first
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 # As END_OF_TEXT, a name that GPT-NeoX looks up.
@@ -33,22 +32,22 @@ def train(texts: Iterable[str], vocab_size: int, progress: bool = True) -> Token
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("inputs", type=Path, nargs="+", help="text files, .jsonl files, folders")
-    parser.add_argument("--output", type=Path, required=True, help="tokenizer.json to write")
-    parser.add_argument("--vocab-size", type=int, default=32000)
+    parser = Parser(description=__doc__)
+    parser.add_argument(
+        "inputs", type=existing, nargs="+", help="text files, .jsonl files, folders"
+    )
+    parser.add_argument("--output", type=output_path, required=True, help="tokenizer.json to write")
+    parser.add_argument("--vocab-size", type=whole(SMALLEST), default=32000)
     parser.add_argument("--json-key", default="text", help="key of the text in .jsonl files")
     parser.add_argument("--suffix", action="append", help="in folders: only such files, e.g. .py")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     args = parser.parse_args()
-    if args.vocab_size < SMALLEST:
-        parser.error(f"--vocab-size: found {args.vocab_size}, wanted at least {SMALLEST}")
     try:
         refuse_existing([args.output], args.overwrite)
         documents = iterate_documents(args.inputs, args.json_key, args.suffix)
-        tokenizer = train(documents, args.vocab_size)
+        tokenizer = train(with_a_first(documents), args.vocab_size)
     except (OSError, ValueError) as error:
-        sys.exit(f"train_tokenizer.py: {error}")
+        sys.exit(f"train_tokenizer.py: {told(error)}")
     args.output.parent.mkdir(parents=True, exist_ok=True)
     temporary = args.output.with_name(args.output.name + ".tmp")
     tokenizer.save(str(temporary))
@@ -57,4 +56,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -176,15 +176,18 @@ def wandb_wanted(settings: EmbeddedSettings) -> bool:
     """Whether to log to wandb: as in GPT-NeoX only with a key, or offline. Sets up its environment.
 
     Raises:
-        SettingsError: `use_wandb` is on and wandb is not installed.
+        SettingsError: `use_wandb` is on and wandb is not installed, or broken.
     """
     mode = os.environ.get("WANDB_MODE", "online")
     if not settings.use_wandb or mode == "disabled":
         return False
     try:
-        import wandb  # noqa: F401
-    except ImportError:
-        raise SettingsError("use_wandb: wandb is not installed (pip install wandb)") from None
+        from wandb import init  # noqa: F401
+    except Exception as error:  # not there, broken, or another module of this name
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise SettingsError(
+            f"use_wandb: found no wandb that works ({reason}), wanted pip install wandb"
+        ) from None
     import requests
 
     names = {"WANDB_API_KEY", "WANDB_LOCAL"}

@@ -375,8 +375,9 @@ def _log_to_wandb() -> None:
     from megatron.utils import get_wandb_api_key
 
     wandb = sys.modules.get("wandb")  # GPT-NeoX has imported it where it is installed
-    if wandb is not None and not hasattr(wandb.util, "generate_id"):
-        wandb.util.generate_id = wandb.sdk.lib.runid.generate_id
+    util = getattr(wandb, "util", None)  # another module of this name has none
+    if util is not None and not hasattr(util, "generate_id"):
+        util.generate_id = wandb.sdk.lib.runid.generate_id
 
     @functools.wraps(get_wandb_api_key)
     def key_unless_offline(neox_args):

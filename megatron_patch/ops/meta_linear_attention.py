@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from megatron_patch.ops import availability
+from megatron_patch.ops.backends import choose, names_of
 from megatron_patch.ops.checks import (
     FLOAT_DTYPES,
     check_choice,
@@ -17,7 +17,7 @@ from megatron_patch.ops.checks import (
     check_tensor,
 )
 
-BACKENDS = ("auto", "triton", "fla", "chunked", "reference")
+BACKENDS = names_of("meta_linear_attention")
 
 
 def meta_linear_attention(
@@ -68,9 +68,10 @@ def meta_linear_attention(
         cu_seqlens: int32 or int64 [N + 1], the boundaries of N sequences packed along time, of
             which any may be empty: B must be 1, the values rise from 0 to T. The values are checked
             on the CPU alone, where that is free.
-        backend: "auto" takes the first of "triton" (where its configuration for these widths was
-            checked on a GPU) and "fla" that is installed for CUDA tensors, "chunked" (PyTorch) for
-            all others and for float64. "reference" is the recurrence step by step.
+        backend: "auto" takes the first of "triton" (where it was checked on such a GPU and for such
+            widths) and "fla" that can run on CUDA tensors, "chunked" (PyTorch) for all others and
+            for float64; see `megatron_patch.ops.backends`. "reference" is the recurrence step by
+            step.
 
     Returns:
         out [B, T, H, V] in the dtype of `v`, and the final state [N, H, K, V] in float32 (float64
@@ -125,9 +126,8 @@ def meta_linear_attention(
     if inplace_final_state:
         check_inplace_final_state(initial_state, q, gate_logits, v, aug, out_gate, out_gate_bias)
 
-    if backend == "auto":
-        backend = _choose(key_width, value_width, q.dtype, device)
-    implementation = _implementation(backend, q.dtype, device)
+    backend = choose("meta_linear_attention", backend, q.dtype, device, K=key_width, V=value_width)
+    implementation = _implementation(backend)
     # Every backend chooses its own precision: autocast would halve that of the matrix products.
     kind = device.type
     autocast = kind != "meta" and torch.is_autocast_enabled(kind)  # "meta" has none to ask for
@@ -149,26 +149,8 @@ def meta_linear_attention(
         )
 
 
-def _choose(key_width: int, value_width: int, dtype: torch.dtype, device: torch.device) -> str:
-    """The backend that "auto" stands for."""
-    if _obstacle("triton", dtype, device) is None:
-        from megatron_patch.ops.triton import is_checked
-
-        if is_checked(key_width, value_width, dtype):
-            return "triton"
-    return "fla" if _obstacle("fla", dtype, device) is None else "chunked"
-
-
-def _implementation(backend: str, dtype: torch.dtype, device: torch.device) -> Callable:
-    """The function behind `backend` for tensors of this dtype on this device.
-
-    Raises:
-        ValueError: a backend named by the caller cannot run here; the message says why.
-    """
-    obstacle = _obstacle(backend, dtype, device)
-    if obstacle is not None and not (backend == "triton" and availability.interpreted(dtype)):
-        raise ValueError(f"backend {backend!r}: {obstacle}; use backend 'auto' or 'chunked'")
-
+def _implementation(backend: str) -> Callable:
+    """The function behind `backend`."""
     if backend == "triton":
         from megatron_patch.ops.triton import meta_linear_attention as implementation
     elif backend == "fla":
@@ -178,14 +160,3 @@ def _implementation(backend: str, dtype: torch.dtype, device: torch.device) -> C
     else:
         from megatron_patch.ops.reference import meta_linear_attention as implementation
     return implementation
-
-
-def _obstacle(backend: str, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why `backend` cannot run on such tensors, or `None` if it can."""
-    if backend in ("chunked", "reference"):
-        return None
-    if backend == "triton":
-        return availability.triton_obstacle(dtype, device)
-    if not availability.FLA_INSTALLED:
-        return "the package flash-linear-attention is not installed"
-    return availability.gpu_obstacle(dtype, device)

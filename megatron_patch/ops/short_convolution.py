@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from megatron_patch.ops import availability
+from megatron_patch.ops.backends import choose, names_of
 from megatron_patch.ops.checks import (
     FLOAT_DTYPES,
     check_choice,
@@ -15,8 +15,7 @@ from megatron_patch.ops.checks import (
 )
 from megatron_patch.ops.epilogue import compute_dtype, give_state
 
-CONVOLUTION_BACKENDS = ("auto", "triton", "causal_conv1d", "torch")
-FASTEST_FIRST = ("triton", "causal_conv1d", "torch")  # "auto" takes the first that serves a call
+CONVOLUTION_BACKENDS = names_of("short_convolution")
 
 
 def short_convolution(
@@ -50,7 +49,8 @@ def short_convolution(
             alone).
         backend: "triton" (CUDA), "causal_conv1d" (the package of that name: CUDA, W of 2 to 4, D a
             multiple of 8, no state together with cu_seqlens), "torch", or "auto", which takes the
-            first of these that can run.
+            first of these that can run, "triton" on GPUs that it was checked on; see
+            `megatron_patch.ops.backends`.
 
     Returns:
         y [B, T, D] in the dtype of x, and the final state [N, D, W - 1] in the dtype of x, or
@@ -80,28 +80,19 @@ def short_convolution(
         check_inplace_final_state(initial_state, x, weight)
     states = initial_state, output_final_state, inplace_final_state
 
-    def obstacle(name: str) -> str | None:
-        if name == "triton":
-            return availability.triton_obstacle(x.dtype, x.device)
-        if name == "causal_conv1d":
-            packed_state = cu_seqlens is not None and (
-                initial_state is not None or output_final_state
-            )
-            return _causal_conv1d_obstacle(x, width, packed_state)
-        return None
-
-    if backend == "auto":
-        backend = next(name for name in FASTEST_FIRST if obstacle(name) is None)
-    elif (reason := obstacle(backend)) is not None and not (
-        backend == "triton" and availability.interpreted(x.dtype)
-    ):
-        raise ValueError(f"backend {backend!r}: {reason}; use backend 'auto' or 'torch'")
+    packed_state = cu_seqlens is not None and (initial_state is not None or output_final_state)
+    backend = choose(
+        "short_convolution", backend, x.dtype, x.device,
+        D=channels, W=width, packed_state=packed_state,
+    )  # fmt: skip
     if backend == "triton":
         from megatron_patch.ops.triton import short_convolution as implementation
 
         return implementation(x, weight, activation, *states, cu_seqlens)
     if backend == "causal_conv1d":
-        return _with_causal_conv1d(x, weight, activation, *states, cu_seqlens)
+        from megatron_patch.ops.causal_conv1d import short_convolution as implementation
+
+        return implementation(x, weight, activation, *states, cu_seqlens)
     if cu_seqlens is None:
         y, final_state = _convolve(x, weight, initial_state)
     else:
@@ -134,7 +125,7 @@ def _convolve(
         padded = F.pad(x, (0, 0, width - 1, 0))
     else:
         padded = torch.cat([initial_state.transpose(1, 2), x], dim=1)
-    return _weighted_sum(padded, weight), _transposed(padded[:, time:])
+    return _weighted_sum(padded, weight), transposed(padded[:, time:])
 
 
 def _convolve_packed(
@@ -161,68 +152,9 @@ def _convolve_packed(
         rows = initial_state.transpose(1, 2).reshape(-1, channels)
         padded = padded.index_copy(0, state_rows[:-1].reshape(-1), rows)
     y = _weighted_sum(padded[None], weight)[:, token_rows - past]
-    return y, _transposed(padded[state_rows[1:] - past])
+    return y, transposed(padded[state_rows[1:] - past])
 
 
-def _transposed(rows: torch.Tensor) -> torch.Tensor:
+def transposed(rows: torch.Tensor) -> torch.Tensor:
     """[N, W - 1, D] to [N, D, W - 1], copied."""
     return rows.transpose(1, 2).clone(memory_format=torch.contiguous_format)
-
-
-def _causal_conv1d_obstacle(x: torch.Tensor, width: int, packed_state: bool) -> str | None:
-    """Why the package causal-conv1d cannot serve this call, or `None` if it can."""
-    if not availability.CAUSAL_CONV1D_INSTALLED:
-        return "the package causal-conv1d is not installed"
-    if (reason := availability.gpu_obstacle(x.dtype, x.device)) is not None:
-        return reason
-    if not 2 <= width <= 4:
-        return f"found a width of W = {width}, wanted 2, 3 or 4"
-    if x.shape[-1] % 8:
-        return f"found D = {x.shape[-1]}, wanted a multiple of 8"
-    if packed_state:
-        return "found cu_seqlens together with a state, wanted one of the two"
-    return None
-
-
-def _with_causal_conv1d(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    activation: str | None,
-    initial_state: torch.Tensor | None,
-    output_final_state: bool,
-    inplace_final_state: bool,
-    cu_seqlens: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`short_convolution` by the package's kernel, which wants [B, D, T] with channels or time
-    contiguous."""
-    from causal_conv1d import causal_conv1d_fn
-
-    time, past = x.shape[1], weight.shape[-1] - 1
-    # Channel-last with strides of whole 16-byte words is the only layout that takes a state.
-    aligned = x.stride(2) == 1 and x.stride(1) > 1 and not (x.stride(0) % 8 or x.stride(1) % 8)
-    channel_last = (x if aligned else x.contiguous()).transpose(1, 2)
-    before = initial_state
-    if before is not None:
-        before = before.transpose(1, 2).contiguous().transpose(1, 2)
-    sequence = None
-    if cu_seqlens is not None:
-        token = torch.arange(time, device=x.device)
-        sequence = torch.searchsorted(cu_seqlens[1:].long(), token, right=True)[None].int()
-    y = causal_conv1d_fn(
-        channel_last,
-        weight[:, 0],
-        seq_idx=sequence,
-        initial_states=before,
-        activation=activation,
-    )
-    if not output_final_state and not inplace_final_state:
-        return y.transpose(1, 2), None
-    if time >= past:
-        inputs = x[:, time - past :]
-    elif initial_state is None:
-        inputs = F.pad(x, (0, 0, past - time, 0))
-    else:
-        inputs = torch.cat([initial_state.transpose(1, 2)[:, time:], x], dim=1)
-    return y.transpose(1, 2), give_state(
-        _transposed(inputs), initial_state, output_final_state, inplace_final_state
-    )

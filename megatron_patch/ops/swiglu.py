@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from megatron_patch.ops import availability
+from megatron_patch.ops.backends import choose, names_of
 from megatron_patch.ops.checks import FLOAT_DTYPES, check_choice, is_traced
 
-SWIGLU_BACKENDS = ("auto", "triton", "torch")
+SWIGLU_BACKENDS = names_of("swiglu")
 
 
 def swiglu(gate_and_up: torch.Tensor, *, backend: str = "auto") -> torch.Tensor:
@@ -35,12 +35,9 @@ def swiglu(gate_and_up: torch.Tensor, *, backend: str = "auto") -> torch.Tensor:
         raise ValueError(
             f"gate_and_up: found {dtype} {shape}, wanted floats [..., 2 F] with an even last size"
         )
-    reason = availability.triton_obstacle(dtype, gate_and_up.device)
-    if backend == "auto":
-        backend = "torch" if reason is not None or is_traced(gate_and_up) else "triton"
-    elif backend == "triton" and reason is not None and not availability.interpreted(dtype):
-        raise ValueError(f"backend 'triton': {reason}; use backend 'auto' or 'torch'")
-    if backend == "triton":
+    if backend == "auto" and is_traced(gate_and_up):
+        backend = "torch"
+    if choose("swiglu", backend, dtype, gate_and_up.device) == "triton":
         from megatron_patch.ops.triton import swiglu as implementation
 
         return implementation(gate_and_up)

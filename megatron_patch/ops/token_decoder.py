@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_patch.ops.availability import CUDA_BINDINGS_INSTALLED, interpreted, triton_obstacle
+from megatron_patch.ops.backends import choose, interpreted, obstacle
 
 if TYPE_CHECKING:
     from megatron_patch.ops import cuda, triton
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 class LayerTensors(NamedTuple):
     """A layer's weights, biases and states; `None` for what it does not have.
 
-    D channels, H heads with keys K = D / 2H and values V = D / H wide, an MLP of F channels, a
-    convolution of W taps. Norms [D]; convolution [D, 1, W]; q and gate_logits [D / 2, D]; v,
-    out_gate and out [D, D]; out_gate_bias [D]; aug [D / 2]; l1 and l2 [F, D], l3 [D, F], their
+    D channels, H heads with keys of any width K and values V = D / H wide, an MLP of F channels, a
+    convolution of W taps. Norms [D]; convolution [D, 1, W]; q and gate_logits [H K, D]; v,
+    out_gate and out [D, D]; out_gate_bias [D]; aug [H K]; l1 and l2 [F, D], l3 [D, F], their
     biases [F], [F], [D]; convolution_state [1, D, W - 1], oldest input first; state [1, H, K, V]
     in float32.
     """
@@ -60,7 +60,7 @@ def token_decoder(
     """A decoder's step on tensors that stay where they are.
 
     Args:
-        layers: each layer's tensors by their names in `LayerTensors`; all of the same shapes.
+        layers: each layer's tensors by their names in `LayerTensors`.
         embedding, head: [vocabulary, D]; one tensor where they are tied.
         final_norm: [D], or `None` where norms have no weights.
         embedding_scale: what the embedding is multiplied by, and then rounded to its dtype.
@@ -74,34 +74,44 @@ def token_decoder(
         vocabulary is an error of the GPU, as in PyTorch's look-up. A step can be recorded in a CUDA
         graph, with these two tensors.
 
-        `None` where no kernel does it: neither what `megatron_patch.ops.cuda` needs nor a GPU with
-        Triton, tensors of several dtypes (but the states) or devices, not contiguous, or not from a
-        multiple of 16 bytes on, an embedding of another vocabulary than the head's, heads too wide
-        or too many.
+        `None` where no kernel does it: what `megatron_patch.ops.backends` says, layers of several
+        shapes, tensors of several dtypes (but the states) or devices, not contiguous, or not from a
+        multiple of 16 bytes on, an embedding of another vocabulary than the head's.
     """
     layers, others = [LayerTensors(**layer) for layer in layers], (embedding, final_norm, head)
     tensors = [x for x in chain(chain.from_iterable(layers), others) if x is not None]
     states = {id(layer.state) for layer in layers}
-    if embedding.shape != head.shape or any(
-        x.dtype != (torch.float32 if id(x) in states else head.dtype)
-        or x.device != head.device
-        or not x.is_contiguous()
-        or x.data_ptr() % 16
-        for x in tensors
+    shapes = [[None if x is None else x.shape for x in layer] for layer in layers]
+    if (
+        embedding.shape != head.shape
+        or any(other != shapes[0] for other in shapes)
+        or any(
+            x.dtype != (torch.float32 if id(x) in states else head.dtype)
+            or x.device != head.device
+            or not x.is_contiguous()
+            or x.data_ptr() % 16
+            for x in tensors
+        )
     ):
         return None
     numbers = (embedding_scale, scale, 1.0 / tau, norm_eps, output_norm_eps)
-    if CUDA_BINDINGS_INSTALLED and head.is_cuda:
-        from megatron_patch.ops.cuda.decoder import decoder
-
-        if decoder.fits(layers[0], head):
-            return decoder.Decoder(layers, *others, *numbers)
-    if triton_obstacle(head.dtype, head.device) is None or interpreted(head.dtype):
-        from megatron_patch.ops.triton import decoder
-
-        if decoder.fits(*layers[0].state.shape[1:], head.device):
-            return decoder.Decoder(layers, *others, *numbers)
-    return None
+    _, heads, key_width, value_width = layers[0].state.shape
+    inner, dim = layers[0].l1.shape
+    call = dict(
+        dtype=head.dtype, device=head.device, D=dim, H=heads, K=key_width, V=value_width, F=inner
+    )
+    if interpreted(head.dtype):
+        missing = obstacle("token_decoder", "triton", **call)
+        backend = "triton" if missing is None else "layers"
+    else:
+        backend = choose("token_decoder", "auto", **call)
+    if backend == "layers":
+        return None
+    if backend == "cuda":
+        from megatron_patch.ops.cuda.decoder.decoder import Decoder
+    else:
+        from megatron_patch.ops.triton.decoder import Decoder
+    return Decoder(layers, *others, *numbers)
 
 
 __all__ = ["token_decoder"]

@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 
 import torch
+import torch.nn.functional as F
 
 from megatron_patch.hf import MetaLACache, MetaLAConfig, MetaLAForCausalLM
 from megatron_patch.hf.decoding_metala import _kernel
+from megatron_patch.ops import meta_linear_attention, short_convolution, token_decoder
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = dict(
@@ -27,6 +29,84 @@ def build(dtype: torch.dtype, **sizes) -> tuple[MetaLAForCausalLM, MetaLAForCaus
         weight.add_(0.05 * torch.randn_like(weight))
     model = model.to(DEVICE, dtype)
     return model, copy.deepcopy(model).double()
+
+
+def tensors_of(
+    dtype: torch.dtype, heads: int, key_width: int, value_width: int, inner: int, layers: int = 2
+) -> tuple[list[dict[str, torch.Tensor]], torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Random arguments of `token_decoder` but its numbers, for heads of any widths."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        x = torch.randn(shape, generator=generator) / shape[-1] ** 0.5
+        return x.to(DEVICE, dtype)
+
+    dim, keys = heads * value_width, heads * key_width
+    made = [
+        dict(
+            token_norm=draw(dim), convolution=draw(dim, 1, 4), q=draw(keys, dim),
+            gate_logits=draw(keys, dim), v=draw(dim, dim), out_gate=draw(dim, dim),
+            out_gate_bias=draw(dim), aug=draw(keys), out=draw(dim, dim), channel_norm=draw(dim),
+            l1=draw(inner, dim), l1_bias=draw(inner), l2=draw(inner, dim), l2_bias=draw(inner),
+            l3=draw(dim, inner), l3_bias=draw(dim), convolution_state=draw(1, dim, 3),
+            state=draw(1, heads, key_width, value_width, dtype=torch.float32),
+        )
+        for _ in range(layers)
+    ]  # fmt: skip
+    for layer in made:
+        for name in ("token_norm", "channel_norm"):
+            layer[name] += 1
+    return made, draw(300, dim), 1 + draw(dim), draw(300, dim)
+
+
+NUMBERS = dict(embedding_scale=3.0, tau=2.0, scale=0.3, norm_eps=1e-6, output_norm_eps=1e-5)
+
+
+def step_of_operators(layers, embedding, final_norm, head, token: int) -> torch.Tensor:
+    """Logits of a step by the operators in float64, with NUMBERS; states are written over."""
+
+    def norm(x, weight):
+        return F.rms_norm(x, x.shape[-1:], weight, NUMBERS["norm_eps"])
+
+    x = embedding[token].view(1, 1, -1) * NUMBERS["embedding_scale"]
+    for y in layers:
+        _, heads, key_width, width = y["state"].shape
+        mixed, _ = short_convolution(
+            norm(x, y["token_norm"]), y["convolution"], initial_state=y["convolution_state"],
+            inplace_final_state=True, backend="torch",
+        )  # fmt: skip
+        tensors = [
+            F.linear(mixed, y[name]).view(1, 1, heads, -1)
+            for name in ("q", "gate_logits", "v", "out_gate")
+        ]
+        read_out, _ = meta_linear_attention(
+            *tensors[:3], y["aug"].view(heads, key_width), tensors[3],
+            out_gate_bias=y["out_gate_bias"].view(heads, width), tau=NUMBERS["tau"],
+            scale=NUMBERS["scale"], norm_eps=NUMBERS["output_norm_eps"], initial_state=y["state"],
+            inplace_final_state=True, backend="reference",
+        )  # fmt: skip
+        x = x + F.linear(read_out.flatten(2), y["out"])
+        hidden = norm(x, y["channel_norm"])
+        gate, up = (F.linear(hidden, y[name], y[f"{name}_bias"]) for name in ("l1", "l2"))
+        x = x + F.linear(F.silu(gate) * up, y["l3"], y["l3_bias"])
+    return F.linear(norm(x, final_norm), head)[0, 0]
+
+
+def check_widths(kind: type, dtype: torch.dtype, tolerance: float, *widths: int) -> None:
+    """That a kernel of such a class makes the operators' steps, of heads, K, V and an MLP."""
+    layers, *others = tensors_of(dtype, *widths)
+    exact = [{name: x.double() for name, x in layer.items()} for layer in layers]
+    doubles = [x.double() for x in others]
+    kernel = token_decoder(layers, *others, **NUMBERS)
+    assert type(kernel) is kind
+    for token in (7, 250):
+        logits = torch.full((300,), float("nan"), dtype=dtype, device=DEVICE)
+        kernel.step(torch.tensor([token], device=DEVICE), logits)
+        pairs = [(logits, step_of_operators(exact, *doubles, token))]
+    for layer, wanted in zip(layers, exact, strict=True):
+        pairs += [(layer[name], wanted[name]) for name in ("state", "convolution_state")]
+    for found, wanted in pairs:
+        assert (found.double() - wanted).norm() <= tolerance * wanted.norm()
 
 
 def states_of(cache: MetaLACache) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -6,21 +6,25 @@ import pytest
 import torch
 
 from megatron_patch.ops import meta_linear_attention, short_convolution
-from megatron_patch.ops.availability import CAUSAL_CONV1D_INSTALLED, FLA_INSTALLED
+from megatron_patch.ops.backends import import_failure
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 
-@pytest.mark.skipif(not FLA_INSTALLED, reason="flash-linear-attention is not installed")
+@pytest.mark.skipif(
+    import_failure("megatron_patch.ops.fla") is not None,
+    reason="flash-linear-attention is not installed",
+)
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 5e-3), (torch.bfloat16, 2e-2), (torch.float16, 5e-3)]
 )
 @pytest.mark.parametrize("bounds", [None, [0, 1, 70, 300]])
 @pytest.mark.parametrize("T", [1, 300])
-def test_fla_equals_reference(make_inputs, dtype, tolerance, bounds, T):
+@pytest.mark.parametrize(("K", "V"), [(64, 128), (64, 64), (16, 16), (64, 32)])
+def test_fla_equals_reference(make_inputs, dtype, tolerance, bounds, T, K, V):
     if bounds is not None and bounds[-1] != T:
         pytest.skip("boundaries are for the long sequence")
-    inputs = make_inputs(1, T, 2, 64, 128, N=None if bounds is None else 3, dtype=dtype)
+    inputs = make_inputs(1, T, 2, K, V, N=None if bounds is None else 3, dtype=dtype)
     inputs = {name: x.detach().cuda().requires_grad_() for name, x in inputs.items()}
     exact = {name: x.detach().double().requires_grad_() for name, x in inputs.items()}
     arguments = {
@@ -38,7 +42,10 @@ def test_fla_equals_reference(make_inputs, dtype, tolerance, bounds, T):
         assert error <= tolerance, (name, error.item())
 
 
-@pytest.mark.skipif(not CAUSAL_CONV1D_INSTALLED, reason="causal-conv1d is not installed")
+@pytest.mark.skipif(
+    import_failure("megatron_patch.ops.causal_conv1d") is not None,
+    reason="causal-conv1d is not installed",
+)
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)]
 )

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 import re
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from megatron_patch.ops import BACKENDS, availability, meta_linear_attention
+from megatron_patch.ops import BACKENDS, meta_linear_attention
 
 B, T, H, K, V = 2, 6, 3, 4, 5
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-# The package exports the function under the module's name.
-module = importlib.import_module("megatron_patch.ops.meta_linear_attention")
 
 
 @pytest.fixture
@@ -184,68 +179,6 @@ def test_unknown_backend_lists_the_known_ones(inputs):
     with pytest.raises(ValueError, match="backend: found 'cuda', the known ones are") as error:
         meta_linear_attention(**inputs, backend="cuda")
     assert all(repr(name) in str(error.value) for name in BACKENDS)
-
-
-@pytest.fixture
-def installed(monkeypatch):
-    """Pretends that the kernels of the given names are installed, each a marker instead."""
-
-    def install(*names):
-        for name in ("triton", "fla"):
-            marker = SimpleNamespace(
-                meta_linear_attention=f"{name} implementation",
-                is_checked=lambda key_width, value_width, dtype: key_width >= 32,
-            )
-            monkeypatch.setattr(availability, f"{name.upper()}_INSTALLED", name in names)
-            monkeypatch.setitem(sys.modules, f"megatron_patch.ops.{name}", marker)
-        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-
-    return install
-
-
-@pytest.mark.parametrize(
-    ("names", "key_width", "dtype", "device", "taken"),
-    [
-        (("triton", "fla"), 64, torch.bfloat16, CUDA, "triton"),
-        (("triton",), 64, torch.float32, CUDA, "triton"),
-        (("triton", "fla"), 16, torch.bfloat16, CUDA, "fla"),  # not checked on a GPU
-        (("triton",), 16, torch.bfloat16, CUDA, "chunked"),
-        (("fla",), 64, torch.float16, CUDA, "fla"),
-        ((), 64, torch.bfloat16, CUDA, "chunked"),
-        (("triton", "fla"), 64, torch.float64, CUDA, "chunked"),
-        (("triton", "fla"), 64, torch.bfloat16, CPU, "chunked"),
-    ],
-)
-def test_auto_takes_the_fastest_that_can_run(installed, names, key_width, dtype, device, taken):
-    installed(*names)
-    assert module._choose(key_width, 2 * key_width, dtype, device) == taken
-
-
-@pytest.mark.parametrize(
-    ("backend", "names", "dtype", "device", "reason"),
-    [
-        ("triton", (), torch.float32, CUDA, "triton .*not installed"),
-        ("fla", (), torch.float32, CUDA, "flash-linear-attention is not installed"),
-        ("triton", ("triton",), torch.float32, CPU, "found tensors on cpu, wanted cuda"),
-        ("fla", ("fla",), torch.float32, CPU, "found tensors on cpu, wanted cuda"),
-        ("triton", ("triton",), torch.float64, CUDA, "found float64 .*wanted float16, bfloat16"),
-        ("fla", ("fla",), torch.float64, CUDA, "found float64 .*wanted float16, bfloat16"),
-    ],
-)
-def test_named_backend_that_cannot_run_says_why(installed, backend, names, dtype, device, reason):
-    installed(*names)
-    with pytest.raises(ValueError, match=f"backend '{backend}': .*{reason}.*; use backend 'auto'"):
-        module._implementation(backend, dtype, device)
-
-
-def test_triton_interpreter_runs_the_kernels_on_the_cpu_on_request_alone(installed, monkeypatch):
-    installed("triton")
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    named = module._implementation("triton", torch.float32, CPU)
-    assert named == "triton implementation"
-    assert module._choose(64, 128, torch.float32, CPU) == "chunked"
-    with pytest.raises(ValueError, match="found float64"):
-        module._implementation("triton", torch.float64, CPU)
 
 
 def test_import_loads_no_kernel_package():

@@ -294,23 +294,6 @@ def test_plain_text_and_the_end_of_input(folder):
     assert result.stdout.count("tokens read") == 2 and "no such command" not in result.stdout
 
 
-@pytest.mark.parametrize(
-    ("option", "message"),
-    [
-        ("--top-p=0", "--top-p: wanted above 0, at most 1"),
-        ("--temperature=-1", "--temperature: wanted 0 or more"),
-        ("--max-new-tokens=0", "--max-new-tokens: wanted at least 1"),
-    ],
-)
-def test_senseless_options_are_named(script_modules, monkeypatch, capsys, option, message):
-    import chat
-
-    monkeypatch.setattr("sys.argv", ["chat.py", "folder", option])
-    with pytest.raises(SystemExit):
-        chat.main()
-    assert message in capsys.readouterr().err
-
-
 def test_ctrl_c_ends_the_answer_alone(folder):
     """At a terminal, where the script prompts: the answer is cut, the conversation goes on."""
     main, terminal = pty.openpty()

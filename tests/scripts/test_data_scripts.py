@@ -58,7 +58,7 @@ def test_too_small_a_vocabulary_is_refused(folder, tmp_path, run_script):
         "train_tokenizer.py", folder, "--output", tmp_path / "t.json", "--vocab-size", 100
     )
     assert result.returncode == 2
-    assert "--vocab-size: found 100, wanted at least 258" in result.stderr
+    assert "--vocab-size: found 100, wanted a whole number from 258" in result.stderr
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -123,12 +123,10 @@ def test_other_bad_inputs(folder, tokenizer_path, tmp_path, run_script):
         return result.stderr
 
     tokenizer = ("--tokenizer", tokenizer_path)
-    assert "no-such: no such file or folder" in message(tmp_path / "no-such", *tokenizer)
     assert "no files ending in .c found" in message(folder, "--suffix", ".c", *tokenizer)
     assert "picture.bin: not UTF-8 text" in message(folder / "picture.bin", *tokenizer)
     (tmp_path / "latin.jsonl").write_bytes(b'{"text": "\xff"}')
     assert "latin.jsonl: not UTF-8 text" in message(tmp_path / "latin.jsonl", *tokenizer)
-    assert "no-such.json: no such file" in message(folder, "--tokenizer", "no-such.json")
     other = tmp_path / "other.json"
     other.write_text(tokenizer_path.read_text().replace("<|endoftext|>", "</s>"))
     assert "has no <|endoftext|> token" in message(folder, "--tokenizer", other)

@@ -1,7 +1,6 @@
 """MetaLA's operators as fused Triton kernels, for GPUs."""
 
 from megatron_patch.ops.triton.backend import meta_linear_attention, short_convolution
-from megatron_patch.ops.triton.configuration import is_checked
 from megatron_patch.ops.triton.swiglu import swiglu
 
-__all__ = ["is_checked", "meta_linear_attention", "short_convolution", "swiglu"]
+__all__ = ["meta_linear_attention", "short_convolution", "swiglu"]

@@ -53,15 +53,6 @@ def power_of_two(width: int) -> int:
     return max(16, 1 << (width - 1).bit_length())
 
 
-def is_checked(key_width: int, value_width: int, dtype: torch.dtype) -> bool:
-    """Whether the configuration for these widths agreed with float64 on a GPU (an H200, by
-    `scripts/benchmark_ops.py --no-time`, and for one token by `scripts/benchmark_decoding.py`).
-    `backend="auto"` takes these kernels for no other: Triton has miscompiled some tiles on Hopper.
-    Every MetaLA model has values twice as wide as keys."""
-    smallest, largest = (32, 256) if dtype == torch.bfloat16 else (40, 128)
-    return value_width == 2 * key_width and smallest <= key_width <= largest
-
-
 def precision_of(dtype: torch.dtype) -> str:
     """How kernels compute for tensors of this dtype: float16 operands would overflow in factors and
     gradients."""

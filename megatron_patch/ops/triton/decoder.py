@@ -199,31 +199,41 @@ def walk(
 
 
 @triton.jit
-def projection_rows(row, layer, like, D):
-    """Pointers to rows of q, gate logits (D / 2 rows each), v and output gate (D each), as if one
+def projection_rows(row, layer, like, D, KEYS):
+    """Pointers to rows of q, gate logits (KEYS rows each), v and output gate (D each), as if one
     below the other."""
-    half = row // (D // 2)
-    is_wide = half >= 2
-    field = PROJECTIONS + tl.where(is_wide, half // 2 + 1, half)
-    first = tl.where(is_wide, half // 2 * 2, half) * (D // 2)
-    weight = tl.load(layer + field, mask=row < 3 * D, other=0).to(like.dtype)
+    is_wide = row >= 2 * KEYS
+    wide = (row - 2 * KEYS) // D
+    field = PROJECTIONS + tl.where(is_wide, 2 + wide, row // KEYS)
+    first = tl.where(is_wide, 2 * KEYS + wide * D, row // KEYS * KEYS)
+    weight = tl.load(layer + field, mask=row < 2 * KEYS + 2 * D, other=0).to(like.dtype)
     return tl.multiple_of(weight, [16]) + (row - first) * D
 
 
 @triton.jit
-def projection_tile(row, layer, like, column, D):
-    return tile_of(projection_rows(row, layer, like, D), row < 3 * D, column, D)
+def projection_tile(row, layer, like, column, D, KEYS):
+    rows = projection_rows(row, layer, like, D, KEYS)
+    return tile_of(rows, row < 2 * KEYS + 2 * D, column, D)
 
 
 @triton.jit
 def finish_project(
-    tile, row, mixed, projected, keys, inverse_tau, D: tl.constexpr, PRECISION: tl.constexpr
+    tile,
+    row,
+    mixed,
+    projected,
+    keys,
+    inverse_tau,
+    D: tl.constexpr,
+    KEYS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     y = product(tile, mixed)
-    is_gate = (row >= D // 2) & (row < D)
+    is_gate = (row >= KEYS) & (row < 2 * KEYS)
     g = bounded_log_decay(y, inverse_tau, PRECISION)
-    tl.store(keys + row - D // 2, key(g, PRECISION), mask=is_gate)
-    tl.store(projected + row, tl.where(is_gate, exp2(g, PRECISION), y), mask=row < 3 * D)
+    tl.store(keys + row - KEYS, key(g, PRECISION), mask=is_gate)
+    y = tl.where(is_gate, exp2(g, PRECISION), y)
+    tl.store(projected + row, y, mask=row < 2 * KEYS + 2 * D)
 
 
 @triton.jit
@@ -238,6 +248,7 @@ def project(
     inverse_tau,
     eps,
     D: tl.constexpr,
+    KEYS: tl.constexpr,
     W: tl.constexpr,
     BD: tl.constexpr,
     L: tl.constexpr,
@@ -258,7 +269,7 @@ def project(
     newest = tl.load(weight + (W - 1), mask=inside, other=0.0).to(tl.float32)
     scale = address(layer, TOKEN_NORM, normed)
     rows = program + tl.num_programs(0) * tl.arange(0, SHARE[0])
-    projections = (layer, normed, in_pieces(BD, L), D)
+    projections = (layer, normed, in_pieces(BD, L), D, KEYS)
     tiles = ask(projection_tile, projections, rows, step, SHARE)
     wait(arrivals, awaited)
 
@@ -272,7 +283,7 @@ def project(
     mixed = tl.reshape(total, (BD // L, L))
     walk(
         tiles, projection_tile, projections, rows, step,
-        finish_project, (mixed, projected, keys, inverse_tau, D, PRECISION), SHARE,
+        finish_project, (mixed, projected, keys, inverse_tau, D, KEYS, PRECISION), SHARE,
     )  # fmt: skip
 
 
@@ -311,6 +322,7 @@ def mix(
     eps,
     D: tl.constexpr,
     H: tl.constexpr,
+    K: tl.constexpr,
     W: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
@@ -319,8 +331,8 @@ def mix(
     BC: tl.constexpr,
     HAS_AUG: tl.constexpr,
 ):
-    K: tl.constexpr = D // (2 * H)
     V: tl.constexpr = D // H
+    VALUES: tl.constexpr = 2 * H * K  # where they begin in `projected`
     parts = tl.num_programs(0) // H  # programs of a head
     head = tl.program_id(0) % H
     part = tl.program_id(0) // H
@@ -345,10 +357,10 @@ def mix(
     wait(arrivals, awaited)
 
     query = tl.load(projected + head * K + k_row, mask=k_mask, other=0.0)
-    decay = tl.load(projected + D // 2 + head * K + k_row, mask=k_mask, other=0.0)
+    decay = tl.load(projected + (H + head) * K + k_row, mask=k_mask, other=0.0)
     k = tl.load(keys + head * K + k_row, mask=k_mask, other=0.0)
-    value = tl.load(projected + D + head * V + column, mask=v_mask, other=0.0)
-    gate = tl.load(projected + 2 * D + head * V + column, mask=v_mask, other=0.0) + gate_bias
+    value = tl.load(projected + VALUES + head * V + column, mask=v_mask, other=0.0)
+    gate = tl.load(projected + VALUES + D + head * V + column, mask=v_mask, other=0.0) + gate_bias
     new = decay[:, None] * past + k[:, None] * value[None, :]
     y = tl.sum(query[:, None] * new, 0) * scale
     if HAS_AUG:
@@ -392,6 +404,7 @@ def expand(
     like,
     D: tl.constexpr,
     H: tl.constexpr,
+    K: tl.constexpr,
     F: tl.constexpr,
     BD: tl.constexpr,
     BV: tl.constexpr,
@@ -402,7 +415,6 @@ def expand(
     HAS_NORM: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):
-    K: tl.constexpr = D // (2 * H)
     V: tl.constexpr = D // H
     program = tl.program_id(0)
     step = tl.num_programs(0) * SHARE[0]
@@ -433,9 +445,9 @@ def expand(
 
     hidden = tl.load(x + channel, mask=channel < D, other=0.0)
     added = tl.load(shares + other[:, None] * D + channel[None, :], mask=share_mask, other=0.0)
-    decay = tl.load(projected + D // 2 + head * K + k_row, mask=k_mask, other=0.0)
+    decay = tl.load(projected + (H + head) * K + k_row, mask=k_mask, other=0.0)
     k = tl.load(keys + head * K + k_row, mask=k_mask, other=0.0)
-    value = tl.load(projected + D + head * V + v_column, mask=v_mask, other=0.0)
+    value = tl.load(projected + 2 * H * K + head * V + v_column, mask=v_mask, other=0.0)
     hidden += tl.sum(added, 0)
     new = decay[:, None] * past + k[:, None] * value[None, :]
     tl.store(state, new, mask=state_mask)
@@ -545,6 +557,7 @@ def decode_token(
     LAYERS: tl.constexpr,
     D: tl.constexpr,
     H: tl.constexpr,
+    K: tl.constexpr,
     F: tl.constexpr,
     W: tl.constexpr,
     BD: tl.constexpr,
@@ -569,9 +582,9 @@ def decode_token(
     """The stages from `first_stage` to before `last_stage`.
 
     x, middle [D] float32: the residual stream before a layer and between its two parts. From stage
-    to stage: normed [D] as the weights; projected [3 D] (decays in place of gate logits), keys
-    [D / 2], shares [H, D], activated [F] float32. PROJECT, ...: rows of a tile, tiles asked for at
-    a time, and how often. Grid: as many programs as run at once, at least H.
+    to stage: normed [D] as the weights; projected [2 H K + 2 D] (decays in place of gate logits),
+    keys [H K], shares [H, D], activated [F] float32. PROJECT, ...: rows of a tile, tiles asked for
+    at a time, and how often. Grid: as many programs as run at once, at least H.
     """
     programs = tl.num_programs(0)
     for stage in range(first_stage, last_stage):
@@ -588,17 +601,17 @@ def decode_token(
             if kind == 0:
                 project(
                     layer, x, normed, projected, keys, arrivals, awaited, inverse_tau, norm_eps,
-                    D, W, BD, L, PROJECT, HAS_NORM, PRECISION,
+                    D, H * K, W, BD, L, PROJECT, HAS_NORM, PRECISION,
                 )  # fmt: skip
             elif kind == 1:
                 mix(
                     layer, normed, projected, keys, shares, arrivals, awaited, scale,
-                    output_norm_eps, D, H, W, BK, BV, LV, MIX, BC, HAS_AUG,
+                    output_norm_eps, D, H, K, W, BK, BV, LV, MIX, BC, HAS_AUG,
                 )  # fmt: skip
             elif kind == 2:
                 expand(
                     layer, x, middle, projected, keys, shares, activated, arrivals, awaited,
-                    norm_eps, normed, D, H, F, BD, BV, BS, BH, L, EXPAND, HAS_NORM, HAS_BIAS,
+                    norm_eps, normed, D, H, K, F, BD, BV, BS, BH, L, EXPAND, HAS_NORM, HAS_BIAS,
                 )  # fmt: skip
             else:
                 contract(
@@ -624,6 +637,7 @@ class Decoder:
         _, heads, key_width, value_width = first.state.shape
         (inner, dim), (vocabulary, _) = first.l1.shape, head.shape
         width = first.convolution.shape[-1]
+        keys = heads * key_width
         programs = _programs(device)
         parts = programs // heads
         self._tensors = layers  # kept alive, for the table has their addresses alone
@@ -636,7 +650,7 @@ class Decoder:
         self._x = empty(1, dim)
         self._arguments = (
             torch.tensor(addresses, dtype=torch.int64, device=device), final_norm, head,
-            self._x, empty(dim), empty(dim, dtype=dtype), empty(3 * dim), empty(dim // 2),
+            self._x, empty(dim), empty(dim, dtype=dtype), empty(2 * keys + 2 * dim), empty(keys),
             empty(heads, dim), empty(inner), torch.zeros(1, dtype=torch.int32, device=device),
         )  # fmt: skip
         self._numbers = (vocabulary, *numbers)
@@ -655,11 +669,11 @@ class Decoder:
             return height, at_a_time, triton.cdiv(needed, at_a_time)
 
         self._options = dict(
-            LAYERS=len(layers), D=dim, H=heads, F=inner, W=width,
+            LAYERS=len(layers), D=dim, H=heads, K=key_width, F=inner, W=width,
             BD=block_d, BF=block_f, BH=power(heads), BK=power(key_width), BV=block_v,
             BC=power(triton.cdiv(dim, programs)), BS=power(triton.cdiv(key_width, parts)),
             L=piece, LV=min(piece, block_v),
-            PROJECT=share(3 * dim, programs, block_d), MIX=share(dim, parts, block_v),
+            PROJECT=share(2 * keys + 2 * dim, programs, block_d), MIX=share(dim, parts, block_v),
             EXPAND=share(inner, programs, block_d, weights=2),
             CONTRACT=share(dim, programs, block_f), HEAD=share(vocabulary, programs, block_d),
             HAS_NORM=final_norm is not None, HAS_AUG=first.aug is not None,
@@ -685,9 +699,17 @@ class Decoder:
         )
 
 
-def fits(heads: int, key_width: int, value_width: int, device: torch.device) -> bool:
-    """Whether a head's state fits a program, and the heads a launch."""
-    return key_width * value_width <= LARGEST_STATE and heads <= _programs(device)
+def obstacle(
+    dtype: torch.dtype, device: torch.device, *, D: int, H: int, K: int, V: int, F: int
+) -> str | None:
+    """Why a head's state does not fit a program, or the heads a launch; or `None` if they do."""
+    if H * V != D:
+        return f"found D = {D}, {H} heads of V = {V}, wanted V = D / heads"
+    if K * V > LARGEST_STATE:
+        return f"found K = {K} and V = {V}, wanted K V ≤ {LARGEST_STATE}"
+    if H > (programs := _programs(device)):
+        return f"found {H} heads, wanted one for each of {programs} multiprocessors at most"
+    return None
 
 
 def _programs(device: torch.device) -> int:

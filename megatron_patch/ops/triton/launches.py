@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from megatron_patch.ops.availability import CUDA_BINDINGS_INSTALLED
+from megatron_patch.ops.backends import import_failure, say
 from megatron_patch.ops.triton.compilation import compiled_together, is_compiling, launcher
 from megatron_patch.ops.triton.configuration import Configuration, configure, power_of_two
 from megatron_patch.ops.triton.exact import exact_gradients
@@ -19,9 +19,15 @@ from megatron_patch.ops.triton.output import output, output_backward
 from megatron_patch.ops.triton.shares import sum_shares
 from megatron_patch.ops.triton.states import carry, scan
 
-if CUDA_BINDINGS_INSTALLED:
+CUDA_FAILURE = import_failure("megatron_patch.ops.cuda.chunks.launching")
+if CUDA_FAILURE is None:
     from megatron_patch.ops.cuda.chunks import gradients as cuda_gradients
     from megatron_patch.ops.cuda.chunks import output as cuda_output
+elif torch.cuda.is_available():
+    say(
+        f"MetaLA: the package cuda-bindings {CUDA_FAILURE}: on Hopper, kernels in Triton take the "
+        "place of those in CUDA C++"
+    )
 
 EXACT_PROGRAMS = 256  # of the kernel for exact chunks; two fit a multiprocessor
 
@@ -211,7 +217,7 @@ def forward(
             normalised = call.outputs(*v.shape, dtype=call.dtype)
             inverse_std = call.empty(*v.shape[:3])
         grid = (call.layout.chunk_count * call.heads,)
-        if CUDA_BINDINGS_INSTALLED and cuda_output.fits(q, v, out_gate, call.bias, config.chunk):
+        if CUDA_FAILURE is None and cuda_output.fits(q, v, out_gate, call.bias, config.chunk):
             kernel = cuda_output.kernel(q, v, aug, out_gate, call.bias, call.bounds, keep)
             if not is_compiling():
                 cuda_output.launch(
@@ -291,9 +297,7 @@ def backward(
         )  # fmt: skip
         found = Factors(early, late, chunk_decays, exact, similarity)
         d_states, d_initial = call.states(found, d_y, _boundary(d_final_state), reverse=True)
-        in_cuda = CUDA_BINDINGS_INSTALLED and cuda_gradients.fits(
-            q, gate_logits, v, aug, config.chunk
-        )
+        in_cuda = CUDA_FAILURE is None and cuda_gradients.fits(q, gate_logits, v, aug, config.chunk)
         tiles = 1 if in_cuda else triton.cdiv(call.k, config.gradient_k)
 
         def gradient_in(memory: Tensor, is_free: bool) -> Tensor:

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from megatron_patch.ops import meta_linear_attention
-from megatron_patch.ops.availability import CUDA_BINDINGS_INSTALLED
+from megatron_patch.ops.backends import import_failure
 
-if not CUDA_BINDINGS_INSTALLED:
+if import_failure("megatron_patch.ops.cuda.compilation") is not None:
     pytest.skip("cuda-bindings is not installed", allow_module_level=True)
 from megatron_patch.ops.cuda.chunks import gradients, launching, output
 from megatron_patch.ops.cuda.compilation import compile_code, known_architectures
@@ -21,6 +21,7 @@ GPU = pytest.mark.skipif(not HOPPER, reason="needs a GPU of compute capability 9
 
 
 WIDTHS = [(64, 128), (48, 96), (8, 16), (128, 256), (72, 144), (96, 32), (32, 256)]
+WIDTHS += [(64, 64), (128, 128), (128, 64)]
 
 
 def compile_for(source, blocks, heads, k, v, **numbers):
@@ -158,7 +159,7 @@ def test_they_are_those_of_tritons_kernels(kind, k, v, monkeypatch):
     first, second = run(), run()
     assert len(launched) == 6 and all(map(torch.equal, first, second))
     assert torch.equal(first[0], first[1])
-    monkeypatch.setattr(launches, "CUDA_BINDINGS_INSTALLED", False)
+    monkeypatch.setattr(launches, "CUDA_FAILURE", "is not installed")
     for name, found, wanted in zip(["out", "alone", *names], first, run(), strict=True):
         error = (found.double() - wanted.double()).norm() / wanted.double().norm()
         # Few as they are, many a parameter's gradients can be rounded to a neighbour.

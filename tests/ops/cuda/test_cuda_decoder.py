@@ -10,7 +10,7 @@ import yaml
 
 from megatron_patch.hf import MetaLACache
 from megatron_patch.hf.decoding_metala import _kernel
-from megatron_patch.ops.availability import CUDA_BINDINGS_INSTALLED
+from megatron_patch.ops.backends import import_failure
 from megatron_patch.ops.token_decoder import LayerTensors
 from tests.ops.decoder_steps import (
     DEVICE,
@@ -25,14 +25,14 @@ from tests.ops.decoder_steps import (
     two_runs,
 )
 
-if not CUDA_BINDINGS_INSTALLED:
+if import_failure("megatron_patch.ops.cuda.compilation") is not None:
     pytest.skip("cuda-bindings is not installed", allow_module_level=True)
 from megatron_patch.ops.cuda import compilation
 from megatron_patch.ops.cuda.decoder import decoder
 
 CONFIGS = sorted((Path(__file__).resolve().parents[3] / "configs").glob("metala_*.yml"))
-SERVED = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
-GPU = pytest.mark.skipif(not SERVED, reason="needs a GPU of compute capability 9.0 or later")
+SERVED = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+GPU = pytest.mark.skipif(not SERVED, reason="needs a GPU of compute capability 9.0")
 COMPILER = pytest.mark.skipif(
     90 not in compilation.known_architectures(), reason="NVIDIA's runtime compiler is not installed"
 )
@@ -41,9 +41,18 @@ MODEL = {**SMALL, "glu_dim": 200}
 GPU_NUMBERS = dict(multiprocessors=132, shared_bytes=227 * 1024)
 
 
+def misfit(dim: int, heads: int, inner: int, ratio: int = 2, **gpu) -> str | None:
+    """Of heads whose V is `ratio` K."""
+    value_width = dim // heads
+    return decoder.misfit(
+        dim=dim, heads=heads, key_width=value_width // ratio, value_width=value_width, inner=inner,
+        **{**GPU_NUMBERS, **gpu},
+    )  # fmt: skip
+
+
 def compiles(dtype: torch.dtype, layers: int, taps: int, multiprocessors: int, **widths) -> None:
     gpu = {**GPU_NUMBERS, "multiprocessors": multiprocessors}
-    assert decoder.fit(**widths, **gpu)
+    assert misfit(**widths, multiprocessors=multiprocessors) is None
     numbers = decoder.numbers_of(
         layers=layers, taps=taps, vocabulary=50304, dtype=dtype, **widths, **gpu
     )
@@ -79,21 +88,24 @@ def test_it_compiles_for_all_that_fits(widths):
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "reason"),
     [
-        dict(shared_bytes=99 * 1024),
-        dict(multiprocessors=16),
-        dict(multiprocessors=3000),  # more than rows of the MLP
-        dict(heads=256),
-        dict(heads=2),  # a state too large
-        dict(dim=8192),
-        dict(inner=11008),
-        dict(inner=2820),
+        (dict(shared_bytes=99 * 1024), "found 132 multiprocessors with 99 KB .* wanted 64"),
+        (dict(multiprocessors=16), "found 16 multiprocessors .* wanted 64"),
+        (dict(multiprocessors=3000), "wanted heads ≤ 3000 multiprocessors ≤ F"),
+        (dict(heads=256), "256 heads .* wanted heads ≤ 132"),
+        (dict(heads=2), "K = 256 and V = 512, wanted .* K V ≤ 16384"),
+        (dict(dim=8192), "found D = 8192, .* wanted D ≤ 4096"),
+        (dict(inner=11008), "F = 11008, .* F ≤ 8192"),
+        (dict(inner=2820), "F = 2820, .* multiples of 8"),
+        (dict(ratio=1), r"K = 128 and V = 128, wanted V = 2 K"),
+        (dict(ratio=4), r"K = 32 and V = 128, wanted V = 2 K"),
     ],
 )
-def test_what_does_not_fit(change):
-    assert decoder.fit(dim=1024, heads=8, inner=2816, **GPU_NUMBERS)
-    assert not decoder.fit(**{**dict(dim=1024, heads=8, inner=2816), **GPU_NUMBERS, **change})
+def test_what_does_not_fit(change, reason):
+    model = dict(dim=1024, heads=8, inner=2816)
+    assert misfit(**model) is None
+    assert re.search(reason, misfit(**{**model, **change}))
 
 
 def test_the_table_has_the_same_fields():
@@ -214,6 +226,7 @@ def test_the_embedding_is_the_models_own():
         # Rows that are no whole vectors; fewer rows than multiprocessors.
         (torch.bfloat16, dict(decoder_embed_dim=36)),
         (torch.bfloat16, dict(glu_dim=80)),
+        (torch.bfloat16, dict(expand_k=1.0)),  # another K than V / 2
     ],
 )
 def test_where_triton_serves(dtype, options):

@@ -1,34 +1,34 @@
 """A step of a whole decoder in one launch against the model's own layers in float64."""
 
-from importlib import import_module
-
 import pytest
 import torch
 
 from megatron_patch.hf import MetaLACache
 from megatron_patch.hf.decoding_metala import _kernel
+from megatron_patch.ops import backends, token_decoder
 from megatron_patch.ops.triton import decoder
 from tests.ops.decoder_steps import (
     DEVICE,
+    NUMBERS,
     SMALL,
     WIDE,
     WIDER,
     WIDEST,
     build,
     check,
+    check_widths,
     states_of,
+    tensors_of,
     two_runs,
 )
-
-# The package has a function of this name too.
-token_decoder = import_module("megatron_patch.ops.token_decoder")
 
 GPU = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 
 
 @pytest.fixture(autouse=True)
 def no_other_kernel(monkeypatch):
-    monkeypatch.setattr(token_decoder, "CUDA_BINDINGS_INSTALLED", False)
+    module = backends.REGISTRY["token_decoder"]["cuda"].module
+    monkeypatch.setitem(backends._failures, module, "is not installed")
 
 
 @pytest.mark.parametrize(
@@ -41,12 +41,43 @@ def no_other_kernel(monkeypatch):
         (torch.float16, dict(norm_type="rmsnorm")),
         (torch.float32, dict(norm_type="rmsnorm", bias=True)),
         (torch.float32, dict(self_augmentation=False, conv_width=2)),
+        (torch.float32, dict(expand_k=1.0)),
         (torch.float32, dict(conv_width=1, no_scale_embedding=False, tau=1.0)),
         (torch.bfloat16, dict(no_scale_embedding=False, tie_word_embeddings=True)),
     ],
 )
 def test_a_step_is_the_models_own(dtype, options):
     check(decoder.Decoder, dtype, **{**SMALL, **options})
+
+
+@pytest.mark.parametrize(
+    ("dtype", "heads", "K", "V"),
+    [
+        (torch.float32, 3, 16, 16),
+        (torch.float32, 2, 32, 16),
+        (torch.float32, 3, 5, 16),
+        (torch.bfloat16, 2, 16, 16),
+        (torch.float32, 1, 64, 64),
+    ],
+)
+def test_keys_of_any_width(dtype, heads, K, V):
+    check_widths(decoder.Decoder, dtype, 1e-5 if dtype == torch.float32 else 1e-2, heads, K, V, 80)
+
+
+@GPU
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("heads", "K", "V"), [(8, 128, 128), (16, 64, 64), (16, 128, 64)])
+def test_wide_keys(dtype, heads, K, V):
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    check_widths(decoder.Decoder, dtype, tolerance, heads, K, V, 2816)
+
+
+def test_layers_of_several_shapes():
+    (one, other), *others = tensors_of(torch.float32, 2, 16, 16, 80)
+    (wider,), *_ = tensors_of(torch.float32, 2, 32, 16, 80, layers=1)
+    assert token_decoder([one, other], *others, **NUMBERS) is not None
+    assert token_decoder([one, wider], *others, **NUMBERS) is None
+    assert token_decoder([one, {**other, "aug": None}], *others, **NUMBERS) is None
 
 
 def test_shares_larger_than_a_programs_registers(monkeypatch):

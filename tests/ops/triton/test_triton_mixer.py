@@ -49,11 +49,11 @@ def evaluate(tensors, backend, dtype=None, **arguments):
     return {name: x.detach() for name, x in results.items()}
 
 
-def assert_right(tensors, tolerance=None, **arguments):
+def assert_right(tensors, tolerance=None, backend_of_oracle="chunked", **arguments):
     arguments.setdefault("output_final_state", True)
     dtype = tensors["q"].dtype
     found = evaluate(tensors, "triton", **arguments)
-    wanted = evaluate(tensors, "chunked", torch.float64, **arguments)
+    wanted = evaluate(tensors, backend_of_oracle, torch.float64, **arguments)
     for name, want in wanted.items():
         assert found[name].shape == want.shape, name
         if want.norm() > 0:
@@ -72,6 +72,15 @@ def test_every_length(T):
 )
 def test_every_width(K, V):
     assert_right(make(1, 19, 1, K, V))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("K", "V"), [(16, 16), (32, 32), (64, 64), (128, 128), (32, 16), (64, 32), (128, 64)]
+)
+def test_keys_as_wide_as_values_and_wider(K, V, dtype):
+    """Two chunks and a state. Products of K = 128 in bfloat16 have several tiles of K."""
+    assert_right(make(1, 70, 1, K, V, dtype=dtype), backend_of_oracle="reference")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

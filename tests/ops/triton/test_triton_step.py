@@ -60,8 +60,12 @@ def assert_right(operator, tensors, judge, tolerance, **arguments):
 
 
 @pytest.mark.parametrize(
-    ("K", "V"), [(1, 16), (7, 24), (16, 64), (48, 96), (64, 128), (130, 40), (128, 256)]
-)
+    ("K", "V"),
+    [
+        (1, 16), (7, 24), (16, 64), (48, 96), (64, 128), (130, 40), (128, 256),
+        (16, 16), (32, 32), (64, 64), (128, 128), (64, 32), (128, 64),
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("absent", [(), ("initial_state",)])
 def test_every_width_and_dtype(K, V, dtype, absent):

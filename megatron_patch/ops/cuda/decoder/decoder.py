@@ -21,7 +21,7 @@ from megatron_patch.ops.token_decoder import LayerTensors
 WARPS = 8  # of a block, that compute; one more sends, and one or two copy
 ROWS_TOGETHER = 8  # that blocks send each other: so many lie on a line of memory
 SMALL_LAYER = 2**18  # bytes of a layer, of a block
-SMALLEST_CAPABILITY = (9, 0)  # with bulk copies into shared memory
+SMALLEST_ARCHITECTURE = 90  # with bulk copies into shared memory
 # For what a block keeps in shared memory beside eight rows of weights at least.
 SHARED_BYTES, MULTIPROCESSORS = 227 * 1024, 64
 LARGEST_DIM, LARGEST_INNER = 4096, 8192
@@ -96,36 +96,54 @@ class Decoder:
             )
 
 
-def fits(layer: LayerTensors, head: Tensor) -> bool:
-    """Whether there is a kernel for such a model on the head's device."""
-    inner, dim = layer.l1.shape
-    properties = torch.cuda.get_device_properties(head.device)
-    return (
-        head.dtype in (torch.bfloat16, torch.float16)
-        and (properties.major, properties.minor) >= SMALLEST_CAPABILITY
-        and architecture_of(head.device) in known_architectures()
-        and fit(
-            dim=dim,
-            heads=layer.state.shape[1],
-            inner=inner,
-            multiprocessors=properties.multi_processor_count,
-            shared_bytes=properties.shared_memory_per_block_optin,
+def obstacle(
+    dtype: torch.dtype, device: torch.device, *, D: int, H: int, K: int, V: int, F: int
+) -> str | None:
+    """Why there is no kernel for such a model on a device, or `None` if there is one."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"found {str(dtype).removeprefix('torch.')}, wanted bfloat16 or float16"
+    architecture = architecture_of(device)
+    if architecture < SMALLEST_ARCHITECTURE:
+        return f"found an architecture sm_{architecture}, wanted sm_{SMALLEST_ARCHITECTURE} or more"
+    if architecture not in known_architectures():
+        return f"finds no compiler of NVIDIA's that makes code for sm_{architecture}"
+    properties = torch.cuda.get_device_properties(device)
+    return misfit(
+        dim=D, heads=H, key_width=K, value_width=V, inner=F,
+        multiprocessors=properties.multi_processor_count,
+        shared_bytes=properties.shared_memory_per_block_optin,
+    )  # fmt: skip
+
+
+def misfit(
+    *,
+    dim: int,
+    heads: int,
+    key_width: int,
+    value_width: int,
+    inner: int,
+    multiprocessors: int,
+    shared_bytes: int,
+) -> str | None:
+    """What of a model's widths, or of a GPU, decoder.cu is not made for; or `None`."""
+    found = f"D = {dim}, F = {inner}, {heads} heads of K = {key_width} and V = {value_width}"
+    if shared_bytes < SHARED_BYTES or multiprocessors < MULTIPROCESSORS:
+        return (
+            f"found {multiprocessors} multiprocessors with {shared_bytes >> 10} KB of shared "
+            f"memory, wanted {MULTIPROCESSORS} with {SHARED_BYTES >> 10} KB or more"
         )
-    )
-
-
-def fit(*, dim: int, heads: int, inner: int, multiprocessors: int, shared_bytes: int) -> bool:
-    """Whether decoder.cu is made for such widths, and for a GPU that has so much."""
-    value_width = dim // heads
-    return (
-        shared_bytes >= SHARED_BYTES
-        and multiprocessors >= MULTIPROCESSORS
-        and heads <= multiprocessors <= inner  # each block has rows of the MLP
-        and dim <= LARGEST_DIM
-        and inner <= LARGEST_INNER
-        and not any(width % VECTOR for width in (dim, inner, value_width))
-        and value_width * value_width // 2 <= LARGEST_STATE
-    )
+    if (2 * key_width, heads * value_width) != (value_width, dim):
+        return f"found {found}, wanted V = 2 K = D / heads"
+    if not heads <= multiprocessors <= inner:  # each block has rows of the MLP
+        return f"found {found}, wanted heads ≤ {multiprocessors} multiprocessors ≤ F"
+    if dim > LARGEST_DIM or inner > LARGEST_INNER or key_width * value_width > LARGEST_STATE:
+        return (
+            f"found {found}, wanted D ≤ {LARGEST_DIM}, F ≤ {LARGEST_INNER} and K V ≤ "
+            f"{LARGEST_STATE}"
+        )
+    if any(width % VECTOR for width in (dim, inner, value_width)):
+        return f"found {found}, wanted D, F and V that are multiples of {VECTOR}"
+    return None
 
 
 def numbers_of(

@@ -1,0 +1,317 @@
+"""Which backend serves a call, by what a machine and its GPUs are. All of it is pretended."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import megatron_patch.ops as ops
+from megatron_patch.ops import backends
+from megatron_patch.ops.backends import CHECKED_WIDTHS, REGISTRY, choose, names_of, obstacle
+
+CUDA, OTHER_CUDA, CPU = torch.device("cuda", 0), torch.device("cuda", 1), torch.device("cpu")
+HOPPER = (9, 0)
+SIZES = {
+    "meta_linear_attention": dict(K=64, V=128),
+    "short_convolution": dict(D=64, W=4, packed_state=False),
+    "swiglu": {},
+    "token_decoder": dict(D=1024, H=8, K=64, V=128, F=2816),
+}
+OURS = [
+    (operator, backend)
+    for operator, kinds in REGISTRY.items()
+    for backend, kind in kinds.items()
+    if kind is not None and kind.ours
+]
+
+
+@pytest.fixture(autouse=True)
+def machine(monkeypatch):
+    """Function: pretends what packages there are, what each GPU is capable of, and whose they are.
+
+    By default all packages, with no limits of their own, and H200s.
+    """
+
+    def pretend(
+        packages=("triton", "flash-linear-attention", "causal-conv1d", "cuda-bindings"),
+        capabilities=HOPPER,
+        hip=None,
+    ):
+        for kinds in REGISTRY.values():
+            for kind in filter(None, kinds.values()):
+                failure = None if kind.package in packages else "is not installed (pretended)"
+                monkeypatch.setitem(backends._failures, kind.module, failure)
+                monkeypatch.setitem(sys.modules, kind.module, SimpleNamespace())
+        if isinstance(capabilities, tuple):
+            capabilities = {CUDA: capabilities, OTHER_CUDA: capabilities}
+        monkeypatch.setattr(torch.cuda, "get_device_capability", capabilities.__getitem__)
+        monkeypatch.setattr(torch.version, "hip", hip)
+
+    monkeypatch.setattr(backends, "_said", set())
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    pretend()
+    return pretend
+
+
+def auto(operator, dtype=torch.bfloat16, device=CUDA, **changes):
+    return choose(operator, "auto", dtype, device, **{**SIZES[operator], **changes})
+
+
+@pytest.mark.parametrize("operator", REGISTRY)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_fastest_is_taken_where_it_was_checked(operator, dtype, caplog):
+    assert auto(operator, dtype) == next(iter(REGISTRY[operator]))
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("capability", "hip"),
+    [
+        (HOPPER, "6.2"),  # an MI250 reads as a H100
+        ((9, 4), "6.2"),
+        ((7, 0), None),
+        ((7, 5), None),
+        ((8, 0), None),
+        ((8, 9), None),
+        ((10, 0), None),
+        ((12, 0), None),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("operator", REGISTRY)
+def test_auto_takes_our_kernels_nowhere_else(machine, caplog, operator, capability, hip, dtype):
+    machine(capabilities=capability, hip=hip)
+    taken = auto(operator, dtype)
+    assert (operator, taken) not in OURS
+    for _ in range(3):
+        assert auto(operator, dtype) == taken
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    line = record.getMessage()
+    assert "\n" not in line and f"{operator} on cuda:0 by {taken!r}" in line
+    found = "an AMD GPU" if hip else "compute capability {}.{}".format(*capability)
+    assert f"found {found}" in line
+
+
+@pytest.mark.parametrize(("operator", "backend"), OURS)
+@pytest.mark.parametrize(
+    ("capability", "hip", "reason"),
+    [
+        (HOPPER, "6.2", "found an AMD GPU, wanted one of NVIDIA"),
+        ((7, 5), None, r"found compute capability 7\.5, wanted 8\.0 or more"),
+        ((6, 1), None, r"found compute capability 6\.1, wanted 8\.0 or more"),
+    ],
+)
+def test_what_cannot_run_says_why(machine, operator, backend, capability, hip, reason):
+    machine(capabilities=capability, hip=hip)
+    with pytest.raises(ValueError, match=f"^backend '{backend}': {reason}; use backend 'auto' or"):
+        choose(operator, backend, torch.float16, CUDA, **SIZES[operator])
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (10, 0), (12, 1)])
+def test_by_name_kernels_run_where_nobody_has_checked_them(machine, capability):
+    machine(capabilities=capability)
+    for operator in ("meta_linear_attention", "short_convolution", "swiglu"):
+        how = (operator, "triton", torch.bfloat16, CUDA)
+        assert choose(*how, **{**SIZES[operator]}) == "triton"
+
+
+def test_each_gpu_is_asked_for_itself(machine, caplog):
+    machine(capabilities={CUDA: (7, 5), OTHER_CUDA: HOPPER})
+    assert auto("swiglu", device=CUDA) == "torch"
+    assert auto("swiglu", device=OTHER_CUDA) == "triton"
+    assert len(caplog.records) == 1 and "on cuda:0" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["xpu", "mps", "hpu"])
+def test_other_accelerators(caplog, kind):
+    device = torch.device(kind, 0)
+    assert auto("meta_linear_attention", device=device) == "chunked"
+    assert auto("token_decoder", device=device) == "layers"
+    assert len(caplog.records) == 2 and f"found tensors on {kind}:0, wanted cuda" in caplog.text
+    with pytest.raises(ValueError, match=f"backend 'triton': found tensors on {kind}:0"):
+        choose("swiglu", "triton", torch.float32, device)
+
+
+@pytest.mark.parametrize("operator", REGISTRY)
+def test_nothing_is_said_where_no_kernel_is_expected(machine, operator, caplog):
+    machine(packages=())
+    plain = next(name for name, kind in REGISTRY[operator].items() if kind is None)
+    for dtype, device in (
+        (torch.float32, CPU),
+        (torch.bfloat16, torch.device("meta")),
+        (torch.float64, CUDA),
+    ):
+        assert auto(operator, dtype, device) == plain
+    assert not caplog.records
+
+
+def test_a_gpu_that_is_not_there(monkeypatch, caplog):
+    """As of fake tensors, which trace a model for another machine."""
+
+    def no_driver(device):
+        raise RuntimeError("Found no NVIDIA driver.\nPlease install one.")
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", no_driver)
+    assert auto("swiglu") == "torch"
+    assert "cannot ask cuda:0 for its compute capability (Found no NVIDIA driver.)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("packages", "K", "V", "dtype", "taken"),
+    [
+        (("triton", "flash-linear-attention"), 64, 128, torch.bfloat16, "triton"),
+        (("triton",), 64, 128, torch.float32, "triton"),
+        (("triton", "flash-linear-attention"), 16, 32, torch.bfloat16, "fla"),
+        (("triton",), 16, 32, torch.bfloat16, "chunked"),
+        (("triton",), 512, 1024, torch.bfloat16, "chunked"),
+        (("triton",), 32, 64, torch.float32, "chunked"),
+        (("triton",), 128, 64, torch.bfloat16, "chunked"),
+        (("flash-linear-attention",), 64, 128, torch.float16, "fla"),
+        ((), 64, 128, torch.bfloat16, "chunked"),
+    ],
+)
+def test_widths_and_packages(machine, caplog, packages, K, V, dtype, taken):
+    machine(packages)
+    assert auto("meta_linear_attention", dtype, K=K, V=V) == taken
+    assert len(caplog.records) == (taken != "triton")
+    if taken != "triton" and "triton" in packages:
+        assert f"found K = {K}, V = {V}" in caplog.text
+
+
+def test_the_convolution_goes_on_to_the_next(machine, caplog):
+    machine(packages=("causal-conv1d",))
+    assert auto("short_convolution") == "causal_conv1d"
+    machine(packages=())
+    assert auto("short_convolution") == "torch"
+    assert len(caplog.records) == 2 and "triton is not installed" in caplog.text
+
+
+def test_what_a_backend_says_itself(monkeypatch, caplog):
+    """By the function `obstacle` in its module."""
+    kind = REGISTRY["token_decoder"]["cuda"]
+    limits = SimpleNamespace(obstacle=lambda dtype, device, **sizes: f"found {sizes['H']} heads")
+    monkeypatch.setitem(sys.modules, kind.module, limits)
+    assert auto("token_decoder") == "triton"
+    assert "'cuda' found 8 heads" in caplog.text
+
+
+def test_the_interpreter_runs_on_request_alone(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert auto("swiglu", torch.float32, CPU) == "torch"
+    assert choose("swiglu", "triton", torch.float32, CPU) == "triton"
+    assert obstacle("swiglu", "triton", torch.float64, CPU).startswith("found float64")
+
+
+def test_every_operator_asks(machine, monkeypatch):
+    """On tensors without memory, which need no GPU, of a kernel that must not be taken."""
+    machine(capabilities=(7, 5))
+    with FakeTensorMode():
+        q, v, x = (torch.empty(1, 3, *s, device="cuda") for s in ((2, 8), (2, 16), (8,)))
+        weight = torch.empty(8, 1, 4, device="cuda")
+        for call in (
+            lambda backend: ops.meta_linear_attention(q, q, v, backend=backend),
+            lambda backend: ops.short_convolution(x, weight, backend=backend),
+            lambda backend: ops.swiglu(x, backend=backend),
+        ):
+            with pytest.raises(ValueError, match=r"backend 'triton': .* capability 7\.5"):
+                call("triton")
+        taken = []
+        chunked = SimpleNamespace(meta_linear_attention=lambda *a, **k: taken.append("chunked"))
+        monkeypatch.setitem(sys.modules, "megatron_patch.ops.chunked", chunked)
+        ops.meta_linear_attention(q, q, v)
+    assert taken == ["chunked"]
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_compiled_call_is_told_too(machine, caplog, dynamic):
+    machine(capabilities=(7, 5))
+
+    def f(x):
+        return choose("meta_linear_attention", "auto", x.dtype, CUDA, K=x.shape[-1], V=4), x + 1
+
+    compiled = torch.compile(f, fullgraph=True, backend="eager", dynamic=dynamic)
+    for width in (3, 4, 5):
+        assert compiled(torch.ones(2, width))[0] == "chunked"
+    assert sum(record.name == backends.__name__ for record in caplog.records) == 1
+
+
+def test_widths_that_auto_takes_are_those_that_the_benchmark_checks(monkeypatch):
+    monkeypatch.syspath_prepend(str(backends.__file__).split("megatron_patch")[0] + "scripts")
+    from benchmark_ops import IN_ALL_DTYPES, WIDTHS
+
+    for dtype, (smallest, largest, ratios) in CHECKED_WIDTHS.items():
+        checked = WIDTHS if dtype == torch.bfloat16 else IN_ALL_DTYPES
+        for ratio in ratios:
+            assert {(k, ratio * k) for k in (smallest, largest)} <= set(checked)
+
+
+def test_names():
+    assert names_of("meta_linear_attention") == ("auto", "triton", "fla", "chunked", "reference")
+    assert names_of("short_convolution") == ("auto", "triton", "causal_conv1d", "torch")
+    assert names_of("swiglu") == ("auto", "triton", "torch")
+
+
+USE_OPERATORS = """
+import torch
+from megatron_patch.ops import backends, meta_linear_attention, short_convolution, swiglu
+import megatron_patch.neox
+q, v = torch.ones(1, 3, 2, 8), torch.ones(1, 3, 2, 16)
+meta_linear_attention(q, q, v), short_convolution(torch.ones(1, 3, 8), torch.ones(8, 1, 4))
+swiglu(torch.ones(3, 8))
+for kinds in backends.REGISTRY.values():
+    for name, kind in kinds.items():
+        if kind is not None:
+            print(kind.package, backends.import_failure(kind.module))
+"""
+
+
+@pytest.mark.parametrize(
+    ("modules", "reasons"),
+    [
+        (
+            dict.fromkeys(("cuda", "triton", "fla", "causal_conv1d", "wandb", "deepspeed"), ""),
+            [
+                "cuda-bindings is not installed (No module named 'cuda.bindings'",
+                "triton is not installed (No module named 'triton.language'",
+                "flash-linear-attention is not installed (No module named 'fla.ops'",
+                "causal-conv1d cannot be imported (ImportError: cannot import name",
+            ],
+        ),
+        (
+            {
+                "triton": "raise OSError('first\\nsecond')",
+                "fla": "import no_such",
+                "causal_conv1d": "x = ",
+                "wandb": "1 / 0",
+                "deepspeed": "1 / 0",
+            },
+            [
+                "triton cannot be imported (OSError: first)",
+                "flash-linear-attention is not installed (No module named 'no_such')",
+                "causal-conv1d cannot be imported (SyntaxError",
+            ],
+        ),
+    ],
+    ids=["another", "broken"],
+)
+def test_another_or_a_broken_module_of_a_packages_name(tmp_path, modules, reasons):
+    for name, text in modules.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    result = subprocess.run(
+        [sys.executable, "-c", USE_OPERATORS],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    for reason in reasons:
+        assert f"\n{reason}" in f"\n{result.stdout}"

@@ -1,0 +1,23 @@
+"""wandb in the embedded engine, where another or a broken module has its name."""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from megatron_patch.architecture import SettingsError
+
+
+@pytest.mark.parametrize("text", ["", "raise OSError('no libcuda')", "1 / 0"])
+def test_a_wandb_that_does_not_work_is_said(tmp_path, monkeypatch, text):
+    from megatron_patch.embedded.trainer import wandb_wanted
+
+    (tmp_path / "wandb.py").write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setitem(sys.modules, "wandb", None)  # so that afterwards all is as it was
+    del sys.modules["wandb"]
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    with pytest.raises(
+        SettingsError, match=r"^use_wandb: found no wandb that works \(.+\), wanted"
+    ):
+        wandb_wanted(SimpleNamespace(use_wandb=True))
