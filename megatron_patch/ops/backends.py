@@ -30,9 +30,9 @@ SMALLEST_CAPABILITY = (8, 0)
 CHECKED_CAPABILITIES = ((9, 0),)
 # Of heads, by dtype: the smallest and the largest K, and V / K.
 CHECKED_WIDTHS = {
-    torch.bfloat16: (32, 256, (2,)),
-    torch.float16: (40, 128, (2,)),
-    torch.float32: (40, 128, (2,)),
+    torch.bfloat16: (32, 256, (1, 2)),
+    torch.float16: (40, 128, (1, 2)),
+    torch.float32: (40, 128, (1, 2)),
 }
 
 
@@ -79,6 +79,7 @@ REGISTRY: dict[str, dict[str, Backend | None]] = {
 }
 
 _failures: dict[str, str | None] = {}  # by module, of imports that were tried
+_decided: dict[tuple, str] = {}  # by call, for a model asks many times in a step
 _said: set[str] = set()
 
 
@@ -110,7 +111,16 @@ def choose(
 
 
 def _choose(operator, backend, dtype, device, names, values) -> str:
-    sizes = dict(zip(names, values, strict=True))
+    call = (operator, backend, dtype, device, names, values, interpreted(dtype))
+    if call not in _decided:
+        sizes = dict(zip(names, values, strict=True))
+        _decided[call] = _decide(operator, backend, dtype, device, sizes)
+    return _decided[call]
+
+
+def _decide(
+    operator: str, backend: str, dtype: torch.dtype, device: torch.device, sizes: dict[str, int]
+) -> str:
     plain = _plain(operator)
     if backend != "auto":
         if (reason := obstacle(operator, backend, dtype, device, **sizes)) is not None:

@@ -44,6 +44,7 @@ def machine(monkeypatch):
         capabilities=HOPPER,
         hip=None,
     ):
+        monkeypatch.setattr(backends, "_decided", {})
         for kinds in REGISTRY.values():
             for kind in filter(None, kinds.values()):
                 failure = None if kind.package in packages else "is not installed (pretended)"
@@ -51,7 +52,12 @@ def machine(monkeypatch):
                 monkeypatch.setitem(sys.modules, kind.module, SimpleNamespace())
         if isinstance(capabilities, tuple):
             capabilities = {CUDA: capabilities, OTHER_CUDA: capabilities}
-        monkeypatch.setattr(torch.cuda, "get_device_capability", capabilities.__getitem__)
+        # PyTorch's compiler asks too, by index and for the GPU in use.
+        monkeypatch.setattr(
+            torch.cuda,
+            "get_device_capability",
+            lambda device=None: capabilities[torch.device("cuda", torch.device(device or 0).index)],
+        )
         monkeypatch.setattr(torch.version, "hip", hip)
 
     monkeypatch.setattr(backends, "_said", set())

@@ -237,7 +237,9 @@ def test_where_triton_serves(dtype, options):
 
 @GPU
 def test_without_a_compiler_triton_serves(monkeypatch):
+    from megatron_patch.ops import backends
     from megatron_patch.ops.triton.decoder import Decoder
 
+    monkeypatch.setattr(backends, "_decided", {})
     monkeypatch.setattr(decoder, "known_architectures", lambda: ())
     check(Decoder, torch.bfloat16, **MODEL)
