@@ -23,6 +23,7 @@ CODE_FILES = {
     "cache_metala.py",
     "configuration_metala.py",
     "decoding_metala.py",
+    "documents_metala.py",
     "modeling_metala.py",
     "ops_metala.py",
 }
