@@ -42,8 +42,9 @@ COMPILE_OPTIONS = {"coordinate_descent_tuning": True}
 
 # The classes of which a recordable model is made, each with the numbers that its step depends on.
 _numbers: dict[type[nn.Module], tuple[str, ...]] = {}
-# The code that a recorded step does not run, or not again: namespace, name and what it names.
-_code: list[tuple[Mapping[str, Any], str, Any]] = []
+# The code that a recorded step does not run, or not again: namespace, name, what it names, and the
+# name in full.
+_code: list[tuple[Mapping[str, Any], str, Any, str]] = []
 
 # Threads that generate with one model take turns, by `states_lock`: a step's tensors are shared.
 _recordings: weakref.WeakKeyDictionary[nn.Module, dict[tuple, _Recording]] = (
@@ -51,10 +52,14 @@ _recordings: weakref.WeakKeyDictionary[nn.Module, dict[tuple, _Recording]] = (
 )
 
 
-def know_code(namespace: Mapping[str, Any], *names: str) -> None:
-    """Makes a recorded step the same as what these functions do; while others have their names, no
-    step is recorded or replayed."""
-    _code.extend((namespace, name, namespace.get(name)) for name in names)
+def know_code(namespace: Mapping[str, Any], *names: str, of: str = "") -> None:
+    """Says that a recorded step does what these functions do now: while others have their names, no
+    step is recorded or replayed.
+
+    Args:
+        of: what a message says before their names.
+    """
+    _code.extend((namespace, name, namespace.get(name), of + name) for name in names)
 
 
 def know_class(kind: type[nn.Module], *numbers: str) -> None:
@@ -65,10 +70,11 @@ def know_class(kind: type[nn.Module], *numbers: str) -> None:
     """
     _numbers[kind] = numbers
     functions = [n for n, value in vars(kind).items() if callable(value) and n != "__init__"]
-    know_code(vars(kind), *dict.fromkeys(["forward", "__call__", *functions]))
+    names = dict.fromkeys(["forward", "__call__", *functions])
+    know_code(vars(kind), *names, of=f"{kind.__name__}.")
 
 
-know_code(vars(nn.Module), "__call__", "_call_impl")
+know_code(vars(nn.Module), "__call__", "_call_impl", of="Module.")
 know_class(nn.Linear)
 know_class(nn.Embedding, "max_norm")
 know_class(nn.ModuleList)
@@ -76,9 +82,9 @@ know_class(nn.ModuleList)
 
 def _foreign_code() -> str | None:
     """The name of a function that somebody has replaced, or `None`."""
-    for namespace, name, value in _code:
+    for namespace, name, value, full_name in _code:
         if namespace.get(name) is not value:
-            return getattr(value, "__qualname__", name)
+            return full_name
     return None
 
 
@@ -352,7 +358,7 @@ def _obstacle(model: nn.Module, device: torch.device) -> str | None:
     if model.model.has_attention:
         return "found attention layers, whose keys and values grow, wanted MetaLA layers alone"
     if (name := _foreign_code()) is not None:
-        return f"found another {name} than the model's own"
+        return f"found {name} replaced, wanted the model's own code"
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         return "found a hook on all modules, wanted none"
     for name, module in model.named_modules():
