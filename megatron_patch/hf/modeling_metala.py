@@ -838,11 +838,14 @@ class MetaLAForCausalLM(MetaLAPreTrainedModel, GenerationMixin):
         found = [name for name in BOUNDARY_ARGUMENTS if model_kwargs.get(name) is not None]
         if model_kwargs.get("seq_idx") is not None:
             found.append("seq_idx")
-        if mask is not None and (mask > 1).any():
+        tensor = isinstance(mask, torch.Tensor)  # `forward` refuses other masks
+        if tensor and (mask > 1).any():
             found.append("attention_mask")
         if positions is not None:
+            if positions.ndim != 2:
+                raise ValueError(f"position_ids: found {list(positions.shape)}, wanted [B, T]")
             padding = order = None
-            if mask is not None and mask.shape == positions.shape:
+            if tensor and mask.shape == positions.shape:
                 padding = mask == 0
                 order = tokens_first(padding)
                 padding = padding.gather(1, order)

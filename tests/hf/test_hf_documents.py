@@ -286,6 +286,8 @@ def test_generate_continues_one_document_a_row(model, tokens, use_cache):
     ):
         with pytest.raises(ValueError, match=f"^{name}: found several documents in a row"):
             model.generate(ids, **{name: value}, **how)
+    with pytest.raises(ValueError, match=r"^position_ids: found \[3, 2, 4\], wanted \[B, T\]"):
+        model.generate(ids, position_ids=restart.expand(3, 2, 4), **how)
 
 
 def test_compiled_graphs_see_what_they_cannot_separate(tiny_model, tokens):
