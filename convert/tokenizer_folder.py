@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ TOKENIZER_FILES = (
 END = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "[EOS]")
 BEGIN = ("<|startoftext|>", "<s>", "<bos>", "<|begin_of_text|>", "[BOS]", "<|endoftext|>")
 PADDING = ("<|padding|>", "<pad>", "<|pad|>", "[PAD]")
+# As most code that continues batches takes for granted, whatever model they are for.
+PADDING_SIDE = "left"
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,7 @@ def _from_file(path: Path) -> RunTokenizer:
             "tokenizer_class": "PreTrainedTokenizerFast",
             **names,
             "clean_up_tokenization_spaces": False,  # it would change the text
+            "padding_side": PADDING_SIDE,
             "model_input_names": ["input_ids", "attention_mask"],
         }
         write_json(folder / "tokenizer_config.json", config)
@@ -139,6 +143,9 @@ def _from_folder(folder: Path) -> RunTokenizer:
         for name in TOKENIZER_FILES:
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, target / name)
+        config = target / "tokenizer_config.json"
+        values = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+        write_json(config, {**values, "padding_side": PADDING_SIDE})
 
     ids = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
     return RunTokenizer(folder, _size(tokenizer.get_vocab()), SpecialTokens(*ids), write)

@@ -24,7 +24,9 @@ def load_tokenizer(settings: EmbeddedSettings) -> PreTrainedTokenizerFast:
         SettingsError: the file is none, or has no <|endoftext|>.
     """
     try:
-        tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(settings.vocab_file))
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_file=str(settings.vocab_file), padding_side="left"
+        )
     except Exception as error:  # the tokenizers library raises bare Exceptions
         raise SettingsError(f"vocab_file: {settings.vocab_file}: {error}") from None
     vocabulary = tokenizer.get_vocab()

@@ -133,6 +133,8 @@ class MetaLACache(Cache):
         layers: a `CacheLayer` for each layer.
         key_padding: bool [B, columns], true where keys and values hold padding, which MetaLA layers
             have left out, up to the last call that had any; `None` where there is none.
+        last_hidden: [B, 1, D], what the model gave at each row's last token, without its gradient,
+            for rows of which a call has nothing but padding; `None` after a recorded step.
 
     Raises:
         ValueError: `decoding_graph` is something else.
@@ -140,6 +142,7 @@ class MetaLACache(Cache):
 
     is_compileable = False
     is_croppable = False
+    ROWS = ("key_padding", "last_hidden")  # tensors of all rows beside the layers'
 
     def __init__(self, config: PretrainedConfig | None = None, decoding_graph: str | None = None):
         if decoding_graph not in DECODING_GRAPHS:
@@ -157,6 +160,7 @@ class MetaLACache(Cache):
             types = config.layer_types or ["linear_attention"] * config.num_hidden_layers
         self.layers: list[CacheLayer] = [LAYER_CLASSES[name]() for name in types]
         self.key_padding: torch.Tensor | None = None
+        self.last_hidden: torch.Tensor | None = None
         self.layer_class_to_replicate = None
         self.offloading = False
         self.decoding_graph = decoding_graph
@@ -201,11 +205,16 @@ class MetaLACache(Cache):
         layer.keys, layer.values = keys, values
         return keys, values
 
-    def advance(self, num_tokens: int, key_padding: torch.Tensor | None = None) -> None:
-        """Counts the columns that a model call has read, padding included, and takes the
-        `key_padding` after it."""
+    def advance(
+        self,
+        num_tokens: int,
+        key_padding: torch.Tensor | None = None,
+        last_hidden: torch.Tensor | None = None,
+    ) -> None:
+        """Counts the columns that a model call has read, padding included, and takes
+        `key_padding` and `last_hidden` after it."""
         self._seen_tokens += num_tokens
-        self.key_padding = key_padding
+        self.key_padding, self.last_hidden = key_padding, last_hidden
 
     def _layer(self, layer_idx: int, cls: type[CacheLayer] = MetaLACacheLayer) -> CacheLayer:
         while len(self.layers) <= layer_idx:
@@ -278,7 +287,7 @@ class MetaLACache(Cache):
 
     def reset(self) -> None:
         """Forgets all tokens."""
-        self._seen_tokens, self.key_padding = 0, None
+        self._seen_tokens, self.key_padding, self.last_hidden = 0, None, None
         for layer in self.layers:
             layer.reset()
 
@@ -297,8 +306,9 @@ class MetaLACache(Cache):
     def _replace_tensors(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         for layer in self.layers:
             layer.apply(function)
-        if self.key_padding is not None:
-            self.key_padding = function(self.key_padding)
+        for name in self.ROWS:
+            if (tensor := getattr(self, name)) is not None:
+                setattr(self, name, function(tensor))
 
     # What a user asks of it.
 
@@ -319,8 +329,9 @@ class MetaLACache(Cache):
             for index, layer in enumerate(copy.deepcopy(self.layers))
             for name, tensor in layer.tensors()
         }
-        if self.key_padding is not None:
-            tensors["key_padding"] = self.key_padding
+        for name in self.ROWS:
+            if (tensor := getattr(self, name)) is not None:
+                tensors[name] = tensor.contiguous()
         layers = ",".join(layer.layer_type for layer in self.layers)
         own = {"format": "pt", "layers": layers, "seen_tokens": str(self._seen_tokens)}
         save_file(tensors, path, metadata={**(metadata or {}), **own})
@@ -340,8 +351,8 @@ class MetaLACache(Cache):
             types = metadata["layers"].split(",") if metadata["layers"] else []
             cache.layers = [LAYER_CLASSES[name]() for name in types]
             for key in file.keys():
-                if key == "key_padding":
-                    cache.key_padding = file.get_tensor(key)
+                if key in cls.ROWS:
+                    setattr(cache, key, file.get_tensor(key))
                     continue
                 _, index, name = key.split(".")
                 setattr(cache.layers[int(index)], name, file.get_tensor(key))

@@ -9,20 +9,23 @@ over the old ones; where something else has replaced them (a reordering of beams
 the start), they are moved there again.
 
 Weights that change in place are seen by the next step. Anything else that changes a model (a
-replaced weight, an adapter, a hook) leads to a new recording, or, where more runs than this file's
-rules know to be recordable, to the plain path: no adapter is ever bypassed.
+replaced weight, an adapter, a hook, another epsilon, another `forward` of a class) leads to a new
+recording, or, where more runs than this file's rules know to be recordable, to the plain path: no
+adapter and no patch is ever bypassed.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import chain
-from operator import is_
+from operator import is_, itemgetter
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules import module as torch_module
 from transformers.utils import logging
 
 from .cache_metala import MetaLACache, states_lock
@@ -36,12 +39,53 @@ WARM_UP_RUNS = 3
 MAX_RECORDINGS = 4
 # Matrix-vector products as generated kernels, into which their neighbours fuse.
 COMPILE_OPTIONS = {"coordinate_descent_tuning": True}
-PLAIN_MODULES = (nn.Linear, nn.Embedding, nn.ModuleList)
+
+# The classes of which a recordable model is made, each with the numbers that its step depends on.
+_numbers: dict[type[nn.Module], tuple[str, ...]] = {}
+# The code that a recorded step does not run, or not again: namespace, name, what it names, and the
+# name in full.
+_code: list[tuple[Mapping[str, Any], str, Any, str]] = []
 
 # Threads that generate with one model take turns, by `states_lock`: a step's tensors are shared.
 _recordings: weakref.WeakKeyDictionary[nn.Module, dict[tuple, _Recording]] = (
     weakref.WeakKeyDictionary()
 )
+
+
+def know_code(namespace: Mapping[str, Any], *names: str, of: str = "") -> None:
+    """Says that a recorded step does what these functions do now: while others have their names, no
+    step is recorded or replayed.
+
+    Args:
+        of: what a message says before their names.
+    """
+    _code.extend((namespace, name, namespace.get(name), of + name) for name in names)
+
+
+def know_class(kind: type[nn.Module], *numbers: str) -> None:
+    """Lets models have modules of a class, whose code is known from now on (see `know_code`).
+
+    Args:
+        numbers: the attributes, beside weights, that a step depends on.
+    """
+    _numbers[kind] = numbers
+    functions = [n for n, value in vars(kind).items() if callable(value) and n != "__init__"]
+    names = dict.fromkeys(["forward", "__call__", *functions])
+    know_code(vars(kind), *names, of=f"{kind.__name__}.")
+
+
+know_code(vars(nn.Module), "__call__", "_call_impl", of="Module.")
+know_class(nn.Linear)
+know_class(nn.Embedding, "max_norm")
+know_class(nn.ModuleList)
+
+
+def _foreign_code() -> str | None:
+    """The name of a function that somebody has replaced, or `None`."""
+    for namespace, name, value, full_name in _code:
+        if namespace.get(name) is not value:
+            return full_name
+    return None
 
 
 def replay_step(
@@ -118,18 +162,18 @@ class _Recording:
         # What is looked at is complete in the modules' own tables: adding, removing or replacing a
         # weight, a module, a hook or an attribute (such as another `forward`) changes one of them.
         modules = list(model.modules())
+        self._modules, self._types = modules, list(map(type, modules))
         self._attributes = [vars(module) for module in modules]
-        tables = [
-            table
-            for module in modules
-            for table in (
+        tables = [torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks]
+        for module in modules:
+            tables += (
                 module._parameters,
                 module._buffers,
                 module._modules,
                 module._forward_hooks,
                 module._forward_pre_hooks,
             )
-        ]
+        self._foreign_code = _foreign_code()
         # Apart, for at every token all are looked at: most are empty.
         self._empty_tables = [table for table in tables if not table]
         self._tables = [table for table in tables if table]
@@ -137,6 +181,12 @@ class _Recording:
         self._values = list(chain.from_iterable(map(dict.values, self._tables)))
         self._weights = list(filter(torch.is_tensor, self._values))
         self._addresses = list(map(torch.Tensor.data_ptr, self._weights))
+        self._read_numbers = [
+            partial(itemgetter(*names), vars(module))
+            for module in modules
+            if (names := _numbers.get(type(module)))
+        ]
+        self._found_numbers = [read() for read in self._read_numbers]
         self.owner: Callable[[], MetaLACache | None] = lambda: None
         self.obstacle = _obstacle(model, input_ids.device)
         if self.obstacle is not None:
@@ -197,6 +247,9 @@ class _Recording:
             and sum(map(len, self._tables)) == len(self._values)
             and all(map(is_, values, self._values))
             and list(map(torch.Tensor.data_ptr, self._weights)) == self._addresses
+            and list(map(type, self._modules)) == self._types
+            and [read() for read in self._read_numbers] == self._found_numbers
+            and _foreign_code() == self._foreign_code
         )
 
     def step(self, input_ids: torch.Tensor, cache: MetaLACache) -> torch.Tensor | None:
@@ -244,53 +297,61 @@ def _launches(kernel: Any, head: torch.Tensor) -> Callable[[torch.Tensor], torch
     return run
 
 
+def _weights(layer: nn.Module) -> dict[str, torch.Tensor | None]:
+    """All weights of a layer, by the names of `token_decoder`."""
+    mixer, mlp = layer.token_mixer, layer.channel_mixer
+    return dict(
+        token_norm=layer.token_norm.weight,
+        convolution=mixer.conv1d.weight,
+        q=mixer.q_proj.weight,
+        gate_logits=mixer.k_gate.weight,
+        v=mixer.v_proj.weight,
+        out_gate=mixer.g_proj.weight,
+        out_gate_bias=mixer.g_proj.bias,
+        aug=mixer.aug_balance,
+        out=mixer.out_proj.weight,
+        channel_norm=layer.channel_norm.weight,
+        l1=mlp.l1.weight,
+        l1_bias=mlp.l1.bias,
+        l2=mlp.l2.weight,
+        l2_bias=mlp.l2.bias,
+        l3=mlp.l3.weight,
+        l3_bias=mlp.l3.bias,
+    )
+
+
 def _kernel(model: nn.Module, states: list[tuple[torch.Tensor, torch.Tensor]]) -> Any | None:
-    """`token_decoder` of a model of MetaLA layers alone, or `None` where there is no kernel."""
+    """`token_decoder` of a model that `_obstacle` has let pass, or `None` where there is no
+    kernel."""
     if model.config.norm_type == "layernorm":
         return None  # kernels have RMS norms
-    layers = []
-    unbiased = [model.lm_head]
-    for layer, (conv_state, recurrent_state) in zip(model.model.layers, states, strict=True):
-        mixer, mlp = layer.token_mixer, layer.channel_mixer
-        tensors = dict(
-            token_norm=layer.token_norm.weight,
-            convolution=mixer.conv1d.weight,
-            q=mixer.q_proj.weight,
-            gate_logits=mixer.k_gate.weight,
-            v=mixer.v_proj.weight,
-            out_gate=mixer.g_proj.weight,
-            out_gate_bias=mixer.g_proj.bias,
-            aug=mixer.aug_balance,
-            out=mixer.out_proj.weight,
-            channel_norm=layer.channel_norm.weight,
-            l1=mlp.l1.weight,
-            l1_bias=mlp.l1.bias,
-            l2=mlp.l2.weight,
-            l2_bias=mlp.l2.bias,
-            l3=mlp.l3.weight,
-            l3_bias=mlp.l3.bias,
-            convolution_state=conv_state,
-            state=recurrent_state,
-        )
-        layers.append(tensors)
-        unbiased += [mixer.conv1d, mixer.q_proj, mixer.k_gate, mixer.v_proj, mixer.out_proj]
-        if mixer.g_proj.bias is None:
-            return None
-    if any(module.bias is not None for module in unbiased):
+    decoder = model.model
+    layers = [
+        _weights(layer) | dict(convolution_state=conv_state, state=recurrent_state)
+        for layer, (conv_state, recurrent_state) in zip(decoder.layers, states, strict=True)
+    ]
+    mixers = [layer.token_mixer for layer in decoder.layers]
+    norms = [norm for layer in decoder.layers for norm in (layer.token_norm, layer.channel_norm)]
+    numbers = {(mixer.tau, mixer.scale, mixer.norm_eps) for mixer in mixers}
+    epsilons = {norm.eps for norm in (*norms, decoder.final_norm)}
+    if (
+        len(numbers) > 1
+        or len(epsilons) > 1
+        or any(layer["out_gate_bias"] is None for layer in layers)
+        or decoder.embed_tokens.max_norm is not None  # the look-up changes the weights
+    ):
         return None  # somebody's own
-    embedding, norm = model.model.embed_tokens, model.model.final_norm
-    if embedding.max_norm is not None:
-        return None  # the look-up changes the weights
+    ((tau, scale, output_norm_eps),), (norm_eps,) = numbers, epsilons
     return token_decoder(
         layers,
-        embedding.weight,
-        norm.weight,
+        decoder.embed_tokens.weight,
+        decoder.final_norm.weight,
         model.lm_head.weight,
-        embedding_scale=model.model.embed_scale,
-        tau=mixer.tau,
-        scale=mixer.scale,
-        norm_eps=norm.eps,
-        output_norm_eps=mixer.norm_eps,
+        embedding_scale=decoder.embed_scale,
+        tau=tau,
+        scale=scale,
+        norm_eps=norm_eps,
+        output_norm_eps=output_norm_eps,
     )
 
 
@@ -298,16 +359,25 @@ def _obstacle(model: nn.Module, device: torch.device) -> str | None:
     """Why the model's step cannot be recorded as `_Recording` runs it, or `None`."""
     if model.model.has_attention:
         return "found attention layers, whose keys and values grow, wanted MetaLA layers alone"
-    own = type(model.model).__module__
+    if (name := _foreign_code()) is not None:
+        return f"found {name} replaced, wanted the model's own code"
+    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+        return "found a hook on all modules, wanted none"
     for name, module in model.named_modules():
+        if module is model:
+            continue
         kind = type(module)
-        if kind not in PLAIN_MODULES and kind.__module__ != own and module is not model:
+        if kind not in _numbers:
             return f"found a {kind.__name__} as {name}, wanted the model's own modules"
-        if module is not model and (
-            module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-        ):
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
             return f"found a hook on {name}, wanted none"
+    decoder = model.model
+    own = [decoder.embed_tokens.weight, decoder.final_norm.weight, model.lm_head.weight]
+    own += chain.from_iterable(_weights(layer).values() for layer in decoder.layers)
+    own = set(map(id, own))
     for name, weight in chain(model.named_parameters(), model.named_buffers()):
+        if id(weight) not in own:
+            return f"found {name}, wanted the weights of a MetaLA model alone"
         if type(weight) not in (nn.Parameter, torch.Tensor) or weight.device != device:
             return (
                 f"found {name} as a {type(weight).__name__} on {weight.device}, wanted an ordinary "
@@ -316,4 +386,4 @@ def _obstacle(model: nn.Module, device: torch.device) -> str | None:
     return None
 
 
-__all__ = ["replay_step", "take_back"]
+__all__ = ["know_class", "know_code", "replay_step", "take_back"]

@@ -9,9 +9,20 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from megatron_patch.ops.checks import without_autocast
 from megatron_patch.ops.chunked import meta_linear_attention
 from megatron_patch.ops.epilogue import give_state
 from megatron_patch.ops.short_convolution import _convolve, _convolve_packed
+
+_chunked = meta_linear_attention
+
+
+def meta_linear_attention(
+    q: torch.Tensor, *tensors: torch.Tensor | None, **settings: object
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The operator above in its own precision, of which autocast would halve that of products."""
+    with without_autocast(q.device):
+        return _chunked(q, *tensors, **settings)
 
 
 def short_convolution(
@@ -41,6 +52,11 @@ def short_convolution(
     )
 
 
+def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up."""
+    return F.silu(gate) * up
+
+
 def token_decoder(*args: object, **kwargs: object) -> None:
     """No kernel runs a whole decoding step without the package."""
 
@@ -48,8 +64,8 @@ def token_decoder(*args: object, **kwargs: object) -> None:
 # The package's own operators choose among GPU kernels: they take the place of the above where it is
 # installed.
 try:
-    from megatron_patch.ops import meta_linear_attention, short_convolution, token_decoder
+    from megatron_patch.ops import meta_linear_attention, short_convolution, swiglu, token_decoder
 except ImportError:
     pass
 
-__all__ = ["meta_linear_attention", "short_convolution", "token_decoder"]
+__all__ = ["meta_linear_attention", "short_convolution", "swiglu", "token_decoder"]

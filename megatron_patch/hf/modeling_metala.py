@@ -8,9 +8,10 @@ decides how batches work, and the attention layers of a hybrid follow it (`atten
   call, so that the convolution never meets a gap. Behind them the gate is held fully open (decay 1,
   key 0), which leaves the recurrent state untouched, and the convolution's state is taken at the
   row's last token. A row's results and state are those of the same row without padding, wherever
-  the padding was, at any batch size, with or without a cache.
-- Packed sequences. `cu_seqlens`, or `position_ids` that restart, separate documents; nothing
-  crosses.
+  the padding was, at any batch size, with or without a cache. Padding behind a row's last token
+  gives what that token gives, so that a batch's last column is where each row goes on.
+- Packed sequences. `cu_seqlens`, `position_ids` that restart, `seq_idx` or numbers in the mask
+  separate documents (`documents_metala`); nothing crosses.
 - Cache. `MetaLACache` holds the state, and keys and values of attention layers; a call with it
   continues with one token or many. Where gradients are on, layers are pure functions of inputs and
   states, so that the cache neither disturbs autograd nor gradient checkpointing; where they are
@@ -19,14 +20,17 @@ decides how batches work, and the attention layers of a hybrid follow it (`atten
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import trainer_pt_utils
 from transformers.generation import GenerationMixin
-from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation.configuration_utils import GenerationConfig, GenerationMode
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -54,8 +58,18 @@ from .architecture_metala import QUERY_GATE_GAIN
 from .attention_metala import MetaLAAttention, attention_inputs, join_padding
 from .cache_metala import MetaLACache
 from .configuration_metala import MetaLAConfig
-from .decoding_metala import replay_step, take_back
-from .ops_metala import meta_linear_attention, short_convolution
+from .decoding_metala import know_class, know_code, replay_step, take_back
+from .documents_metala import (
+    BOUNDARY_ARGUMENTS,
+    boundaries,
+    check_arguments,
+    demand,
+    document_starts,
+    read_boundaries,
+    read_mask,
+    tokens_first,
+)
+from .ops_metala import meta_linear_attention, short_convolution, swiglu
 
 # A gate logit whose sigmoid is 1 in every float type: log decay 0, so decay 1 and key 1 - 1 = 0.
 OPEN_GATE_LOGIT = 1e4
@@ -66,6 +80,8 @@ class MetaLARMSNorm(nn.Module):
 
     "simplermsnorm" has no parameters; "rmsnorm" multiplies by `weight` [dim]. x keeps its dtype.
     """
+
+    not_decayed = ("weight",)
 
     def __init__(self, dim: int, norm_type: str, eps: float):
         super().__init__()
@@ -96,15 +112,21 @@ def make_norm(config: MetaLAConfig) -> nn.Module:
     return MetaLARMSNorm(config.decoder_embed_dim, config.norm_type, config.norm_eps)
 
 
-class MetaLAShortConvolution(nn.Conv1d):
+class MetaLAShortConvolution(nn.Module):
     """Causal depthwise convolution and SiLU along time; the weight is [dim, 1, width].
 
     The weight is read in this module's own forward, so that ZeRO-3, FSDP and offloading gather it
-    in time.
+    in time. No `nn.Conv1d`, since it has other inputs and a state: PEFT would take it for one and
+    give it an adapter that cannot run, where it now says that it knows none.
     """
 
     def __init__(self, dim: int, width: int):
-        super().__init__(dim, dim, width, groups=dim, bias=False)
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim, 1, width))
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+
+    def extra_repr(self) -> str:
+        return f"{len(self.weight)}, width={self.weight.shape[-1]}"
 
     def forward(
         self,
@@ -138,6 +160,8 @@ def convolution_state_at(
         width: W.
     """
     past = width - 1
+    if past == 0:
+        return x.new_empty(len(x), x.shape[-1], 0)
     # Positions in x of the last W - 1 inputs; negative ones lie in the state before.
     index = lengths[:, None] - past + torch.arange(past, device=x.device)
     channels = x.shape[-1]
@@ -171,6 +195,9 @@ def apart(state: torch.Tensor | None) -> torch.Tensor | None:
 
 class MetaLATokenMixer(nn.Module):
     """Convolution, projections and Meta Linear Attention over time."""
+
+    # One scale a channel, whose zero has a meaning: as a bias, it has no weight decay.
+    not_decayed = ("aug_balance",)
 
     def __init__(self, config: MetaLAConfig):
         super().__init__()
@@ -269,7 +296,7 @@ class MetaLAChannelMixer(nn.Module):
         self.l3 = nn.Linear(width, dim, bias=bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.l3(F.silu(self.l1(x)) * self.l2(x))
+        return self.l3(swiglu(self.l1(x), self.l2(x)))
 
 
 class MetaLADecoderLayer(GradientCheckpointingLayer):
@@ -339,7 +366,7 @@ class MetaLAPreTrainedModel(PreTrainedModel):
                 init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
             init.normal_(module.weight, mean=0.0, std=self.config.init_std)
-        elif isinstance(module, nn.Conv1d):
+        elif isinstance(module, MetaLAShortConvolution):
             init.kaiming_uniform_(module.weight, a=math.sqrt(5))
         elif isinstance(module, MetaLARMSNorm) and module.weight is not None:
             init.ones_(module.weight)
@@ -389,6 +416,7 @@ class MetaLAModel(MetaLAPreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         cu_seqlens: torch.Tensor | None = None,
+        seq_idx: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple | BaseModelOutputWithPast:
         """Runs the blocks.
@@ -396,10 +424,11 @@ class MetaLAModel(MetaLAPreTrainedModel):
         Args:
             input_ids: int64 [B, T]; or `inputs_embeds`, one of the two.
             attention_mask: [B, T], or with a cache [B, tokens before + T], whose last T columns
-                count; 0 marks padding, which may stand anywhere.
-            position_ids: [B, T] or [1, T], read only to tell packed sequences apart: a token whose
-                position does not follow its predecessor's begins a new one. Not read with a
-                non-empty cache.
+                count; 0 marks padding, which may stand anywhere. Values above 1 number the
+                documents that are packed in a row.
+            position_ids: [B, T] or [1, T], read only to tell packed documents apart: one begins
+                where the position does not increase from token to token. Positions with gaps
+                are one document, and attention layers count their positions themselves.
             past_key_values: the cache to continue from; it is updated in place.
             inputs_embeds: [B, T, D], taken as they are (not scaled).
             use_cache: whether to return a cache. By default the configuration says, not so in
@@ -407,9 +436,10 @@ class MetaLAModel(MetaLAPreTrainedModel):
             output_hidden_states: whether to return the inputs of all blocks and the last norm's
                 output.
             return_dict: false for a tuple.
-            cu_seqlens: int [N + 1], boundaries of N sequences packed along time, B = 1.
-                transformers' name `cu_seq_lens_q` is read too.
-            kwargs: ignored, for callers that pass every model the same arguments.
+            cu_seqlens: int [N + 1], boundaries of N documents packed along time, B = 1.
+                transformers' names `cu_seq_lens_q` and `cu_seq_lens_k` are read too.
+            seq_idx: int [B, T] or [1, T], each token's document, as of Mamba models.
+            kwargs: arguments that callers pass to every model, see `check_arguments`.
 
         Raises:
             ValueError: arguments that do not go together or have the wrong shape.
@@ -420,6 +450,7 @@ class MetaLAModel(MetaLAPreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         if return_dict is None:
             return_dict = self.config.return_dict
+        check_arguments(kwargs)
         batch, time = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
         if not time:
             name = "input_ids" if inputs_embeds is None else "inputs_embeds"
@@ -431,33 +462,33 @@ class MetaLAModel(MetaLAPreTrainedModel):
         continued = past_key_values is not None and past_key_values.has_previous_state()
         past = past_key_values.get_seq_length() if continued else 0
         before = past_key_values.key_padding if continued else None
-        padding = self._padding(attention_mask, batch, time, past, before)
-        if position_ids is not None:
-            if (shape := list(position_ids.shape)) not in ([1, time], [batch, time]):
-                raise ValueError(f"position_ids: found {shape}, wanted [{batch}, {time}]")
-            position_ids = position_ids.expand(batch, -1)
+        padding, numbers = read_mask(attention_mask, batch, time, past, before)
+        position_ids, seq_idx = (
+            self._for_each_token(name, values, batch, time)
+            for name, values in (("position_ids", position_ids), ("seq_idx", seq_idx))
+        )
 
-        # Tokens to the front of their rows; `restore` is the way back.
-        lengths = order = restore = None
+        # Tokens to the front of their rows; `restore` is the way back. `results` is the same but
+        # behind a row's last token, where it repeats this; `empty` rows have none in this call.
+        lengths = order = restore = results = empty = None
         if padding is not None:
             lengths = time - padding.sum(1)
+            empty = (lengths == 0)[:, None, None]
             if time > 1:
-                order = padding.to(torch.uint8).argsort(dim=1, stable=True)
+                order = tokens_first(padding)
                 restore = order.argsort(dim=1)
+                last = (lengths[:, None] - 1).clamp(min=0)
+                behind = torch.arange(time, device=order.device) > order.gather(1, last)
+                results = torch.where(behind, last, restore)
                 padding = padding.gather(1, order)
-                if position_ids is not None:
-                    position_ids = position_ids.gather(1, order)
 
-        if cu_seqlens is None:
-            cu_seqlens = kwargs.get("cu_seq_lens_q")
-        if cu_seqlens is not None:
-            if batch != 1 or padding is not None or continued:
-                raise ValueError(
-                    f"cu_seqlens: found with batch {batch}, padding {padding is not None} and a "
-                    f"continued cache {continued}, wanted one row with neither"
-                )
-        elif position_ids is not None and time > 1 and not continued:
-            cu_seqlens = self._boundaries(position_ids, padding)
+        cu_seqlens = self._documents(
+            {"cu_seqlens": cu_seqlens, **kwargs},
+            document_starts(position_ids, (numbers, seq_idx), padding, order),
+            input_ids if inputs_embeds is None else inputs_embeds,
+            padding is not None,
+            continued,
+        )
         packed = cu_seqlens is not None
         if packed and (use_cache or past_key_values is not None):
             raise ValueError(
@@ -480,11 +511,11 @@ class MetaLAModel(MetaLAPreTrainedModel):
                 x = x.gather(1, order.to(x.device)[..., None].expand_as(x))
             return x.reshape(1, batch * time, -1) if packed else x
 
-        def as_given(x: torch.Tensor) -> torch.Tensor:
-            """The way back."""
+        def as_given(x: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
+            """The way back, by `restore` or `results`."""
             x = x.reshape(batch, time, -1) if packed else x
-            if restore is not None:  # blocks may lie on other devices than the mask
-                x = x.gather(1, restore.to(x.device)[..., None].expand_as(x))
+            if index is not None:  # blocks may lie on other devices than the mask
+                x = x.gather(1, index.to(x.device)[..., None].expand_as(x))
             return x
 
         hidden = inputs_embeds
@@ -506,7 +537,7 @@ class MetaLAModel(MetaLAPreTrainedModel):
         for index, layer in enumerate(self.layers):
             if output_hidden_states:
                 # The block reads what is returned, so that `retain_grad` finds its gradient.
-                all_hidden.append(as_given(hidden))
+                all_hidden.append(as_given(hidden, restore))
                 hidden = as_computed(all_hidden[-1])
             # Where a first call was interrupted, some layers hold states, but not the last.
             states = past_key_values.states(index) if continued else (None, None)
@@ -523,11 +554,12 @@ class MetaLAModel(MetaLAPreTrainedModel):
             elif use_cache:
                 past_key_values.update_conv_state(apart(outputs[1]), index)
                 past_key_values.update_recurrent_state(apart(outputs[2]), index)
+        hidden = as_given(self.final_norm(hidden), results)
+        if empty is not None and continued and past_key_values.last_hidden is not None:
+            last = past_key_values.last_hidden.to(hidden)
+            hidden = torch.where(empty.to(hidden.device), last, hidden)
         if use_cache:
-            past_key_values.advance(time, key_padding)
-        hidden = self.final_norm(hidden)
-
-        hidden = as_given(hidden)
+            past_key_values.advance(time, key_padding, hidden[:, -1:].detach().clone())
         hidden_states = (*all_hidden, hidden) if output_hidden_states else None
         cache = past_key_values if use_cache else None
         if not return_dict:
@@ -555,60 +587,58 @@ class MetaLAModel(MetaLAPreTrainedModel):
             )
 
     @staticmethod
-    def _padding(
-        attention_mask: torch.Tensor | None,
-        batch: int,
-        time: int,
-        past: int,
-        before: torch.Tensor | None,
+    def _for_each_token(
+        name: str, values: torch.Tensor | None, batch: int, time: int
     ) -> torch.Tensor | None:
-        """bool [B, T], true at padding, or `None` where there is none.
+        """values [B, T] or [1, T] as [B, T]; a ValueError names them where they are neither."""
+        if values is None:
+            return None
+        if (shape := list(values.shape)) not in ([1, time], [batch, time]):
+            raise ValueError(f"{name}: found {shape}, wanted [{batch}, {time}]")
+        return values.expand(batch, -1)
+
+    def _documents(
+        self,
+        arguments: dict[str, Any],
+        starts: torch.Tensor | None,
+        inputs: torch.Tensor,
+        padded: bool,
+        continued: bool,
+    ) -> torch.Tensor | None:
+        """cu_seqlens of the B rows laid end to end, or `None` where each row is one document.
 
         Args:
-            past: number of columns before these, 0 without a state.
-            before: `key_padding` of the cache.
+            arguments: those among which the boundaries are, if any are given.
+            starts: see `document_starts`.
+            inputs: [B, T] or [B, T, D].
         """
-        if attention_mask is None:
+        batch, time = inputs.shape[:2]
+        name = next((name for name in BOUNDARY_ARGUMENTS if arguments.get(name) is not None), None)
+        if name is None:
+            if starts is None or time == 1:
+                return None
+            if not continued:
+                return boundaries(starts)
+            demand(
+                ~starts.any(),
+                "position_ids, seq_idx: found a document that begins within a call that continues "
+                "from a cache, wanted the tokens of one document a row",
+            )
             return None
-        shape = list(attention_mask.shape)
-        spare = shape[1] - time if len(shape) == 2 and shape[0] == batch else -1
-        if spare < 0 or (spare > 0 and not past):
-            columns = f"{time} or more (those of the tokens before first)" if past else time
-            raise ValueError(f"attention_mask: found {shape}, wanted [{batch}, {columns}]")
-        padding = attention_mask == 0
-        # Most masks mark nothing. Looking costs a synchronisation: a compiled graph cannot have it.
-        if torch.compiler.is_compiling():
-            return padding[:, spare:]
-        if not padding.any():
-            return None
-        if spare and spare == past:
-            left_out = 0 if before is None else before.sum(1)
-            if (padding[:, :spare].sum(1) > left_out).any():
+        if batch != 1 or padded or continued:
+            raise ValueError(
+                f"{name}: found with batch {batch}, padding {padded} and a continued cache "
+                f"{continued}, wanted one row with neither"
+            )
+        cu_seqlens = read_boundaries(arguments, time, inputs.device, look=self.has_attention)
+        if starts is not None and not torch.compiler.is_compiling():
+            begins = starts.new_zeros(time + 1).index_fill(0, cu_seqlens.long(), True)
+            if (starts[0] & ~begins[1:time]).any():
                 raise ValueError(
-                    "attention_mask: found padding among the tokens before which the cache has "
-                    "read as tokens, as `generate` lets rows that end early read on until all "
-                    "have ended, wanted such rows to be read again without the cache"
+                    f"position_ids, seq_idx, attention_mask: found a document that begins where "
+                    f"{name} has no boundary, wanted all of them to say the same"
                 )
-        padding = padding[:, spare:]
-        return padding if padding.any() else None
-
-    @staticmethod
-    def _boundaries(
-        position_ids: torch.Tensor, padding: torch.Tensor | None
-    ) -> torch.Tensor | None:
-        """cu_seqlens of the B rows laid end to end, or `None` where each row is one sequence.
-
-        Args:
-            position_ids: [B, T].
-            padding: bool [B, T], true behind each row's tokens, or `None`.
-        """
-        starts = position_ids[:, 1:] != position_ids[:, :-1] + 1
-        if padding is not None:
-            starts = starts & ~padding[:, 1:]
-        if not starts.any():
-            return None
-        starts = F.pad(starts, (1, 0), value=True).flatten().nonzero()[:, 0]
-        return F.pad(starts, (0, 1), value=position_ids.numel()).int()
+        return cu_seqlens
 
 
 class MetaLAForCausalLM(MetaLAPreTrainedModel, GenerationMixin):
@@ -656,6 +686,7 @@ class MetaLAForCausalLM(MetaLAPreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         cu_seqlens: torch.Tensor | None = None,
+        seq_idx: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_logits_to_keep: int = 0,
         **loss_kwargs: Any,
@@ -667,9 +698,10 @@ class MetaLAForCausalLM(MetaLAPreTrainedModel, GenerationMixin):
             logits_to_keep: the last so many positions get logits (0: all); or positions for all
                 rows [P] or for each [B, P]; or a bool mask [B, T], which gives [true, vocab].
             num_logits_to_keep: the same under its name up to transformers 4.4x.
-            loss_kwargs: what transformers' loss takes: `num_items_in_batch` divides the summed
-                loss in place of the number of labels; `shift_labels` [B, T], labels that are
-                shifted already, take the place of `labels` (transformers 5).
+            loss_kwargs: what the loss function names as its arguments, of transformers':
+                `num_items_in_batch` divides the summed loss in place of the number of labels;
+                `shift_labels` [B, T], labels that are shifted already, take the place of `labels`
+                (not in its first versions). Others as in `MetaLAModel.forward`.
 
         Returns:
             With `loss` (where labels are given), `logits` [B, T, vocab], `past_key_values`,
@@ -677,9 +709,18 @@ class MetaLAForCausalLM(MetaLAPreTrainedModel, GenerationMixin):
         """
         if return_dict is None:
             return_dict = self.config.return_dict
-        if self._may_replay(past_key_values, input_ids, attention_mask, labels, use_cache) and not (
-            output_hidden_states or self.config.output_hidden_states
-        ):
+        others = loss_kwargs
+        if loss_kwargs:
+            read = inspect.signature(self.loss_function).parameters
+            others = {name: x for name, x in loss_kwargs.items() if name not in read}
+            check_arguments(others)
+        plain = attention_mask is inputs_embeds is labels is cu_seqlens is None and not (
+            output_hidden_states
+            or self.config.output_hidden_states
+            or use_cache is False
+            or isinstance(logits_to_keep, torch.Tensor)
+        )
+        if plain and self._may_replay(past_key_values, input_ids):
             logits = replay_step(self, input_ids, past_key_values)
             if logits is not None:
                 if not return_dict:
@@ -694,7 +735,9 @@ class MetaLAForCausalLM(MetaLAPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
             return_dict=True,
-            cu_seqlens=loss_kwargs.get("cu_seq_lens_q") if cu_seqlens is None else cu_seqlens,
+            cu_seqlens=cu_seqlens,
+            seq_idx=seq_idx,
+            **others,
         )
         hidden = self._positions_to_keep(
             outputs.last_hidden_state,
@@ -719,24 +762,15 @@ class MetaLAForCausalLM(MetaLAPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
         )
 
-    def _may_replay(
-        self,
-        cache: MetaLACache | None,
-        input_ids: torch.Tensor | None,
-        attention_mask: torch.Tensor | None,
-        labels: torch.Tensor | None,
-        use_cache: bool | None,
-    ) -> bool:
-        """Whether a call is a decoding step as `replay_step` takes it. A mask would have to be
-        looked at, which waits for the GPU: `generate` gives none after the prompt."""
+    def _may_replay(self, cache: MetaLACache | None, input_ids: torch.Tensor | None) -> bool:
+        """Whether a call with nothing but these is a decoding step as `replay_step` takes it. A
+        mask would have to be looked at, which waits for the GPU: `generate` gives none after the
+        prompt."""
         return (
             isinstance(cache, MetaLACache)
             and cache.decoding_graph is not None
             and input_ids is not None
             and list(input_ids.shape) == [cache.batch_size, 1]
-            and attention_mask is None
-            and labels is None
-            and use_cache is not False
             and not self.training
             and not torch.is_grad_enabled()
             and not torch.compiler.is_compiling()
@@ -790,13 +824,14 @@ class MetaLAForCausalLM(MetaLAPreTrainedModel, GenerationMixin):
 
         Raises:
             ValueError: this model was to draft for another one: rejected tokens could not be taken
-                back.
+                back; or a row holds several documents, of which one alone can be continued.
         """
         if getattr(generation_config, "is_assistant", False):
             raise ValueError(
                 f"{type(self).__name__} cannot be an assistant model: its state cannot go back to "
                 "the last accepted token"
             )
+        self._check_one_document(model_kwargs)
         # A static cache is what transformers compiles decoding for: ours is static as it is.
         if (
             generation_config.cache_implementation == "static"
@@ -812,6 +847,32 @@ class MetaLAForCausalLM(MetaLAPreTrainedModel, GenerationMixin):
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = MetaLACache(self.config)
+
+    @staticmethod
+    def _check_one_document(model_kwargs: dict) -> None:
+        """Raises a ValueError for arguments of `generate` by which a row is several documents."""
+        mask, positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
+        found = [name for name in BOUNDARY_ARGUMENTS if model_kwargs.get(name) is not None]
+        if model_kwargs.get("seq_idx") is not None:
+            found.append("seq_idx")
+        tensor = isinstance(mask, torch.Tensor)  # `forward` refuses other masks
+        if tensor and (mask > 1).any():
+            found.append("attention_mask")
+        if positions is not None:
+            if positions.ndim != 2:
+                raise ValueError(f"position_ids: found {list(positions.shape)}, wanted [B, T]")
+            padding = order = None
+            if tensor and mask.shape == positions.shape:
+                padding = mask == 0
+                order = tokens_first(padding)
+                padding = padding.gather(1, order)
+            if document_starts(positions, (), padding, order).any():
+                found.append("position_ids")
+        if found:
+            raise ValueError(
+                f"{found[0]}: found several documents in a row, wanted one: `generate` continues "
+                "one a row"
+            )
 
     def _update_model_kwargs_for_generation(
         self, outputs: Any, model_kwargs: dict, *args: Any, **kwargs: Any
@@ -830,17 +891,50 @@ class MetaLAForCausalLM(MetaLAPreTrainedModel, GenerationMixin):
             f"{type(self).__name__}"
         )
 
-    def _get_deprecated_gen_repo(
-        self, generation_mode: GenerationMode, *args: Any, **kwargs: Any
-    ) -> str | None:
-        """transformers 5 fetches contrastive search from the Hub; refused as 4.x refuses it."""
-        if generation_mode == GenerationMode.CONTRASTIVE_SEARCH:
+    def _prepare_generation_config(
+        self, *args: Any, **kwargs: Any
+    ) -> tuple[GenerationConfig, dict]:
+        """transformers' first step of `generate`, the same in all its versions. What they do with
+        these two differs: some ignore them, some end in an AttributeError, some ask the Hub."""
+        config, model_kwargs = super()._prepare_generation_config(*args, **kwargs)
+        if config.get_generation_mode() == GenerationMode.CONTRASTIVE_SEARCH:
             raise ValueError(
                 "contrastive search is not supported with stateful models, such as "
                 f"{type(self).__name__}"
             )
-        return super()._get_deprecated_gen_repo(generation_mode, *args, **kwargs)
+        if getattr(config, "return_legacy_cache", None):  # transformers 4
+            raise ValueError(
+                "return_legacy_cache: found True, wanted False: the cache is a MetaLACache, whose "
+                "states are no tuples of keys and values"
+            )
+        return config, model_kwargs
 
+
+# The Trainer gives weight decay by the names that this function finds, which leaves out biases, and
+# norms by their class (transformers 4) or name (5); a model has no say.
+_parameter_names = trainer_pt_utils.get_parameter_names
+
+
+@functools.wraps(_parameter_names)
+def _decayed_parameter_names(model: nn.Module, *args: Any, **kwargs: Any) -> list[str]:
+    """transformers' function, without what one of our modules says of itself. It calls itself, by
+    its name in its module, for each module of a model."""
+    left_out = model.not_decayed if isinstance(model, OWN_WEIGHTS) else ()
+    return [name for name in _parameter_names(model, *args, **kwargs) if name not in left_out]
+
+
+OWN_WEIGHTS = (MetaLARMSNorm, MetaLATokenMixer)
+trainer_pt_utils.get_parameter_names = _decayed_parameter_names
+
+# What steps in one launch do in place of the modules, or not again.
+know_class(MetaLARMSNorm, "dim", "eps")
+know_class(MetaLALayerNorm, "eps", "normalized_shape")
+know_class(MetaLAShortConvolution)
+know_class(MetaLATokenMixer, "num_heads", "tau", "scale", "norm_eps")
+know_class(MetaLAChannelMixer)
+know_class(MetaLADecoderLayer)
+know_class(MetaLAModel, "embed_scale")
+know_code(globals(), "meta_linear_attention", "short_convolution", "swiglu")
 
 # The Trainer shifts labels for its label smoothing where it finds the model's name here.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[MetaLAConfig.model_type] = MetaLAForCausalLM.__name__

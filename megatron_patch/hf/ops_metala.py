@@ -4,6 +4,6 @@ A file of its own, because an exported folder carries another one of this name, 
 this package: the model's other files import nothing but torch, transformers and each other.
 """
 
-from megatron_patch.ops import meta_linear_attention, short_convolution, token_decoder
+from megatron_patch.ops import meta_linear_attention, short_convolution, swiglu, token_decoder
 
-__all__ = ["meta_linear_attention", "short_convolution", "token_decoder"]
+__all__ = ["meta_linear_attention", "short_convolution", "swiglu", "token_decoder"]

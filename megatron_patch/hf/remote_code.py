@@ -24,6 +24,7 @@ COPIED_FILES = (
     "cache_metala.py",
     "configuration_metala.py",
     "decoding_metala.py",
+    "documents_metala.py",
     "modeling_metala.py",
 )
 OPERATORS_FILE = "ops_metala.py"

@@ -3,6 +3,7 @@ what was wanted."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 import torch
@@ -87,6 +88,14 @@ def is_traced(x: torch.Tensor) -> bool:
     )
 
 
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """A context in which operators compute in the precision that their inputs have."""
+    # "meta" has no autocast to ask for.
+    if device.type != "meta" and torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
 def check_inplace_final_state(
     initial_state: torch.Tensor | None, *others: torch.Tensor | None
 ) -> None:
@@ -105,7 +114,8 @@ def check_inplace_final_state(
             "inplace_final_state: found while gradients are recorded, which need the state that "
             "would be overwritten, wanted under torch.no_grad() or inplace_final_state=False"
         )
-    if 0 in (s for s, n in zip(initial_state.stride(), initial_state.shape, strict=True) if n > 1):
+    strides = zip(initial_state.stride(), initial_state.shape, strict=True)
+    if initial_state.numel() and 0 in (stride for stride, size in strides if size > 1):
         raise ValueError(
             f"initial_state {list(initial_state.shape)}: found an expanded tensor, wanted memory "
             "for every entry to write the final state to"

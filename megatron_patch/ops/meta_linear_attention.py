@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 
 import torch
@@ -15,6 +14,7 @@ from megatron_patch.ops.checks import (
     check_inplace_final_state,
     check_number,
     check_tensor,
+    without_autocast,
 )
 
 BACKENDS = names_of("meta_linear_attention")
@@ -129,9 +129,7 @@ def meta_linear_attention(
     backend = choose("meta_linear_attention", backend, q.dtype, device, K=key_width, V=value_width)
     implementation = _implementation(backend)
     # Every backend chooses its own precision: autocast would halve that of the matrix products.
-    kind = device.type
-    autocast = kind != "meta" and torch.is_autocast_enabled(kind)  # "meta" has none to ask for
-    with torch.autocast(kind, enabled=False) if autocast else contextlib.nullcontext():
+    with without_autocast(device):
         return implementation(
             q,
             gate_logits,

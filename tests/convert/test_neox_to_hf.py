@@ -90,6 +90,7 @@ def test_the_folder_is_what_transformers_loads(vocab_file, tmp_path):
     assert len(tokenizer) == TOKENS
     assert tokenizer.encode("w3 w4") == [5, 6]
     assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|endoftext|>", "<|padding|>")
+    assert tokenizer.padding_side == "left"
     assert (tmp_path / "hf/tokenizer.json").read_bytes() == vocab_file.read_bytes()
     for saved in (config, GenerationConfig.from_pretrained(tmp_path / "hf")):
         assert (saved.bos_token_id, saved.eos_token_id, saved.pad_token_id) == (0, 0, 1)
@@ -126,11 +127,13 @@ def test_a_tokenizer_folder_is_copied(vocab_file, tmp_path):
     folder.mkdir()
     config = json.loads((tmp_path / "first/tokenizer_config.json").read_text())
     config |= {"eos_token": "w0", "chat_template": "{{ messages[0]['content'] }}"}
+    config["padding_side"] = "right"
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     (folder / "tokenizer.json").write_bytes(vocab_file.read_bytes())
     neox_to_hf(tmp_path / "neox", tmp_path / "hf", tokenizer=folder)
     assert AutoConfig.from_pretrained(tmp_path / "hf").eos_token_id == 2
-    assert AutoTokenizer.from_pretrained(tmp_path / "hf").chat_template == config["chat_template"]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert tokenizer.chat_template == config["chat_template"] and tokenizer.padding_side == "left"
 
 
 def test_settings_spread_over_several_files(vocab_file, tmp_path):

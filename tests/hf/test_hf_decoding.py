@@ -81,7 +81,7 @@ def check(model, recorded, device, tokens):
         ids = tokens(cache.batch_size, 1, seed=seed).to(device)
         with torch.no_grad():
             expected = model(ids, past_key_values=plain)
-            with _Calls(model.model) as plain_path:
+            with _PlainPath() as plain_path:
                 output = model(ids, past_key_values=cache)
         torch.testing.assert_close(output.logits, expected.logits, rtol=1e-9, atol=1e-9)
         assert output.past_key_values is cache
@@ -95,24 +95,24 @@ def check(model, recorded, device, tokens):
     return check
 
 
-class _Calls:
-    """Counts the runs of a module's `forward`, without touching the module."""
+class _PlainPath:
+    """Counts the layers that run by themselves, without touching the model or its classes."""
 
-    def __init__(self, module):
-        self.kind, self.calls = type(module), 0
+    def __init__(self):
+        self.calls = 0
 
     def __enter__(self):
-        self.forward = forward = self.kind.forward
+        self.function = function = modeling_metala.may_overwrite
 
-        def count(*args, **kwargs):
+        def count(*states):
             self.calls += 1
-            return forward(*args, **kwargs)
+            return function(*states)
 
-        self.kind.forward = count
+        modeling_metala.may_overwrite = count
         return self
 
     def __exit__(self, *_):
-        self.kind.forward = self.forward
+        modeling_metala.may_overwrite = self.function
 
 
 @pytest.fixture
@@ -281,6 +281,146 @@ def test_hooks_are_called(model, prompt, check):
     forward = projection.forward
     projection.forward = lambda x: 3 * forward(x)  # as accelerate wraps modules
     assert not check(cache)
+
+
+PATCHED = [
+    "MetaLAChannelMixer.forward",
+    "MetaLATokenMixer.forward",
+    "MetaLATokenMixer._heads",
+    "MetaLARMSNorm.forward",
+    "MetaLAShortConvolution.forward",
+    "MetaLADecoderLayer.forward",
+    "MetaLADecoderLayer.__call__",
+    "MetaLAModel.embed",
+    "MetaLAModel.forward",
+    "nn.Linear.forward",
+    "nn.Embedding.forward",
+    "nn.Module.__call__",
+    "meta_linear_attention",
+    "short_convolution",
+    "swiglu",
+]
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("name", PATCHED)
+def test_patched_code_is_not_bypassed(
+    model, prompt, check, recorded, kernels, monkeypatch, name, batch
+):
+    """As Liger and others patch classes and functions: before a recording, and after one."""
+    said = []
+    monkeypatch.setattr(decoding_metala.logger, "warning_once", said.append)
+    cache = prompt(batch, decoding_graph="compiled" if batch == 1 else "eager")
+    assert check(cache)
+    owner = modeling_metala
+    *path, attribute = name.split(".")
+    for part in path:
+        owner = getattr(owner, part)
+    function = getattr(owner, attribute)
+
+    def patched(*args, **kwargs):
+        outputs = function(*args, **kwargs)
+        if isinstance(outputs, torch.Tensor) and outputs.is_floating_point():
+            return 1.5 * outputs
+        if isinstance(outputs, tuple) and torch.is_tensor(outputs[0]):
+            return (1.5 * outputs[0], *outputs[1:])
+        return outputs
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, attribute, patched)
+        assert not check(cache)
+        assert f"found {name.removeprefix('nn.')} replaced" in said[-1]
+        assert not check(prompt(3))
+    assert check(cache)
+
+
+def test_foreign_weights_and_classes_are_not_bypassed(model, prompt, check, kernels):
+    cache = prompt(1, decoding_graph="compiled")
+    assert check(cache)
+    mixer = model.model.layers[1].token_mixer
+    mixer.gain = torch.nn.Parameter(torch.ones(1, dtype=torch.float64, device=model.device))
+    assert not check(cache)
+    del mixer.gain
+    assert check(cache)
+    mixer.register_buffer("gain", torch.ones(1, device=model.device))
+    assert not check(cache)
+    del mixer.gain
+    bias = torch.randn_like(mixer.q_proj.weight[:, 0])
+    mixer.q_proj.bias = torch.nn.Parameter(bias)
+    assert not check(cache)
+    mixer.q_proj.bias = None
+    assert check(cache)
+
+    class Loud(type(mixer)):
+        def forward(self, *args):
+            out, *states = super().forward(*args)
+            return 2 * out, *states
+
+    kind, mixer.__class__ = mixer.__class__, Loud
+    assert not check(cache)
+    mixer.__class__ = kind
+    assert check(cache)
+
+
+def test_hooks_on_all_modules_are_called(model, prompt, check):
+    cache = prompt()
+    assert check(cache)
+    register = torch.nn.modules.module.register_module_forward_hook
+    hook = register(lambda m, i, o: 2 * o if isinstance(m, torch.nn.Linear) else o)
+    try:
+        assert not check(cache)
+    finally:
+        hook.remove()
+    assert check(cache)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_changed_numbers_are_recorded_anew(model, prompt, check, recorded, kernels, batch):
+    cache = prompt(batch, decoding_graph="compiled" if batch == 1 else "eager")
+    layer = model.model.layers[0]
+    changes = [
+        (layer.token_mixer, "tau", 3.0),
+        (layer.token_mixer, "scale", 0.7),
+        (layer.token_mixer, "norm_eps", 0.1),
+        (layer.channel_norm, "eps", 0.2),
+        (model.model.final_norm, "eps", 0.3),
+        (model.model, "embed_scale", 1.7),
+    ]
+    assert check(cache)
+    for count, (module, name, value) in enumerate(changes, 2):
+        setattr(module, name, value)
+        assert check(cache)
+        assert len(kernels) + len(recorded) == count
+
+
+def test_a_kernel_of_one_tau_is_not_given_two(model, prompt, monkeypatch):
+    made = []
+    monkeypatch.setattr(decoding_metala, "token_decoder", lambda *args, **kwargs: made.append(args))
+    cache = prompt(1)
+    states = [cache.states(layer) for layer in range(len(cache))]
+    decoding_metala._kernel(model, states)
+    assert len(made) == 1
+    model.model.layers[0].token_mixer.tau = 3.0
+    assert decoding_metala._kernel(model, states) is None
+    model.model.layers[0].token_mixer.tau = model.model.layers[1].token_mixer.tau
+    model.model.layers[1].channel_norm.eps = 0.5
+    assert decoding_metala._kernel(model, states) is None and len(made) == 1
+
+
+def test_layer_norms_have_no_kernel_but_a_recording(
+    tiny_model, monkeypatch, recorded, tokens, device
+):
+    made = []
+    monkeypatch.setattr(decoding_metala, "token_decoder", lambda *args, **kwargs: made.append(args))
+    model = tiny_model(torch.float64, norm_type="layernorm").to(device)
+    recording, plain = MetaLACache(model.config, decoding_graph="eager"), MetaLACache(model.config)
+    with torch.no_grad():
+        for cache in (recording, plain):
+            model(tokens(1, 5).to(device), past_key_values=cache)
+        ids = tokens(1, 1).to(device)
+        found, wanted = (model(ids, past_key_values=c).logits for c in (recording, plain))
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+    assert len(recorded) == 1 and not made
 
 
 def test_another_dtype(model, prompt, recorded, tokens, device):

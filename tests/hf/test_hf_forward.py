@@ -24,9 +24,13 @@ def expected_logits(
     names."""
     state = {name: tensor.double() for name, tensor in state.items()}
     heads, dim = config.decoder_attention_heads, config.decoder_embed_dim
-    key, value, width = dim // (2 * heads), dim // heads, config.conv_width
+    key, value = int(config.expand_k * dim) // heads, dim // heads
+    width = config.conv_width
 
     def norm(x, name):
+        if config.norm_type == "layernorm":
+            x = (x - x.mean()) / torch.sqrt(x.var(unbiased=False) + config.norm_eps)
+            return x * state[name] + state[name.replace("weight", "bias")]
         x = x / torch.sqrt((x * x).mean() + config.norm_eps)
         return x * state[name] if config.norm_type == "rmsnorm" else x
 
@@ -113,6 +117,8 @@ def expected_logits(
     [
         {},
         {"norm_type": "rmsnorm", "norm_eps": 1e-3},
+        {"norm_type": "layernorm", "norm_eps": 1e-3, "expand_k": 1.0},
+        {**HYBRID, "norm_type": "layernorm", "expand_k": 0.25},
         {"self_augmentation": False, "tau": 4.0, "conv_width": 3},
         {"bias": True, "no_scale_embedding": False, "conv_width": 1},
         {"decoder_attention_heads": 4, "output_norm_eps": 1e-2, "tie_word_embeddings": True},

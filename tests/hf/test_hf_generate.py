@@ -100,6 +100,29 @@ def test_a_left_padded_batch_equals_its_rows_alone(model, tokens, strategy):
     assert torch.equal(single[0], together[1])
 
 
+@pytest.mark.filterwarnings("ignore:.*right-padding")
+@pytest.mark.parametrize("side", ["right", "both", "middle"])
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("strategy", [dict(), dict(num_beams=3)], ids=["greedy", "beams"])
+def test_padding_anywhere_gives_what_rows_alone_give(model, tokens, side, use_cache, strategy):
+    """By ids and by embeddings."""
+    masks = {
+        "right": [[1] * 9, [1] * 2 + [0] * 7, [1] * 5 + [0] * 4],
+        "both": [[0] * 3 + [1] * 6, [0] * 4 + [1] + [0] * 4, [1] * 3 + [0] * 6],
+        "middle": [[1] * 3 + [0] * 2 + [1] * 4, [1, 0] * 4 + [1], [1] * 4 + [0] * 4 + [1]],
+    }
+    ids, mask = tokens(3, 9), torch.tensor(masks[side])
+    ids = ids.masked_fill(mask == 0, 0)
+    how = dict(max_new_tokens=5, do_sample=False, use_cache=use_cache, **strategy, **NO_END)
+    together = model.generate(ids, attention_mask=mask, **how)[:, -5:]
+    embeds = model.model.embed_tokens(ids)
+    by_embeds = model.generate(inputs_embeds=embeds, attention_mask=mask, **how)
+    assert torch.equal(by_embeds[:, -5:], together)
+    for row, keep in enumerate(mask.bool()):
+        alone = model.generate(ids[row : row + 1, keep], **how)
+        assert torch.equal(together[row], alone[0, -5:])
+
+
 @pytest.mark.parametrize("strategy", [dict(), dict(num_beams=3)], ids=["greedy", "beams"])
 def test_continuing_from_a_returned_cache(model, tokens, counted, strategy):
     how = dict(do_sample=False, return_dict_in_generate=True, **NO_END)
@@ -167,8 +190,11 @@ def test_the_cache_given_by_hand_is_filled(model, tokens):
 
 
 @pytest.mark.skipif(TRANSFORMERS < Version("4.57"), reason="generate has no prefill_chunk_size")
-def test_prefill_in_chunks(model, tokens, counted):
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_prefill_in_chunks(model, tokens, counted, side):
     ids, mask = left_padded([tokens(1, 11)[0], tokens(1, 4)[0]])
+    if side == "right":
+        ids, mask = (torch.stack([x[0], x[1].roll(4)]) for x in (ids, mask))
     how = dict(max_new_tokens=4, do_sample=False, **NO_END)
     expected = model.generate(ids, attention_mask=mask, **how)
     counted.clear()
@@ -248,8 +274,13 @@ def test_what_a_state_cannot_do_is_refused(model, tiny_model, tokens):
     for how in (dict(assistant_model=tiny_model()), dict(prompt_lookup_num_tokens=3)):
         with pytest.raises(ValueError, match=f"assisted generation is {stateful}"):
             model.generate(ids, max_new_tokens=3, **how)
-    with pytest.raises(ValueError, match=f"contrastive search is {stateful}"):
-        model.generate(ids, max_new_tokens=3, penalty_alpha=0.6, top_k=4)
+    for use_cache in (None, False, True):
+        with pytest.raises(ValueError, match=f"contrastive search is {stateful}"):
+            how = dict(penalty_alpha=0.6, top_k=4, use_cache=use_cache)
+            model.generate(ids, max_new_tokens=3, **how)
+    for more in (dict(), dict(return_dict_in_generate=True)):
+        with pytest.raises(ValueError, match="return_legacy_cache"):
+            model.generate(ids, max_new_tokens=3, return_legacy_cache=True, **more)
     if hasattr(model, "generate_batch"):  # transformers 5
         with pytest.raises(ValueError, match=f"continuous batching is {stateful}"):
             model.generate_batch(ids.tolist())

@@ -87,6 +87,11 @@ def test_other_convolution_widths(tiny_model, tokens, changes):
     model = tiny_model(torch.float64, **changes)
     input_ids, mask = tokens(len(ROWS), 8), mask_of(*ROWS)
     check_rows(model, input_ids, mask, model(input_ids, attention_mask=mask))
+    with torch.no_grad():  # states are written over
+        cache = model(input_ids, attention_mask=mask).past_key_values
+        start = copy.deepcopy(cache)
+        output = model(input_ids, attention_mask=mask, past_key_values=cache)
+    check_rows(model, input_ids, mask, output, start)
 
 
 @pytest.mark.parametrize("full_mask", [False, True], ids=["mask of the call", "mask of all tokens"])
@@ -113,6 +118,43 @@ def test_on_single_token_steps(model, tokens):
         logits.append(step.logits)
     step.logits = torch.cat(logits, dim=1)
     check_rows(model, input_ids, mask, step)
+
+
+def test_trailing_padding_gives_what_the_last_token_gives(model, tokens):
+    """So that the last column is where each row goes on; in the call that has its last token, and
+    in those after it."""
+    input_ids, mask = tokens(len(ROWS), 8), mask_of(*ROWS)
+    whole = model(input_ids, attention_mask=mask, output_hidden_states=True)
+    same(model.lm_head(whole.hidden_states[-1]), whole.logits)
+    cache, logits = MetaLACache(model.config), []
+    for columns in (slice(0, 3), slice(3, 4), slice(4, 6), slice(6, 8)):
+        seen = mask[:, : columns.stop]
+        step = model(input_ids[:, columns], attention_mask=seen, past_key_values=cache)
+        logits.append(step.logits)
+        cache = copy.deepcopy(cache)
+    for found in (whole.logits, torch.cat(logits, dim=1)):
+        for row, keep in enumerate(mask.bool()):
+            if not keep.any():
+                continue
+            alone = model(input_ids[row : row + 1, keep]).logits[0]
+            same(found[row, keep], alone)
+            behind = int(keep.nonzero()[-1]) + 1
+            same(found[row, behind:], alone[-1:].expand(8 - behind, -1))
+
+
+def test_the_last_tokens_result_goes_with_its_row(model, tokens, tmp_path):
+    """Through a reordering, a file, and a loss that reaches back."""
+    input_ids, empty = tokens(3, 4), torch.zeros(3, 2, dtype=torch.long)
+    output = model(input_ids, attention_mask=torch.tensor([[1, 1, 1, 0]] * 3))
+    cache = output.past_key_values
+    cache.reorder_cache(torch.tensor([2, 0, 0]))
+    cache.save(tmp_path / "state")
+    found = model(
+        input_ids[:, :2],
+        attention_mask=torch.cat([torch.tensor([[1, 1, 1, 0]] * 3), empty], dim=1),
+        past_key_values=MetaLACache.load(tmp_path / "state"),
+    ).logits
+    same(found, output.logits[[2, 0, 0], 2:3].expand(-1, 2, -1))
 
 
 def test_gradients_are_those_without_padding(model, tokens):

@@ -112,3 +112,22 @@ def test_generating_merging_and_saving(base, written_out, tokens, tmp_path):
     for name, parameter in merged.named_parameters():
         torch.testing.assert_close(parameter, expected.get_parameter(name))
     check(merged)
+
+
+@pytest.mark.parametrize("rank", [2, 32])
+def test_the_convolution_takes_no_adapter(base, rank):
+    """PEFT's, for `nn.Conv1d`, know neither its inputs nor its state."""
+    with pytest.raises(ValueError, match="Target module MetaLAShortConvolution.* is not supported"):
+        config = peft.LoraConfig(r=rank, target_modules=["conv1d"], task_type="CAUSAL_LM")
+        peft.get_peft_model(copy.deepcopy(base), config)
+
+
+def test_the_convolution_is_trained_whole(base, tokens):
+    config = peft.LoraConfig(
+        target_modules=["q_proj"], modules_to_save=["conv1d"], task_type="CAUSAL_LM"
+    )
+    model, input_ids = peft.get_peft_model(copy.deepcopy(base), config), tokens(2, 9)
+    torch.testing.assert_close(model(input_ids).logits, base(input_ids).logits)
+    model(input_ids, labels=input_ids).loss.backward()
+    trained = [p for n, p in model.named_parameters() if p.requires_grad and "conv1d" in n]
+    assert len(trained) == 2 and all(p.grad.any() for p in trained)

@@ -6,10 +6,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
+from transformers import (
+    DataCollatorWithFlattening,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
 
 from megatron_patch.hf import MetaLACache, MetaLAForCausalLM
-from tests.hf.conftest import KINDS
+from tests.hf.conftest import HYBRID, KINDS
 
 TRANSFORMERS_4 = transformers.__version__.startswith("4.")
 
@@ -248,6 +254,32 @@ def test_trainer(tiny_config, tokens, tmp_path, checkpointing):
     whole, pieces = run(8, 1), run(2, 4)
     assert whole[-1] < whole[0]
     assert whole == pytest.approx(pieces, rel=2e-3)  # accumulated batches count as one
+
+
+@pytest.mark.parametrize("changes", [{}, {"norm_type": "rmsnorm", "bias": True}, HYBRID], ids=str)
+def test_what_the_trainer_decays(tiny_model, tmp_path, changes):
+    """All matrices and the taps of convolutions; no bias, norm or `aug_balance`."""
+    model = tiny_model(**changes)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), learning_rate=0.1, weight_decay=0.5, report_to=[], use_cpu=True
+    )
+    optimizer = Trainer(model, arguments).create_optimizer()
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        kept = name.endswith(("bias", "norm.weight", "aug_balance"))
+        torch.testing.assert_close(parameter, before[name] * (1.0 if kept else 0.95))
+    assert any("aug_balance" in name for name in before)
+
+
+def test_the_trainer_decays_other_models_as_ever(tmp_path):
+    sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=61, **sizes))
+    arguments = TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True)
+    decayed = Trainer(model, arguments).get_decay_parameter_names(model)
+    assert set(decayed) == {n for n, _ in model.named_parameters() if "norm" not in n}
 
 
 def test_label_smoothing_of_the_trainer(tiny_model, tokens, tmp_path):

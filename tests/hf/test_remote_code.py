@@ -25,6 +25,7 @@ CODE_FILES = {
     "cache_metala.py",
     "configuration_metala.py",
     "decoding_metala.py",
+    "documents_metala.py",
     "modeling_metala.py",
     "ops_metala.py",
 }
@@ -241,3 +242,19 @@ def test_the_folders_operators_equal_the_packages(standalone, dtype, packed):
     found = standalone.short_convolution(x, weight, **how, inplace_final_state=True)
     assert found[1] is how["initial_state"]
     assert all(map(torch.equal, found, expected))
+
+
+def test_the_folders_operator_keeps_its_precision_under_autocast(standalone):
+    """As the package's: bit for bit what the same inputs give without."""
+    q, gate_logits = torch.randn(2, 1, 70, 2, 4)
+    v, out_gate = torch.randn(2, 1, 70, 2, 8)
+    scalars = dict(tau=16.0, scale=0.5, norm_eps=1e-5, output_final_state=True)
+    inputs = (q, gate_logits, v, None, out_gate)
+    expected = standalone.meta_linear_attention(*inputs, **scalars)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = standalone.meta_linear_attention(*inputs, **scalars)
+        packages = ops.meta_linear_attention(*inputs, **scalars, backend="chunked")
+    assert all(map(torch.equal, found, expected))
+    assert all(map(torch.equal, found, packages))
+    gate, up = torch.randn(2, 3, 8, dtype=torch.float64)
+    torch.testing.assert_close(standalone.swiglu(gate, up), ops.swiglu(gate, up))

@@ -93,6 +93,15 @@ def test_refused_while_gradients_are_recorded(operator, make):
             assert operator(**inputs, inplace_final_state=True)[1] is inputs["initial_state"]
 
 
+def test_a_state_without_entries_shares_no_memory():
+    """A convolution of one tap has no past, and operations leave strides of 0 on nothing."""
+    x, weight = torch.randn(3, 2, 6), torch.randn(6, 1, 1)
+    state = torch.empty(3, 1, 0).expand(3, 6, 0)
+    y, final = short_convolution(x, weight, initial_state=state, inplace_final_state=True)
+    assert final is state
+    torch.testing.assert_close(y, torch.nn.functional.silu(x * weight[:, 0, 0]))
+
+
 @pytest.mark.parametrize(("operator", "make"), OPERATORS)
 def test_refused_where_entries_share_memory(operator, make):
     inputs = make(1, N=3, B=3)

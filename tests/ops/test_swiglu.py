@@ -15,6 +15,16 @@ def test_is_its_formula():
     assert torch.autograd.gradcheck(swiglu, x)
 
 
+def test_takes_two_tensors():
+    gate, up = torch.randn(2, 2, 3, 5, dtype=torch.float64).requires_grad_()
+    joined = swiglu(torch.cat([gate, up], dim=-1))
+    torch.testing.assert_close(swiglu(gate, up), joined, rtol=1e-14, atol=1e-14)
+    assert torch.autograd.gradcheck(swiglu, (gate, up))
+    for other in (up[..., :4], up.float(), up[0], up.tolist()):
+        with pytest.raises(ValueError, match="^up"):
+            swiglu(gate, other)
+
+
 @pytest.mark.parametrize(
     ("x", "message"),
     [

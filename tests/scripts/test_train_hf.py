@@ -60,7 +60,7 @@ def test_trains_saves_and_verifies(small_run, train_hf, run_script, tmp_path):
     model = MetaLAForCausalLM.from_pretrained(tmp_path / "run" / "hf")
     assert model.config.eos_token_id == 0 and model.config.pad_token_id == 1
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "hf")
-    assert len(tokenizer) == model.config.vocab_size == 512
+    assert len(tokenizer) == model.config.vocab_size == 512 and tokenizer.padding_side == "left"
     assert tokenizer.decode(tokenizer("def f(x):")["input_ids"]) == "def f(x):"
 
     assert "training is already complete" in train_hf(small_run())

@@ -33,11 +33,16 @@ def draw(*shape, dtype=torch.float32, scale=3.0):
 
 
 def assert_right(x, d_y):
+    """Of one tensor, and of its two halves, whose gradients are those of the one."""
     found = evaluate(x, d_y, "triton")
     wanted = evaluate(x, d_y, "torch", torch.float64)
     for value, want in zip(found, wanted, strict=True):
         assert value.shape == want.shape and value.dtype == x.dtype
         assert (value.double() - want).norm() <= TOLERANCE[x.dtype] * want.norm()
+    gate, up = (half.detach().requires_grad_() for half in x.chunk(2, dim=-1))
+    y = swiglu(gate, up, backend="triton")
+    assert torch.equal(y, found[0])
+    assert torch.equal(torch.cat(torch.autograd.grad(y, (gate, up), d_y), dim=-1), found[1])
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -56,9 +61,9 @@ def test_strided_tensors():
 @pytest.mark.parametrize("shape", [(0, 8), (3, 0)])
 def test_nothing(shape):
     x = torch.ones(shape, device=DEVICE, requires_grad=True)
-    y = swiglu(x, backend="triton")
-    assert y.shape == (shape[0], shape[1] // 2)
-    assert torch.autograd.grad(y.sum(), x)[0].shape == x.shape
+    for y in (swiglu(x, backend="triton"), swiglu(*x.chunk(2, dim=-1), backend="triton")):
+        assert y.shape == (shape[0], shape[1] // 2)
+        assert torch.autograd.grad(y.sum(), x)[0].shape == x.shape
 
 
 def test_gates_of_any_size():
@@ -84,10 +89,12 @@ def test_keeps_its_input_alone():
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         swiglu(x, backend="triton")
-    assert [t.data_ptr() for t in kept] == [x.data_ptr()]
+        swiglu(x, up := torch.ones_like(x), backend="triton")
+    assert [t.data_ptr() for t in kept] == [t.data_ptr() for t in (x, x, up)]
 
 
 def test_compiles_without_graph_breaks():
     x, d_y = draw(4, 64)
     compiled = torch.compile(swiglu, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), swiglu(x, backend="torch"))
+    torch.testing.assert_close(compiled(x, x), swiglu(x, x, backend="torch"))
