@@ -374,6 +374,9 @@ def _obstacle(model: nn.Module, device: torch.device) -> str | None:
     decoder = model.model
     own = [decoder.embed_tokens.weight, decoder.final_norm.weight, model.lm_head.weight]
     own += chain.from_iterable(_weights(layer).values() for layer in decoder.layers)
+    if model.config.norm_type == "layernorm":
+        norms = [n for layer in decoder.layers for n in (layer.token_norm, layer.channel_norm)]
+        own += [norm.bias for norm in (*norms, decoder.final_norm)]
     own = set(map(id, own))
     for name, weight in chain(model.named_parameters(), model.named_buffers()):
         if id(weight) not in own:
