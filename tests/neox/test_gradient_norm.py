@@ -1,0 +1,96 @@
+"""The norm by which a pipeline clips its gradients is that of the whole model, whatever the layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.neox.training import neox, settings
+
+# A training as the stock train.py starts it; each rank writes its gradients before they are clipped,
+# the norm that DeepSpeed found, and the factor by which they were clipped.
+SCRIPT = """
+import os, sys, torch
+sys.path.insert(0, os.getcwd())
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.utils import safe_get_full_grad
+from megatron.neox_arguments import NeoXArgs
+from megatron.training import pretrain
+
+take_step = DeepSpeedEngine._take_model_step
+
+def take_and_write(self, *args, **kwargs):
+    gradients = {}
+    for name, p in self.module.named_parameters():
+        gradient = getattr(p, "_hp_grad", p.grad)
+        gradient = safe_get_full_grad(p) if gradient is None else gradient
+        gradients[name] = gradient.view(p.shape).clone()
+    take_step(self, *args, **kwargs)
+    norm = self.get_global_grad_norm()
+    norm = norm if norm is None else float(norm)
+    torch.save([norm, gradients], os.path.join(os.environ["NORMS"], os.environ["RANK"]))
+
+DeepSpeedEngine._take_model_step = take_and_write
+neox_args = NeoXArgs.consume_neox_args()
+neox_args.configure_distributed_args()
+neox_args.build_tokenizer()
+pretrain(neox_args=neox_args)
+"""
+
+HYBRID = {
+    "num_layers": 4,
+    "attention_config": ["metala", "metala", "global", "global"],
+    "use_bias_in_attn_linear": False,
+    "use_bias_in_mlp": False,
+    "train_iters": 2,
+    "gradient_clipping": 0.01,
+}
+
+
+def norm_of_parts(folder: Path) -> float:
+    """The norm of all gradients in `folder`, one file a rank, in float64: those of one name and
+    equal values are one parameter that ranks hold in common."""
+    parts: dict[str, list[torch.Tensor]] = {}
+    for file in folder.iterdir():
+        for name, gradient in torch.load(file)[1].items():
+            known = parts.setdefault(name, [])
+            if not any(torch.equal(gradient, other) for other in known):
+                known.append(gradient)
+    return sum(g.double().square().sum().item() for k in parts.values() for g in k) ** 0.5
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        # Without ZeRO, tied embeddings, weights of norms on both stages, tensor parallelism.
+        {
+            "model_parallel_size": 2,
+            "pipe_parallel_size": 2,
+            "num_gpus": 4,
+            "norm": "layernorm",
+            "no_weight_tying": False,
+        },
+        # The second stage has no parameter without weight decay.
+        {"pipe_parallel_size": 2, "num_gpus": 2, "zero_optimization": {"stage": 1}},
+        # Nothing but tied embeddings on the second stage.
+        {
+            "pipe_parallel_size": 2,
+            "num_gpus": 2,
+            "no_weight_tying": False,
+            "precision": "bfloat16",
+            "pipe_partition_method": "type:embedding|metala|transformer",
+        },
+    ],
+    ids=["no ZeRO", "ZeRO 1", "bfloat16"],
+)
+def test_each_parameter_counts_once(neox_checkout, token_data, tokenizer_file, tmp_path, changes):
+    config = settings(token_data, tokenizer_file) | HYBRID | changes
+    script, norms = tmp_path / "train.py", tmp_path / "norms"
+    script.write_text(SCRIPT)
+    norms.mkdir()
+    run = neox(neox_checkout, str(script), config, tmp_path, NORMS=str(norms))
+    assert run.returncode == 0, run.output[-6000:]
+    (found,) = {torch.load(file)[0] for file in norms.iterdir()}
+    assert found == pytest.approx(norm_of_parts(norms), rel=1e-5)
