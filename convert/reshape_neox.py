@@ -18,7 +18,7 @@ from convert.model_shape import padded_vocabulary, with_defaults
 from convert.neox_checkpoint import NeoXCheckpoint, config_texts
 from convert.neox_writer import adapt_configs, check_layout, write_checkpoint
 from convert.tokenizer_folder import find_tokenizer, read_tokenizer
-from megatron_patch.neox.yaml_config import merge_yaml_texts, read_yaml
+from megatron_patch.neox.yaml_config import merge_yaml_texts, read_yaml, settle
 
 
 def reshape_neox(
@@ -69,7 +69,8 @@ def reshape_neox(
         rows = padded_vocabulary(words.size, divisible_by, tensor_parallel)
     shape = replace(source.shape, padded_vocab_size=rows)
     check_layout(shape, tensor_parallel, pipeline_parallel)
-    texts = in_one_folder(read_yaml(config)) if config else config_texts(source.step)
+    given = read_yaml(config) if config else config_texts(source.step)
+    texts = in_one_folder(settle(given))
     configs = adapt_configs(texts, tensor_parallel, pipeline_parallel)
     settings = merge_yaml_texts(configs)
     with complete_folder(output, overwrite, mark="latest") as folder:

@@ -38,10 +38,24 @@ def check_run(args: Any) -> None:
                 f"none with layers of type {', '.join(others)}: GPT-NeoX heeds it in a pipeline "
                 "alone, and not when it generates",
             )
+    if args.user_script:  # else settings of a model alone
+        _check_tokenizer(args)
     if program(args) == "train.py":
         _check_training(args)
     elif args.return_logits:
         _refuse(args, "return_logits", "false: GPT-NeoX writes them past the end of their table")
+
+
+def _check_tokenizer(args: Any) -> None:
+    kind = args.tokenizer_type.lower()
+    if args.vocab_file is None and kind not in ("charleveltokenizer", "hfgpt2tokenizer"):
+        _refuse(args, "vocab_file", f"the file that tokenizer_type: {args.tokenizer_type} reads")
+    if args.merge_file is None and kind == "gpt2bpetokenizer":
+        _refuse(
+            args,
+            "merge_file",
+            "the second file of GPT2BPETokenizer; a tokenizer.json is read by HFTokenizer",
+        )
 
 
 def _check_training(args: Any) -> None:

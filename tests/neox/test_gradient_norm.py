@@ -1,4 +1,4 @@
-"""The norm by which a pipeline clips its gradients is that of the whole model, whatever the layout."""
+"""A pipeline clips its gradients by the norm of the whole model, and never waits for ever."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 
 from tests.neox.training import neox, settings
 
-# A training as the stock train.py starts it; each rank writes its gradients before they are clipped,
-# the norm that DeepSpeed found, and the factor by which they were clipped.
+# The stock train.py, but each rank writes its gradients before they are clipped, and the norm that
+# DeepSpeed found.
 SCRIPT = """
 import os, sys, torch
 sys.path.insert(0, os.getcwd())
