@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -27,10 +25,18 @@ def take_and_write(self, *args, **kwargs):
         gradient = getattr(p, "_hp_grad", p.grad)
         gradient = safe_get_full_grad(p) if gradient is None else gradient
         gradients[name] = gradient.view(p.shape).clone()
+    clipped, step = {}, self.optimizer.step
+    def step_and_look(*args, **kwargs):
+        clipped.update({n: p.grad.clone() for n, p in self.module.named_parameters()
+                        if p.grad is not None})
+        return step(*args, **kwargs)
+    if isinstance(self.optimizer, torch.optim.Optimizer):  # clipped by the engine
+        self.optimizer.step = step_and_look
     take_step(self, *args, **kwargs)
+    self.optimizer.step = step
     norm = self.get_global_grad_norm()
     norm = norm if norm is None else float(norm)
-    torch.save([norm, gradients], os.path.join(os.environ["NORMS"], os.environ["RANK"]))
+    torch.save([norm, gradients, clipped], os.path.join(os.environ["NORMS"], os.environ["RANK"]))
 
 DeepSpeedEngine._take_model_step = take_and_write
 neox_args = NeoXArgs.consume_neox_args()
@@ -49,12 +55,12 @@ HYBRID = {
 }
 
 
-def norm_of_parts(folder: Path) -> float:
-    """The norm of all gradients in `folder`, one file a rank, in float64: those of one name and
-    equal values are one parameter that ranks hold in common."""
+def norm_of(ranks: list[dict[str, torch.Tensor]]) -> float:
+    """The norm in float64 of all ranks' gradients: those of one name and equal values are of one
+    parameter that ranks hold in common."""
     parts: dict[str, list[torch.Tensor]] = {}
-    for file in folder.iterdir():
-        for name, gradient in torch.load(file)[1].items():
+    for gradients in ranks:
+        for name, gradient in gradients.items():
             known = parts.setdefault(name, [])
             if not any(torch.equal(gradient, other) for other in known):
                 known.append(gradient)
@@ -80,7 +86,9 @@ def norm_of_parts(folder: Path) -> float:
             "num_gpus": 2,
             "no_weight_tying": False,
             "precision": "bfloat16",
-            "pipe_partition_method": "type:embedding|metala|transformer",
+            "num_layers": 2,
+            "attention_config": ["metala"] * 2,
+            "pipe_partition_method": "uniform",
         },
     ],
     ids=["no ZeRO", "ZeRO 1", "bfloat16"],
@@ -92,5 +100,8 @@ def test_each_parameter_counts_once(neox_checkout, token_data, tokenizer_file, t
     norms.mkdir()
     run = neox(neox_checkout, str(script), config, tmp_path, NORMS=str(norms))
     assert run.returncode == 0, run.output[-6000:]
-    (found,) = {torch.load(file)[0] for file in norms.iterdir()}
-    assert found == pytest.approx(norm_of_parts(norms), rel=1e-5)
+    found, gradients, clipped = zip(*(torch.load(file) for file in norms.iterdir()), strict=True)
+    if any(clipped):
+        assert norm_of(clipped) == pytest.approx(config["gradient_clipping"], rel=1e-4)
+    assert len(set(found)) == 1
+    assert found[0] == pytest.approx(norm_of(gradients), rel=1e-5)

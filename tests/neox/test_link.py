@@ -68,7 +68,8 @@ def test_another_package_of_the_name_lets_neox_start(checkout, tmp_path):
     said = []
     for rank in ("0", "1"):
         process = subprocess.run(
-            [sys.executable, "-c", "import megatron; print(megatron.started)"],
+            # without site-packages, where this package may be installed
+            [sys.executable, "-S", "-c", "import megatron; print(megatron.started)"],
             cwd=checkout,
             env={**os.environ, "PYTHONPATH": str(other.parent), "RANK": rank},
             capture_output=True,
