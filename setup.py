@@ -12,6 +12,8 @@ EXTRAS = {
     # What GPT-NeoX imports, beside itself: its own pins are older than needed (README, "Versions").
     "neox": [
         "deepspeed>=0.16",
+        "ftfy",  # its tools/datasets/preprocess_data.py imports this and lm_dataformat
+        "lm_dataformat",
         "numpy",
         "pybind11",  # GPT-NeoX compiles its data helper at the first start
         "requests",
@@ -24,6 +26,7 @@ EXTRAS = {
     "hf": ["accelerate>=1.0", "safetensors", "tokenizers", "tqdm", "transformers>=4.46"],
     # torch brings cuda-bindings itself from 2.11 on.
     "gpu": ["triton>=3.4", "flash-linear-attention>=0.4", "cuda-bindings>=12.9"],
+    "tensorboard": ["tensorboard"],
     "wandb": ["wandb"],
     "eval": ["lm_eval>=0.4.5,<0.5"],
 }

@@ -22,7 +22,7 @@ from convert.neox_writer import adapt_configs, check_layout, write_checkpoint
 from convert.tokenizer_folder import find_tokenizer, read_tokenizer
 from convert.vocabulary import divisor_that_keeps, padded_vocabulary, tell_new_rows
 from megatron_patch.architecture import with_defaults
-from megatron_patch.neox.yaml_config import merge_yaml_texts, read_yaml
+from megatron_patch.neox.yaml_config import merge_yaml_texts, read_yaml, settle
 
 
 def reshape_neox(
@@ -78,7 +78,8 @@ def reshape_neox(
             others["make_vocab_size_divisible_by"] = kept
     shape = replace(source.shape, padded_vocab_size=rows)
     check_layout(shape, tensor_parallel, pipeline_parallel)
-    texts = in_one_folder(read_yaml(config)) if config else config_texts(source.step)
+    given = read_yaml(config) if config else config_texts(source.step)
+    texts = in_one_folder(settle(given))
     configs = adapt_configs(texts, tensor_parallel, pipeline_parallel, others)
     settings = merge_yaml_texts(configs)
     with complete_folder(output, overwrite, mark="latest") as folder:

@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
-"""Makes a GPT-NeoX checkout load MetaLA by itself: one marked line in its megatron/__init__.py, and
-links to the MetaLA model configurations in its configs/. `--unlink` takes both away again."""
+"""Makes a GPT-NeoX checkout load MetaLA by itself: marked lines at the end of its
+megatron/__init__.py, and links to the MetaLA model configurations in its configs/. `--unlink` takes
+both away again."""
 
 from __future__ import annotations
 
@@ -12,7 +13,21 @@ from pathlib import Path
 
 TESTED_COMMIT = "ea7aefd8f8e183256992d9fede4d7c71a46d67a5"
 MARK = "# MetaLA plugin, added by link_neox.py"
-LINE = f"import megatron_patch.neox; megatron_patch.neox.register()  {MARK}\n"
+# GPT-NeoX starts where the plugin cannot be imported (another package has its name, or this Python
+# does not have it) and knows no layer of type metala there.
+CODE = """\
+try:
+    from megatron_patch.neox import register as register_metala
+except ImportError as error:
+    import os, sys
+    if os.environ.get("RANK", "0") == "0":
+        package = getattr(sys.modules.get("megatron_patch"), "__path__", ["nowhere"])
+        print("MetaLA: not loaded, runs with metala layers will be refused:", error,
+              "(megatron_patch found in", *package, end=")\\n", file=sys.stderr)
+else:
+    register_metala()
+"""
+LINES = "".join(f"{line}  {MARK}\n" for line in CODE.splitlines())
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
@@ -36,12 +51,15 @@ def write(path: Path, text: str) -> None:
 
 
 def link(checkout: Path) -> bool:
-    """Adds the line and the configuration links; returns whether anything changed."""
+    """Adds the lines, in place of those of an earlier version, and the configuration links; returns
+    whether anything changed."""
     init = entry_point(checkout)
     text = init.read_text()
-    changed = MARK not in text
+    own = "".join(line for line in text.splitlines(keepends=True) if MARK not in line)
+    linked = own + ("" if own.endswith("\n") else "\n") + LINES
+    changed = text != linked
     if changed:
-        write(init, text + ("" if text.endswith("\n") else "\n") + LINE)
+        write(init, linked)
     for config in sorted(CONFIGS.glob("metala*.yml")):
         target = checkout / "configs" / config.name
         if not target.exists():

@@ -8,29 +8,42 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import difflib
 import functools
 import os
+import re
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from megatron_patch.architecture import SettingsError
 from megatron_patch.neox.cpu_mode import activate_cpu_mode
+from megatron_patch.neox.endings import (
+    end_run,
+    fail_where_it_failed,
+    fail_where_the_launched_was_killed,
+)
 from megatron_patch.neox.flops import flops_per_second
+from megatron_patch.neox.gradient_norm import repair_gradient_norm
 from megatron_patch.neox.index_maps import name_index_maps_after_data
 from megatron_patch.neox.norm import SimpleRMSNorm
 from megatron_patch.neox.ranks import check_running_ranks, count_ranks
 from megatron_patch.neox.replicas import check_replicas, share_random_state
 from megatron_patch.neox.resume import check_load, go_on_from_save
+from megatron_patch.neox.run_checks import check_run, program
 from megatron_patch.neox.saving import check_saving, delete_old_checkpoints
 from megatron_patch.neox.settings import check_settings, export_warning
+from megatron_patch.neox.tokenizer import repair_gpt2_tokenizer
+from megatron_patch.neox.value_checks import check_values
+from megatron_patch.neox.yaml_config import merge_yaml_texts, read_yaml, settle
 
 LAYER_TYPE = "metala"
 _DEFAULT_PARTITION = "type:transformer|mlp"
+_UNREAD = -1  # as `sliding_window_width`: no layer reads the mask
 
 
 def register() -> None:
@@ -41,6 +54,7 @@ def register() -> None:
         return
     ATTENTION_TYPE_CHOICES.append(LAYER_TYPE)
     _add_settings()
+    _read_settings()
     _check_settings_at_start()
     _add_norm()
     _add_layer()
@@ -56,6 +70,9 @@ def register() -> None:
     _gather_logits_for_inference()
     _shrink_unread_attention_mask()
     _log_to_wandb()
+    repair_gpt2_tokenizer()
+    repair_gradient_norm(LAYER_TYPE)
+    fail_where_it_failed(lambda neox_args: LAYER_TYPE in neox_args.attention_config, _replace)
 
 
 def _replace(original: Any, replacement: Any) -> None:
@@ -82,28 +99,75 @@ def _add_settings() -> None:
         dataclasses.dataclass(cls)
 
 
+def _read_settings() -> None:
+    """GPT-NeoX ends in a traceback where two YAML files give one key, or a key is unknown."""
+    from megatron.neox_arguments.arguments import NeoXArgs
+
+    def from_ymls(cls, paths_to_yml_files, overwrite_values=None):
+        texts = read_yaml(paths_to_yml_files)
+        settings = merge_yaml_texts(texts)
+        names = [os.path.basename(path) for path in texts]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise SettingsError(
+                f"{twice[0]}: found two files of this name, wanted different ones: a checkpoint "
+                "keeps all in one folder"
+            )
+        known = {field.name for field in dataclasses.fields(cls)}
+        if unknown := sorted(set(settings) - known):
+            close = difflib.get_close_matches(unknown[0], known, 1)
+            raise SettingsError(
+                f"{unknown[0]}: found in the YAML files, wanted a setting that GPT-NeoX knows"
+                + (f", {close[0]} say" if close else "")
+            )
+        settings["config_files"] = dict(zip(names, settle(texts).values(), strict=True))
+        neox_args = cls(**{**settings, **(overwrite_values or {})})
+        if _is_metala(neox_args):
+            fail_where_the_launched_was_killed()
+            go_on_from_save(neox_args)
+        check_load(neox_args)  # before GPT-NeoX prints all settings
+        return neox_args
+
+    NeoXArgs.from_ymls = classmethod(from_ymls)
+
+
+def _is_metala(neox_args: Any) -> bool:
+    """Whether a run concerns this plugin, in settings that have not been checked."""
+    return neox_args.metala is not None or f"'{LAYER_TYPE}'" in str(neox_args.attention_config)
+
+
 def _check_settings_at_start() -> None:
     """Checks run in the launcher, before any rank exists, and again in each rank. A mistake ends
     the program with one line, printed once."""
-    from megatron.neox_arguments.arguments import NeoXArgs
+    from megatron.neox_arguments.arguments import ZERO_DEFAULTS, NeoXArgs
 
     post_init = NeoXArgs.__post_init__
     is_launcher = False
 
     @functools.wraps(post_init)
     def checked_post_init(self) -> None:
+        if _is_metala(self):
+            check_values(self)
         activate_cpu_mode(self)
         if self.pipe_partition_method == _DEFAULT_PARTITION:
             self.pipe_partition_method = f"{_DEFAULT_PARTITION}|{LAYER_TYPE}"
+        if check_settings(self) is None:
+            post_init(self)
+            return
+        check_run(self)
+        # GPT-NeoX gives this default after it has looked for the stage of a run in bfloat16.
+        if self.zero_optimization is None:
+            self.zero_optimization = dict(ZERO_DEFAULTS)
         # GPT-NeoX asserts that no layer but attention stands beside grouped key heads; what they
         # need otherwise has been checked.
-        is_metala_run, key_heads = check_settings(self) is not None, self.num_kv_heads
-        if is_metala_run:
-            self.num_kv_heads = None
-            check_saving(self)
-            if is_launcher:
-                count_ranks(self)
-        post_init(self)
+        check_saving(self)
+        if is_launcher:
+            count_ranks(self)
+        key_heads, self.num_kv_heads = self.num_kv_heads, None
+        try:
+            post_init(self)
+        except (AssertionError, ValueError) as error:
+            reason = " ".join(re.sub(r"\033\[\d*m", "", str(error)).split())
+            raise SettingsError(f"GPT-NeoX refuses the settings: {reason}") from error
         self.num_kv_heads = key_heads
 
     NeoXArgs.__post_init__ = checked_post_init
@@ -117,13 +181,12 @@ def _check_settings_at_start() -> None:
             is_launcher = name == "consume_deepy_args"
             try:
                 neox_args = consume(cls, *args, **kwargs)
-                if is_launcher and LAYER_TYPE in neox_args.attention_config:
-                    go_on_from_save(neox_args)
-                check_load(neox_args)
                 if is_launcher:
                     _say_what_cannot_be_exported(neox_args)
+                else:
+                    check_load(neox_args)
             except SettingsError as error:
-                sys.exit(f"MetaLA: {error}" if os.environ.get("RANK", "0") == "0" else 1)
+                end_run(str(error))
             return neox_args
 
         setattr(NeoXArgs, name, classmethod(consume_or_exit))
@@ -134,8 +197,7 @@ def _check_settings_at_start() -> None:
 
 def _say_what_cannot_be_exported(neox_args) -> None:
     """Before the first step, not after weeks."""
-    is_training = Path(neox_args.user_script or "train.py").name == "train.py"
-    if is_training and LAYER_TYPE in neox_args.attention_config:
+    if program(neox_args) == "train.py" and LAYER_TYPE in neox_args.attention_config:
         if warning := export_warning(neox_args):
             print(f"MetaLA: {warning}", flush=True)
 
@@ -290,15 +352,23 @@ def _forget_earlier_prompts() -> None:
     from megatron.text_generation_utils import stream_tokens
 
     @functools.wraps(stream_tokens)
-    def stream_tokens_of_one_prompt(neox_args, model, *args, **kwargs):
+    def stream_tokens_of_one_prompt(neox_args, model, context_tokens, *args, **kwargs):
+        if LAYER_TYPE in neox_args.attention_config:
+            _check_prompt(max(map(len, context_tokens)), neox_args.seq_length)
         model.module.clear_cache()
         share_random_state(mpu.get_model_parallel_group(), mpu.get_model_parallel_src_rank())
         try:
-            yield from stream_tokens(neox_args, model, *args, **kwargs)
+            yield from stream_tokens(neox_args, model, context_tokens, *args, **kwargs)
         finally:
             model.module.clear_cache()
 
     _replace(stream_tokens, stream_tokens_of_one_prompt)
+
+
+def _check_prompt(tokens: int, seq_length: int) -> None:
+    """GPT-NeoX pads prompts to `seq_length`, and fails where one leaves no room for a token."""
+    if tokens >= seq_length:
+        end_run(f"seq_length: found {seq_length}, wanted more than the prompt's {tokens} tokens")
 
 
 def _gather_logits_for_inference() -> None:
@@ -346,27 +416,52 @@ def _gather_logits_for_inference() -> None:
 
 
 def _shrink_unread_attention_mask() -> None:
-    """Every batch carries an s x s mask (1 GiB at 32k tokens) that only attention layers read."""
-    from megatron.model.gpt2_model import GPT2ModelPipe
+    """Every batch carries an s x s mask (1 GiB at 32k tokens) that only attention layers read. What
+    makes a batch is given the settings of the model that it is for; from those of MetaLA layers
+    alone it takes a mask of one element, asked for by a window that no settings can have."""
+    from megatron import text_generation_utils, training
     from megatron.utils import get_attn_mask
 
-    mask_is_read = True
-    init = GPT2ModelPipe.__init__
+    make_batch, make_prompt = training._get_batch, text_generation_utils.get_batch
+    make_inputs = training.get_batch_sequential
 
-    @functools.wraps(init)
-    def init_and_look(self, neox_args, *args, **kwargs):
-        nonlocal mask_is_read
-        mask_is_read = set(neox_args.attention_config) != {LAYER_TYPE}
-        init(self, neox_args, *args, **kwargs)
+    def is_read(neox_args) -> bool:
+        return set(neox_args.attention_config) != {LAYER_TYPE}
+
+    def unread_mask(device: torch.device) -> torch.Tensor:
+        return torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device)
 
     @functools.wraps(get_attn_mask)
     def get_mask_if_read(seq_length, device, sliding_window_width):
-        if mask_is_read:
-            return get_attn_mask(seq_length, device, sliding_window_width)
-        return torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device)
+        if sliding_window_width == _UNREAD:
+            return unread_mask(device)
+        return get_attn_mask(seq_length, device, sliding_window_width)
 
-    GPT2ModelPipe.__init__ = init_and_look
+    @functools.wraps(make_batch)
+    def make_batch_with_mask_if_read(neox_args, *args, **kwargs):
+        if not is_read(neox_args):
+            neox_args = copy.copy(neox_args)
+            neox_args.sliding_window_width = _UNREAD
+        return make_batch(neox_args, *args, **kwargs)
+
+    @functools.wraps(make_inputs)
+    def make_inputs_with_mask_if_read(forward_input, neox_args):
+        if is_read(neox_args):
+            return make_inputs(forward_input, neox_args)
+        return forward_input[0], forward_input[1], unread_mask(forward_input[0].device)
+
+    @functools.wraps(make_prompt)
+    def make_prompt_with_mask_if_read(neox_args, context_tokens):
+        if is_read(neox_args):
+            return make_prompt(neox_args, context_tokens)
+        tokens = context_tokens.contiguous().cuda()
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        return tokens, unread_mask(tokens.device), positions.expand_as(tokens)
+
     _replace(get_attn_mask, get_mask_if_read)
+    _replace(make_batch, make_batch_with_mask_if_read)
+    _replace(make_inputs, make_inputs_with_mask_if_read)
+    _replace(make_prompt, make_prompt_with_mask_if_read)
 
 
 def _log_to_wandb() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from megatron_patch.architecture import SettingsError
+from megatron_patch.neox.run_checks import program
 from megatron_patch.neox.yaml_config import merge_yaml_texts
 
 
@@ -46,7 +47,7 @@ def go_on_from_save(args) -> None:
 
 
 def _is_training(args) -> bool:
-    return Path(args.user_script or "train.py").name == "train.py"
+    return program(args) == "train.py"
 
 
 def _is_same(one: str, other: str) -> bool:

@@ -21,19 +21,18 @@ def check_saving(args) -> None:
     if not args.save:
         return
     args.save = args.save.rstrip("/") or "/"
-    factor, scale = args.checkpoint_factor, args.checkpoint_scale
+    factor = args.checkpoint_factor
     if factor is None and args.extra_save_iters is None:
         raise SettingsError(
             "checkpoint_factor: found none, wanted the number of steps from one checkpoint to the "
             "next (or extra_save_iters), since save is set"
         )
-    if isinstance(factor, (int, float)):  # GPT-NeoX itself reports other types
-        is_log = str(scale).lower() == "log"
-        if not (factor > 1 if is_log else factor >= 1 and float(factor).is_integer()):
-            wanted = "more than 1, with checkpoint_scale: log" if is_log else "a whole number >= 1"
-            raise SettingsError(f"checkpoint_factor: found {factor!r}, wanted {wanted}")
-    if (keep := args.keep_last_n_checkpoints) is not None and keep < 1:
-        raise SettingsError(f"keep_last_n_checkpoints: found {keep}, wanted at least 1 (or none)")
+    if factor is None:
+        return
+    is_log = args.checkpoint_scale == "log"
+    if not (factor > 1 if is_log else factor >= 1 and float(factor).is_integer()):
+        wanted = "more than 1, with checkpoint_scale: log" if is_log else "a whole number >= 1"
+        raise SettingsError(f"checkpoint_factor: found {factor!r}, wanted {wanted}")
 
 
 def delete_old_checkpoints(save_dir: str, n_to_keep: int) -> None:

@@ -1,7 +1,11 @@
-"""GPT-NeoX's settings from several YAML files, read as GPT-NeoX reads them but without GPT-NeoX."""
+"""GPT-NeoX's settings from several YAML files, for GPT-NeoX and what does without it.
+
+Where a key is given more than once the last value stands, and a line says so.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,8 +24,7 @@ def merge_yaml(paths: Iterable[str | Path]) -> dict[str, Any]:
     A name without `.yml` is completed by it, as on GPT-NeoX's command line.
 
     Raises:
-        SettingsError: a file cannot be read, is not YAML or not a mapping, or gives a key that the
-            same or an earlier file already gave. The line names the file and, if any, the key.
+        SettingsError: a file cannot be read, is not YAML or not a mapping. The line names the file.
     """
     return merge_yaml_texts(read_yaml(paths))
 
@@ -49,17 +52,34 @@ def merge_yaml_texts(texts: Mapping[str, str]) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     origin: dict[str, str] = {}
     for name, text in texts.items():
-        for written_key, value in _top_level_items(name, text):
-            key = written_key.replace("-", "_")
+        for key, value in _top_level_items(name, text):
             if key in merged:
-                where = "twice" if origin[key] == name else f"here and in {origin[key]}"
-                raise SettingsError(f"{name}: {key}: the key is given {where}")
+                print(
+                    f"MetaLA: {key}: {value!r} of {name} stands, not {merged[key]!r} of "
+                    f"{origin[key]}",
+                    file=sys.stderr,
+                )
             merged[key], origin[key] = value, name
     return merged
 
 
+def settle(texts: Mapping[str, str]) -> dict[str, str]:
+    """The same settings as those of `texts`, each in the file alone whose value stands, so that the
+    order of the files, which a folder does not keep, no longer matters. A file that loses a key
+    also loses its comments."""
+    items = {name: _top_level_items(name, text) for name, text in texts.items()}
+    last = {key: name for name, pairs in items.items() for key, _ in pairs}
+    settled = {}
+    for name, pairs in items.items():
+        kept = {key: value for key, value in pairs if last[key] == name}
+        is_whole = len(kept) == len(pairs)
+        settled[name] = texts[name] if is_whole else yaml.safe_dump(kept, sort_keys=False)
+    return settled
+
+
 def _top_level_items(name: str, text: str) -> list[tuple[str, Any]]:
-    """(key, value) in file order. PyYAML would keep the last of two equal keys without a word."""
+    """(key, value) in file order, '-' in a key written '_'. PyYAML would keep the last of two equal
+    keys without a word."""
     loader = yaml.SafeLoader(text)
     try:
         node = loader.get_single_node()
@@ -70,7 +90,7 @@ def _top_level_items(name: str, text: str) -> list[tuple[str, Any]]:
         loader.flatten_mapping(node)
         return [
             (
-                str(loader.construct_object(key, deep=True)),
+                str(loader.construct_object(key, deep=True)).replace("-", "_"),
                 loader.construct_object(value, deep=True),
             )
             for key, value in node.value

@@ -281,17 +281,35 @@ def test_printed_flops_match_the_formula(in_neox, config, layers, key_width):
     assert needed == pytest.approx(3 * tokens * forward / 2.0)
 
 
-def test_an_unread_attention_mask_is_not_built(in_neox, config):
+def test_each_model_of_a_process_has_its_own_attention_mask(in_neox, config):
+    """Whichever was built last: attention is causal, MetaLA layers alone carry no s x s mask."""
     code = """
-    from megatron.training import get_model
-    from megatron.utils import get_ltor_masks_and_position_ids
-    get_model(neox_args)
-    mask, _, _ = get_ltor_masks_and_position_ids(torch.zeros(1, 32, dtype=torch.long), 0)
-    answer(list(mask.shape))
+    import copy
+    from megatron import text_generation_utils, training
+    torch.manual_seed(0)
+    hybrid_args = copy.copy(neox_args)
+    hybrid_args.attention_config = ["global", "metala"]
+    both = (neox_args, hybrid_args)
+    found = []
+    for order in (both, both[::-1]):
+        models = {id(args): training.get_model(args).eval() for args in order}
+        for args in both:
+            tokens = torch.randint(0, 512, (2, 9))
+            other = torch.cat([tokens[:, :5], torch.randint(0, 512, (2, 4))], 1)
+            with torch.no_grad():
+                shapes, logits = [], []
+                for ids in (tokens, other):
+                    inputs = training.get_batch_sequential((ids, ids), args)
+                    logits.append(models[id(args)](inputs)[:, :5])
+                    shapes.append(list(inputs[2].shape[2:]))
+            shapes.append(list(text_generation_utils.get_batch(args, tokens)[1].shape[2:]))
+            batch = training._get_batch(args, None, ["text"], {"text": tokens}, torch.int64)
+            shapes.append(list(batch[3].shape[2:]))
+            found.append([shapes, torch.equal(*logits)])
+    answer(found)
     """
-    assert in_neox(config, code) == [1, 1, 1, 1]
-    hybrid = {**config, "attention_config": ["metala", "global"]}
-    assert in_neox(hybrid, code) == [1, 1, 32, 32]
+    unread, read = [[[1, 1]] * 4, True], [[[9, 9]] * 3 + [[8, 8]], True]
+    assert in_neox(config, code) == [unread, read] * 2
 
 
 @pytest.mark.parametrize("expand_k", [0.5, 1.0])

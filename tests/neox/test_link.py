@@ -1,5 +1,6 @@
 """`scripts/link_neox.py` adds its line once, takes it away without a trace, and knows GPT-NeoX."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -35,7 +36,7 @@ def test_links_once_and_unlinks_without_a_trace(checkout):
     assert "already linked" in link(checkout).stdout
     assert contents(checkout) == once
     init = (checkout / "megatron/__init__.py").read_text()
-    assert init.count("megatron_patch.neox.register()") == 1
+    assert init.count("from megatron_patch.neox import register") == 1
     assert (checkout / "configs/metala.yml").read_text().startswith("# MetaLA 0.38B")
     assert "unlinked" in link(checkout, "--unlink").stdout
     after = contents(checkout)
@@ -43,6 +44,43 @@ def test_links_once_and_unlinks_without_a_trace(checkout):
     assert after.pop(init) == before.pop(init) + b"\n"  # a line ending where there was none
     assert after == before
     assert "already unlinked" in link(checkout, "--unlink").stdout
+
+
+def test_linking_again_replaces_the_line_of_an_earlier_version(checkout):
+    init = checkout / "megatron/__init__.py"
+    link(checkout)
+    linked = init.read_text()
+    old = "import megatron_patch.neox; megatron_patch.neox.register()"
+    init.write_text(f"import torch  # as it was\n{old}  # MetaLA plugin, added by link_neox.py\n")
+    assert ": linked" in link(checkout).stdout
+    assert init.read_text() == linked
+    link(checkout, "--unlink")
+    assert init.read_text() == "import torch  # as it was\n"
+
+
+def test_another_package_of_the_name_lets_neox_start(checkout, tmp_path):
+    """One line, from the first rank alone, says that and where."""
+    other = tmp_path / "other/megatron_patch"
+    other.mkdir(parents=True)
+    (other / "__init__.py").touch()
+    (checkout / "megatron/__init__.py").write_text("started = True\n")
+    link(checkout)
+    said = []
+    for rank in ("0", "1"):
+        process = subprocess.run(
+            # without site-packages, where this package may be installed
+            [sys.executable, "-S", "-c", "import megatron; print(megatron.started)"],
+            cwd=checkout,
+            env={**os.environ, "PYTHONPATH": str(other.parent), "RANK": rank},
+            capture_output=True,
+            text=True,
+        )
+        assert process.stdout == "True\n", process.stderr
+        said.append(process.stderr.splitlines())
+    (line,), silence = said
+    assert silence == []
+    assert line.startswith("MetaLA: not loaded, runs with metala layers will be refused: ")
+    assert line.endswith(f"(megatron_patch found in {other})")
 
 
 def test_says_which_commit_it_was_tested_with(checkout):

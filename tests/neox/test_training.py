@@ -346,3 +346,4 @@ def test_mistakes_end_the_launcher_with_one_line(
     assert run.returncode == 1
     assert run.output.splitlines()[-1].startswith(f"MetaLA: {message}")
     assert "Traceback" not in run.output
+    assert "end of arguments" not in run.output  # GPT-NeoX's hundreds of lines

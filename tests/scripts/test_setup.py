@@ -89,7 +89,7 @@ def test_clones_links_and_reuses(set_up, origin):
     assert result.returncode == 0, result.stderr
     assert f"{clone}: linked" in result.stdout
     assert f"engine {clone}" in result.stdout
-    assert "megatron_patch.neox.register()" in (clone / "megatron" / "__init__.py").read_text()
+    assert "register_metala()" in (clone / "megatron" / "__init__.py").read_text()
     assert not part.exists()
     again, _ = set_up(url="file:///nowhere")
     assert f"{clone}: already linked" in again.stdout

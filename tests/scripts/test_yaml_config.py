@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import yaml
 
 from megatron_patch.architecture import SettingsError
-from megatron_patch.neox.yaml_config import merge_yaml, merge_yaml_texts
+from megatron_patch.neox.yaml_config import merge_yaml, merge_yaml_texts, settle
 
 
 def test_files_are_merged_and_dashes_are_underscores(tmp_path):
@@ -23,11 +24,30 @@ def test_files_are_merged_and_dashes_are_underscores(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("texts", "line"),
+    [
+        ({"a": "x-y: 1", "b": "z: 1\nx_y: 2"}, "MetaLA: x_y: 2 of b stands, not 1 of a\n"),
+        ({"a": "x_y: 1\nx-y: 2\nz: 1"}, "MetaLA: x_y: 2 of a stands, not 1 of a\n"),
+    ],
+)
+def test_the_last_value_of_a_key_stands_and_is_said(texts, line, capsys):
+    assert merge_yaml_texts(texts) == {"x_y": 2, "z": 1}
+    assert capsys.readouterr() == ("", line)
+
+
+def test_settled_files_have_each_key_once_in_any_order(capsys):
+    texts = {"a": "x-y: 1\nz: 1 # one", "b": "{'x_y': {'p': 2}}", "c": "# mine\nw: 3\n"}
+    settled = settle(texts)
+    assert merge_yaml_texts(dict(reversed(settled.items()))) == {"x_y": {"p": 2}, "z": 1, "w": 3}
+    assert capsys.readouterr() == ("", "")
+    assert list(settled) == list(texts)
+    assert yaml.safe_load(settled["a"]) == {"z": 1}
+    assert settled["b"] == texts["b"] and settled["c"] == texts["c"]
+
+
+@pytest.mark.parametrize(
     ("texts", "message"),
     [
-        ({"a": "x-y: 1", "b": "z: 1\nx_y: 2"}, "b: x_y: the key is given here and in a"),
-        ({"a": "x: 1\nx: 1"}, "a: x: the key is given twice"),
-        ({"a": "x-y: 1\nx_y: 1"}, "a: x_y: the key is given twice"),
         ({"a": "- 1"}, "a: found a sequence, wanted a mapping of settings"),
         ({"a": "just text"}, "a: found a scalar, wanted a mapping of settings"),
         ({"a": "{'x': "}, "a: not YAML: "),

@@ -1,0 +1,269 @@
+"""What a run cannot do is refused in one line; what fails later does not end with exit code 0."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import yaml
+
+from megatron_patch.neox.endings import _Child
+from tests.neox.process import NeoXProcess
+from tests.neox.training import settings
+
+ADAM = {"type": "Adam", "params": {"lr": 1e-3}}
+HYBRID = ["metala", "global"]
+
+REFUSED = [
+    # a choice in another case, which GPT-NeoX accepts and then does not know
+    ({"precision": "bf16"}, "precision: found 'bf16', wanted 'fp16' or 'fp32' or 'bfloat16'"),
+    ({"lr_decay_style": "Cosine"}, "lr_decay_style: found 'Cosine'"),
+    ({"pos_emb": "Rotary"}, "pos_emb: found 'Rotary'"),
+    ({"checkpoint_scale": "Log"}, "checkpoint_scale: found 'Log'"),
+    # a type
+    ({"rms_norm_epsilon": "1e-6"}, "rms_norm_epsilon: found '1e-6', wanted a number, in YAML with"),
+    ({"num_layers": 2.0}, "num_layers: found 2.0, wanted a whole number"),
+    ({"num_workers": True}, "num_workers: found True, wanted a whole number"),
+    ({"use_wandb": "yes"}, "use_wandb: found 'yes', wanted true or false"),
+    ({"attention_config": "metala"}, "attention_config: found 'metala', wanted a list"),
+    ({"checkpoint_factor": "5"}, "checkpoint_factor: found '5', wanted a whole number or a number"),
+    (
+        {"optimizer": {"type": "Adam", "params": {"lr": "6e-4"}}},
+        "optimizer.params.lr: found '6e-4', wanted a number, in YAML with",
+    ),
+    (
+        {"zero_optimization": {"stage": 1, "reduce_bucket_size": "5e8"}},
+        "zero_optimization.reduce_bucket_size: found '5e8', wanted a number",
+    ),
+    ({"weight_decay": float("nan")}, "weight_decay: found nan, wanted a finite number"),
+    # a range
+    ({"rms_norm_epsilon": -1e-6}, "rms_norm_epsilon: found -1e-06, wanted above 0"),
+    ({"seq_length": 0}, "seq_length: found 0, wanted at least 1"),
+    ({"seq_length": None}, "seq_length: found None, wanted"),
+    ({"train_iters": -1}, "train_iters: found -1, wanted at least 1"),
+    ({"train_iters": None}, "train_iters: found None, wanted the number of steps"),
+    ({"eval_interval": 0}, "eval_interval: found 0, wanted at least 1"),
+    ({"log_interval": None}, "log_interval: found None, wanted at least 1"),
+    ({"hidden_dropout": 1.0}, "hidden_dropout: found 1.0, wanted from 0 to below 1"),
+    (
+        {"optimizer": {"type": "Adam", "params": {"betas": [0.9, 1.0]}}},
+        "optimizer.params.betas: found [0.9, 1.0]",
+    ),
+    # no optimizer, or none that GPT-NeoX knows
+    ({"optimizer": None}, "optimizer: found None, wanted a mapping of type and params"),
+    ({"optimizer": {"type": "Adam"}}, "optimizer.params: found None, wanted a mapping"),
+    ({"optimizer": {**ADAM, "type": "AdamW"}}, "optimizer.type: found 'AdamW', wanted adam or"),
+    # what GPT-NeoX ends with a printed line and exit code 0
+    (
+        {"zero_optimization": {"stage": 2}, "pipe_parallel_size": 1},
+        "zero_optimization.stage: found 2, wanted 0 or 1 with pipe_parallel_size = 1",
+    ),
+    (
+        {"zero_optimization": {"stage": 3}, "pipe_parallel_size": 2, "global_num_gpus": 2},
+        "zero_optimization.stage: found 3, wanted 0 or 1 with pipe_parallel_size = 2",
+    ),
+    (
+        {"zero_optimization": {"stage": 3}, "model_parallel_size": 2, "global_num_gpus": 2},
+        "zero_optimization.stage: found 3, wanted 0 or 1 with model_parallel_size = 2",
+    ),
+    # tracebacks on the ranks
+    ({"zero_optimization": {}}, "zero_optimization.stage: found None, wanted 0, 1, 2 or 3"),
+    (
+        {"precision": "bfloat16", "data_types": {"grad_accum_dtype": "fp32"}},
+        "data_types.grad_accum_dtype: found 'fp32', wanted bf16",
+    ),
+    ({"train_impl": "dpo"}, "train_impl: found 'dpo', wanted normal"),
+    ({"curriculum_learning": {"enabled": True}}, "curriculum_learning: found"),
+    ({"soft_prompt_tuning": {"enabled": True}}, "soft_prompt_tuning: found"),
+    ({"log_gradient_noise_scale": True}, "log_gradient_noise_scale: found True, wanted false"),
+    ({"log_grad_norm": True}, "log_grad_norm: found True, wanted false"),
+    ({"log_optimizer_states": True}, "log_optimizer_states: found True, wanted false"),
+    (
+        {"user_script": "generate.py", "return_logits": True, "optimizer": None},
+        "return_logits: found True, wanted false",
+    ),
+    (
+        {"user_script": "train.py", "tokenizer_type": "GPT2BPETokenizer"},
+        "merge_file: found None, wanted",
+    ),
+    ({"user_script": "train.py", "vocab_file": None}, "vocab_file: found None, wanted"),
+    # honoured in some layouts alone
+    (
+        {"attention_config": HYBRID, "sliding_window_width": 8},
+        "sliding_window_width: found 8, wanted none with layers of type global",
+    ),
+    # what GPT-NeoX itself refuses
+    ({"min_lr": 1.0}, "GPT-NeoX refuses the settings: "),
+    ({"save": "checkpoints"}, "GPT-NeoX refuses the settings: "),
+]
+
+ACCEPTED = [
+    {"optimizer": ADAM, "gradient_accumulation_steps": None},
+    {"zero_optimization": {"stage": 2}},
+    {"zero_optimization": {"stage": 1}, "pipe_parallel_size": 2, "global_num_gpus": 2},
+    {
+        "zero_optimization": {"stage": 3},
+        "attention_config": HYBRID,
+        "tokenizer_type": "hftokenizer",
+    },
+    {"precision": "bfloat16", "zero_optimization": None},  # as generate.py and eval.py have it
+    {
+        "precision": "bfloat16",
+        "zero_optimization": {"stage": 1},
+        "data_types": {"grad_accum_dtype": "fp32"},
+    },
+    {"user_script": "generate.py", "optimizer": None, "train_iters": None},
+    {"weight_decay": 0, "checkpoint_factor": 1.5, "checkpoint_scale": "log", "save": "x"},
+    # GPT-NeoX's own runs are left alone
+    {"attention_config": None, "norm": "layernorm", "metala": None, "lr_decay_style": "Cosine"},
+]
+
+
+@pytest.fixture(scope="module")
+def in_neox(neox_checkout, tmp_path_factory):
+    process = NeoXProcess(neox_checkout, tmp_path_factory.mktemp("in_neox"))
+    yield process
+    process.close()
+
+
+@pytest.fixture
+def config(token_data, tokenizer_file) -> dict:
+    return settings(token_data, tokenizer_file)
+
+
+@pytest.fixture(scope="module")
+def answers(in_neox, token_data, tokenizer_file) -> list[str]:
+    """What is said of each of REFUSED and ACCEPTED."""
+    code = """
+    from megatron_patch.architecture import SettingsError
+    answers = []
+    for changes in json.loads(%r):
+        try:
+            NeoXArgs.from_dict({**settings, **changes})
+            answers.append("")
+        except SettingsError as error:
+            answers.append(str(error))
+    answer(answers)
+    """
+    changes = [changes for changes, _ in REFUSED] + ACCEPTED
+    return in_neox(settings(token_data, tokenizer_file), code % json.dumps(changes))
+
+
+@pytest.mark.parametrize("index", range(len(REFUSED)), ids=lambda i: REFUSED[i][1][:40])
+def test_is_refused_in_one_line(answers, index):
+    assert answers[index].startswith(REFUSED[index][1])
+    assert "\n" not in answers[index] and "\033" not in answers[index]
+
+
+def test_is_accepted(answers):
+    assert answers[len(REFUSED) :] == [""] * len(ACCEPTED)
+
+
+def test_failures_of_the_ranks_have_exit_code_1(in_neox, config):
+    """Where GPT-NeoX calls `exit()`, has nothing to train on, or a prompt that is too long."""
+    code = """
+    from types import SimpleNamespace
+    from megatron import text_generation_utils, training
+    def code_of(function, **arguments):
+        try:
+            function(**arguments)
+        except SystemExit as end:
+            return end.code
+    codes = []
+    neox_args.optimizer = None
+    codes.append(code_of(training.setup_model_and_optimizer, neox_args=neox_args))
+    neox_args.split = "0,100,0"
+    codes.append(code_of(training.build_train_valid_test_data_loaders, neox_args=neox_args))
+    neox_args.zero_stage, neox_args.pipe_parallel_size = 3, 1
+    codes.append(code_of(training.setup_model_and_optimizer, neox_args=neox_args))
+    def generate(prompt):
+        model = SimpleNamespace(module=SimpleNamespace(clear_cache=lambda: None))
+        next(text_generation_utils.stream_tokens(neox_args, model, [prompt]))
+    codes.append(code_of(generate, prompt=[5] * 64))
+    answer(codes)
+    """
+    ended = "MetaLA: GPT-NeoX ended the run, for the reason that it printed above"
+    assert in_neox(config, code) == [
+        ended,
+        "MetaLA: split: found '0,100,0', wanted a share of documents to train on",
+        ended,
+        "MetaLA: seq_length: found 64, wanted more than the prompt's 64 tokens",
+    ]
+
+
+def test_exit_interval_ends_with_exit_code_0(in_neox, config):
+    code = """
+    from megatron import training
+    codes = []
+    for interval in (2, 3):
+        neox_args.exit_interval = interval
+        def train(neox_args=None, **arguments):
+            neox_args.iteration = 2
+            raise SystemExit
+        training.train = train
+        try:
+            training.pretrain(neox_args=neox_args)
+        except SystemExit as end:
+            codes.append(end.code is None)
+        training.initialize_megatron = lambda **arguments: None
+    answer(codes)
+    """
+    assert in_neox({**config, "train_iters": 2}, code) == [True, False]
+
+
+def test_a_killed_child_has_a_positive_exit_code():
+    """DeepSpeed's launcher passes on no other."""
+    code = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+    with _Child([sys.executable, "-c", code]) as child:
+        assert child.wait() == 137
+    assert child.returncode == 137
+
+
+def test_two_files_may_give_one_key(in_neox, config, tmp_path):
+    """The last one stands, for GPT-NeoX and for what it saves; unknown keys are named."""
+    (tmp_path / "a.yml").write_text(yaml.safe_dump({**config, "seq-length": 32}))
+    (tmp_path / "b.yml").write_text("{'seq_length': 48, 'max-position-embeddings': 48}")
+    (tmp_path / "c.yml").write_text("{'seq_lenght': 48}")
+    code = """
+    import os
+    from megatron_patch.architecture import SettingsError
+    from megatron_patch.neox.yaml_config import merge_yaml_texts
+    files = [os.path.join(%r, name) for name in ("a.yml", "b.yml", "c.yml")]
+    args = NeoXArgs.from_ymls(files[:2])
+    saved = [merge_yaml_texts(dict(items))["seq_length"]
+             for items in (args.config_files.items(), reversed(args.config_files.items()))]
+    try:
+        NeoXArgs.from_ymls(files)
+    except SettingsError as error:
+        answer([args.seq_length, args.max_position_embeddings, saved, str(error)])
+    """
+    *found, unknown = in_neox(config, code % str(tmp_path))
+    assert found == [48, 48, [48, 48]]
+    assert unknown.startswith("seq_lenght: found in the YAML files, wanted a setting that GPT-NeoX")
+    assert "seq_length" in unknown
+
+
+def test_gpt2_tokenizer_reads_its_two_files(in_neox, config, tmp_path):
+    """Against the same vocabulary as a tokenizer.json."""
+    from tokenizers import ByteLevelBPETokenizer
+
+    tokenizer = ByteLevelBPETokenizer()
+    tokenizer.train(__file__, vocab_size=500, special_tokens=["<|endoftext|>"], show_progress=False)
+    tokenizer.save_model(str(tmp_path))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    code = """
+    from megatron.tokenizer import build_tokenizer
+    text = "import os\\n\\n  def f(x): it's 12<|endoftext|>\\u00e9t\\u00e9 "
+    found = []
+    for kind, file in (("HFTokenizer", "tokenizer.json"), ("GPT2BPETokenizer", "vocab.json")):
+        neox_args.tokenizer_type, neox_args.vocab_file = kind, %r + "/" + file
+        neox_args.merge_file = %r + "/merges.txt"
+        tokenizer = build_tokenizer(neox_args)
+        tokens = tokenizer.tokenize(text)
+        found.append([tokens, tokenizer.eod, tokenizer.vocab_size, tokenizer.vocab])
+    answer([*found, tokenizer.detokenize(tokens) == text, tokenizer.inv_vocab[tokens[0]]])
+    """
+    one, other, is_whole, first = in_neox(config, code % (str(tmp_path), str(tmp_path)))
+    assert one == other and is_whole
+    assert one[3][first] == one[0][0]
