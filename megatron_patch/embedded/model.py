@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -57,6 +58,22 @@ def model_config(settings: EmbeddedSettings, tokenizer: PreTrainedTokenizerFast)
         norm_eps=settings.rms_norm_epsilon,
         output_norm_eps=metala.output_norm_eps,
     )
+
+
+def check_model(config: MetaLAConfig, checkpoint: Path) -> None:
+    """Checks that a checkpoint is of this model; the Trainer loads what fits, and no more.
+
+    Raises:
+        SettingsError: names what differs.
+    """
+    wanted, saved = config.to_dict(), MetaLAConfig.from_pretrained(checkpoint).to_dict()
+    of_the_file = {"architectures", "dtype", "torch_dtype", "transformers_version", "auto_map"}
+    for name in sorted((wanted.keys() | saved.keys()) - of_the_file):
+        if name[0] != "_" and wanted.get(name) != saved.get(name):
+            raise SettingsError(
+                f"load: found {name} {saved.get(name)!r} in {checkpoint}, wanted "
+                f"{wanted.get(name)!r} as the settings say"
+            )
 
 
 def build_model(settings: EmbeddedSettings, config: MetaLAConfig) -> MetaLAForCausalLM:

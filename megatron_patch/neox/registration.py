@@ -19,6 +19,7 @@ import torch
 
 from megatron_patch.neox.cpu_mode import activate_cpu_mode
 from megatron_patch.neox.flops import flops_per_second
+from megatron_patch.neox.limits import check_limits
 from megatron_patch.neox.norm import SimpleRMSNorm
 from megatron_patch.neox.resume import check_load
 from megatron_patch.neox.settings import SettingsError, check_settings
@@ -103,6 +104,7 @@ def _check_settings_at_start() -> None:
             try:
                 neox_args = consume(cls, *args, **kwargs)
                 check_load(neox_args)
+                check_limits(neox_args)
             except SettingsError as error:
                 sys.exit(f"MetaLA: {error}" if os.environ.get("RANK", "0") == "0" else 1)
             return neox_args

@@ -91,7 +91,7 @@ def test_fp16_needs_a_gpu(small_run, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     settings, _ = read_settings([small_run(precision="fp16")])
     with pytest.raises(SettingsError, match="precision: found fp16, wanted fp32 or bfloat16"):
-        training_arguments(settings, evaluate=False)
+        training_arguments(settings)
 
 
 def test_a_run_that_was_to_go_on_needs_its_checkpoint(small_run, tmp_path):
