@@ -67,12 +67,12 @@ def check_model(config: MetaLAConfig, checkpoint: Path) -> None:
         SettingsError: names what differs.
     """
     wanted, saved = config.to_dict(), MetaLAConfig.from_pretrained(checkpoint).to_dict()
-    of_the_file = {"architectures", "dtype", "torch_dtype", "transformers_version", "auto_map"}
-    for name in sorted((wanted.keys() | saved.keys()) - of_the_file):
-        if name[0] != "_" and wanted.get(name) != saved.get(name):
+    not_the_models = {"architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
+    for name in sorted((wanted.keys() & saved.keys()) - not_the_models):
+        if name[0] != "_" and wanted[name] != saved[name]:
             raise SettingsError(
-                f"load: found {name} {saved.get(name)!r} in {checkpoint}, wanted "
-                f"{wanted.get(name)!r} as the settings say"
+                f"load: found {name} {saved[name]!r} in {checkpoint}, wanted {wanted[name]!r} as "
+                "the settings say"
             )
 
 

@@ -56,7 +56,7 @@ class PackedSamples(Dataset):
 
     def __len__(self) -> int:
         """One less than there are: GPT-NeoX's data set leaves its last sample out."""
-        return len(self._order) - 1
+        return max(0, len(self._order) - 1)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         start = int(self._order[index]) * self.seq_length

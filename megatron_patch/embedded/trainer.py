@@ -50,10 +50,9 @@ class MetaLATrainer(Trainer):
         self.settings = settings
         self.validation = validation
         super().__init__(**kwargs)
-        # The number of labels that the Trainer would pass to `compute_loss` leaves out each
-        # sequence's first one. Without it, a loss is a batch's mean and the Trainer takes the mean
-        # over accumulated batches, which have the same number.
-        self.model_accepts_loss_kwargs = False
+        # The Trainer then leaves the division by accumulated batches to `compute_loss`; without,
+        # transformers 4.46 does not divide at all, and later releases do.
+        self.model_accepts_loss_kwargs = True
 
     @property
     def _train_batch_size(self) -> int:
@@ -74,10 +73,16 @@ class MetaLATrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
-        """Mean cross entropy of the batch."""
+        """Mean cross entropy of the batch, in training its share of the accumulated batches' mean.
+
+        All batches have the same number of labels. The Trainer's own count leaves out the first of
+        each sequence, which is right for labels that are not shifted yet.
+        """
         outputs = model(input_ids=inputs["input_ids"], use_cache=False)
         logits = outputs.logits.flatten(0, 1).float()
         loss = F.cross_entropy(logits, inputs["labels"].flatten())
+        if model.training:
+            loss = loss / self.args.gradient_accumulation_steps
         return (loss, outputs) if return_outputs else loss
 
     def evaluate(self, eval_dataset: Dataset | None = None, **kwargs: Any) -> dict[str, float]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 from pathlib import Path
 
 from megatron_patch.neox.settings import SettingsError
@@ -44,6 +43,5 @@ def warn_of_short_warmup(warmup: float, iterations: int) -> None:
             f"MetaLA: warmup: {warmup} of {iterations} iterations is less than one, which makes "
             f"the first learning rate {1 / (warmup * iterations):.3g} times lr, as in GPT-NeoX; "
             f"0 is no warm-up, {1 / iterations:.3g} one iteration",
-            file=sys.stderr,
             flush=True,
         )
