@@ -46,6 +46,12 @@ def run(settings: EmbeddedSettings) -> MetaLAForCausalLM:
         if done == settings.train_iters:
             print(f"{checkpoint}: training is already complete")
             return MetaLAForCausalLM.from_pretrained(checkpoint)
+    multiple = settings.make_vocab_size_divisible_by
+    if padding := -len(tokenizer) % multiple:
+        print(
+            f"make_vocab_size_divisible_by: {len(tokenizer):,} tokens stay so many; GPT-NeoX would "
+            f"add {padding} rows, which count in its loss"
+        )
     warn_of_short_warmup(settings.warmup, settings.decay_iters)
     model = build_model(settings, config)
     count = sum(p.numel() for p in model.parameters())

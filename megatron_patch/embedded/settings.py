@@ -43,7 +43,7 @@ IGNORED_SETTINGS = frozenset(
     exclude flops_profiler force_multi fp32_allreduce fused_kernels_build_path git_hash
     gradient_predivide_factor hostfile hysteresis include launcher layernorm_fusion log_dir
     log_grad_norm log_grad_pct_zeros log_optimizer_states log_param_norm loss_scale_window
-    make_vocab_size_divisible_by master_addr master_port max_position_embeddings maximum_tokens
+    master_addr master_port max_position_embeddings maximum_tokens
     memory_profiling memory_profiling_path merge_file min_scale mmap_warmup no_ssh_check
     num_gpus num_nodes num_samples num_workers output_layer_parallelism partition_activations
     peak_theoretical_tflops pipe_partition_method prescale_gradients profile profile_backward
@@ -149,6 +149,7 @@ class EmbeddedSettings(BaseModel):
     # data
     tokenizer_type: only("HFTokenizer") = Field("GPT2BPETokenizer", validate_default=True)
     vocab_file: _Path
+    make_vocab_size_divisible_by: PositiveInt = 128
     data_path: str | None = None
     train_data_paths: list[str] | None = None
     valid_data_paths: list[str] | None = None

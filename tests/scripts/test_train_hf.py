@@ -180,6 +180,13 @@ def test_a_warm_up_of_less_than_a_step_is_told(small_run, train_hf):
     assert "the first learning rate 5 times lr" in output
 
 
+def test_rows_that_gpt_neox_would_add_are_told(small_run, train_hf):
+    one_step = {"train_iters": 1, "warmup": 0.0, "eval_iters": 0}
+    assert "make_vocab" not in train_hf(small_run("even", **one_step))
+    output = train_hf(small_run("odd", make_vocab_size_divisible_by=500, **one_step))
+    assert "512 tokens stay so many; GPT-NeoX would add 488 rows, which count in its loss" in output
+
+
 def test_accumulation_is_one_large_batch(small_run, train_hf, tmp_path):
     small = {"train_iters": 3, "eval_iters": 0, "checkpoint_factor": None}
     train_hf(small_run("large", **small))
