@@ -9,6 +9,7 @@ import shutil
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from transformers import AutoTokenizer
 
 from megatron_patch.embedded.model import build_model, load_tokenizer, model_config
@@ -36,6 +37,7 @@ def train_hf(script_modules, monkeypatch, capsys):
 
     def train(*arguments):
         monkeypatch.setattr("sys.argv", ["train_hf.py", *map(str, arguments)])
+        AcceleratorState._reset_state(True)  # else the precision is that of the Trainer before
         train_hf.main()
         return capsys.readouterr().out
 

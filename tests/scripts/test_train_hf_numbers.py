@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 import yaml
+from accelerate.state import AcceleratorState
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
@@ -30,6 +31,7 @@ LOSS_TOLERANCE = 1e-6 if transformers.__version__ >= "5" else 5.1e-5
 @pytest.fixture(autouse=True)
 def on_the_cpu(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    AcceleratorState._reset_state(True)  # else the precision is that of another test's Trainer
 
 
 def run(config, dtype=torch.float32):
