@@ -236,6 +236,9 @@ def training_arguments(settings: EmbeddedSettings) -> TrainingArguments:
     """The Trainer's arguments that the settings amount to."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     micro, steps = settings.batch(world_size)
+    # What this variable says, from `accelerate launch` say, would count more than `bf16=False`.
+    is_mixed = settings.precision == "bfloat16"
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if is_mixed else "no"
     arguments = TrainingArguments(
         output_dir=str(settings.save),
         use_cpu=not torch.cuda.is_available(),
@@ -246,7 +249,7 @@ def training_arguments(settings: EmbeddedSettings) -> TrainingArguments:
         average_tokens_across_devices=False,  # all batches have the same number
         learning_rate=settings.optimizer.params.lr,
         max_grad_norm=settings.gradient_clipping,
-        bf16=settings.precision == "bfloat16",
+        bf16=is_mixed,
         seed=settings.seed,
         logging_steps=settings.log_interval,
         logging_nan_inf_filter=False,  # it logs the mean of other losses in place of such a one

@@ -31,6 +31,7 @@ LOSS_TOLERANCE = 1e-6 if transformers.__version__ >= "5" else 5.1e-5
 @pytest.fixture(autouse=True)
 def on_the_cpu(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # the settings say more
     AcceleratorState._reset_state(True)  # else the precision is that of another test's Trainer
 
 
