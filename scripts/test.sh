@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Sets everything up and runs the tests; arguments go to pytest, e.g. ./scripts/test.sh tests/ops -k
-# chunked. Without arguments all tests run, on up to four cores at once, those of tests/hf also with
-# the oldest transformers, those of evaluation with lm_eval, and those of the Triton kernels in
-# processes of their own, since Triton is told to interpret when loaded.
+# chunked. Without arguments all tests run, on up to four cores at once, those of tests/hf and of the
+# Trainer also with the oldest transformers, those of evaluation with lm_eval, and those of the Triton
+# kernels in processes of their own, since Triton is told to interpret when loaded.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup.sh
@@ -31,9 +31,10 @@ else
     fi
   }
 
-  echo "==== tests/hf again, with $(grep '^transformers==' constraints-transformers4.txt)"
+  echo "==== the Hugging Face tests again, with $(grep '^transformers==' constraints-transformers4.txt)"
   install_apart constraints-transformers4.txt "$VIRTUAL_ENV/transformers4"
-  PYTHONPATH="$VIRTUAL_ENV/transformers4" "$METALA_PYTHON" -m pytest "${parallel[@]}" tests/hf || status=$?
+  PYTHONPATH="$VIRTUAL_ENV/transformers4" "$METALA_PYTHON" -m pytest "${parallel[@]}" \
+    tests/hf tests/scripts/test_train_hf.py tests/scripts/test_train_hf_numbers.py || status=$?
 
   echo "==== evaluation, with $(grep '^lm_eval==' constraints-lm_eval.txt)"
   if install_apart constraints-lm_eval.txt "$VIRTUAL_ENV/lm_eval"; then

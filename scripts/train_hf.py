@@ -14,12 +14,14 @@ from command_line import Parser, output_folder, run_script
 from transformers import AutoModelForCausalLM
 
 from megatron_patch.architecture import SettingsError
-from megatron_patch.embedded.model import build_model, load_tokenizer, model_config
+from megatron_patch.embedded.model import build_model, check_model, load_tokenizer, model_config
 from megatron_patch.embedded.samples import build_samples
+from megatron_patch.embedded.schedule import check_schedule
 from megatron_patch.embedded.settings import EmbeddedSettings, read_settings
 from megatron_patch.embedded.trainer import checkpoint_step, find_checkpoint, train
 from megatron_patch.hf import MetaLAForCausalLM
 from megatron_patch.hf.remote_code import write_model_code
+from megatron_patch.neox.limits import warn_of_short_warmup
 
 TOLERANCE = 1e-4  # of logits in float32, from the reloaded folder
 VERIFIED_TOKENS = 64
@@ -32,9 +34,25 @@ def run(settings: EmbeddedSettings) -> MetaLAForCausalLM:
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     train_samples, valid_samples = build_samples(settings, world_size)
     checkpoint = find_checkpoint(settings)
-    if checkpoint is not None and checkpoint_step(checkpoint) >= settings.train_iters:
-        print(f"{checkpoint}: training is already complete")
-        return MetaLAForCausalLM.from_pretrained(checkpoint)
+    if checkpoint is not None:
+        check_model(config, checkpoint)
+        check_schedule(settings, checkpoint)
+        done = checkpoint_step(checkpoint)
+        if done > settings.train_iters:
+            raise SettingsError(
+                f"train_iters: found {settings.train_iters}, wanted at least {done}, the "
+                f"iterations that {checkpoint} has behind it"
+            )
+        if done == settings.train_iters:
+            print(f"{checkpoint}: training is already complete")
+            return MetaLAForCausalLM.from_pretrained(checkpoint)
+    multiple = settings.make_vocab_size_divisible_by
+    if padding := -len(tokenizer) % multiple:
+        print(
+            f"make_vocab_size_divisible_by: {len(tokenizer):,} tokens stay so many; GPT-NeoX would "
+            f"add {padding} rows, which count in its loss"
+        )
+    warn_of_short_warmup(settings.warmup, settings.decay_iters)
     model = build_model(settings, config)
     count = sum(p.numel() for p in model.parameters())
     origin = f"going on from {checkpoint}" if checkpoint else "from the start"

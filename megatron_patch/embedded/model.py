@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -39,13 +40,29 @@ def load_tokenizer(settings: EmbeddedSettings) -> PreTrainedTokenizerFast:
 
 def model_config(settings: EmbeddedSettings, tokenizer: PreTrainedTokenizerFast) -> MetaLAConfig:
     """The model's configuration. The vocabulary is the tokenizer's, without GPT-NeoX's padding."""
-    model = Architecture.from_neox(with_defaults(settings.model_dump()), len(tokenizer))
+    model = Architecture.from_neox(with_defaults(settings.model_dump(mode="json")), len(tokenizer))
     return MetaLAConfig(
         **model.to_hf(),
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
+
+
+def check_model(config: MetaLAConfig, checkpoint: Path) -> None:
+    """Checks that a checkpoint is of this model; the Trainer loads what fits, and no more.
+
+    Raises:
+        SettingsError: names what differs.
+    """
+    wanted, saved = config.to_dict(), MetaLAConfig.from_pretrained(checkpoint).to_dict()
+    not_the_models = {"architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
+    for name in sorted((wanted.keys() & saved.keys()) - not_the_models):
+        if name[0] != "_" and wanted[name] != saved[name]:
+            raise SettingsError(
+                f"load: found {name} {saved[name]!r} in {checkpoint}, wanted {wanted[name]!r} as "
+                "the settings say"
+            )
 
 
 def build_model(settings: EmbeddedSettings, config: MetaLAConfig) -> MetaLAForCausalLM:

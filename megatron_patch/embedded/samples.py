@@ -8,7 +8,7 @@ the pieces (`megatron/data/gpt2_dataset.py`).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ class PackedSamples(Dataset):
         dataset: the documents.
         documents: indices of those to use.
         seq_length: T.
-        num_samples: at least so many samples, from as many passes over the documents as that takes.
+        num_samples: so many pieces at least, from as many passes over the documents as that takes.
         seed: of both shuffles.
 
     Raises:
@@ -55,7 +55,8 @@ class PackedSamples(Dataset):
         rng.shuffle(self._order)
 
     def __len__(self) -> int:
-        return len(self._order)
+        """One less than there are: GPT-NeoX's data set leaves its last sample out."""
+        return max(0, len(self._order) - 1)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         start = int(self._order[index]) * self.seq_length
@@ -78,13 +79,20 @@ class PackedSamples(Dataset):
 
 
 class BlendedSamples(Dataset):
-    """Samples of several data sets, at every point as close to their weights as can be."""
+    """Samples of several data sets, at every point as close to their weights as can be: the first
+    `num_samples` of them, or all that the data sets have.
 
-    def __init__(self, parts: Sequence[Dataset], weights: Sequence[float], num_samples: int):
+    Args:
+        shares: of the data sets, their sum 1.
+    """
+
+    def __init__(self, parts: Sequence[Dataset], shares: Sequence[float], num_samples: int):
         self.parts = parts
-        shares = np.asarray(weights, dtype=np.float64)
+        # GPT-NeoX divides by the sum a second time, which decides between equal claims.
+        shares = np.asarray(shares, dtype=np.float64)
         shares = shares / shares.sum()
-        self._part = np.empty(num_samples, dtype=np.uint8)
+        num_samples = min(num_samples, sum(len(part) for part in parts))
+        self._part = np.empty(num_samples, dtype=np.int32)
         self._index = np.empty(num_samples, dtype=np.int64)
         taken = np.zeros(len(parts), dtype=np.int64)
         for sample in range(num_samples):
@@ -97,6 +105,22 @@ class BlendedSamples(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         return self.parts[self._part[index]][int(self._index[index])]
+
+
+class LoadedSamples(Dataset):
+    """`number` samples from `start` on, as GPT-NeoX's data loader gives them: whole batches alone,
+    and after the last the first again."""
+
+    def __init__(self, samples: Dataset, batch: int, start: int, number: int):
+        self.samples = samples
+        self._whole = max(1, len(samples) // batch) * batch
+        self._start, self._number = start, number
+
+    def __len__(self) -> int:
+        return self._number
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return self.samples[(self._start + index) % self._whole]
 
 
 def split_documents(split: str, count: int) -> list[np.ndarray]:
@@ -120,28 +144,39 @@ def split_documents(split: str, count: int) -> list[np.ndarray]:
     return [np.arange(max(a, 0), max(b, 0)) for a, b in zip(bounds, bounds[1:], strict=False)]
 
 
-def build_samples(settings: EmbeddedSettings, world_size: int) -> tuple[Dataset, Dataset | None]:
-    """Training samples, and validation samples or `None` where there are none to take.
+def build_samples(
+    settings: EmbeddedSettings, world_size: int
+) -> tuple[Dataset, Callable[[int], Dataset] | None]:
+    """Training samples, and those of evaluation number 0, 1, ...; `None` where there are none to
+    take. One evaluation takes up where the one before it ended.
 
     Raises:
-        SettingsError: a path of the settings holds no data set, or one without training tokens.
+        SettingsError: a path of the settings holds no data set, or one without tokens.
     """
     micro, steps = settings.batch(world_size)
     batch = micro * steps * world_size
     train_number = settings.train_iters * batch
-    evaluations = settings.train_iters // settings.eval_interval + 1
-    valid_number = evaluations * settings.eval_iters * batch
+    evaluation = settings.eval_iters * batch
+    valid_number = (settings.train_iters // settings.eval_interval + 1) * evaluation
+    valid = None
     if settings.data_path:
         dataset = _open("data_path", settings.data_path)
-        train, valid, _ = split_documents(settings.split, len(dataset))
-        return (
-            _samples("data_path", settings, dataset, train, train_number),
-            _samples("data_path", settings, dataset, valid, valid_number) if len(valid) else None,
-        )
-    return (
-        _blend("train", settings, train_number),
-        _blend("valid", settings, valid_number) if settings.valid_data_paths else None,
-    )
+        train_documents, valid_documents, _ = split_documents(settings.split, len(dataset))
+        train = _samples("data_path", settings, dataset, train_documents, train_number)
+        if evaluation and len(valid_documents):
+            valid = _samples("data_path", settings, dataset, valid_documents, valid_number)
+    else:
+        train = _blend("train", settings, train_number)
+        if evaluation and settings.valid_data_paths:
+            valid = _blend("valid", settings, valid_number)
+
+    def load(samples: Dataset, start: int, number: int) -> Dataset:
+        return LoadedSamples(samples, micro * world_size, start, number)
+
+    def validation(number: int) -> Dataset:
+        return load(valid, number * evaluation, evaluation)
+
+    return load(train, 0, train_number), None if valid is None else validation
 
 
 def _blend(name: str, settings: EmbeddedSettings, number: int) -> Dataset:
@@ -150,13 +185,14 @@ def _blend(name: str, settings: EmbeddedSettings, number: int) -> Dataset:
     weights = getattr(settings, f"{name}_data_weights") or [1.0] * len(paths)
     if not sum(weights) > 0:
         raise SettingsError(f"{name}_data_weights: found {weights}, wanted a positive sum")
+    shares = [weight / sum(weights) for weight in weights]
     parts = []
-    for path, weight in zip(paths, weights, strict=True):
+    for path, share in zip(paths, shares, strict=True):
         dataset = _open(key, path)
         # GPT-NeoX takes 0.5 % more, so that no part runs out.
-        wanted = math.ceil(number * weight / sum(weights) * 1.005)
+        wanted = math.ceil(number * share * 1.005)
         parts.append(_samples(key, settings, dataset, np.arange(len(dataset)), wanted))
-    return parts[0] if len(parts) == 1 else BlendedSamples(parts, weights, number)
+    return BlendedSamples(parts, shares, number)
 
 
 def _open(key: str, path: str) -> IndexedDataset:

@@ -6,6 +6,7 @@ line that names it. None is dropped in silence. Defaults are GPT-NeoX's.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -40,12 +41,12 @@ IGNORED_SETTINGS = frozenset(
     account activation_checkpointing bias_dropout_fusion bias_gelu_fusion checkpoint_in_cpu
     checkpoint_num_layers checkpoint_validation_with_forward_pass comment comms_logger
     communication_data_type contiguous_checkpointing csv_monitor data_types deepspeed
-    deepspeed_activation_checkpointing deepspeed_extra_args deepspeed_mpi deepspeed_slurm
+    deepspeed_activation_checkpointing deepspeed_mpi deepspeed_slurm
     distributed_backend do_test do_train do_valid dump_state eval_results_prefix eval_tasks
     exclude flops_profiler force_multi fp32_allreduce fused_kernels_build_path git_hash
     gradient_predivide_factor hostfile hysteresis include launcher layernorm_fusion log_dir
     log_grad_norm log_grad_pct_zeros log_optimizer_states log_param_norm loss_scale_window
-    make_vocab_size_divisible_by master_addr master_port max_position_embeddings maximum_tokens
+    master_addr master_port max_position_embeddings maximum_tokens
     memory_profiling memory_profiling_path merge_file min_scale mmap_warmup no_ssh_check
     num_gpus num_nodes num_samples num_workers output_layer_parallelism partition_activations
     peak_theoretical_tflops pipe_partition_method prescale_gradients profile profile_backward
@@ -53,7 +54,7 @@ IGNORED_SETTINGS = frozenset(
     rope_fusion sample_input_file sample_output_file scaled_masked_softmax_fusion
     scaled_upper_triang_masked_softmax_fusion steps_per_print synchronize_each_layer temperature
     tensorboard tensorboard_dir test_data_paths test_data_weights text_gen_type top_k top_p
-    use_checkpoint_lr_scheduler use_cpu_initialization use_flashattn_swiglu use_shared_fs
+    use_cpu_initialization use_flashattn_swiglu use_shared_fs
     wall_clock_breakdown wandb_init_all_ranks
     """.split()
 )
@@ -62,38 +63,49 @@ IGNORED_SETTINGS = frozenset(
 def only(*values: Any, any_case: bool = False) -> Any:
     """The type of a setting of which this engine knows `values` alone; `any_case`: of letters."""
 
+    def is_one(value: Any, known: Any) -> bool:
+        # For Python, 1 and true are equal.
+        return value == known and (isinstance(value, bool) == isinstance(known, bool))
+
     def check(value: Any) -> Any:
-        known = value.lower() if any_case and isinstance(value, str) else value
-        if known not in values:
+        found = value.lower() if any_case and isinstance(value, str) else value
+        if not any(is_one(found, known) for known in values):
             raise ValueError(f"wanted {' or '.join(str(v) for v in values)} in the embedded engine")
-        return known
+        return found
 
     return Annotated[Any, AfterValidator(check)]
+
+
+# Strict: a value of another type is refused, as GPT-NeoX does. YAML has no paths and no tuples.
+_READING = {"frozen": True, "strict": True, "allow_inf_nan": False}
+_Path = Annotated[Path, Field(strict=False)]
+_Beta = Annotated[float, Field(strict=True, ge=0, lt=1)]
 
 
 class OptimizerParams(BaseModel):
     """`optimizer.params`."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", **_READING)
 
     lr: PositiveFloat
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: Annotated[tuple[_Beta, _Beta], Field(strict=False)] = (0.9, 0.999)
     eps: PositiveFloat = 1e-8
 
 
 class Optimizer(BaseModel):
     """`optimizer`: here each is Adam with decoupled weight decay, as GPT-NeoX's fused one is."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", **_READING)
 
     type: only("adam", "cpu_adam", "cpu_torch_adam", any_case=True) = "adam"
     params: OptimizerParams
 
 
 class ZeroOptimization(BaseModel):
-    """`zero_optimization`: stages 0 and 1 compute the same; what else it says is about memory."""
+    """`zero_optimization`: in float32, stages 0 and 1 compute the same; what else it says is about
+    memory."""
 
-    model_config = ConfigDict(extra="ignore", frozen=True)
+    model_config = ConfigDict(extra="ignore", **_READING)
 
     stage: only(0, 1) = 0
 
@@ -101,7 +113,7 @@ class ZeroOptimization(BaseModel):
 class EmbeddedSettings(BaseModel):
     """The settings of one run, checked."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", **_READING)
 
     # model
     num_layers: PositiveInt
@@ -142,7 +154,8 @@ class EmbeddedSettings(BaseModel):
     tokenizer_type: only("HFTokenizer") = Field(
         GPT_NEOX_DEFAULTS["tokenizer_type"], validate_default=True
     )
-    vocab_file: Path
+    vocab_file: _Path
+    make_vocab_size_divisible_by: PositiveInt = GPT_NEOX_DEFAULTS["make_vocab_size_divisible_by"]
     data_path: str | None = None
     train_data_paths: list[str] | None = None
     valid_data_paths: list[str] | None = None
@@ -172,16 +185,18 @@ class EmbeddedSettings(BaseModel):
     lr_decay_iters: PositiveInt | None = None
     lr_decay_fraction: PositiveFloat | None = None
     min_lr: NonNegativeFloat = 0.0
-    warmup: NonNegativeFloat = 0.01
+    warmup: float = Field(0.01, ge=0, le=1)
+    use_checkpoint_lr_scheduler: bool = False
+    override_lr_scheduler: bool = False
     weight_decay: NonNegativeFloat = 0.1
     gradient_clipping: NonNegativeFloat = 1.0
-    precision: Literal["fp32", "bfloat16", "fp16"] = "fp32"
+    precision: only("fp32", "bfloat16") = "fp32"
     checkpoint_activations: bool = False
-    seed: NonNegativeInt = 1234
+    seed: int = Field(1234, ge=0, lt=2**32)  # what NumPy takes
 
     # bookkeeping
-    save: Path
-    load: Path | None = None
+    save: _Path
+    load: _Path | None = None
     finetune: only(False) = False
     iteration: only(None) = None
     checkpoint_factor: PositiveInt | None = None
@@ -200,6 +215,13 @@ class EmbeddedSettings(BaseModel):
     @property
     def metala_options(self) -> MetaLAOptions:
         return MetaLAOptions.parse(self.metala)
+
+    @property
+    def decay_iters(self) -> int:
+        """Steps that the learning rate's schedule lasts, warm-up included."""
+        if self.lr_decay_iters is not None:
+            return self.lr_decay_iters
+        return max(1, math.floor(self.train_iters * (self.lr_decay_fraction or 1.0)))
 
     def batch(self, world_size: int) -> tuple[int, int]:
         """(sequences per process and step, accumulation steps) for so many processes.
@@ -248,8 +270,25 @@ def _describe(error: Any) -> str:
         return f"{key}: not a setting of the embedded engine; remove it or train with GPT-NeoX"
     if error["type"] == "missing":
         return f"{key}: found nothing, wanted a value"
-    reason = error["msg"].removeprefix("Value error, ")
-    return f"{key}: found {error['input']!r}, {reason[0].lower()}{reason[1:]}"
+    found, reason = error["input"], error["msg"].removeprefix("Value error, ")
+    line = f"{key}: found {found!r}, {reason[0].lower()}{reason[1:]}"
+    if isinstance(found, str) and error["type"] in ("float_type", "int_type"):
+        line += _hint_at_number(found)
+    return line
+
+
+def _hint_at_number(text: str) -> str:
+    """Why a number is text: YAML 1.1 knows none with an exponent but such as 1.0e-6 and 1.0e+6."""
+    mantissa, letter, exponent = text.lower().partition("e")
+    try:
+        float(text)
+    except ValueError:
+        return ""
+    if not letter:
+        return ""
+    mantissa += "" if "." in mantissa else ".0"
+    exponent = exponent if exponent[0] in "+-" else f"+{exponent}"
+    return f": YAML reads it as text; {mantissa}e{exponent} is a number"
 
 
 def _as_neox(settings: EmbeddedSettings) -> SimpleNamespace:
@@ -273,6 +312,23 @@ def _check(settings: EmbeddedSettings) -> None:
             "the embedded engine"
         )
     check_settings(_as_neox(settings))
+    zero = settings.zero_optimization
+    if settings.precision == "bfloat16" and (zero is None or zero.stage != 1):
+        found = "nothing" if zero is None else zero.stage
+        raise SettingsError(
+            f"zero_optimization.stage: found {found}, wanted 1 with precision bfloat16: without "
+            "ZeRO, GPT-NeoX's optimizer takes a step on gradients of zero before its first one"
+        )
+    runs_on = settings.train_iters > settings.decay_iters and settings.lr_decay_style != "constant"
+    if settings.warmup == 1 and runs_on:
+        raise SettingsError(
+            f"warmup: found 1, wanted less, since training goes on after the {settings.decay_iters}"
+            " iterations of the learning rate's schedule"
+        )
+    if settings.use_checkpoint_lr_scheduler and settings.override_lr_scheduler:
+        raise SettingsError(
+            "override_lr_scheduler: found True, wanted False beside use_checkpoint_lr_scheduler"
+        )
     if settings.metala_options.backend != "auto":
         raise SettingsError(
             f"metala.backend: found {settings.metala_options.backend!r}, wanted auto in the "

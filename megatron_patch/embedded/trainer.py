@@ -1,12 +1,12 @@
-"""The Hugging Face Trainer with GPT-NeoX's samples, learning rate schedule and weight decay."""
+"""The Hugging Face Trainer with GPT-NeoX's samples, losses, learning rates and weight decay."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,36 +14,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import Dataset, SequentialSampler, Subset
+from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from megatron_patch.architecture import SettingsError
+from megatron_patch.embedded.schedule import ResumableLR, Schedule
 from megatron_patch.embedded.settings import EmbeddedSettings
 
 METRICS = "metrics.jsonl"
-
-
-def learning_rate_factor(settings: EmbeddedSettings, step: int) -> float:
-    """Learning rate of a step over its peak, as GPT-NeoX's `AnnealingLR` computes it."""
-    peak = settings.optimizer.params.lr
-    if settings.lr_decay_iters is not None:
-        end = settings.lr_decay_iters
-    else:
-        end = max(1, math.floor(settings.train_iters * (settings.lr_decay_fraction or 1.0)))
-    warmup = settings.warmup * end
-    if warmup > 0 and step <= warmup:
-        return max(1, step) / warmup
-    progress = (step - warmup) / max(end - warmup, 1)
-    lowest = settings.min_lr / peak
-    if settings.lr_decay_style == "cosine":
-        factor = lowest + (1 - lowest) / 2 * (math.cos(math.pi * progress) + 1)
-    elif settings.lr_decay_style == "linear":
-        factor = 1 - progress
-    elif settings.lr_decay_style == "exponential":
-        factor = math.exp(-0.693 * progress)
-    else:
-        factor = 1.0
-    return max(factor, lowest)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -60,11 +38,30 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 class MetaLATrainer(Trainer):
-    """Trains on samples in their own order; `labels` are already shifted."""
+    """Trains on samples in their own order; `labels` are already shifted.
 
-    def __init__(self, settings: EmbeddedSettings, **kwargs: Any):
+    Args:
+        validation: gives the samples of GPT-NeoX's evaluation number 0, 1, ...
+    """
+
+    def __init__(
+        self, settings: EmbeddedSettings, validation: Callable[[int], Dataset] | None, **kwargs: Any
+    ):
         self.settings = settings
+        self.validation = validation
         super().__init__(**kwargs)
+        # The Trainer then leaves the division by accumulated batches to `compute_loss`; without,
+        # transformers 4.46 does not divide at all, and later releases do.
+        self.model_accepts_loss_kwargs = True
+
+    @property
+    def _train_batch_size(self) -> int:
+        """The settings' own: transformers 4 would assign that of a checkpoint it goes on from."""
+        return self.args.train_batch_size
+
+    @_train_batch_size.setter
+    def _train_batch_size(self, size: int) -> None:
+        pass
 
     def _get_train_sampler(self, *args: Any) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)
@@ -76,13 +73,32 @@ class MetaLATrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
-        """Mean cross entropy; over the whole accumulated batch where the Trainer gives its size."""
-        labels = inputs["labels"]
+        """Mean cross entropy of the batch, in training its share of the accumulated batches' mean.
+
+        All batches have the same number of labels. The Trainer's own count leaves out the first of
+        each sequence, which is right for labels that are not shifted yet.
+        """
         outputs = model(input_ids=inputs["input_ids"], use_cache=False)
         logits = outputs.logits.flatten(0, 1).float()
-        loss = F.cross_entropy(logits, labels.flatten(), reduction="sum")
-        loss = loss / (labels.numel() if num_items_in_batch is None else num_items_in_batch)
+        loss = F.cross_entropy(logits, inputs["labels"].flatten())
+        if model.training:
+            loss = loss / self.args.gradient_accumulation_steps
         return (loss, outputs) if return_outputs else loss
+
+    def evaluate(self, eval_dataset: Dataset | None = None, **kwargs: Any) -> dict[str, float]:
+        """By default the evaluation that is due at this step."""
+        if eval_dataset is None:
+            number = self.state.global_step // self.settings.eval_interval - 1
+            eval_dataset = self.validation(number)
+        return super().evaluate(eval_dataset, **kwargs)
+
+    def log(self, logs: dict[str, float], *args: Any) -> None:
+        """With the learning rate of the step just done; transformers 4 gives the next one's."""
+        if "learning_rate" in logs:
+            scheduler = self.lr_scheduler
+            factor = scheduler.lr_lambdas[0](scheduler.last_epoch - 1)
+            logs["learning_rate"] = scheduler.base_lrs[0] * factor
+        super().log(logs, *args)
 
     def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -97,8 +113,10 @@ class MetaLATrainer(Trainer):
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> torch.optim.lr_scheduler.LRScheduler:
         if self.lr_scheduler is None:
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
-                optimizer or self.optimizer, lambda step: learning_rate_factor(self.settings, step)
+            self.lr_scheduler = ResumableLR(
+                optimizer or self.optimizer,
+                Schedule.from_settings(self.settings),
+                override=self.settings.override_lr_scheduler,
             )
         return self.lr_scheduler
 
@@ -119,12 +137,25 @@ class MetricsFile(TrainerCallback):
             rows = read_metrics(self.path) if self.path.exists() else []
             rows = [row for row in rows if row["iteration"] <= state.global_step]
             self.path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        # The Trainer would go on with the intervals of the checkpoint.
+        state.logging_steps, state.save_steps = args.logging_steps, args.save_steps
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         row = {key: logs[key] for key in self.KEYS if key in (logs or {})}
         if row and state.is_world_process_zero:
             with open(self.path, "a") as file:
                 file.write(json.dumps({"iteration": state.global_step, **row}) + "\n")
+
+
+class EvaluationSteps(TrainerCallback):
+    """Has the Trainer evaluate after each `interval` steps, and at no other, as later releases of
+    transformers do at the last one."""
+
+    def __init__(self, interval: int):
+        self.interval = interval
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_evaluate = state.global_step % self.interval == 0
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
@@ -204,16 +235,13 @@ def wandb_wanted(settings: EmbeddedSettings) -> bool:
     return True
 
 
-def training_arguments(settings: EmbeddedSettings, evaluate: bool) -> TrainingArguments:
-    """The Trainer's arguments that the settings amount to.
-
-    Raises:
-        SettingsError: a precision that this machine does not have.
-    """
+def training_arguments(settings: EmbeddedSettings) -> TrainingArguments:
+    """The Trainer's arguments that the settings amount to."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     micro, steps = settings.batch(world_size)
-    if settings.precision == "fp16" and not torch.cuda.is_available():
-        raise SettingsError("precision: found fp16, wanted fp32 or bfloat16 without a GPU")
+    # What this variable says, from `accelerate launch` say, would count more than `bf16=False`.
+    is_mixed = settings.precision == "bfloat16"
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if is_mixed else "no"
     arguments = TrainingArguments(
         output_dir=str(settings.save),
         use_cpu=not torch.cuda.is_available(),
@@ -224,12 +252,11 @@ def training_arguments(settings: EmbeddedSettings, evaluate: bool) -> TrainingAr
         average_tokens_across_devices=False,  # all batches have the same number
         learning_rate=settings.optimizer.params.lr,
         max_grad_norm=settings.gradient_clipping,
-        bf16=settings.precision == "bfloat16",
-        fp16=settings.precision == "fp16",
+        bf16=is_mixed,
         seed=settings.seed,
         logging_steps=settings.log_interval,
-        eval_strategy="steps" if evaluate else "no",
-        eval_steps=settings.eval_interval,
+        logging_nan_inf_filter=False,  # it logs the mean of other losses in place of such a one
+        eval_strategy="no",  # `EvaluationSteps` says when
         prediction_loss_only=True,
         save_strategy="steps",
         save_steps=settings.checkpoint_factor or settings.train_iters,
@@ -257,32 +284,31 @@ def train(
     settings: EmbeddedSettings,
     model: nn.Module,
     train_samples: Dataset,
-    valid_samples: Dataset | None,
+    validation: Callable[[int], Dataset] | None,
     checkpoint: Path | None,
 ) -> nn.Module:
     """Trains `model` from `checkpoint` (or from the start) to `train_iters`, and writes checkpoints
-    and METRICS under `save`. Every evaluation takes the same `eval_iters` batches.
+    and METRICS under `save`. Evaluates after each `eval_interval` steps and, as GPT-NeoX, once more
+    at the end, on the samples that `validation` gives for evaluation number 0, 1, ...
 
     Returns:
         the trained model, without what the Trainer wrapped it in (autocast, data parallelism).
     """
-    arguments = training_arguments(settings, evaluate=bool(valid_samples and settings.eval_iters))
-    if valid_samples and settings.eval_iters:
-        micro, steps = settings.batch(arguments.world_size)
-        number = settings.eval_iters * micro * steps * arguments.world_size
-        valid_samples = Subset(valid_samples, range(min(number, len(valid_samples))))
-    else:
-        valid_samples = None
     if settings.checkpoint_activations:
         model.gradient_checkpointing_enable()
+    callbacks = [MetricsFile(settings.save / METRICS)]
+    if validation is not None:
+        callbacks.append(EvaluationSteps(settings.eval_interval))
     trainer = MetaLATrainer(
         settings=settings,
+        validation=validation,
         model=model,
-        args=arguments,
+        args=training_arguments(settings),
         train_dataset=train_samples,
-        eval_dataset=valid_samples,
-        callbacks=[MetricsFile(settings.save / METRICS)],
+        callbacks=callbacks,
     )
     _allow_random_states()
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if validation is not None:
+        trainer.evaluate(validation(settings.train_iters // settings.eval_interval))
     return trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)

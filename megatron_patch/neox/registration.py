@@ -30,6 +30,7 @@ from megatron_patch.neox.endings import (
 from megatron_patch.neox.flops import flops_per_second
 from megatron_patch.neox.gradient_norm import repair_gradient_norm
 from megatron_patch.neox.index_maps import name_index_maps_after_data
+from megatron_patch.neox.limits import check_limits
 from megatron_patch.neox.norm import SimpleRMSNorm
 from megatron_patch.neox.ranks import check_running_ranks, count_ranks
 from megatron_patch.neox.replicas import check_replicas, share_random_state
@@ -182,6 +183,7 @@ def _check_settings_at_start() -> None:
             try:
                 neox_args = consume(cls, *args, **kwargs)
                 if is_launcher:
+                    check_limits(neox_args)
                     _say_what_cannot_be_exported(neox_args)
                 else:
                     check_load(neox_args)

@@ -41,7 +41,6 @@ def test_what_saves_passes():
         ({"checkpoint_factor": 0}, "checkpoint_factor: found 0, wanted a whole number >= 1"),
         ({"checkpoint_factor": 1.5}, "checkpoint_factor: found 1.5, wanted a whole number >= 1"),
         ({"checkpoint_factor": 1, "checkpoint_scale": "log"}, "found 1, wanted more than 1, with"),
-        ({"keep_last_n_checkpoints": 0}, "keep_last_n_checkpoints: found 0, wanted at least 1"),
     ],
 )
 def test_what_would_save_nothing_is_refused(changes, message):

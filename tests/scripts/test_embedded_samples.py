@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from megatron_patch.architecture import SettingsError
 from megatron_patch.embedded.samples import (
     BlendedSamples,
+    LoadedSamples,
     PackedSamples,
     build_samples,
     split_documents,
@@ -42,10 +43,12 @@ class Documents:
 def test_every_sample_is_a_stretch_of_the_shuffled_stream(sizes, seq_length, wanted, seed):
     documents = Documents(sizes)
     samples = PackedSamples(documents, np.arange(len(sizes)), seq_length, wanted, seed)
-    assert len(samples) >= wanted
+    number = len(samples._order)
+    assert number >= wanted
+    assert len(samples) == max(0, number - 1)  # GPT-NeoX's data set leaves the last one out
     stream = np.concatenate([documents.get(d, 0, sizes[d]) for d in samples._documents])
     starts = []
-    for sample in (samples[i] for i in range(len(samples))):
+    for sample in (samples[i] for i in range(number)):
         start = int(samples._order[len(starts)]) * seq_length
         starts.append(start)
         assert sample["input_ids"].tolist() == stream[start : start + seq_length].tolist()
@@ -82,7 +85,7 @@ def test_a_bad_split_is_refused(split):
 
 def test_blending_keeps_to_the_weights():
     parts = [[f"{name}{i}" for i in range(60)] for name in "ab"]
-    samples = BlendedSamples(parts, [3, 1], 40)
+    samples = BlendedSamples(parts, [0.75, 0.25], 40)
     drawn = [samples[i] for i in range(40)]
     for number in (4, 20, 40):
         assert abs(sum(name[0] == "a" for name in drawn[:number]) - 0.75 * number) <= 1
@@ -103,7 +106,17 @@ def test_separate_data_paths(small_run, tmp_path):
     assert len(train) == 16 * 4
     drawn = [int(train[i]["input_ids"][0]) for i in range(len(train))]
     assert drawn.count(1) == 16 and drawn.count(2) == 48
-    assert set(valid[0]["labels"].tolist()) == {3}
+    assert set(valid(0)[0]["labels"].tolist()) == {3}
+
+
+def test_evaluations_go_on_and_begin_again_as_gpt_neoxs_loader():
+    """Ten samples, batches of three: GPT-NeoX drops the tenth and repeats its list of batches."""
+    loaded = [LoadedSamples(range(10), 3, 6 * number, 6) for number in range(3)]
+    assert [[part[i] for i in range(6)] for part in loaded] == [
+        [0, 1, 2, 3, 4, 5],
+        [6, 7, 8, 0, 1, 2],
+        [3, 4, 5, 6, 7, 8],
+    ]
 
 
 def test_a_missing_data_set_is_named(small_run):
@@ -152,8 +165,8 @@ def test_same_samples_as_gpt_neox(neox_checkout, token_data, tmp_path, wanted):
     dataset = IndexedDataset(token_data)
     documents = split_documents(split, len(dataset))[0]
     samples = PackedSamples(dataset, documents, seq_length, wanted, seed)
-    assert len(samples) == len(expected)
-    for index in range(len(samples)):
+    assert len(samples) == len(expected) - 1  # as GPT-NeoX's own length
+    for index in range(len(expected)):
         sample = samples[index]
         assert sample["input_ids"].tolist() == expected[index, :-1].tolist()
         assert sample["labels"].tolist() == expected[index, 1:].tolist()

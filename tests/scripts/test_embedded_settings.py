@@ -6,7 +6,7 @@ import pytest
 
 from megatron_patch.architecture import SettingsError
 from megatron_patch.embedded.settings import IGNORED_SETTINGS, EmbeddedSettings, read_settings
-from megatron_patch.embedded.trainer import find_checkpoint, training_arguments
+from megatron_patch.embedded.trainer import find_checkpoint
 
 
 def test_defaults_are_gpt_neoxs(small_run):
@@ -41,6 +41,43 @@ def test_defaults_are_gpt_neoxs(small_run):
         ({"tokenizer_type": "SPMTokenizer"}, "tokenizer_type: found 'SPMTokenizer', wanted HFTok"),
         ({"train_iters": -1}, "train_iters: found -1, input should be greater than 0"),
         ({"warmup": "much"}, "warmup: found 'much', input should be a valid number"),
+        ({"warmup": 1.5}, "warmup: found 1.5, input should be less than or equal to 1"),
+        ({"warmup": 1.0, "lr_decay_iters": 9}, "warmup: found 1, wanted less, since training"),
+        ({"seed": 2**32}, "seed: found 4294967296, input should be less than 4294967296"),
+        ({"precision": "bf16"}, "precision: found 'bf16', wanted fp32 or bfloat16 in the embedded"),
+        ({"precision": "fp16"}, "precision: found 'fp16', wanted fp32 or bfloat16 in the embedded"),
+        ({"precision": "BFLOAT16"}, "precision: found 'BFLOAT16', wanted fp32 or bfloat16"),
+        ({"precision": "bfloat16"}, "zero_optimization.stage: found nothing, wanted 1 with prec"),
+        (
+            {"precision": "bfloat16", "zero_optimization": {"stage": 0}},
+            "zero_optimization.stage: found 0, wanted 1 with precision bfloat16",
+        ),
+        (
+            {"lr_decay_style": "Cosine"},
+            "lr_decay_style: found 'Cosine', input should be 'constant'",
+        ),
+        ({"pos_emb": "None"}, "pos_emb: found 'None', wanted none in the embedded engine"),
+        ({"min_lr": "1e-6"}, "min_lr: found '1e-6', input should be a valid number: YAML reads it"),
+        (
+            {"optimizer": {"params": {"lr": "3E4"}}},
+            "optimizer.params.lr: found '3E4', input should be a valid number: YAML reads it as "
+            "text; 3.0e+4 is a number",
+        ),
+        ({"min_lr": float("nan")}, "min_lr: found nan, input should be "),
+        ({"weight_decay": float("inf")}, "weight_decay: found inf, input should be a finite"),
+        (
+            {"optimizer": {"params": {"lr": 1, "betas": [0.9, 1]}}},
+            "optimizer.params.betas.1: found",
+        ),
+        ({"num_layers": "2"}, "num_layers: found '2', input should be a valid integer"),
+        ({"train_iters": 16.5}, "train_iters: found 16.5, input should be a valid integer"),
+        ({"train_iters": True}, "train_iters: found True, input should be a valid integer"),
+        ({"no_weight_tying": "yes, please"}, "no_weight_tying: found 'yes, please', input should"),
+        ({"pipe_parallel_size": True}, "pipe_parallel_size: found True, wanted 0 or 1"),
+        (
+            {"override_lr_scheduler": True, "use_checkpoint_lr_scheduler": True},
+            "override_lr_scheduler: found True, wanted False beside use_checkpoint_lr_scheduler",
+        ),
         ({"metala": {"tua": 1}}, "metala.tua: unknown key"),
         ({"metala": {"backend": "triton"}}, "metala.backend: found 'triton', wanted auto"),
         ({"hidden_size": 66}, "hidden_size: found 66, with metala.expand_k = 0.5"),
@@ -84,13 +121,6 @@ def test_batch_settings_as_in_gpt_neox(small_run):
     total = {"train_batch_size": 12, "train_micro_batch_size_per_gpu": None}
     assert batch(2, **total) == (6, 1)
     assert batch(2, **total, gradient_accumulation_steps=3) == (2, 3)
-
-
-def test_fp16_needs_a_gpu(small_run, monkeypatch):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    settings, _ = read_settings([small_run(precision="fp16")])
-    with pytest.raises(SettingsError, match="precision: found fp16, wanted fp32 or bfloat16"):
-        training_arguments(settings, evaluate=False)
 
 
 def test_a_run_that_was_to_go_on_needs_its_checkpoint(small_run, tmp_path):

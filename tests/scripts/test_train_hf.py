@@ -9,12 +9,13 @@ import shutil
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from transformers import AutoTokenizer
 
 from megatron_patch.embedded.model import build_model, load_tokenizer, model_config
+from megatron_patch.embedded.schedule import Schedule
 from megatron_patch.embedded.settings import read_settings
 from megatron_patch.embedded.trainer import (
-    learning_rate_factor,
     parameter_groups,
     read_metrics,
     wandb_wanted,
@@ -36,6 +37,7 @@ def train_hf(script_modules, monkeypatch, capsys):
 
     def train(*arguments):
         monkeypatch.setattr("sys.argv", ["train_hf.py", *map(str, arguments)])
+        AcceleratorState._reset_state(True)  # else the precision is that of the Trainer before
         train_hf.main()
         return capsys.readouterr().out
 
@@ -55,7 +57,7 @@ def test_trains_saves_and_verifies(small_run, train_hf, run_script, tmp_path):
     assert losses[1] == pytest.approx(math.log(512), abs=0.4)
     assert losses[16] < 0.8 * losses[1]
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
-    assert [row["iteration"] for row in rows if "eval_loss" in row] == [8, 16]
+    assert [row["iteration"] for row in rows if "eval_loss" in row] == [8, 16, 16]
 
     model = MetaLAForCausalLM.from_pretrained(tmp_path / "run" / "hf")
     assert model.config.eos_token_id == 0 and model.config.pad_token_id == 1
@@ -87,6 +89,106 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(small_run, train_hf, tmp_pa
         assert loss == pytest.approx(unbroken[iteration], abs=1e-6), iteration
 
 
+@pytest.fixture
+def half_done(small_run, train_hf, tmp_path):
+    """Eight iterations of sixteen are done, and `more(...)` goes on with changed settings."""
+    whole = {"lr_decay_iters": 16, "keep_last_n_checkpoints": 1}
+    train_hf(small_run(**whole, train_iters=8))
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-8"]
+    return lambda **changes: train_hf(small_run(**{**whole, **changes}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train_iters": 7}, "train_iters: found 7, wanted at least 8, the iterations that"),
+        ({"lr_decay_iters": 20}, "warmup_iters: found 2.0, wanted 1.6 as in .*checkpoint-8; overr"),
+        ({"min_lr": 0.0}, "min_lr: found 0.0, wanted 0.001 as in .*override_lr_scheduler: true"),
+        ({"lr_decay_style": "linear"}, "lr_decay_style: found 'linear', wanted 'cosine' as in"),
+        ({"optimizer": {"params": {"lr": 0.02, "betas": [0.9, 0.95]}}}, "lr: found 0.02, wanted "),
+        ({"optimizer": {"params": {"lr": 0.01}}}, r"optimizer.params.betas: found \(0.9, 0.999\)"),
+        ({"weight_decay": 0.0}, "weight_decay: found 0.0, wanted 0.1 as in .*checkpoint-8"),
+        (
+            {"num_layers": 1, "attention_config": [[["metala"], 1]]},
+            "load: found decoder_layers 2 in .* 1 ",
+        ),
+        ({"metala": {"tau": 8}}, "load: found tau 16.0 in .*checkpoint-8, wanted 8.0 as the set"),
+    ],
+)
+def test_a_resumed_run_may_not_change(half_done, changes, message):
+    with pytest.raises(SystemExit, match=f"^train_hf.py: {message}"):
+        half_done(**changes)
+
+
+@pytest.mark.parametrize("key", ["override_lr_scheduler", "use_checkpoint_lr_scheduler"])
+def test_a_changed_schedule_on_request(small_run, half_done, tmp_path, key):
+    """With `override_lr_scheduler` this run's, with the other the checkpoint's."""
+    changes = {"min_lr": 5e-3, "optimizer": {"params": {"lr": 2e-2, "betas": [0.9, 0.95]}}}
+    half_done(**changes, **{key: True})
+    which = changes if key.startswith("override") else {}
+    schedule = Schedule.from_settings(read_settings([small_run(lr_decay_iters=16, **which)])[0])
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    rates = {row["iteration"]: row["learning_rate"] for row in rows if "loss" in row}
+    for step in range(9, 17):
+        assert rates[step] == pytest.approx(schedule.lr * schedule(step - 1), rel=1e-9)
+
+
+def test_a_resumed_run_has_its_own_batches_and_intervals(small_run, train_hf, half_done, tmp_path):
+    changes = {"log_interval": 2, "eval_interval": 3, "checkpoint_factor": 5}
+    half_done(
+        train_micro_batch_size_per_gpu=2,
+        gradient_accumulation_steps=2,
+        keep_last_n_checkpoints=None,
+        **changes,
+    )
+    saved = sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*"))
+    assert saved == ["checkpoint-10", "checkpoint-15", "checkpoint-16", "checkpoint-8"]
+    train_hf(small_run("unbroken", lr_decay_iters=16, **changes))
+    for key in ("loss", "eval_loss"):
+        resumed, unbroken = (
+            [
+                (row["iteration"], row[key])
+                for row in read_metrics(tmp_path / run / "metrics.jsonl")
+                if key in row and row["iteration"] > 8
+            ]
+            for run in ("run", "unbroken")
+        )
+        assert [step for step, _ in resumed] == [step for step, _ in unbroken]
+        for (_, a), (_, b) in zip(resumed, unbroken, strict=True):
+            assert a == pytest.approx(b, abs=1e-4)  # transformers 4 rounds
+
+
+def test_evaluation_without_iterations_or_beyond_the_end(small_run, train_hf, tmp_path):
+    train_hf(small_run("none", eval_iters=0, train_iters=2))
+    rows = read_metrics(tmp_path / "none" / "metrics.jsonl")
+    assert not [row for row in rows if "eval_loss" in row]
+    train_hf(small_run("beyond", eval_interval=1000, train_iters=2))
+    rows = read_metrics(tmp_path / "beyond" / "metrics.jsonl")
+    assert [row["iteration"] for row in rows if "eval_loss" in row] == [2]
+
+
+def test_a_loss_that_is_none_is_logged(small_run, train_hf, tmp_path, monkeypatch):
+    """The Trainer would log the mean of other losses in its place."""
+    monkeypatch.setattr(
+        "torch.nn.functional.cross_entropy", lambda logits, labels: logits.sum() * math.nan
+    )
+    train_hf(small_run(train_iters=2, eval_iters=0))
+    assert all(math.isnan(loss) for loss in losses_of(tmp_path / "run").values())
+
+
+def test_a_warm_up_of_less_than_a_step_is_told(small_run, train_hf):
+    output = train_hf(small_run(train_iters=2, warmup=0.1, eval_iters=0))
+    assert "MetaLA: warmup: 0.1 of 2 iterations is less than one" in output
+    assert "the first learning rate 5 times lr" in output
+
+
+def test_rows_that_gpt_neox_would_add_are_told(small_run, train_hf):
+    one_step = {"train_iters": 1, "warmup": 0.0, "eval_iters": 0}
+    assert "make_vocab" not in train_hf(small_run("even", **one_step))
+    output = train_hf(small_run("odd", make_vocab_size_divisible_by=500, **one_step))
+    assert "512 tokens stay so many; GPT-NeoX would add 488 rows, which count in its loss" in output
+
+
 def test_accumulation_is_one_large_batch(small_run, train_hf, tmp_path):
     small = {"train_iters": 3, "eval_iters": 0, "checkpoint_factor": None}
     train_hf(small_run("large", **small))
@@ -107,6 +209,7 @@ def test_other_options_train(small_run, train_hf, tmp_path):
     config = small_run(
         train_iters=2,
         precision="bfloat16",
+        zero_optimization={"stage": 1},
         norm="rmsnorm",
         no_weight_tying=None,
         checkpoint_activations=True,
@@ -158,7 +261,8 @@ def test_wandb_is_used_with_a_key_or_offline(small_run, tmp_path, monkeypatch, c
 @pytest.mark.parametrize("style", ["cosine", "linear", "exponential", "constant"])
 def test_learning_rate(small_run, style):
     settings, _ = read_settings([small_run(lr_decay_style=style, train_iters=100, warmup=0.1)])
-    factors = [learning_rate_factor(settings, step) for step in range(101)]
+    schedule = Schedule.from_settings(settings)
+    factors = [schedule(step) for step in range(101)]
     assert factors[0] == factors[1] == 0.1  # GPT-NeoX's first two steps
     assert factors[10] == 1.0
     last = {"cosine": 0.1, "linear": 0.1, "exponential": math.exp(-0.693), "constant": 1.0}
