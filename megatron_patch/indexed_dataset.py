@@ -15,12 +15,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import os
 import re
 import struct
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
+from typing import BinaryIO
 
 import numpy as np
 
@@ -95,9 +99,11 @@ class IndexedDataset:
                 )
         self._read_index(idx_path(prefix))
         tokens = bin_path(prefix)
-        wanted = int((self._offsets + self.sizes * np.int64(self.dtype.itemsize)).max(initial=0))
-        if tokens.stat().st_size < wanted:
-            found = tokens.stat().st_size
+        lengths = self.sizes * np.int64(self.dtype.itemsize)
+        # Of an offset so large that the sum has more than 64 bits, the offset itself is too large.
+        ends = np.maximum(self._offsets, self._offsets + lengths)
+        wanted = int(ends.max(initial=0))
+        if (found := tokens.stat().st_size) < wanted:
             raise IndexedDatasetError(f"{tokens}: truncated: found {found} bytes, wanted {wanted}")
         # An empty file cannot be mapped.
         self._bin = np.memmap(tokens, mode="r") if wanted else np.empty(0, np.uint8)
@@ -149,33 +155,62 @@ class IndexedDataset:
         return self._bin[first:last].view(self.dtype)
 
 
+def _open_alone(path: Path) -> BinaryIO:
+    """Opens a file to be written from its start, unless another process is writing it."""
+    file = open(path, "ab")  # which keeps what is there: it may be another's
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not (path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())):
+            raise BlockingIOError  # the other has just finished, and renamed it
+    except BlockingIOError:
+        file.close()
+        raise IndexedDatasetError(f"{path}: another process is writing this data set") from None
+    except OSError as error:
+        # File systems without locks: written without one.
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+    file.truncate(0)
+    return file
+
+
 class IndexedDatasetWriter:
     """Writes a `.bin` / `.idx` pair, one document at a time.
 
     The files have temporary names until `close`, and an exception inside `with` removes them: a
-    pair under its own name is always whole.
+    pair under its own name is always whole. What a killed process has left is written over.
 
     Args:
         prefix: path of the pair without the ending; its folder is made, an existing pair replaced.
         vocab_size: tokens must be below it; also decides on two or four bytes a token.
+
+    Attributes:
+        paths: of the two files.
+
+    Raises:
+        IndexedDatasetError: another process is writing this pair.
     """
 
     def __init__(self, prefix: str | Path, vocab_size: int):
         self.vocab_size = vocab_size
         self.dtype = token_dtype(vocab_size)
-        self._final = [bin_path(prefix), idx_path(prefix)]
-        self._temporary = [p.with_name(f"{p.name}.tmp-{os.getpid()}") for p in self._final]
+        self.paths = [bin_path(prefix), idx_path(prefix)]
+        self._temporary = [p.with_name(f"{p.name}.tmp") for p in self.paths]
         self._sizes: list[int] = []
-        self._final[0].parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self._temporary[0], "wb")
+        self.paths[0].parent.mkdir(parents=True, exist_ok=True)
+        self._file = _open_alone(self._temporary[0])
 
     def add_document(self, tokens: np.ndarray | list[int]) -> None:
         """Appends one document.
 
         Raises:
-            IndexedDatasetError: a token is negative or not below `vocab_size`.
+            IndexedDatasetError: a token is negative or not below `vocab_size`, or there are more
+                than an index can count.
         """
         tokens = np.asarray(tokens).reshape(-1)
+        if tokens.size >= 2**31:
+            raise IndexedDatasetError(
+                f"document {len(self._sizes)}: found {tokens.size:,} tokens, wanted less than 2^31"
+            )
         if tokens.size:
             low, high = int(tokens.min()), int(tokens.max())
             if low < 0 or high >= self.vocab_size:
@@ -192,28 +227,36 @@ class IndexedDatasetWriter:
         Raises:
             IndexedDatasetError: not one token was written; GPT-NeoX could not map such a file.
         """
-        self._file.close()
-        if not sum(self._sizes):
+        try:
+            self._file.flush()
+            if not sum(self._sizes):
+                raise IndexedDatasetError(f"{self.paths[0]}: no tokens to write")
+            self._write_index(self._temporary[1])
+            # The index comes last and goes first: without one there is no data set.
+            self.paths[1].unlink(missing_ok=True)
+            for temporary, path in zip(self._temporary, self.paths, strict=True):
+                temporary.replace(path)
+            self._file.close()  # ends the lock
+        except BaseException:
             self.discard()
-            raise IndexedDatasetError(f"{self._final[0]}: no tokens to write")
+            raise
+
+    def _write_index(self, path: Path) -> None:
         sizes = np.asarray(self._sizes, "<i4")
         ends = np.cumsum(sizes, dtype="<i8") * self.dtype.itemsize
         count = len(sizes)
-        with open(self._temporary[1], "wb") as file:
+        with open(path, "wb") as file:
             file.write(_HEADER.pack(_MAGIC, _VERSION, _CODES[self.dtype], count, count + 1))
             file.write(sizes.tobytes())
             file.write((ends - sizes * np.int64(self.dtype.itemsize)).astype("<i8").tobytes())
             file.write(np.arange(count + 1, dtype="<i8").tobytes())
-        # The index comes last and goes first: without one there is no data set.
-        self._final[1].unlink(missing_ok=True)
-        for temporary, final in zip(self._temporary, self._final, strict=True):
-            temporary.replace(final)
 
     def discard(self) -> None:
         """Removes what was written."""
-        self._file.close()
         for path in self._temporary:
             path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # of a full disk, where the rest cannot be written
+            self._file.close()
 
     def __enter__(self) -> IndexedDatasetWriter:
         return self

@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import math
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -28,13 +30,23 @@ def run_script(main: Callable[[], object], *errors: type[Exception]) -> None:
     """Runs a script: a `CommandError`, what the system refuses, a package that is missing and
     `errors` end it with one line. A terminated script cleans up as an interrupted one does."""
     name = Path(sys.argv[0]).name
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    signal.signal(signal.SIGTERM, _end)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
+        signal.signal(signal.SIGHUP, _end)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what it cannot show is no reason to end
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except (CommandError, OSError, ImportError, *errors) as error:
         sys.exit(f"{name}: {told(error)}")
     except KeyboardInterrupt:
         sys.exit(f"{name}: interrupted")
+
+
+def _end(number: int, _: object) -> NoReturn:
+    signal.signal(number, signal.SIG_IGN)  # a second one does not stop the cleaning up
+    sys.exit(128 + number)
 
 
 def told(error: BaseException) -> str:
@@ -100,7 +112,7 @@ def existing(text: str) -> Path:
     path = Path(text)
     try:
         there = path.exists()
-    except OSError:  # a part of the path that may not be looked into
+    except (OSError, ValueError):  # a part of the path that may not be looked into, or NUL
         there = False
     if not there or not os.access(path, os.R_OK):
         refuse(text, "a file or folder that is there and can be read")
@@ -108,11 +120,13 @@ def existing(text: str) -> Path:
 
 
 def existing_file(text: str) -> Path:
-    """Type of an argument: a file that is there, may be read, and is not empty."""
+    """Type of an argument: a regular file that is there, may be read, and is not empty."""
     path = existing(text)
     if path.is_dir():
         refuse(f"the folder {text}", "a file")
-    if path.is_file() and not path.stat().st_size:
+    if not path.is_file():
+        refuse(f"the device or pipe {text}", "a file")
+    if not path.stat().st_size:
         refuse(f"the empty file {text}", "a file with something in it")
     return path
 
@@ -138,10 +152,30 @@ def output_path(text: str) -> Path:
     return path
 
 
+def output_prefix(text: str) -> Path:
+    """Type of an argument: what the names of files to write begin with; a folder may have it."""
+    if text.endswith(os.sep):
+        refuse(f"the folder {text}", "what the names of files begin with")
+    output_path(f"{text}.bin")
+    return Path(text)
+
+
 def output_folder(text: str) -> Path:
     """Type of an argument: a folder that can be written to, being there or not yet."""
     path = Path(text)
     return existing_folder(text) if path.exists() else output_path(text.rstrip(os.sep))
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name to write a file under, which becomes `path` if all goes well, and goes if not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def picture(text: str) -> Path:

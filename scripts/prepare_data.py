@@ -2,19 +2,27 @@
 """Turns text into the files that GPT-NeoX trains on: PREFIX.bin and PREFIX.idx, for `data_path`.
 
 A text file is one document, a line of a .jsonl file too; folders are searched for files in the
-order of their names. Each document ends with <|endoftext|>. The same input gives the same files."""
+order of their names. Each document ends with <|endoftext|>; special tokens that stand in a text are
+text. The same input gives the same files."""
 
 from __future__ import annotations
 
-import json
 import multiprocessing
+import signal
 import sys
-import threading
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
-from itertools import chain
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from pathlib import Path
+from typing import NamedTuple
 
-from command_line import Parser, existing, existing_file, output_path, run_script, told, whole
+import numpy as np
+from command_line import Parser, existing, existing_file, output_prefix, run_script, told, whole
+from documents import MAX_BYTES, Document, iterate_documents, with_a_first
+from special_tokens import any_of, read_as_text, special_contents
+from text_pieces import MAX_STRETCH, PIECE, pieces, safe_cut
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
@@ -26,84 +34,7 @@ from megatron_patch.indexed_dataset import (
 )
 
 END_OF_TEXT = "<|endoftext|>"
-TEXT_SUFFIXES = (".txt", ".md", ".rst", ".jsonl")
-
-
-def list_files(inputs: Iterable[Path], suffixes: Iterable[str] | None = None) -> list[Path]:
-    """Files to read, in a reproducible order: inputs as given, inside folders by name.
-
-    Args:
-        inputs: files, taken whatever their name, and folders.
-        suffixes: endings of the files to take from folders; by default those of `TEXT_SUFFIXES`.
-
-    Raises:
-        FileNotFoundError: an input is not there.
-        ValueError: nothing was found.
-    """
-    wanted = tuple(suffixes or TEXT_SUFFIXES)
-    files: list[Path] = []
-    for path in inputs:
-        if path.is_dir():
-            found = (p for p in path.rglob("*") if p.is_file() and p.name.endswith(wanted))
-            files.extend(sorted(found, key=lambda p: p.relative_to(path).as_posix()))
-        elif path.is_file():
-            files.append(path)
-        else:
-            raise FileNotFoundError(f"{path}: no such file or folder")
-    if not files:
-        raise ValueError(f"no files ending in {', '.join(wanted)} found (see --suffix)")
-    return files
-
-
-def iterate_documents(
-    inputs: Iterable[Path], json_key: str = "text", suffixes: Iterable[str] | None = None
-) -> Iterator[str]:
-    """The texts of all documents; empty ones are left out.
-
-    Raises:
-        ValueError: a line of a .jsonl file is not an object with a text under `json_key`, or a file
-            is not UTF-8; names the file (and line).
-    """
-    for path in list_files(inputs, suffixes):
-        yield from (text for text in _documents_of(path, json_key) if text.strip())
-
-
-def _documents_of(path: Path, json_key: str) -> Iterator[str]:
-    try:
-        if path.suffix == ".jsonl":
-            yield from _texts_of_lines(path, json_key)
-        else:
-            yield path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text: {error}") from None
-
-
-def _texts_of_lines(path: Path, json_key: str) -> Iterator[str]:
-    with open(path, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                text = json.loads(line)[json_key]
-            except (ValueError, KeyError, TypeError):
-                text = None
-            if not isinstance(text, str):
-                raise ValueError(
-                    f"{path}:{number}: wanted an object with a text under {json_key!r}"
-                )
-            yield text
-
-
-def with_a_first(texts: Iterable[str]) -> Iterator[str]:
-    """The same texts, of which the first has been read.
-
-    Raises:
-        ValueError: there is none.
-    """
-    texts = iter(texts)
-    for first in texts:
-        return chain([first], texts)
-    raise ValueError("inputs: found no text, wanted one document or more")
+BATCH, AHEAD = 256, 4  # texts in a message to a worker, messages waiting for each worker
 
 
 def refuse_existing(outputs: Iterable[Path], overwrite: bool) -> None:
@@ -114,86 +45,183 @@ def refuse_existing(outputs: Iterable[Path], overwrite: bool) -> None:
 
 
 class Encoder:
-    """Text to tokens, in this process or as the function of a pool's workers."""
+    """Text to tokens, in this process or in a worker.
 
-    def __init__(self, tokenizer_file: Path):
+    Args:
+        tokenizer_file: a tokenizer.json with an `END_OF_TEXT` token.
+        special_tokens: whether special tokens in text are read as such; otherwise they are text.
+    """
+
+    def __init__(self, tokenizer_file: Path, special_tokens: bool = False):
         try:
             self.tokenizer = Tokenizer.from_file(str(tokenizer_file))
         except Exception as error:  # the library has no kind of its own
             raise ValueError(
                 f"--tokenizer: found {tokenizer_file} ({told(error)}), wanted a tokenizer.json"
             ) from None
+        self.file = tokenizer_file
         self.end_of_text = self.tokenizer.token_to_id(END_OF_TEXT)
         if self.end_of_text is None:
             raise ValueError(
                 f"{tokenizer_file}: has no {END_OF_TEXT} token, by which GPT-NeoX ends a document"
             )
+        self.special_tokens = special_tokens
+        if not special_tokens:
+            read_as_text(self.tokenizer, [END_OF_TEXT])
+        self.special = any_of(special_contents(self.tokenizer))
+        # A tokenizer that was trained or used with transformers may come with both.
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
 
-    def __call__(self, text: str) -> list[int]:
-        tokens = self.tokenizer.encode(text, add_special_tokens=False).ids
-        return [*tokens, self.end_of_text]
+    def __call__(self, texts: Iterable[str]) -> tuple[list[np.ndarray], Counter[str]]:
+        """Tokens of each text, int32, and how often each special token stands in them.
+
+        Raises:
+            ValueError: the tokenizer makes the token that ends documents of text.
+        """
+        found: Counter[str] = Counter()
+        encoded = []
+        for text in texts:
+            found.update(self.special.findall(text))
+            ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+            encoded.append(np.array(ids, np.int32))
+            if not self.special_tokens and (encoded[-1] == self.end_of_text).any():
+                raise ValueError(
+                    f"{self.file}: makes {END_OF_TEXT}, which ends a document, of other text "
+                    "(--special-tokens lets it)"
+                )
+        return encoded, found
 
 
 _worker: Encoder | None = None
 
 
-def _start_worker(tokenizer_file: Path) -> None:
+def _start_worker(tokenizer_file: Path, special_tokens: bool) -> None:
     global _worker
-    _worker = Encoder(tokenizer_file)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends its workers
+    _worker = Encoder(tokenizer_file, special_tokens)
 
 
-def _encode_in_worker(text: str) -> list[int]:
-    return _worker(text)
+def _encode_in_worker(texts: list[str]) -> tuple[list[np.ndarray], Counter[str]]:
+    return _worker(texts)
+
+
+class Prepared(NamedTuple):
+    """What was written: numbers of documents and tokens, special tokens found in the text."""
+
+    documents: int
+    tokens: int
+    special: Counter[str]
 
 
 def prepare(
-    texts: Iterable[str], tokenizer_file: Path, prefix: Path, workers: int = 1
-) -> tuple[int, int]:
-    """Writes the data set and returns its numbers of documents and tokens.
+    documents: Iterable[Document],
+    encoder: Encoder,
+    prefix: Path,
+    workers: int = 1,
+    max_stretch: int = MAX_STRETCH,
+    overwrite: bool = True,
+) -> Prepared:
+    """Writes the data set.
 
     Raises:
-        ValueError: there is no text, or the tokenizer is none; nothing is written then.
+        ValueError: there is no text, or one that is too long for its tokenizer, or another process
+            writes this data set. Nothing is written then.
     """
-    encoder = Encoder(tokenizer_file)
-    texts = with_a_first(texts)
-    documents = tokens = 0
+    documents = with_a_first(documents)
+    cut = safe_cut(encoder.tokenizer, encoder.special_tokens)
+    count = tokens = 0
+    special: Counter[str] = Counter()
     bar = tqdm(desc=f"Writing {prefix}", unit=" tokens", unit_scale=True, mininterval=0.5)
-    with bar, IndexedDatasetWriter(prefix, encoder.tokenizer.get_vocab_size()) as writer:
-        for document in _encode_all(texts, encoder, tokenizer_file, workers):
-            writer.add_document(document)
-            documents += 1
-            tokens += len(document)
-            bar.update(len(document))
-    return documents, tokens
+    vocabulary = encoder.tokenizer.get_vocab_size()
+    with bar, IndexedDatasetWriter(prefix, vocabulary) as writer:
+        refuse_existing(writer.paths, overwrite)  # which another run may have written just now
+        # (text, whether it ends its document)
+        parts = (
+            (piece, is_last)
+            for document in documents
+            for piece, is_last in _with_last(pieces(document, cut, longest=max_stretch))
+        )
+        tokens_of_document: list[np.ndarray] = []
+        with closing(_encode_all(_batches(parts), encoder, workers)) as results:
+            for (encoded, found), ends in results:
+                special.update(found)
+                for ids, is_last in zip(encoded, ends, strict=True):
+                    tokens_of_document.append(ids)
+                    if is_last:
+                        tokens_of_document.append(np.array([encoder.end_of_text], np.int32))
+                        document = np.concatenate(tokens_of_document)
+                        tokens_of_document.clear()
+                        writer.add_document(document)
+                        count += 1
+                        tokens += len(document)
+                        bar.update(len(document))
+    return Prepared(count, tokens, special)
+
+
+def _with_last(items: Iterable[str]) -> Iterator[tuple[str, bool]]:
+    """Each item, and whether it is the last."""
+    items = iter(items)
+    item = next(items)
+    for following in items:
+        yield item, False
+        item = following
+    yield item, True
+
+
+def _batches(parts: Iterable[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]]]:
+    """Parts together that are worth a message to a worker, and fit in a little memory."""
+    batch, size = [], 0
+    for part in parts:
+        batch.append(part)
+        size += len(part[0])
+        if size >= PIECE or len(batch) >= BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def _encode_all(
-    texts: Iterable[str], encoder: Encoder, tokenizer_file: Path, workers: int
-) -> Iterator[list[int]]:
+    batches: Iterable[list[tuple[str, bool]]], encoder: Encoder, workers: int
+) -> Iterator[tuple[tuple[list[np.ndarray], Counter[str]], list[bool]]]:
+    """What `Encoder` gives for each batch, in order, and which of its texts end a document."""
     if workers == 1:
-        yield from map(encoder, texts)
+        for batch in batches:
+            yield encoder([text for text, _ in batch]), [is_last for _, is_last in batch]
         return
-    # `imap` reads ahead without limit; a corpus may be larger than the memory.
-    ahead = threading.Semaphore(64 * workers)
-    done = threading.Event()
+    # "spawn": the tokenizers library has threads, which do not survive a fork. An executor, unlike
+    # a pool, notices when a worker has died.
+    pool = ProcessPoolExecutor(
+        workers,
+        multiprocessing.get_context("spawn"),
+        _start_worker,
+        (encoder.file, encoder.special_tokens),
+    )
+    waiting: deque = deque()
+    try:
+        for batch in batches:
+            future = pool.submit(_encode_in_worker, [text for text, _ in batch])
+            waiting.append((future, [is_last for _, is_last in batch]))
+            if len(waiting) > AHEAD * workers:
+                future, ends = waiting.popleft()
+                yield future.result(), ends
+        while waiting:
+            future, ends = waiting.popleft()
+            yield future.result(), ends
+    except BrokenProcessPool:
+        raise ValueError("--workers: a worker was killed, out of memory perhaps") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
 
-    def throttled() -> Iterator[str]:
-        for text in texts:
-            ahead.acquire()
-            if done.is_set():
-                return
-            yield text
 
-    # "spawn": the tokenizers library has threads, which do not survive a fork.
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(workers, _start_worker, (tokenizer_file,)) as pool:
-        try:
-            for tokens in pool.imap(_encode_in_worker, throttled(), chunksize=16):
-                ahead.release()
-                yield tokens
-        finally:
-            done.set()
-            ahead.release()
+def tell_of(special: Counter[str], as_tokens: bool) -> None:
+    """Says which special tokens the text has."""
+    if special:
+        which = ", ".join(f"{content} {count:,}" for content, count in special.most_common(5))
+        more = f" and {len(special) - 5} others" if len(special) > 5 else ""
+        how = "read as such" if as_tokens else "read as text, --special-tokens reads them as such"
+        print(f"special tokens in the text: {which}{more}; {how}")
 
 
 def main() -> None:
@@ -202,23 +230,42 @@ def main() -> None:
         "inputs", type=existing, nargs="+", help="text files, .jsonl files, folders"
     )
     parser.add_argument(
-        "--output", type=output_path, required=True, help="PREFIX of the files to write"
+        "--output", type=output_prefix, required=True, help="PREFIX of the files to write"
     )
     parser.add_argument("--tokenizer", type=existing_file, required=True, help="a tokenizer.json")
     parser.add_argument("--json-key", default="text", help="key of the text in .jsonl files")
     parser.add_argument("--suffix", action="append", help="in folders: only such files, e.g. .py")
     parser.add_argument("--workers", type=whole(1), default=1, help="processes that tokenize")
     parser.add_argument("--overwrite", action="store_true", help="replace existing output")
+    parser.add_argument(
+        "--special-tokens",
+        action="store_true",
+        help=f"read special tokens in the text, such as {END_OF_TEXT}, as such, not as text",
+    )
+    parser.add_argument(
+        "--max-document", type=whole(1), default=MAX_BYTES, help="bytes of the largest document"
+    )
+    parser.add_argument(
+        "--max-stretch",
+        type=whole(1),
+        default=MAX_STRETCH,
+        help="most characters to tokenize at once, where the tokenizer allows no cut; each takes "
+        "about 300 bytes of memory",
+    )
     args = parser.parse_args()
     try:
         refuse_existing([bin_path(args.output), idx_path(args.output)], args.overwrite)
-        texts = iterate_documents(args.inputs, args.json_key, args.suffix)
-        documents, tokens = prepare(texts, args.tokenizer, args.output, args.workers)
+        encoder = Encoder(args.tokenizer, args.special_tokens)
+        documents = iterate_documents(args.inputs, args.json_key, args.suffix, args.max_document)
+        prepared = prepare(
+            documents, encoder, args.output, args.workers, args.max_stretch, args.overwrite
+        )
         for path in index_map_paths(args.output):  # of what was there before
             path.unlink(missing_ok=True)
     except (OSError, ValueError) as error:
         sys.exit(f"prepare_data.py: {told(error)}")
-    print(f"{args.output}.bin, .idx: {documents:,} documents, {tokens:,} tokens")
+    tell_of(prepared.special, args.special_tokens)
+    print(f"{args.output}.bin, .idx: {prepared.documents:,} documents, {prepared.tokens:,} tokens")
 
 
 if __name__ == "__main__":

@@ -7,8 +7,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 
-from command_line import Parser, existing, output_path, run_script, told, whole
-from prepare_data import END_OF_TEXT, iterate_documents, refuse_existing, with_a_first
+from command_line import Parser, existing, output_path, replacing, run_script, told, whole
+from documents import MAX_BYTES, iterate_documents, with_a_first
+from prepare_data import END_OF_TEXT, refuse_existing
+from text_pieces import BEFORE_WHITESPACE, pieces
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 # As END_OF_TEXT, a name that GPT-NeoX looks up.
@@ -40,18 +42,25 @@ def main() -> None:
     parser.add_argument("--vocab-size", type=whole(SMALLEST), default=32000)
     parser.add_argument("--json-key", default="text", help="key of the text in .jsonl files")
     parser.add_argument("--suffix", action="append", help="in folders: only such files, e.g. .py")
+    parser.add_argument(
+        "--max-document", type=whole(1), default=MAX_BYTES, help="bytes of the largest document"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     args = parser.parse_args()
     try:
         refuse_existing([args.output], args.overwrite)
-        documents = iterate_documents(args.inputs, args.json_key, args.suffix)
-        tokenizer = train(with_a_first(documents), args.vocab_size)
+        documents = iterate_documents(args.inputs, args.json_key, args.suffix, args.max_document)
+        # As long texts they would take much memory; words are the same.
+        texts = (
+            piece
+            for document in with_a_first(documents)
+            for piece in pieces(document, BEFORE_WHITESPACE, longest=args.max_document)
+        )
+        tokenizer = train(texts, args.vocab_size)
+        with replacing(args.output) as temporary:
+            temporary.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     except (OSError, ValueError) as error:
         sys.exit(f"train_tokenizer.py: {told(error)}")
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = args.output.with_name(args.output.name + ".tmp")
-    tokenizer.save(str(temporary))
-    temporary.replace(args.output)
     print(f"{args.output}: {tokenizer.get_vocab_size()} entries")
 
 

@@ -81,3 +81,11 @@ def small_run(tmp_path, tokenizer_file, token_data):
 def script_modules(monkeypatch):
     """Makes the scripts importable by their names."""
     monkeypatch.syspath_prepend(str(SCRIPTS))
+
+
+@pytest.fixture(scope="module")
+def script_path():
+    """As `script_modules`, for a whole file of tests, as property-based ones need it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(SCRIPTS))
+        yield

@@ -126,7 +126,7 @@ def test_other_bad_inputs(folder, tokenizer_path, tmp_path, run_script):
     assert "no files ending in .c found" in message(folder, "--suffix", ".c", *tokenizer)
     assert "picture.bin: not UTF-8 text" in message(folder / "picture.bin", *tokenizer)
     (tmp_path / "latin.jsonl").write_bytes(b'{"text": "\xff"}')
-    assert "latin.jsonl: not UTF-8 text" in message(tmp_path / "latin.jsonl", *tokenizer)
+    assert "latin.jsonl:1: not UTF-8 text" in message(tmp_path / "latin.jsonl", *tokenizer)
     other = tmp_path / "other.json"
     other.write_text(tokenizer_path.read_text().replace("<|endoftext|>", "</s>"))
     assert "has no <|endoftext|> token" in message(folder, "--tokenizer", other)

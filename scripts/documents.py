@@ -1,0 +1,137 @@
+"""Reads texts to tokenize from files and folders; what cannot be read is an error that names it."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from pathlib import Path
+from typing import NamedTuple
+
+TEXT_SUFFIXES = (".txt", ".md", ".rst", ".jsonl")
+MAX_BYTES = 2**30  # of a document: it is held in memory, about ten bytes for each of its own
+
+
+class Document(NamedTuple):
+    """A text, and the file (and line) that it came from."""
+
+    text: str
+    origin: str
+
+
+def list_files(inputs: Iterable[Path], suffixes: Iterable[str] | None = None) -> list[Path]:
+    """Files to read, in a reproducible order: inputs as given, inside folders by name. Links to
+    folders are left out, and said.
+
+    Args:
+        inputs: files, taken whatever their name, and folders.
+        suffixes: endings of the files to take from folders; by default those of `TEXT_SUFFIXES`.
+
+    Raises:
+        OSError: a folder cannot be read.
+        ValueError: an input, or what has a wanted ending, is no file (a broken link, a pipe), or
+            nothing was found.
+    """
+    wanted = tuple(suffixes or TEXT_SUFFIXES)
+    files: list[Path] = []
+    for path in inputs:
+        if path.is_dir():
+            found = _files_below(path, wanted)
+            files.extend(sorted(found, key=lambda p: p.relative_to(path).as_posix()))
+        else:
+            files.append(path)
+    for path in files:
+        if not path.is_file():
+            what = "a broken link" if path.is_symlink() and not path.exists() else "no regular file"
+            raise ValueError(f"{path}: found {what}, wanted a file with text")
+    if not files:
+        raise ValueError(f"no files ending in {', '.join(wanted)} found (see --suffix)")
+    return files
+
+
+def _files_below(top: Path, wanted: tuple[str, ...]) -> Iterator[Path]:
+    def fail(error: OSError) -> None:
+        raise error
+
+    for folder, folders, names in os.walk(top, onerror=fail):
+        for name in folders:
+            if (link := Path(folder, name)).is_symlink():
+                print(f"left out: {link}, a link to a folder; it can be an input", file=sys.stderr)
+        yield from (Path(folder, name) for name in names if name.endswith(wanted))
+
+
+def iterate_documents(
+    inputs: Iterable[Path],
+    json_key: str = "text",
+    suffixes: Iterable[str] | None = None,
+    max_bytes: int = MAX_BYTES,
+) -> Iterator[Document]:
+    """All documents; empty ones are left out, and a byte order mark is no text.
+
+    Raises:
+        OSError: a file cannot be read.
+        ValueError: a document is larger than `max_bytes`, a line of a .jsonl file is not an object
+            with a text under `json_key`, or a file is not UTF-8; names the file (and line).
+    """
+    for path in list_files(inputs, suffixes):
+        read = _lines_of if path.suffix == ".jsonl" else _whole
+        for document in read(path, json_key, max_bytes):
+            if document.text.strip():
+                yield document
+
+
+def _whole(path: Path, _: str, max_bytes: int) -> Iterator[Document]:
+    _check_size(path.stat().st_size, str(path), max_bytes)
+    try:
+        yield Document(path.read_text(encoding="utf-8-sig"), str(path))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text: {error}") from None
+
+
+def _lines_of(path: Path, json_key: str, max_bytes: int) -> Iterator[Document]:
+    with open(path, "rb") as file:
+        for number, line in enumerate(iter(lambda: file.readline(max_bytes + 1), b""), 1):
+            origin = f"{path}:{number}"
+            _check_size(len(line), origin, max_bytes)
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
+            if line.strip():
+                yield Document(_text_in(line, json_key, origin), origin)
+
+
+def _text_in(line: bytes, json_key: str, origin: str) -> str:
+    try:
+        text = json.loads(line.decode("utf-8"))[json_key]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{origin}: not UTF-8 text: {error}") from None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        text = None
+    if not isinstance(text, str):
+        raise ValueError(f"{origin}: wanted an object with a text under {json_key!r}")
+    if lone := re.search("[\ud800-\udfff]", text):
+        raise ValueError(f"{origin}: found the lone surrogate {lone[0]!a}, wanted text")
+    return text
+
+
+def _check_size(size: int, origin: str, max_bytes: int) -> None:
+    if size > max_bytes:
+        raise ValueError(
+            f"{origin}: found a document of more than {max_bytes:,} bytes, the most that "
+            "--max-document allows"
+        )
+
+
+def with_a_first(documents: Iterable[Document]) -> Iterator[Document]:
+    """The same documents, of which the first has been read.
+
+    Raises:
+        ValueError: there is none.
+    """
+    documents = iter(documents)
+    for first in documents:
+        return chain([first], documents)
+    raise ValueError("inputs: found no text, wanted one document or more")

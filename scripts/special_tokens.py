@@ -1,0 +1,112 @@
+"""Special tokens in text that people wrote are text: `<|endoftext|>` in a web page ends nothing."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from tokenizers import AddedToken, Tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Noncharacters of Unicode: programs may use them inside, texts may not.
+TYPED, REAL, END = "\ufdd0", "\ufdd1", "\ufdd2"
+
+
+def any_of(contents: Iterable[str]) -> re.Pattern:
+    """What finds these tokens in a text, of two at one place the longer."""
+    longest_first = sorted(contents, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+
+def special_contents(tokenizer: Tokenizer) -> list[str]:
+    return [t.content for t in tokenizer.get_added_tokens_decoder().values() if t.special]
+
+
+def read_as_text(tokenizer: Tokenizer, also: Iterable[str] = ()) -> None:
+    """From now on the tokenizer finds no special tokens in text, nor the tokens `also`, which it
+    may have as added tokens that are not special."""
+    tokenizer.add_special_tokens([name for name in also if tokenizer.token_to_id(name) is not None])
+    tokenizer.encode_special_tokens = True
+
+
+class Typed:
+    """Encodes text in which some special tokens are real, those of a chat template, and some were
+    typed. `quote` puts a placeholder in the place of each that was typed before the template puts
+    its own around it, and `encode` reads it as text.
+
+    Args:
+        tokenizer: of transformers.
+        end_ids: tokens that end an answer; special, whether the tokenizer calls them so or not.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, end_ids: Iterable[int] = ()):
+        self.tokenizer = tokenizer
+        ends = set(end_ids)
+        self.tokens = {
+            token.content: (index, token)
+            for index, token in tokenizer.added_tokens_decoder.items()
+            if token.special or index in ends
+        }
+        self.contents = list(self.tokens)
+        self.pattern = any_of(self.contents)
+        self._reader: Tokenizer | None = None
+
+    def quote(self, text: str) -> str:
+        """The text with a placeholder for each special token.
+
+        Raises:
+            ValueError: it has characters that no text may have, which placeholders are made of.
+        """
+        if found := re.search(f"[{TYPED}{REAL}{END}]", text):
+            raise ValueError(f"found {found[0]!a}, which is no character, wanted text")
+        return self.pattern.sub(lambda m: f"{TYPED}{self.contents.index(m[0])}{END}", text)
+
+    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        """Token ids of a text with placeholders; `add_special_tokens` as in transformers.
+
+        Raises:
+            ValueError: it has placeholders, and the tokenizer has no tokenizer.json.
+        """
+        if TYPED not in text:
+            return self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
+        reader = self._text_reader()
+        text = self.pattern.sub(lambda m: f"{REAL}{self.contents.index(m[0])}{END}", text)
+        text = re.sub(f"{TYPED}(\\d+){END}", lambda m: self.contents[int(m[1])], text)
+        ids = reader.encode(text, add_special_tokens=add_special_tokens).ids
+        return [self._real_ids.get(index, index) for index in ids]
+
+    def _text_reader(self) -> Tokenizer:
+        """The tokenizer, to which special tokens are text, with stand-ins for those that are real:
+        added tokens of the same behaviour, so that text around them is split as ever."""
+        if self._reader is None:
+            own = getattr(self.tokenizer, "backend_tokenizer", None)
+            if not isinstance(own, Tokenizer):
+                raise ValueError(
+                    "found a special token, which a tokenizer without tokenizer.json cannot read "
+                    "as text; --special-tokens reads it as what it is"
+                )
+            reader = copy.deepcopy(own)
+            reader.no_truncation()
+            reader.no_padding()
+            read_as_text(reader, self.contents)
+            stand_ins = [
+                AddedToken(
+                    f"{REAL}{place}{END}",
+                    lstrip=token.lstrip,
+                    rstrip=token.rstrip,
+                    single_word=token.single_word,
+                    normalized=False,
+                )
+                for place, (_, token) in enumerate(self.tokens.values())
+            ]
+            reader.add_tokens(stand_ins)
+            self._real_ids = {
+                reader.token_to_id(stand_in.content): index
+                for stand_in, (index, _) in zip(stand_ins, self.tokens.values(), strict=True)
+            }
+            self._reader = reader
+        return self._reader
