@@ -99,10 +99,11 @@ def pieces(
         ValueError: one of more than `longest` characters cannot be cut; names file and line.
     """
     text, start = document.text, 0
+    size = max(1, min(size, longest // 2))
     while start < len(text):
         found = cut.search(text, start + size) if cut else None
         end = found.start() if found else len(text)
-        if end - start > max(size, longest):
+        if end - start > longest:
             raise ValueError(
                 f"{document.origin}: found {end - start:,} characters that this tokenizer has to "
                 f"take at once, wanted at most {longest:,} (--max-stretch; each takes about 300 "

@@ -1,0 +1,279 @@
+"""prepare_data.py on text that is out of the ordinary, on full disks, and beside another run."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer
+
+from megatron_patch.indexed_dataset import IndexedDataset, IndexedDatasetError, IndexedDatasetWriter
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+END = "<|endoftext|>"
+
+
+@pytest.fixture
+def prepare(tmp_path, tokenizer_file, run_script):
+    """Function: runs prepare_data.py to PREFIX `out`; returns the process and the documents."""
+
+    def run(*arguments, tokenizer=tokenizer_file):
+        prefix = tmp_path / "out"
+        arguments = (*arguments, "--output", prefix, "--overwrite", "--tokenizer", tokenizer)
+        result = run_script("prepare_data.py", *arguments)
+        assert "Traceback" not in result.stderr
+        if result.returncode:
+            assert not list(tmp_path.glob("out*"))
+            return result, None
+        return result, [list(document) for document in IndexedDataset(prefix)]
+
+    return run
+
+
+def write_lines(path: Path, *texts: str) -> Path:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("is_special", [True, False])
+def test_special_tokens_in_text_are_text(prepare, tmp_path, tokenizer_file, workers, is_special):
+    text = f"One page.{END}Another <|padding|> page.{END}"
+    data = write_lines(tmp_path / "a.jsonl", text, "plain")
+    description = json.loads(tokenizer_file.read_text())
+    description["added_tokens"][0]["special"] = is_special
+    (tmp_path / "tokenizer.json").write_text(json.dumps(description))
+    own = tmp_path / "tokenizer.json"
+    result, documents = prepare(data, "--workers", workers, tokenizer=own)
+    assert [document.count(0) for document in documents] == [1, 1]
+    assert 1 not in documents[0]
+    tokenizer = Tokenizer.from_file(str(tokenizer_file))
+    decoded = tokenizer.decode(documents[0][:-1], skip_special_tokens=False)
+    assert decoded == text
+    assert (
+        f"special tokens in the text: {END} 2, <|padding|> 1; read as text, "
+        "--special-tokens reads them as such\n"
+    ) in result.stdout
+
+    result, documents = prepare(data, "--workers", workers, "--special-tokens", tokenizer=own)
+    assert documents[0] == [*tokenizer.encode(text).ids, 0] and documents[0].count(0) == 3
+    assert "; read as such\n" in result.stdout
+
+
+def test_a_tokenizer_that_ends_documents_by_other_means_is_refused(prepare, tmp_path):
+    vocabulary = {END: 0, "a": 1}
+    tokenizer = {"model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": END}}
+    tokenizer = {"version": "1.0", "added_tokens": [], **tokenizer}
+    tokenizer["pre_tokenizer"] = {"type": "WhitespaceSplit"}
+    (tmp_path / "words.json").write_text(json.dumps(tokenizer))
+    data = write_lines(tmp_path / "a.jsonl", "a a b")
+    result, _ = prepare(data, tokenizer=tmp_path / "words.json")
+    assert result.returncode == 1
+    assert f"words.json: makes {END}, which ends a document, of other text" in result.stderr
+
+
+def test_truncation_and_padding_of_a_tokenizer_are_not_used(prepare, tmp_path, tokenizer_file):
+    tokenizer = Tokenizer.from_file(str(tokenizer_file))
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=50)
+    tokenizer.save(str(tmp_path / "cut.json"))
+    data = write_lines(tmp_path / "a.jsonl", "some words that are more than four tokens")
+    _, (document,) = prepare(data, tokenizer=tmp_path / "cut.json")
+    _, (wanted,) = prepare(data)
+    assert document == wanted and len(document) > 5
+
+
+def test_a_byte_order_mark_is_no_text(prepare, tmp_path):
+    line = b'{"text": "one"}\n'
+    for name, content in (("a.txt", b"one"), ("a.jsonl", line), ("b.jsonl", line * 2)):
+        (tmp_path / name).write_bytes(codecs.BOM_UTF8 + content)
+        _, documents = prepare(tmp_path / name)
+        (tmp_path / name).write_bytes(content)
+        assert documents == prepare(tmp_path / name)[1]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"text": "a\\ud800b"}', r":2: found the lone surrogate '\ud800', wanted text"),
+        (b'{"text": ' + b"[" * 200_000, ":2: wanted an object with a text under 'text'"),
+        (b"[" * 200_000 + b"]" * 200_000, ":2: wanted an object with a text under 'text'"),
+        (b'{"text": ' + b"1" * 5000 + b"}", ":2: wanted an object with a text under 'text'"),
+        (b'{"text": "\xff"}', ":2: not UTF-8 text: "),
+        (b'{"text": "' + b"a" * 2000 + b'"}', ":2: found a document of more than 1,000 bytes"),
+        (b'{"text": "' + b"a" * 900 + b'"}', ":2: found 900 characters that this tokenizer has"),
+    ],
+)
+def test_a_line_that_cannot_be_read_is_named(prepare, tmp_path, line, message, tokenizer_file):
+    description = json.loads(tokenizer_file.read_text())
+    description["pre_tokenizer"]["use_regex"] = False  # which allows no cut
+    (tmp_path / "tokenizer.json").write_text(json.dumps(description))
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "one"}\n' + line)
+    limits = ("--max-stretch", 800, "--max-document", 1000 if b"aaa" in line else 10**6)
+    result, _ = prepare(tmp_path / "a.jsonl", *limits, tokenizer=tmp_path / "tokenizer.json")
+    assert result.returncode == 1
+    assert f"prepare_data.py: {tmp_path}/a.jsonl{message}" in result.stderr
+
+
+def test_nothing_is_left_out_unsaid(prepare, tmp_path, script_modules, monkeypatch):
+    corpus = tmp_path / "corpus"
+    (corpus / "sub").mkdir(parents=True)
+    (corpus / "a.txt").write_text("text")
+    (corpus / "broken.png").symlink_to("nowhere")  # not among what is wanted
+    (corpus / "linked").symlink_to(corpus / "sub")
+    result, documents = prepare(corpus)
+    assert len(documents) == 1
+    assert f"left out: {corpus}/linked, a link to a folder; it can be an input" in result.stderr
+
+    bad = corpus / "sub" / "b.txt"
+    for make, what in (
+        (lambda: bad.symlink_to("nowhere"), "a broken link"),
+        (lambda: bad.symlink_to(bad), "a broken link"),
+        (lambda: os.mkfifo(bad), "no regular file"),
+    ):
+        (tmp_path / "out.bin").unlink(missing_ok=True)
+        (tmp_path / "out.idx").unlink(missing_ok=True)
+        make()
+        for given in (corpus, bad):
+            if given == bad and what == "a broken link":
+                continue  # an input that is not there
+            result, _ = prepare(given)
+            assert result.returncode == 1
+            assert f"{bad}: found {what}, wanted a file with text" in result.stderr
+        bad.unlink()
+
+    from documents import list_files
+
+    def scandir(path, scan=os.scandir):  # whoever runs the tests may read everything
+        if str(path).endswith("sub"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr("os.scandir", scandir)
+    with pytest.raises(PermissionError, match="sub"):
+        list_files([corpus])
+
+
+def test_the_tokenizer_is_a_regular_file(prepare, tmp_path):
+    data = write_lines(tmp_path / "a.jsonl", "a")
+    result, _ = prepare(data, tokenizer="/dev/zero")
+    assert result.returncode == 2
+    assert "--tokenizer: found the device or pipe /dev/zero, wanted a file" in result.stderr
+
+
+def test_memory_does_not_follow_the_largest_document(prepare, tmp_path, tokenizer_file):
+    """Of 6 MB, which took over a GB at once."""
+    code = (
+        f"import resource, runpy, sys; sys.path.insert(0, {str(SCRIPTS)!r}); sys.argv[0] = 'x'\n"
+        f"runpy.run_path({str(SCRIPTS / 'prepare_data.py')!r}, run_name='__main__')\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+    )
+
+    def peak(size: int) -> int:
+        data = write_lines(tmp_path / "a.jsonl", ("def words(x): " * (size // 14)))
+        result = subprocess.run(
+            [sys.executable, "-c", code, data, "--output", tmp_path / "out", "--overwrite"]
+            + ["--tokenizer", tokenizer_file],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return int(result.stdout.splitlines()[-1])
+
+    assert peak(6_000_000) - peak(300_000) < 30 * 6_000_000
+
+
+def start(data: Path, tokenizer: Path, prefix: Path, *options: object, **how) -> subprocess.Popen:
+    command = [sys.executable, SCRIPTS / "prepare_data.py", data, "--tokenizer", tokenizer]
+    command += ["--output", prefix, *options]
+    return subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE, text=True, **how)
+
+
+@pytest.mark.parametrize("part", ["bin", "idx"])
+def test_a_full_disk_leaves_what_was_there(tmp_path, tokenizer_file, part):
+    """A limit on the size of files stands for it: writing fails late, when buffers are flushed."""
+    many = part == "idx"  # documents of one token each: more index than tokens
+    data = write_lines(tmp_path / "a.jsonl", *(["a"] * 4000 if many else ["many words " * 3000]))
+    prefix = tmp_path / "data" / "text"
+    with IndexedDatasetWriter(prefix, 512) as writer:
+        writer.add_document([7])
+    before = {path: path.read_bytes() for path in prefix.parent.iterdir()}
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    process = start(data, tokenizer_file, prefix, "--overwrite", preexec_fn=limit)
+    _, error = process.communicate()
+    assert process.returncode == 1 and "File too large" in error.splitlines()[-1], error
+    assert "Traceback" not in error
+    assert {path: path.read_bytes() for path in prefix.parent.iterdir()} == before
+
+
+@pytest.mark.parametrize("signals", [[signal.SIGTERM], [signal.SIGHUP], [signal.SIGTERM] * 2])
+def test_ended_among_its_workers_it_leaves_nothing(tmp_path, tokenizer_file, signals):
+    """Whether the main process alone is told, as by `docker stop`, or more than once."""
+    data = write_lines(tmp_path / "a.jsonl", *["many words " * 200] * 20_000)
+    prefix = tmp_path / "data" / "text"
+    process = start(data, tokenizer_file, prefix, "--workers", 2)
+    wait_for(lambda: (size_of(prefix) or 0) > 100_000)
+    for number in signals:
+        process.send_signal(number)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 128 + signals[0], error
+    assert not list(prefix.parent.iterdir())
+
+
+def test_a_worker_that_is_killed_ends_the_run(tmp_path, tokenizer_file):
+    psutil = pytest.importorskip("psutil")
+    data = write_lines(tmp_path / "a.jsonl", *["many words " * 200] * 20_000)
+    prefix = tmp_path / "data" / "text"
+    process = start(data, tokenizer_file, prefix, "--workers", 2)
+    wait_for(lambda: (size_of(prefix) or 0) > 100_000)
+    workers = psutil.Process(process.pid).children()
+    next(w for w in workers if "spawn_main" in " ".join(w.cmdline())).kill()
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 1 and "--workers: a worker was killed" in error
+    assert not list(prefix.parent.iterdir())
+
+
+def size_of(prefix: Path) -> int | None:
+    path = Path(f"{prefix}.bin.tmp")
+    return path.stat().st_size if path.exists() else None
+
+
+def wait_for(is_so) -> None:
+    deadline = time.monotonic() + 60
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_two_runs_to_one_prefix_do_not_mix(tmp_path, tokenizer_file):
+    data = write_lines(tmp_path / "a.jsonl", "one")
+    with IndexedDatasetWriter(tmp_path / "out", 512) as writer:
+        writer.add_document([7, 8])
+        with pytest.raises(IndexedDatasetError, match=r"out.bin.tmp: another process is writing"):
+            IndexedDatasetWriter(tmp_path / "out", 512)
+        process = start(data, tokenizer_file, tmp_path / "out")
+        _, error = process.communicate()
+        assert process.returncode == 1
+        assert "out.bin.tmp: another process is writing this data set" in error
+        writer.add_document([9])
+    assert [list(document) for document in IndexedDataset(tmp_path / "out")] == [[7, 8], [9]]
+
+
+def test_what_a_killed_run_left_is_written_over(tmp_path):
+    (tmp_path / "out.bin.tmp").write_bytes(b"left" * 100)
+    (tmp_path / "out.idx.tmp").write_bytes(b"left" * 100)
+    with IndexedDatasetWriter(tmp_path / "out", 512) as writer:
+        writer.add_document([7, 8])
+    assert [list(document) for document in IndexedDataset(tmp_path / "out")] == [[7, 8]]
+    assert len(list(tmp_path.iterdir())) == 2
