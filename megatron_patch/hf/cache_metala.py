@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import threading
 from collections.abc import Callable, Iterator
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import cache_utils
 from transformers.cache_utils import Cache
@@ -18,6 +19,9 @@ from transformers.configuration_utils import PretrainedConfig
 NO_LENGTH_LIMIT = -1 if hasattr(cache_utils, "CacheLayerMixin") else None
 
 DECODING_GRAPHS = (None, "eager", "compiled")
+
+# What states may be made of; recurrent states are of the last two.
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 # Held while states are read or moved: a recorded step, run by another thread for another cache, may
 # take the tensors in which a cache's states lie, and leave it copies (`decoding_metala`).
@@ -109,6 +113,10 @@ class AttentionCacheLayer(CacheLayer):
 LAYER_CLASSES = {cls.layer_type: cls for cls in (MetaLACacheLayer, AttentionCacheLayer)}
 
 
+def layer_types(config: PretrainedConfig) -> list[str]:
+    return config.layer_types or ["linear_attention"] * config.num_hidden_layers
+
+
 class MetaLACache(Cache):
     """Cache of a MetaLA model, passed and returned as `past_key_values`.
 
@@ -155,9 +163,7 @@ class MetaLACache(Cache):
         # below.
         if issubclass(Cache, torch.nn.Module):
             super().__init__()
-        types: list[str] = []
-        if config is not None:
-            types = config.layer_types or ["linear_attention"] * config.num_hidden_layers
+        types = [] if config is None else layer_types(config)
         self.layers: list[CacheLayer] = [LAYER_CLASSES[name]() for name in types]
         self.key_padding: torch.Tensor | None = None
         self.last_hidden: torch.Tensor | None = None
@@ -318,7 +324,8 @@ class MetaLACache(Cache):
         return self
 
     def save(self, path: str | os.PathLike, metadata: dict[str, str] | None = None) -> None:
-        """Writes the states to a safetensors file, from which `load` resumes.
+        """Writes the states to a safetensors file, from which `load` resumes. A file that is there
+        stays as it is until the new one is whole.
 
         Args:
             path: the file.
@@ -334,30 +341,159 @@ class MetaLACache(Cache):
                 tensors[name] = tensor.contiguous()
         layers = ",".join(layer.layer_type for layer in self.layers)
         own = {"format": "pt", "layers": layers, "seen_tokens": str(self._seen_tokens)}
-        save_file(tensors, path, metadata={**(metadata or {}), **own})
+        path = os.path.realpath(path)  # of a link, what it leads to
+        temporary = f"{path}.tmp"
+        try:
+            save_file(tensors, temporary, metadata={**(metadata or {}), **own})
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
 
     @classmethod
-    def load(cls, path: str | os.PathLike, device: str | torch.device = "cpu") -> MetaLACache:
+    def load(
+        cls,
+        path: str | os.PathLike,
+        device: str | torch.device = "cpu",
+        config: PretrainedConfig | None = None,
+    ) -> MetaLACache:
         """Reads a file that `save` has written.
 
+        Args:
+            path: the file.
+            device: where the states go.
+            config: of the model that is to go on, whose states these have to be. Without it they
+                have to be some model's, and a model that is given them checks their shapes.
+
         Raises:
-            ValueError: the file is a safetensors file of something else.
+            OSError: the file cannot be read.
+            ValueError: the file is something else, lacks states or has some that no model leaves,
+                or those of another model than `config` describes; names the first.
         """
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise ValueError(f"{path}: not a saved MetaLACache: no regular file")
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as file:
+                metadata = file.metadata() or {}
+                # Copies: the file's own pages would change, or end the process, with the file.
+                tensors = {key: file.get_tensor(key).clone() for key in file.keys()}
+        except SafetensorError as error:
+            raise ValueError(f"{path}: not a saved MetaLACache: {error}") from None
+        if "seen_tokens" not in metadata or "layers" not in metadata:
+            raise ValueError(f"{path}: not a saved MetaLACache")
         cache = cls()
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            metadata = file.metadata() or {}
-            if "seen_tokens" not in metadata or "layers" not in metadata:
-                raise ValueError(f"{path}: not a saved MetaLACache")
-            types = metadata["layers"].split(",") if metadata["layers"] else []
-            cache.layers = [LAYER_CLASSES[name]() for name in types]
-            for key in file.keys():
-                if key in cls.ROWS:
-                    setattr(cache, key, file.get_tensor(key))
-                    continue
-                _, index, name = key.split(".")
-                setattr(cache.layers[int(index)], name, file.get_tensor(key))
-        cache._seen_tokens = int(metadata["seen_tokens"])
+        try:
+            cache._take(metadata, tensors)
+            if wrong := cache._senseless():
+                raise ValueError(wrong)
+            if config is not None and (wrong := cache.misfit(config)):
+                raise ValueError(wrong)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
         return cache
+
+    def _take(self, metadata: dict[str, str], tensors: dict[str, torch.Tensor]) -> None:
+        """Takes what a file holds, if it has the names that `save` gives."""
+        types = metadata["layers"].split(",") if metadata["layers"] else []
+        for name in types:
+            if name not in LAYER_CLASSES:
+                raise ValueError(f"layers: found {name!r}, wanted {' or '.join(LAYER_CLASSES)}")
+        self.layers = [LAYER_CLASSES[name]() for name in types]
+        seen = metadata["seen_tokens"]
+        if not (seen.isascii() and seen.isdecimal() and len(seen) < 19):
+            raise ValueError(f"seen_tokens: found {seen[:40]!r}, wanted a number of tokens")
+        self._seen_tokens = int(seen)
+        places = {
+            f"layers.{index}.{name}": (layer, name)
+            for index, layer in enumerate(self.layers)
+            for name in layer.names
+        }
+        places.update({name: (self, name) for name in self.ROWS})
+        for key, tensor in tensors.items():
+            if key not in places:
+                raise ValueError(f"{key}: found what no cache of {len(types)} layers has")
+            setattr(*places[key], tensor)
+
+    def _senseless(self) -> str | None:
+        """What these states have that no model leaves, in a line; `None` if they may be one's."""
+        rows = {name: x for name in self.ROWS if (x := getattr(self, name)) is not None}
+        states = {
+            f"layers.{index}.{name}": tensor
+            for index, layer in enumerate(self.layers)
+            for name, tensor in layer.tensors()
+        }
+        for key, tensor in states.items():
+            if tensor.ndim != (dimensions := 3 if key.endswith("conv_states") else 4):
+                return f"{key}: found {tensor.ndim} dimensions, wanted {dimensions}"
+        if not self._seen_tokens:
+            found = next(iter({**states, **rows}), None)
+            return None if found is None else f"{found}: found it before the first token"
+        first: dict[str, torch.Tensor] = {}
+        for index, layer in enumerate(self.layers):
+            for name in layer.names:
+                key = f"layers.{index}.{name}"
+                if (tensor := states.get(key)) is None:
+                    return f"{key}: found none, wanted the state after {self._seen_tokens} tokens"
+                like = first.setdefault("keys" if name == "values" else name, tensor)
+                shape = [self.batch_size, *like.shape[1:]]
+                if layer.layer_type == "full_attention":
+                    shape[2] = self._seen_tokens
+                if list(tensor.shape) != shape:
+                    return f"{key}: found shape {list(tensor.shape)}, wanted {shape}"
+                kinds = FLOATS[-2:] if name == "recurrent_states" else FLOATS
+                if tensor.dtype not in kinds or tensor.dtype != like.dtype:
+                    wanted = like.dtype if like.dtype in kinds else kinds[0]
+                    return f"{key}: found {tensor.dtype}, wanted {wanted}"
+                if not tensor.isfinite().all():
+                    return f"{key}: found NaN or infinity, wanted numbers"
+        padding, last = self.key_padding, self.last_hidden
+        if padding is not None:
+            shape = list(padding.shape)
+            fits = len(shape) == 2 and shape[0] == self.batch_size and shape[1] <= self._seen_tokens
+            if padding.dtype != torch.bool or not fits:
+                wanted = f"torch.bool [{self.batch_size}, up to {self._seen_tokens}]"
+                return f"key_padding: found {padding.dtype} {shape}, wanted {wanted}"
+        if last is not None:
+            fits = last.ndim == 3 and list(last.shape[:2]) == [self.batch_size, 1]
+            if last.dtype not in FLOATS or not fits or not last.isfinite().all():
+                found = f"{last.dtype} {list(last.shape)}"
+                return f"last_hidden: found {found}, wanted numbers [{self.batch_size}, 1, width]"
+        return None
+
+    def misfit(self, config: PretrainedConfig) -> str | None:
+        """What states these have that a model of this configuration does not, in a line; `None` if
+        they may be its own. Shapes alone are looked at: models call this at every step."""
+        types = layer_types(config)
+        if len(self.layers) != len(types):
+            return f"found a cache of {len(self.layers)} layers, wanted {len(types)}"
+        batch, heads, width = self.batch_size, config.num_attention_heads, config.head_value_dim
+        keys = (batch, config.num_key_value_heads, width)
+        wanted = {
+            "conv_states": (batch, config.hidden_size, config.conv_width - 1),
+            "recurrent_states": (batch, heads, config.head_key_dim, width),
+            "keys": keys,
+            "values": keys,
+        }
+        for index, (layer, kind) in enumerate(zip(self.layers, types, strict=True)):
+            if layer.layer_type != kind:
+                return f"layers.{index}: found a layer of {layer.layer_type}, wanted {kind}"
+            for name in layer.names:
+                tensor = getattr(layer, name)
+                if tensor is None:
+                    if self._seen_tokens:
+                        return f"layers.{index}.{name}: found none, wanted a state"
+                    continue
+                shape = tuple(tensor.shape)
+                if layer.layer_type == "full_attention":
+                    shape = shape[:2] + shape[3:]  # without the tokens
+                if shape != wanted[name]:
+                    shape = list(tensor.shape)
+                    return f"layers.{index}.{name}: found {shape}, wanted {list(wanted[name])}"
+        if self.last_hidden is not None and self.last_hidden.shape[-1] != config.hidden_size:
+            found = list(self.last_hidden.shape)
+            return f"last_hidden: found {found}, wanted {[batch, 1, config.hidden_size]}"
+        return None
 
 
 __all__ = ["AttentionCacheLayer", "MetaLACache", "MetaLACacheLayer"]

@@ -577,10 +577,8 @@ class MetaLAModel(MetaLAPreTrainedModel):
                 f"past_key_values: found a {type(cache).__name__}, wanted a MetaLACache: pass "
                 "MetaLACache(config), or leave it out"
             )
-        if len(cache) not in (0, len(self.layers)):
-            raise ValueError(
-                f"past_key_values: found a cache of {len(cache)} layers, wanted {len(self.layers)}"
-            )
+        if len(cache) and (wrong := cache.misfit(self.config)):
+            raise ValueError(f"past_key_values: {wrong}")
         if cache.has_previous_state() and cache.batch_size != batch:
             raise ValueError(
                 f"past_key_values: found the states of {cache.batch_size} sequences, wanted {batch}"
