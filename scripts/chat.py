@@ -14,7 +14,9 @@ with --plain, it is text that the model continues. Ctrl-C ends an answer early.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
+import os
 import re
 import signal
 import sys
@@ -22,12 +24,13 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from command_line import CommandError, Parser, device, number, one_of, run_script, told, whole
-from jinja2 import TemplateError
 from safetensors import SafetensorError, safe_open
+from special_tokens import Typed
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -67,10 +70,14 @@ class Turn:
 class Conversation:
     """A model with its state, and the text that has led to it.
 
+    Args:
+        special_tokens: whether special tokens in what is typed are read as such; otherwise they are
+            text, and only those that the chat template adds are special.
+
     Attributes:
         cache: the state after all that was read.
         messages: of the chat template; empty for plain text.
-        text: the same as text.
+        text: the same as text, with placeholders for special tokens that are text.
     """
 
     def __init__(
@@ -79,12 +86,14 @@ class Conversation:
         tokenizer: PreTrainedTokenizerBase,
         system: str | None = None,
         plain: bool = False,
+        special_tokens: bool = False,
     ):
         self.model = model
         self.tokenizer = tokenizer
         self.system = system
         self.plain = plain or not tokenizer.chat_template
         self.end_ids = _end_ids(model, tokenizer)
+        self.typed = Typed(tokenizer, self.end_ids, special_tokens)
         self.reset()
 
     def reset(self) -> None:
@@ -111,17 +120,28 @@ class Conversation:
             max_new_tokens: longest answer.
             show: called with each id that is written, the end token excluded.
             stopped: asked before each token whether to end the answer there.
+
+        Raises:
+            ChatError: the words cannot be read, or the model cannot go on. The conversation is as
+                it was before.
         """
         start = time.perf_counter()
-        ids = self._new_ids(words)
-        answer = []
-        for token in self._write(ids, choose, max_new_tokens, stopped):
-            answer.append(token)
-            show(token)
-        written = self.tokenizer.decode(answer, skip_special_tokens=True)
-        self.text += written
+        before = copy.deepcopy(self.cache), self.messages, self.text
+        try:
+            ids = self._new_ids(words)
+            answer = []
+            for token in self._write(ids, choose, max_new_tokens, stopped):
+                answer.append(token)
+                show(token)
+            written = self.tokenizer.decode(answer, skip_special_tokens=True)
+            self.text += self.typed.quote(written)
+        except BaseException as error:
+            self.cache, self.messages, self.text = before
+            if isinstance(error, (ValueError, RuntimeError)):  # of the model: out of memory, say
+                raise ChatError(told(error)) from None
+            raise
         if not self.plain:
-            self.messages.append({"role": "assistant", "content": written})
+            self.messages = [*self.messages, {"role": "assistant", "content": written}]
         return Turn(len(ids), len(answer), time.perf_counter() - start)
 
     def _new_ids(self, words: str) -> list[int]:
@@ -130,8 +150,8 @@ class Conversation:
             first = not self.text
             # A turn is a new line of the text.
             new = f"{self.system}\n{words}" if first and self.system else words
-            new = new if first else f"\n{new}"
-            ids = self.tokenizer(new, add_special_tokens=first)["input_ids"]
+            new = self.typed.quote(new if first else f"\n{new}")
+            ids = self.typed.encode(new, add_special_tokens=first)
             if first and ids and ids[-1] in self.end_ids:
                 ids.pop()  # of a tokenizer that ends every text
             if not ids:
@@ -140,12 +160,15 @@ class Conversation:
             return ids
 
         messages = [*self.messages, {"role": "user", "content": words}]
+        quoted = [
+            {**message, "content": self.typed.quote(message["content"])} for message in messages
+        ]
         try:
             text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True
+                quoted, tokenize=False, add_generation_prompt=True
             )
-        except TemplateError as error:
-            raise ChatError(f"the chat template: {error}") from None
+        except Exception as error:  # a template is a program
+            raise ChatError(f"the chat template: {told(error)}") from None
         if text.startswith(self.text):
             new = text[len(self.text) :]
         else:
@@ -154,7 +177,7 @@ class Conversation:
             self.cache.reset()
             new = text
         self.messages, self.text = messages, text
-        return self.tokenizer(new, add_special_tokens=False)["input_ids"]
+        return self.typed.encode(new)
 
     @torch.inference_mode()
     def _write(
@@ -186,8 +209,8 @@ class Conversation:
         kept = {"messages": self.messages, "text": self.text, "plain": self.plain}
         try:
             self.cache.save(path, metadata={"conversation": json.dumps(kept)})
-        except (OSError, SafetensorError) as error:
-            raise ChatError(f"{path}: {error}") from None
+        except (OSError, ValueError, SafetensorError) as error:
+            raise ChatError(f"{path}: {told(error)}") from None
 
     def load(self, path: Path) -> None:
         """Goes on where the conversation in a file ended.
@@ -198,26 +221,50 @@ class Conversation:
         try:
             cache = MetaLACache.load(path, device=self.model.device)
             with safe_open(path, framework="pt") as file:
-                kept = json.loads(file.metadata()["conversation"])
-        except (OSError, SafetensorError, ValueError, KeyError) as error:
-            raise ChatError(f"{path}: no saved conversation ({error})") from None
-        config = self.model.config
-        heads, width = config.num_attention_heads, config.head_value_dim
-        keys = [1, config.num_key_value_heads, cache.get_seq_length(), width]
-        wanted = {
-            "conv_states": [1, config.hidden_size, config.conv_width - 1],
-            "recurrent_states": [1, heads, config.head_key_dim, width],
-            "keys": keys,
-            "values": keys,
-        }
-        found = [(name, list(x.shape)) for layer in cache.layers for name, x in layer.tensors()]
-        kinds = [[layer.layer_type for layer in c.layers] for c in (cache, MetaLACache(config))]
-        if kinds[0] != kinds[1] or any(shape != wanted[name] for name, shape in found):
-            raise ChatError(f"{path}: the conversation of another model")
+                kept = _checked(file.metadata().get("conversation", ""))
+        except (OSError, SafetensorError, ValueError) as error:
+            reason = told(error).removeprefix(f"{path}: ")
+            raise ChatError(f"{path}: no saved conversation ({reason})") from None
         if kept["plain"] != self.plain:
             raise ChatError(f"{path}: kept {'with' if kept['plain'] else 'without'} --plain")
+        if wrong := cache.misfit(self.model.config):
+            raise ChatError(f"{path}: the conversation of another model ({wrong})")
+        if cache.batch_size not in (-1, 1):
+            raise ChatError(f"{path}: found {cache.batch_size} conversations, wanted one")
+        for name, tensor in (pair for layer in cache.layers for pair in layer.tensors()):
+            if name != "recurrent_states" and tensor.dtype != self.model.dtype:
+                raise ChatError(
+                    f"{path}: kept in {tensor.dtype}, wanted {self.model.dtype} (--dtype)"
+                )
         cache.decoding_graph = self.cache.decoding_graph
         self.cache, self.messages, self.text = cache, kept["messages"], kept["text"]
+
+
+def _checked(conversation: str) -> dict[str, Any]:
+    """What `save` has kept beside the state, from JSON.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    try:
+        kept = json.loads(conversation)
+    except (ValueError, RecursionError):
+        kept = None
+    kept = kept if isinstance(kept, dict) else {}
+    messages = kept.get("messages")
+    fits = isinstance(messages, list) and all(
+        isinstance(message, dict)
+        and message.keys() == {"role", "content"}
+        and all(map(_is_text, message.values()))
+        for message in messages
+    )
+    if not fits or not _is_text(kept.get("text")) or not isinstance(kept.get("plain"), bool):
+        raise ValueError("found no messages and text, wanted those of a conversation")
+    return kept
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
 
 
 def _end_ids(model: MetaLAForCausalLM, tokenizer: PreTrainedTokenizerBase) -> set[int]:
@@ -230,15 +277,19 @@ def _end_ids(model: MetaLAForCausalLM, tokenizer: PreTrainedTokenizerBase) -> se
 
 def chooser(temperature: float, top_p: float) -> Callable[[torch.Tensor], int]:
     """How the next id is chosen from logits [vocab]: the likeliest at temperature 0, else at random
-    from the likeliest that have `top_p` of the probability together."""
-    if temperature == 0:
-        return lambda logits: int(logits.argmax())
-    warp = LogitsProcessorList([TemperatureLogitsWarper(float(temperature))])
+    from the likeliest that have `top_p` of the probability together. Raises a `ChatError` for
+    logits that are no numbers."""
+    warp = LogitsProcessorList([TemperatureLogitsWarper(float(temperature))] if temperature else [])
     if top_p < 1:
         warp.append(TopPLogitsWarper(top_p))
 
     def choose(logits: torch.Tensor) -> int:
-        scores = warp(None, logits.float()[None])
+        if not logits.isfinite().all():
+            raise ChatError("the model gives NaN or infinity for the next token")
+        if temperature == 0:
+            return int(logits.argmax())
+        # In float64 and from the largest down, so that no temperature makes NaN.
+        scores = warp(None, (logits.double() - logits.max())[None])
         return int(torch.multinomial(scores.softmax(-1), 1))
 
     return choose
@@ -263,10 +314,13 @@ class CtrlC:
 def lines() -> Iterator[str]:
     """What is typed, or comes from a file or a pipe, up to its end."""
     prompt = ""
+    if sys.stdin is None:  # closed
+        return
     if sys.stdin.isatty():
         import readline  # noqa: F401  editing and history for `input`
 
         prompt = "> "
+    sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are no text are told in their turn
     while True:
         try:
             yield input(prompt)
@@ -288,7 +342,7 @@ def obey(command: str, conversation: Conversation) -> bool:
         return True
     if not argument:
         raise ChatError(f"{name}: wanted the name of a file after it")
-    getattr(conversation, name[1:])(Path(argument).expanduser())
+    getattr(conversation, name[1:])(Path(os.path.expanduser(argument)))
     print(f"({'saved' if name == '/save' else 'loaded'}: {conversation.cache!r})")
     return True
 
@@ -306,6 +360,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--top-p", type=top_p, default=0.95, help="probability to draw from")
     parser.add_argument("--seed", type=whole(0), help="for the same answers again")
     parser.add_argument("--plain", action="store_true", help="plain text, without chat template")
+    parser.add_argument(
+        "--special-tokens",
+        action="store_true",
+        help="read special tokens in what is typed as such, not as text",
+    )
     parser.add_argument("--stats", action="store_true", help="say after each turn what it took")
     parser.add_argument(
         "--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu"
@@ -331,7 +390,9 @@ def main() -> None:
         found = type(model).__name__
         raise CommandError(f"folder: found {arguments.folder}, a {found}, wanted a MetaLA model")
     model = model.to(arguments.device).eval()
-    conversation = Conversation(model, tokenizer, arguments.system, arguments.plain)
+    conversation = Conversation(
+        model, tokenizer, arguments.system, arguments.plain, arguments.special_tokens
+    )
     choose = chooser(arguments.temperature, arguments.top_p)
 
     for line in lines():
@@ -340,6 +401,8 @@ def main() -> None:
                 if not obey(line.strip(), conversation):
                     break
             elif line.strip():
+                if not _is_text(line):
+                    raise ChatError(f"found bytes that are not {sys.stdin.encoding}, wanted text")
                 streamer = TextStreamer(tokenizer, skip_special_tokens=True)
                 with CtrlC() as ctrl_c:
                     turn = conversation.say(

@@ -41,29 +41,32 @@ class Typed:
     Args:
         tokenizer: of transformers.
         end_ids: tokens that end an answer; special, whether the tokenizer calls them so or not.
+        as_tokens: quotes nothing: what is typed may be special tokens.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, end_ids: Iterable[int] = ()):
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        end_ids: Iterable[int] = (),
+        as_tokens: bool = False,
+    ):
         self.tokenizer = tokenizer
+        self.as_tokens = as_tokens
         ends = set(end_ids)
         self.tokens = {
             token.content: (index, token)
             for index, token in tokenizer.added_tokens_decoder.items()
             if token.special or index in ends
         }
-        self.contents = list(self.tokens)
-        self.pattern = any_of(self.contents)
+        # Those characters in a text are quoted too.
+        self.quoted = [*self.tokens, TYPED, REAL, END]
         self._reader: Tokenizer | None = None
 
     def quote(self, text: str) -> str:
-        """The text with a placeholder for each special token.
-
-        Raises:
-            ValueError: it has characters that no text may have, which placeholders are made of.
-        """
-        if found := re.search(f"[{TYPED}{REAL}{END}]", text):
-            raise ValueError(f"found {found[0]!a}, which is no character, wanted text")
-        return self.pattern.sub(lambda m: f"{TYPED}{self.contents.index(m[0])}{END}", text)
+        """The text with a placeholder for each special token."""
+        if self.as_tokens:
+            return text
+        return any_of(self.quoted).sub(lambda m: f"{TYPED}{self.quoted.index(m[0])}{END}", text)
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         """Token ids of a text with placeholders; `add_special_tokens` as in transformers.
@@ -71,11 +74,12 @@ class Typed:
         Raises:
             ValueError: it has placeholders, and the tokenizer has no tokenizer.json.
         """
-        if TYPED not in text:
+        if TYPED not in text or self.as_tokens:
             return self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
-        reader = self._text_reader()
-        text = self.pattern.sub(lambda m: f"{REAL}{self.contents.index(m[0])}{END}", text)
-        text = re.sub(f"{TYPED}(\\d+){END}", lambda m: self.contents[int(m[1])], text)
+        reader, contents = self._text_reader(), list(self.tokens)
+        text = any_of(contents).sub(lambda m: f"{REAL}{contents.index(m[0])}{END}", text)
+        for place, content in enumerate(self.quoted):
+            text = text.replace(f"{TYPED}{place}{END}", content)
         ids = reader.encode(text, add_special_tokens=add_special_tokens).ids
         return [self._real_ids.get(index, index) for index in ids]
 
@@ -92,7 +96,7 @@ class Typed:
             reader = copy.deepcopy(own)
             reader.no_truncation()
             reader.no_padding()
-            read_as_text(reader, self.contents)
+            read_as_text(reader, self.tokens)
             stand_ins = [
                 AddedToken(
                     f"{REAL}{place}{END}",

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
@@ -89,3 +90,36 @@ def script_path():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(SCRIPTS))
         yield
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A MetaLA model whose likeliest token depends on what came before."""
+    from megatron_patch.hf import MetaLAConfig, MetaLAForCausalLM
+
+    torch.manual_seed(0)
+    config = MetaLAConfig(
+        vocab_size=512,
+        decoder_embed_dim=32,
+        decoder_layers=2,
+        decoder_attention_heads=2,
+        glu_dim=40,
+        init_std=0.3,
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=1,
+    )
+    return MetaLAForCausalLM(config).eval()
+
+
+@pytest.fixture
+def folder(model, tokenizer_file, tmp_path):
+    """Function: a model's folder with the chat template given."""
+    from tests.scripts.talking import build_tokenizer
+
+    def build(template=None, name="model"):
+        model.save_pretrained(tmp_path / name)
+        build_tokenizer(tokenizer_file, template).save_pretrained(tmp_path / name)
+        return tmp_path / name
+
+    return build

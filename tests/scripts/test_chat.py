@@ -10,62 +10,20 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
-from transformers import PreTrainedTokenizerFast
 
 from megatron_patch.hf import MetaLAConfig, MetaLAForCausalLM
-
-TEMPLATE = (
-    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|endoftext|>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+from tests.scripts.talking import (
+    FORGETFUL_TEMPLATE,
+    NO_SYSTEM_TEMPLATE,
+    SCRIPT,
+    TEMPLATE,
+    build_tokenizer,
+    greedy,
+    talk,
 )
-# Loses all but the last message, as templates do in part that leave out earlier reasoning.
-FORGETFUL_TEMPLATE = TEMPLATE.replace(
-    "{{ m.content }}", "{{ m.content if loop.last else '(forgotten)' }}"
-)
-NO_SYSTEM_TEMPLATE = (
-    "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
-    + TEMPLATE
-)
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "chat.py"
-
-
-def build_tokenizer(tokenizer_file, template=None):
-    return PreTrainedTokenizerFast(
-        tokenizer_file=str(tokenizer_file), eos_token="<|endoftext|>", chat_template=template
-    )
-
-
-@pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    config = MetaLAConfig(
-        vocab_size=512,
-        decoder_embed_dim=32,
-        decoder_layers=2,
-        decoder_attention_heads=2,
-        glu_dim=40,
-        init_std=0.3,  # so that the likeliest token depends on what came before
-        bos_token_id=None,
-        eos_token_id=0,
-        pad_token_id=1,
-    )
-    return MetaLAForCausalLM(config).eval()
-
-
-@pytest.fixture
-def folder(model, tokenizer_file, tmp_path):
-    """A model's folder with the chat template given."""
-
-    def build(template=None, name="model"):
-        model.save_pretrained(tmp_path / name)
-        build_tokenizer(tokenizer_file, template).save_pretrained(tmp_path / name)
-        return tmp_path / name
-
-    return build
 
 
 @pytest.fixture
@@ -80,19 +38,6 @@ def fed(model, monkeypatch):
 
     monkeypatch.setattr(model, "forward", counted)
     return lengths
-
-
-def greedy(logits):
-    return int(logits[2:].argmax()) + 2  # neither the end nor the padding token
-
-
-def talk(conversation, *turns, tokens=5):
-    answers = []
-    for words in turns:
-        ids = []
-        turn = conversation.say(words, greedy, tokens, ids.append)
-        answers.append((turn, ids))
-    return answers
 
 
 @pytest.mark.parametrize("template", [None, TEMPLATE])
@@ -235,7 +180,7 @@ def test_a_hybrid_is_saved_and_loaded(script_modules, model, tokenizer_file, tmp
 def test_words_without_tokens_are_no_turn(script_modules, model, tokenizer_file):
     from chat import ChatError, Conversation
 
-    conversation = Conversation(model, build_tokenizer(tokenizer_file))
+    conversation = Conversation(model, build_tokenizer(tokenizer_file), special_tokens=True)
     with pytest.raises(ChatError, match="no tokens"):
         talk(conversation, "<|endoftext|>")  # which is left out of a text's start
     ((_, answer),) = talk(conversation, "one")
