@@ -171,7 +171,7 @@ def main() -> None:
         parser.error(f"--gpus: found {options.gpus}, wanted {torch.cuda.device_count()} or fewer")
     settings = training_settings(options)
     checkout = need_neox()
-    if MARK not in entry_point(checkout).read_text():
+    if MARK.encode() not in entry_point(checkout).read_bytes():
         raise CommandError(f"link it first: scripts/link_neox.py {checkout}")
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
