@@ -5,6 +5,7 @@ Where a key is given more than once the last value stands, and a line says so.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -16,6 +17,9 @@ from megatron_patch.architecture import SettingsError
 
 # GPT-NeoX reads the last as YAML too.
 SUFFIXES = (".yml", ".yaml", ".json")
+# More is no file of settings, and PyYAML would read it for minutes. Aliases, each of which repeats
+# what it names, may make exponentially many values of a few lines.
+MAX_CHARACTERS, MAX_VALUES = 2**19, 100_000
 
 
 def merge_yaml(paths: Iterable[str | Path]) -> dict[str, Any]:
@@ -40,11 +44,21 @@ def read_yaml(paths: Iterable[str | Path]) -> dict[str, str]:
         name = str(path) if str(path).endswith(SUFFIXES) else f"{path}.yml"
         if name in texts:
             raise SettingsError(f"{name}: the file is given twice")
-        try:
-            texts[name] = Path(name).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise SettingsError(f"{name}: cannot be read: {error}") from None
+        texts[name] = _read_text(name)
     return texts
+
+
+def _read_text(name: str) -> str:
+    if os.path.exists(name) and not os.path.isfile(name):
+        raise SettingsError(f"{name}: found no regular file, wanted settings")
+    try:
+        with open(name, encoding="utf-8") as file:
+            text = file.read(MAX_CHARACTERS + 1)
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or NUL in the name
+        raise SettingsError(f"{name}: cannot be read: {error}") from None
+    if len(text) > MAX_CHARACTERS:
+        raise SettingsError(f"{name}: found more than {MAX_CHARACTERS:,} characters of settings")
+    return text
 
 
 def merge_yaml_texts(texts: Mapping[str, str]) -> dict[str, Any]:
@@ -80,13 +94,15 @@ def settle(texts: Mapping[str, str]) -> dict[str, str]:
 def _top_level_items(name: str, text: str) -> list[tuple[str, Any]]:
     """(key, value) in file order, '-' in a key written '_'. PyYAML would keep the last of two equal
     keys without a word."""
-    loader = yaml.SafeLoader(text)
     try:
+        loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
         if node is None:
             return []
         if not isinstance(node, yaml.MappingNode):
             raise SettingsError(f"{name}: found a {node.id}, wanted a mapping of settings")
+        if _count_values(node, {}) > MAX_VALUES:
+            raise SettingsError(f"{name}: found more than {MAX_VALUES:,} values, wanted settings")
         loader.flatten_mapping(node)
         return [
             (
@@ -95,8 +111,26 @@ def _top_level_items(name: str, text: str) -> list[tuple[str, Any]]:
             )
             for key, value in node.value
         ]
-    except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
+    except SettingsError:
+        raise
+    except Exception as error:  # also what Python's own conversions raise, of !!int and dates say
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise SettingsError(f"{name}: not YAML: {reason}") from None
-    finally:
-        loader.dispose()
+
+
+def _count_values(node: yaml.Node, counts: dict[yaml.Node, int | None]) -> int:
+    """How many values a node stands for, those of aliases each time that they are named.
+
+    Raises:
+        ValueError: a node holds itself.
+    """
+    if node in counts:
+        if counts[node] is None:
+            raise ValueError("a value holds itself")
+        return counts[node]
+    counts[node] = None
+    children = [] if isinstance(node, yaml.ScalarNode) else node.value
+    if isinstance(node, yaml.MappingNode):
+        children = [part for pair in node.value for part in pair]
+    counts[node] = 1 + sum(_count_values(child, counts) for child in children)
+    return counts[node]

@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from megatron_patch.indexed_dataset import IndexedDataset, IndexedDatasetError, IndexedDatasetWriter
@@ -142,10 +144,10 @@ def test_nothing_is_left_out_unsaid(prepare, tmp_path, script_modules, monkeypat
         (tmp_path / "out.bin").unlink(missing_ok=True)
         (tmp_path / "out.idx").unlink(missing_ok=True)
         make()
-        for given in (corpus, bad):
-            if given == bad and what == "a broken link":
+        for source in (corpus, bad):
+            if source == bad and what == "a broken link":
                 continue  # an input that is not there
-            result, _ = prepare(given)
+            result, _ = prepare(source)
             assert result.returncode == 1
             assert f"{bad}: found {what}, wanted a file with text" in result.stderr
         bad.unlink()
@@ -277,3 +279,70 @@ def test_what_a_killed_run_left_is_written_over(tmp_path):
         writer.add_document([7, 8])
     assert [list(document) for document in IndexedDataset(tmp_path / "out")] == [[7, 8]]
     assert len(list(tmp_path.iterdir())) == 2
+
+
+TEXTS = st.text(max_size=20) | st.sampled_from([END, "\ufeff", "\ud800", " ", "a b"])
+JSON = st.recursive(
+    st.none() | st.booleans() | st.floats() | TEXTS,
+    lambda x: st.lists(x, max_size=2) | st.dictionaries(st.just("text") | TEXTS, x, max_size=2),
+    max_leaves=5,
+)
+LINES = JSON.map(lambda value: json.dumps(value).encode()) | st.binary(max_size=30)
+NO_DEADLINE = settings(
+    max_examples=150,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+
+
+@NO_DEADLINE
+@given(lines=st.lists(LINES, min_size=1, max_size=3), suffix=st.sampled_from([".txt", ".jsonl"]))
+def test_any_file_is_prepared_or_refused_in_a_line(
+    script_path, tmp_path, tokenizer_file, lines, suffix
+):
+    from documents import iterate_documents
+    from prepare_data import Encoder, prepare
+
+    path = tmp_path / f"data{suffix}"
+    path.write_bytes(b"\n".join(lines))
+    try:
+        documents = iterate_documents([path], max_bytes=200)
+        prepared = prepare(documents, Encoder(tokenizer_file), tmp_path / "out", max_stretch=100)
+    except ValueError as error:
+        assert "\n" not in str(error)
+        assert str(error).startswith((str(path), "inputs: found no text"))
+    else:
+        assert prepared.documents == len(IndexedDataset(tmp_path / "out")) > 0
+
+
+@NO_DEADLINE
+@given(data=st.data())
+def test_any_pair_is_read_or_refused_in_a_line(tmp_path, data):
+    prefix = tmp_path / "pair"
+    with IndexedDatasetWriter(prefix, 512) as writer:
+        for document in ([1, 2, 3], [], list(range(50))):
+            writer.add_document(document)
+    for name in data.draw(st.sampled_from([["idx"], ["bin"], ["idx", "bin"]])):
+        path = Path(f"{prefix}.{name}")
+        raw = bytearray(path.read_bytes())
+        for place in data.draw(st.lists(st.integers(0, len(raw) - 1), max_size=4)):
+            raw[place] = data.draw(st.sampled_from([0, 1, 127, 255]))
+        raw = raw[: data.draw(st.integers(0, len(raw)) | st.just(len(raw)))]
+        path.write_bytes(raw if data.draw(st.booleans()) else data.draw(st.binary(max_size=60)))
+    try:
+        dataset = IndexedDataset(prefix)
+    except IndexedDatasetError as error:
+        assert "\n" not in str(error) and str(error).startswith(str(prefix))
+    else:
+        assert [len(document) for document in dataset] == list(dataset.sizes)
+
+
+def test_offsets_beyond_64_bits_are_refused(tmp_path):
+    """Their sum with a size would be negative, and the document empty."""
+    with IndexedDatasetWriter(tmp_path / "pair", 512) as writer:
+        writer.add_document([1, 2, 3])
+    raw = bytearray((tmp_path / "pair.idx").read_bytes())
+    raw[38:46] = (2**63 - 2).to_bytes(8, "little")
+    (tmp_path / "pair.idx").write_bytes(raw)
+    with pytest.raises(IndexedDatasetError, match="pair.bin: truncated: found 6 bytes, wanted 92"):
+        IndexedDataset(tmp_path / "pair")
