@@ -79,7 +79,6 @@ WHOLE = Kind(
     lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= 1,
 )
 POSITIVE = Kind("a number above 0", lambda value: _is_finite(value) and value > 0)
-NOT_NEGATIVE = Kind("a number of at least 0", lambda value: _is_finite(value) and value >= 0)
 SWITCH = Kind("true or false", lambda value: isinstance(value, bool))
 TEXT = Kind("text", lambda value: isinstance(value, str))
 
@@ -99,11 +98,14 @@ def _option(default: Any, kind: Kind, about: str, of_model: bool = True) -> Any:
 
 
 def _check_kinds(instance: Any, side: str, prefix: str = "") -> None:
+    """Refuses the first value that is not of its field's kind; whole numbers become floats."""
     for item in fields(instance):
         kind, value = item.metadata.get("kind"), getattr(instance, item.name)
         if kind is not None and not kind.accepts(value):
             name = item.metadata.get(side) or item.name
             refuse(prefix + name, value, kind.wanted)
+        if isinstance(value, int) and item.type.startswith("float"):
+            object.__setattr__(instance, item.name, float(value))
 
 
 @dataclass(frozen=True)
