@@ -35,7 +35,7 @@ from megatron_patch.neox.norm import SimpleRMSNorm
 from megatron_patch.neox.ranks import check_running_ranks, count_ranks
 from megatron_patch.neox.replicas import check_replicas, share_random_state
 from megatron_patch.neox.resume import check_load, go_on_from_save
-from megatron_patch.neox.run_checks import check_run, program
+from megatron_patch.neox.run_checks import check_backend, check_run, program
 from megatron_patch.neox.saving import check_saving, delete_old_checkpoints
 from megatron_patch.neox.settings import check_settings, export_warning
 from megatron_patch.neox.tokenizer import repair_gpt2_tokenizer
@@ -182,6 +182,9 @@ def _check_settings_at_start() -> None:
             is_launcher = name == "consume_deepy_args"
             try:
                 neox_args = consume(cls, *args, **kwargs)
+                is_on_cpu = neox_args.distributed_backend == "gloo"
+                if not is_launcher or (is_on_cpu and not torch.cuda.is_available()):
+                    check_backend(neox_args)
                 if is_launcher:
                     check_limits(neox_args)
                     _say_what_cannot_be_exported(neox_args)
