@@ -162,7 +162,8 @@ class _Recording:
         # What is looked at is complete in the modules' own tables: adding, removing or replacing a
         # weight, a module, a hook or an attribute (such as another `forward`) changes one of them.
         modules = list(model.modules())
-        self._modules, self._types = modules, list(map(type, modules))
+        self._modules = modules[1:]  # the model itself must not be kept alive
+        self._types = list(map(type, self._modules))
         self._attributes = [vars(module) for module in modules]
         tables = [torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks]
         for module in modules:
