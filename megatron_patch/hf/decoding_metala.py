@@ -216,7 +216,7 @@ class _Recording:
     ) -> Callable[[torch.Tensor], torch.Tensor]:
         """The model's own layers, in a CUDA graph with tensors of its own: ids, states, logits."""
         input_ids, logits = input_ids.clone(), None
-        decoder = model.model
+        decoder, head = model.model, model.lm_head
         block = type(decoder.layers[0]).forward
         if kind == "compiled":
             # One compilation serves all layers.
@@ -229,7 +229,7 @@ class _Recording:
             hidden = decoder.embed(input_ids)
             for layer, states in zip(decoder.layers, self.states, strict=True):
                 hidden = block(layer, hidden, *states, *arguments)[0]
-            logits = model.lm_head(decoder.final_norm(hidden))
+            logits = head(decoder.final_norm(hidden))
 
         replay = record_cuda_graph(step)
 
