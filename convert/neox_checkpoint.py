@@ -93,7 +93,7 @@ def read_settings(step: Path, config: Sequence[Path] | None) -> dict[str, Any]:
     texts = config_texts(step)
     if not texts:
         raise ConvertError(f"{step} has no configs/*.yml; give the run's by --config")
-    return merge_yaml_texts(texts)
+    return merge_yaml_texts(texts, in_order=False)
 
 
 def config_texts(step: Path) -> dict[str, str]:

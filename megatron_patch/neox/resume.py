@@ -33,7 +33,7 @@ def go_on_from_save(args) -> None:
         return
     step = _latest_step("save", Path(args.save))
     configs = sorted((step / "configs").glob("*"))
-    saved = merge_yaml_texts({str(file): file.read_text() for file in configs})
+    saved = merge_yaml_texts({str(file): file.read_text() for file in configs}, in_order=False)
     own = merge_yaml_texts(args.config_files or {})
     for name, default in {"load": None, "finetune": False, "iteration": None}.items():
         before, now = saved.get(name, default), own.get(name, default)

@@ -47,13 +47,23 @@ def read_yaml(paths: Iterable[str | Path]) -> dict[str, str]:
     return texts
 
 
-def merge_yaml_texts(texts: Mapping[str, str]) -> dict[str, Any]:
-    """As :func:`merge_yaml`, from texts by file name, e.g. those a GPT-NeoX checkpoint carries."""
+def merge_yaml_texts(texts: Mapping[str, str], in_order: bool = True) -> dict[str, Any]:
+    """As :func:`merge_yaml`, from texts by file name.
+
+    Args:
+        in_order: whether the files have one. Those that a checkpoint carries have none, and may not
+            give a key two values.
+    """
     merged: dict[str, Any] = {}
     origin: dict[str, str] = {}
     for name, text in texts.items():
         for key, value in _top_level_items(name, text):
-            if key in merged:
+            if key in merged and merged[key] != value:
+                if not in_order and origin[key] != name:
+                    raise SettingsError(
+                        f"{name}: {key}: found {value!r}, and {merged[key]!r} in {origin[key]}, "
+                        "wanted one value"
+                    )
                 print(
                     f"MetaLA: {key}: {value!r} of {name} stands, not {merged[key]!r} of "
                     f"{origin[key]}",
