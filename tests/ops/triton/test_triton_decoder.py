@@ -29,6 +29,7 @@ GPU = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 def no_other_kernel(monkeypatch):
     module = backends.REGISTRY["token_decoder"]["cuda"].module
     monkeypatch.setitem(backends._failures, module, "is not installed")
+    monkeypatch.setattr(backends, "_decided", {})
 
 
 @pytest.mark.parametrize(
