@@ -14,7 +14,7 @@ from tqdm import tqdm
 from convert.command import ConvertError
 from convert.json_file import write_json
 from convert.safetensors_writer import SafetensorsWriter, nbytes
-from convert.tensor_table import TensorRule
+from convert.tensor_table import TensorRule, check_finite
 from convert.tokenizer_folder import SpecialTokens
 from megatron_patch.architecture import Architecture
 
@@ -25,12 +25,13 @@ def parse_size(text: str) -> int:
     """Bytes from `5GB`, `500MB`, `2GiB`.
 
     Raises:
-        ValueError: it is no size.
+        ValueError: it is no size, or none that a file can have.
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?)?B?", text.strip().upper())
-    if not found:
+    found = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]+)?)\s*([KMG]I?)?B?", text.strip().upper())
+    size = int(float(found[1]) * UNITS[found[2] or ""]) if found else 0
+    if size < 1:
         raise ValueError(f"{text!r} is no size such as 5GB")
-    return int(float(found[1]) * UNITS[found[2] or ""])
+    return size
 
 
 def write_weights(
@@ -54,7 +55,8 @@ def write_weights(
         bytes of data written.
 
     Raises:
-        ConvertError: the disk has not enough room, or a value does not fit into the dtype.
+        ConvertError: the disk has not enough room, or a value is not finite, or does not fit into
+            the dtype.
     """
     planned: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     for rule in table:
@@ -96,6 +98,7 @@ def write_weights(
                         open_file = file_of[name]
                         announced = {n: planned[n] for n in planned if file_of[n] == open_file}
                         writer = SafetensorsWriter(folder / open_file, announced)
+                    check_finite(piece, name)
                     writer.write(name, _cast(piece, dtypes[rule], name))
                     bar.update(nbytes(*planned[name]))
     except BaseException:

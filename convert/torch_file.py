@@ -16,7 +16,7 @@ import torch
 
 from convert.command import ConvertError
 from convert.inputs import check_regular, refusing
-from megatron_patch.checksums import noted_records
+from megatron_patch.torch_crc import noted_records
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
