@@ -14,7 +14,7 @@ import hashlib
 import os
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -83,18 +83,18 @@ def check_model_export(folder: Path) -> None:
     Raises:
         ConvertError: it does not.
     """
-    _check_export(folder, _is_earlier_model)
+    _check_export(folder, "config.json", _is_earlier_model)
 
 
 def check_checkpoint_export(folder: Path) -> None:
     """The same of a GPT-NeoX checkpoint. One that a training wrote is none."""
-    _check_export(folder, _is_earlier_checkpoint)
+    _check_export(folder, "latest", _is_earlier_checkpoint)
 
 
-def _check_export(folder: Path, is_earlier) -> None:
-    record = read_record(folder) if folder.is_dir() else {}
-    if not record:
-        if not (folder.is_dir() and is_earlier(folder)):
+def _check_export(folder: Path, mark: str, is_earlier: Callable[[Path], bool]) -> None:
+    record = read_record(folder)
+    if mark not in record:
+        if record or not folder.is_dir() or not is_earlier(folder):
             raise ConvertError(
                 f"{folder} exists, and is nothing that this command wrote: not overwritten"
             )

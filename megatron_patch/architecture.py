@@ -340,7 +340,7 @@ class Architecture:
         layer_types = expand_attention_config(settings.attention_config, settings.num_layers)
         if METALA not in layer_types:
             raise SettingsError("attention_config: found no layer of type metala, wanted one")
-        if settings.norm not in NORM_EPSILON:
+        if not one_of(*NORM_EPSILON).accepts(settings.norm):
             refuse("norm", settings.norm, one_of(*NORM_EPSILON).wanted)
         epsilon = NORM_EPSILON[settings.norm]
         if not POSITIVE.accepts(getattr(settings, epsilon)):
