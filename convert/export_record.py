@@ -31,7 +31,7 @@ PIECE_BYTES = 4 * 2**20
 def write_record(folder: Path) -> None:
     """Writes SHA256SUMS of all files in a folder."""
     names = sorted(_files(folder))
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(4) as pool:
         sums = pool.map(_checksum, [folder / name for name in names])
     lines = [f"{found}  {name}\n" for found, name in zip(sums, names, strict=True)]
     (folder / RECORD).write_text(HEAD + "".join(lines), encoding="utf-8")
