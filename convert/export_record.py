@@ -11,10 +11,9 @@ nothing else.
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -28,12 +27,13 @@ LINE = re.compile(r"([0-9a-f]{64})  (.+)")
 PIECE_BYTES = 4 * 2**20
 
 
-def write_record(folder: Path) -> None:
-    """Writes SHA256SUMS of all files in a folder."""
+def write_record(folder: Path, known: Mapping[str, str] | None = None) -> None:
+    """Writes SHA256SUMS of all files in a folder; those that are `known` are not read again."""
+    known = known or {}
     names = sorted(_files(folder))
     with ThreadPoolExecutor(4) as pool:
-        sums = pool.map(_checksum, [folder / name for name in names])
-    lines = [f"{found}  {name}\n" for found, name in zip(sums, names, strict=True)]
+        sums = pool.map(lambda name: known.get(name) or _checksum(folder / name), names)
+        lines = [f"{found}  {name}\n" for found, name in zip(sums, names, strict=True)]
     (folder / RECORD).write_text(HEAD + "".join(lines), encoding="utf-8")
 
 

@@ -40,7 +40,7 @@ def write_weights(
     full: Callable[[TensorRule], torch.Tensor],
     dtypes: Mapping[TensorRule, torch.dtype],
     max_shard_bytes: int,
-) -> int:
+) -> tuple[int, dict[str, str]]:
     """Writes all tensors as safetensors, in files of at most `max_shard_bytes` (a larger tensor has
     a file of its own), with an index if there are several.
 
@@ -52,7 +52,7 @@ def write_weights(
         max_shard_bytes: size of a file's data.
 
     Returns:
-        bytes of data written.
+        bytes of data written, and SHA-256 of the files by name.
 
     Raises:
         ConvertError: the disk has not enough room, or a value is not finite, or does not fit into
@@ -88,6 +88,7 @@ def write_weights(
         write_json(folder / "model.safetensors.index.json", index)
 
     writer, open_file = None, None
+    checksums: dict[str, str] = {}
     try:
         with tqdm(total=total, unit="B", unit_scale=True, desc="writing tensors") as bar:
             for rule in table:
@@ -95,6 +96,7 @@ def write_weights(
                     if file_of[name] != open_file:
                         if writer:
                             writer.close()
+                            checksums[open_file] = writer.checksum
                         open_file = file_of[name]
                         announced = {n: planned[n] for n in planned if file_of[n] == open_file}
                         writer = SafetensorsWriter(folder / open_file, announced)
@@ -106,7 +108,8 @@ def write_weights(
             writer.abandon()
         raise
     writer.close()
-    return total
+    checksums[open_file] = writer.checksum
+    return total, checksums
 
 
 def _cast(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:

@@ -95,7 +95,7 @@ def neox_to_hf(
         largest = max(math.prod(rule.shape) * source.dtype(rule).itemsize for rule in source.table)
         memory = torch.empty(largest, dtype=torch.uint8)
         full = partial((folded or source).full, out=memory)
-        size = write_weights(folder, table, full, dtypes, max_shard_bytes)
+        size, checksums = write_weights(folder, table, full, dtypes, max_shard_bytes)
         comparison = verify(neox, source, folder, words.size, rounded_to) if neox else None
         write_model_card(
             folder,
@@ -106,7 +106,7 @@ def neox_to_hf(
             source.samples,
             comparison,
         )
-        write_record(folder)
+        write_record(folder, checksums)
 
     print_summary(source, output, words, shape, main_dtype, size, comparison)
     return comparison

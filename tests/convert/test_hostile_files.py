@@ -39,7 +39,7 @@ def neox(tmp_path, vocab_file) -> Path:
 @pytest.fixture
 def hf(neox, tmp_path) -> Path:
     neox_to_hf(neox, tmp_path / "hf")
-    (tmp_path / "hf/SHA256SUMS").unlink()
+    (tmp_path / "hf/SHA256SUMS").unlink(missing_ok=True)
     return tmp_path / "hf"
 
 
