@@ -105,7 +105,11 @@ def config_texts(step: Path) -> dict[str, str]:
     folder = step / "configs"
     with refusing(folder):
         files = sorted(folder.iterdir()) if folder.is_dir() else []
-    return {p.name: read_text(p, step.parent) for p in files if p.suffix in SUFFIXES}
+    files = [path for path in files if path.suffix in SUFFIXES]
+    for path in files:
+        if not path.name.isprintable():
+            raise ConvertError(f"{path}: found a name that no terminal shows, wanted another")
+    return {path.name: read_text(path, step.parent) for path in files}
 
 
 def described_model(
