@@ -22,6 +22,7 @@ import torch
 
 from megatron_patch.architecture import SettingsError
 from megatron_patch.neox.cpu_mode import activate_cpu_mode
+from megatron_patch.neox.damage import comparing_files
 from megatron_patch.neox.endings import (
     end_run,
     fail_where_it_failed,
@@ -66,6 +67,7 @@ def register() -> None:
     name_index_maps_after_data(_replace)
     _check_running_ranks()
     _check_saved_checkpoints()
+    _check_loaded_files()
     _fix_pipeline_validation()
     _forget_earlier_prompts()
     _gather_logits_for_inference()
@@ -335,6 +337,19 @@ def _check_saved_checkpoints() -> None:
 
     _replace(save_checkpoint, save_equal_replicas)
     _replace(checkpointing.delete_old_checkpoints, delete_old_checkpoints)
+
+
+def _check_loaded_files() -> None:
+    from megatron.checkpointing import load_checkpoint
+
+    @functools.wraps(load_checkpoint)
+    def load_undamaged(neox_args, *args, **kwargs):
+        if LAYER_TYPE not in neox_args.attention_config:
+            return load_checkpoint(neox_args, *args, **kwargs)
+        with comparing_files():
+            return load_checkpoint(neox_args, *args, **kwargs)
+
+    _replace(load_checkpoint, load_undamaged)
 
 
 def _fix_pipeline_validation() -> None:

@@ -13,9 +13,13 @@ from typing import Any
 import yaml
 
 from megatron_patch.architecture import SettingsError
+from megatron_patch.files import read_text
 
 # GPT-NeoX reads the last as YAML too.
 SUFFIXES = (".yml", ".yaml", ".json")
+MAX_BYTES = 2**20
+MAX_VALUES = 100_000  # with what aliases repeat, which may be more than any memory holds
+MAX_DIGITS = 40
 
 
 def merge_yaml(paths: Iterable[str | Path]) -> dict[str, Any]:
@@ -41,9 +45,9 @@ def read_yaml(paths: Iterable[str | Path]) -> dict[str, str]:
         if name in texts:
             raise SettingsError(f"{name}: the file is given twice")
         try:
-            texts[name] = Path(name).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise SettingsError(f"{name}: cannot be read: {error}") from None
+            texts[name] = read_text(Path(name), max_bytes=MAX_BYTES)
+        except OSError as error:
+            raise SettingsError(f"{name}: cannot be read: {error.strerror}") from None
     return texts
 
 
@@ -90,13 +94,16 @@ def settle(texts: Mapping[str, str]) -> dict[str, str]:
 def _top_level_items(name: str, text: str) -> list[tuple[str, Any]]:
     """(key, value) in file order, '-' in a key written '_'. PyYAML would keep the last of two equal
     keys without a word."""
-    loader = yaml.SafeLoader(text)
+    if len(text) > MAX_BYTES:
+        raise SettingsError(f"{name}: found {len(text):,} characters, wanted at most {MAX_BYTES:,}")
     try:
+        loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
         if node is None:
             return []
         if not isinstance(node, yaml.MappingNode):
             raise SettingsError(f"{name}: found a {node.id}, wanted a mapping of settings")
+        _count_values(name, node, {})
         loader.flatten_mapping(node)
         return [
             (
@@ -105,8 +112,35 @@ def _top_level_items(name: str, text: str) -> list[tuple[str, Any]]:
             )
             for key, value in node.value
         ]
-    except yaml.YAMLError as error:
+    except SettingsError:
+        raise
+    except RecursionError:
+        raise SettingsError(f"{name}: not YAML: nested too deeply") from None
+    except Exception as error:  # PyYAML raises what Python does of a date, a number, an empty text
         reason = " ".join(str(error).split())
         raise SettingsError(f"{name}: not YAML: {reason}") from None
-    finally:
-        loader.dispose()
+
+
+def _count_values(name: str, node: yaml.Node, counted: dict[int, int | None]) -> int:
+    """The number of values in a node, those that aliases repeat counted each time.
+
+    Raises:
+        SettingsError: there are too many, or a value holds itself, or a number is too long.
+    """
+    if id(node) in counted:
+        if counted[id(node)] is None:
+            raise SettingsError(f"{name}: not YAML of settings: a value holds itself")
+        return counted[id(node)]
+    counted[id(node)] = None
+    if isinstance(node, yaml.ScalarNode):
+        if node.tag == "tag:yaml.org,2002:int" and len(node.value) > MAX_DIGITS:
+            raise SettingsError(f"{name}: found a number of {len(node.value)} digits")
+        total = 1
+    else:
+        is_mapping = isinstance(node, yaml.MappingNode)
+        parts = [part for pair in node.value for part in pair] if is_mapping else node.value
+        total = 1 + sum(_count_values(name, part, counted) for part in parts)
+    if total > MAX_VALUES:
+        raise SettingsError(f"{name}: found more than {MAX_VALUES:,} values, aliases included")
+    counted[id(node)] = total
+    return total
