@@ -35,8 +35,8 @@ from convert.zero3_checkpoint import MODEL_FILE as ZERO3_FILE
 from convert.zero3_checkpoint import Zero3Checkpoint
 from megatron_patch.architecture import Architecture, export_obstacles, with_defaults
 from megatron_patch.neox.yaml_config import SUFFIXES, merge_yaml, merge_yaml_texts
+from megatron_patch.steps import STEP, latest_step, saved_steps
 
-STEP = re.compile(r"global_step(\d+)")
 LAYER_FILE = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
 RANK_FILE = re.compile(r"mp_rank_(\d+)_model_states\.pt")
 WHOLE_NAME = re.compile(r"sequential\.(\d+)\.(.+)")
@@ -62,7 +62,10 @@ def find_step(checkpoint: Path, iteration: int | None) -> Path:
     """
     if not checkpoint.is_dir():
         raise ConvertError(f"{checkpoint} is no checkpoint: no such folder")
-    steps = sorted(int(found[1]) for p in checkpoint.iterdir() if (found := STEP.fullmatch(p.name)))
+    try:
+        steps = saved_steps(checkpoint)
+    except ValueError as error:
+        raise ConvertError(str(error)) from None
     present = f"it holds iterations {', '.join(map(str, steps))}"
     if not steps:
         raise ConvertError(f"{checkpoint} is no checkpoint: it holds no global_stepN folder")
@@ -70,15 +73,10 @@ def find_step(checkpoint: Path, iteration: int | None) -> Path:
         if iteration not in steps:
             raise ConvertError(f"{checkpoint} has no iteration {iteration}; {present}")
         return checkpoint / f"global_step{iteration}"
-    latest = checkpoint / "latest"
-    if not latest.is_file():
-        raise ConvertError(f"{checkpoint} has no file `latest`; choose by --iteration: {present}")
-    name = latest.read_text().strip()
-    if not STEP.fullmatch(name) or not (checkpoint / name).is_dir():
-        raise ConvertError(
-            f"{latest} names {name!r}, which is not there; choose by --iteration: {present}"
-        )
-    return checkpoint / name
+    try:
+        return latest_step(checkpoint)
+    except ValueError as error:
+        raise ConvertError(f"{error}; choose by --iteration: {present}") from None
 
 
 def read_settings(step: Path, config: Sequence[Path] | None) -> dict[str, Any]:
