@@ -15,25 +15,24 @@ class UnreadableFile(ValueError):
     """One line that names the file, and says why it cannot be read."""
 
 
-class UnsafeFile(UnreadableFile):
-    """Reading the file would run code."""
-
-
 def _allow_numpy_states() -> None:
-    """GPT-NeoX stores NumPy's random state, an array of uint32, beside the weights."""
-    array = np.array([0], dtype=np.uint32)
-    reconstruct = array.__reduce__()[0]
-    types = [np.ndarray, np.dtype, type(np.dtype(np.uint32))]
-    torch.serialization.add_safe_globals([reconstruct, *types])
-    # NumPy 1 and 2 name the function's module differently, in files too.
-    other = {
-        "numpy.core.multiarray": "numpy._core.multiarray",
-        "numpy._core.multiarray": "numpy.core.multiarray",
-    }[reconstruct.__module__]
-    try:
-        torch.serialization.add_safe_globals([(reconstruct, f"{other}._reconstruct")])
-    except (TypeError, ValueError, AttributeError):  # before torch 2.6
-        pass
+    """GPT-NeoX stores NumPy's random state, an array of uint32, beside the weights, and schedules
+    may hold NumPy's numbers."""
+    types = [np.ndarray, np.dtype, *(type(np.dtype(t)) for t in ("u4", "i8", "f4", "f8"))]
+    torch.serialization.add_safe_globals(types)
+    for value in (np.array([0], dtype=np.uint32), np.float64(0)):
+        reconstruct = value.__reduce__()[0]
+        torch.serialization.add_safe_globals([reconstruct])
+        # NumPy 1 and 2 name the function's module differently, in files too.
+        other = {
+            "numpy.core.multiarray": "numpy._core.multiarray",
+            "numpy._core.multiarray": "numpy.core.multiarray",
+        }[reconstruct.__module__]
+        try:
+            named = (reconstruct, f"{other}.{reconstruct.__name__}")
+            torch.serialization.add_safe_globals([named])
+        except (TypeError, ValueError, AttributeError):  # before torch 2.6
+            pass
 
 
 def _allow_deepspeed_states() -> None:
@@ -56,8 +55,7 @@ def load_safely(path: Path) -> Any:
     """What `torch.save` wrote to `path`; tensors are read from the disk when they are used.
 
     Raises:
-        UnreadableFile: the file is absent or damaged.
-        UnsafeFile: it holds more than tensors and plain data.
+        UnreadableFile: the file is absent, damaged, or holds more than tensors and plain data.
     """
     for mmap in (True, False):  # files in the format before PyTorch 1.6 cannot be mapped
         try:
@@ -67,7 +65,7 @@ def load_safely(path: Path) -> Any:
             # an unknown opcode: no pickle that torch.save writes
             if found or "Unsupported operand" not in str(error):
                 what = found[1] if found else "more than tensors"
-                raise UnsafeFile(
+                raise UnreadableFile(
                     f"{path}: refused: reading it would run code, it holds {what}"
                 ) from None
             raise UnreadableFile(f"{path}: truncated or no PyTorch file") from None
