@@ -31,11 +31,8 @@ def check_files(
             raise SettingsError(f"load: {step / name}: {reason}")
         names.add(name)
     # DeepSpeed counts the files of each of these kinds, and takes others for another layout.
-    kinds = [
-        "mp_rank_*_model_states.pt",
-        *["layer_*-model_states.pt"] * bool(args.pipe_parallel_size),
-    ]
-    for file in sorted(file for kind in kinds for file in step.glob(kind)):
+    kinds = ("mp_rank_*", "layer_*") if args.pipe_parallel_size else ("mp_rank_*",)
+    for file in sorted(file for kind in kinds for file in step.glob(f"{kind}model_states.pt")):
         if stage != 3 and file.name not in names:
             raise SettingsError(f"load: {file}: a file of no rank or layer of this checkpoint")
 
