@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from contextlib import ExitStack
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -23,10 +24,16 @@ def hold_save(args: Any) -> None:
     """Holds `save` for as long as this process lives, the launcher. SIGTERM ends it as Ctrl-C does.
 
     Raises:
-        SettingsError: nothing can be saved there, or another run does.
+        SettingsError: nothing can be saved or uploaded, or another run holds the folder.
     """
     if not args.save or not args.user_script or program(args) != "train.py":
         return
+    for package in ("boto3", "hf_transfer") if args.s3_path else ():
+        if find_spec(package) is None:
+            raise SettingsError(
+                f"s3_path: found {args.s3_path}, wanted none without the package {package}, with "
+                "which GPT-NeoX uploads checkpoints"
+            )
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     until_the_end = ExitStack()
     os.environ[HOLDER] = until_the_end.enter_context(held(args.save))
