@@ -423,6 +423,40 @@ def test_deepspeed_loads_what_is_not_refused(in_neox, saved, before, now, finetu
         assert refusal.startswith(message)
 
 
+IN_OTHER_HANDS = """
+import json, os
+from pathlib import Path
+from megatron.training import save_checkpoint, setup_model_and_optimizer
+from megatron_patch.neox.save_lock import HOLDER, check_save
+model, optimizer, lr_scheduler, _ = setup_model_and_optimizer(neox_args)
+save = Path(neox_args.save)
+lock = save / "run.lock"
+def left(run):
+    os.environ[HOLDER] = "node1:1:0"
+    lock.write_text(json.dumps({"run": run}))
+    try:
+        save_checkpoint(neox_args, 1, model, optimizer, lr_scheduler)
+    except SystemExit as end:
+        assert end.code == 1
+    return sorted(path.name for path in save.iterdir())
+others, own = left("node2:1:0"), left("node1:1:0")
+try:
+    neox_args.save = "/proc/none"
+    check_save(neox_args)
+except SystemExit as end:
+    own.append(end.code)
+answer([others, own])
+"""
+
+
+def test_what_another_run_holds_is_not_written_to(in_neox, saved, tmp_path):
+    """Nor what a rank cannot write to, on whichever host."""
+    config = saved.settings(0, "fp32", save=str(tmp_path), checkpoint_factor=1)
+    others, own = in_neox(config, IN_OTHER_HANDS)
+    assert others == ["run.lock"]
+    assert own == ["global_step1", "latest", "run.lock", 1]
+
+
 def save_run(folder, config: dict, step: int = 10) -> None:
     """What GPT-NeoX leaves of a run with these settings."""
     save_step(folder, step)
