@@ -14,6 +14,7 @@ A checkpoint folder holds one folder for each iteration, `global_stepN`, in one 
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 
 from convert.command import ConvertError
-from convert.inputs import read_text, refusing
+from convert.inputs import check_regular, read_text, refusing
 from convert.layout import check_tensor_parallel
 from convert.tensor_table import (
     Split,
@@ -36,8 +37,8 @@ from convert.zero3_checkpoint import MODEL_FILE as ZERO3_FILE
 from convert.zero3_checkpoint import Zero3Checkpoint
 from megatron_patch.architecture import WHOLE, Architecture, export_obstacles, shown, with_defaults
 from megatron_patch.neox.yaml_config import SUFFIXES, merge_yaml, merge_yaml_texts
+from megatron_patch.steps import STEP, latest_step, saved_steps
 
-STEP = re.compile(r"global_step(0|[1-9][0-9]*)")
 LAYER_FILE = re.compile(r"layer_([0-9]+)-model_([0-9]+)-model_states\.pt")
 RANK_FILE = re.compile(r"mp_rank_([0-9]+)_model_states\.pt")
 WHOLE_NAME = re.compile(r"sequential\.([0-9]{1,9})\.(.+)")
@@ -64,8 +65,10 @@ def find_step(checkpoint: Path, iteration: int | None) -> Path:
     with refusing(checkpoint):
         if not checkpoint.is_dir():
             raise ConvertError(f"{checkpoint} is no checkpoint: no such folder")
-        folders = [p.name for p in checkpoint.iterdir() if p.is_dir()]
-    steps = sorted(int(found[1]) for name in folders if (found := STEP.fullmatch(name)))
+    try:
+        steps = saved_steps(checkpoint)
+    except ValueError as error:
+        raise ConvertError(str(error)) from None
     present = f"it holds iterations {', '.join(map(str, steps))}"
     if not steps:
         raise ConvertError(f"{checkpoint} is no checkpoint: it holds no global_stepN folder")
@@ -74,14 +77,12 @@ def find_step(checkpoint: Path, iteration: int | None) -> Path:
             raise ConvertError(f"{checkpoint} has no iteration {iteration}; {present}")
         return checkpoint / f"global_step{iteration}"
     latest = checkpoint / "latest"
-    if not latest.is_file():
-        raise ConvertError(f"{checkpoint} has no file `latest`; choose by --iteration: {present}")
-    name = read_text(latest, checkpoint).strip()
-    if not STEP.fullmatch(name) or name not in folders:
-        raise ConvertError(
-            f"{latest} names {shown(name)}, which is not there; choose by --iteration: {present}"
-        )
-    return checkpoint / name
+    if os.path.lexists(latest):
+        check_regular(latest, checkpoint)
+    try:
+        return latest_step(checkpoint)
+    except ValueError as error:
+        raise ConvertError(f"{error}; choose by --iteration: {present}") from None
 
 
 def read_settings(step: Path, config: Sequence[Path] | None) -> dict[str, Any]:

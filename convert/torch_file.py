@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
-import re
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -11,47 +9,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from convert.command import ConvertError
 from convert.inputs import check_regular, refusing
 from megatron_patch.torch_crc import noted_records
+from megatron_patch.torch_file import UnreadableFile, load_safely
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-
-
-def _allow_numpy_states() -> None:
-    """GPT-NeoX stores NumPy's random state, an array of uint32, beside the weights."""
-    array = np.array([0], dtype=np.uint32)
-    reconstruct = array.__reduce__()[0]
-    types = [np.ndarray, np.dtype, type(np.dtype(np.uint32))]
-    torch.serialization.add_safe_globals([reconstruct, *types])
-    # NumPy 1 and 2 name the function's module differently, in files too.
-    other = {
-        "numpy.core.multiarray": "numpy._core.multiarray",
-        "numpy._core.multiarray": "numpy.core.multiarray",
-    }[reconstruct.__module__]
-    try:
-        torch.serialization.add_safe_globals([(reconstruct, f"{other}._reconstruct")])
-    except (TypeError, ValueError, AttributeError):  # before torch 2.6
-        pass
-
-
-def _allow_deepspeed_states() -> None:
-    """DeepSpeed stores two objects of its own beside ZeRO's weights. They are read as inert
-    stand-ins of the same names: DeepSpeed is not needed, and none of its code runs."""
-    for module, name, kind in (
-        ("deepspeed.runtime.zero.config", "ZeroStageEnum", int),
-        ("deepspeed.runtime.fp16.loss_scaler", "LossScaler", object),
-        ("deepspeed.runtime.fp16.loss_scaler", "DynamicLossScaler", object),
-    ):
-        stand_in = type(name, (kind,), {"__module__": module})
-        torch.serialization.add_safe_globals([stand_in])
-
-
-_allow_numpy_states()
-_allow_deepspeed_states()
 
 
 def saved_name(path: Path, inside: Path | None = None) -> str | None:
@@ -156,21 +121,7 @@ def _check_records(path: Path) -> None:
 
 
 def _load(path: Path) -> Any:
-    for mmap in (True, False):  # files in the format before PyTorch 1.6 cannot be mapped
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-        except pickle.UnpicklingError as error:
-            found = re.search(r"GLOBAL ([\w.]+)", str(error))
-            # an unknown opcode: no pickle that torch.save writes
-            if found or "Unsupported operand" not in str(error):
-                what = found[1] if found else "more than tensors"
-                raise ConvertError(
-                    f"{path}: refused: reading it would run code, it holds {what}"
-                ) from None
-            raise ConvertError(f"{path}: truncated or no PyTorch file") from None
-        except PermissionError as error:
-            raise ConvertError(f"{path}: cannot be read: {error.strerror}") from None
-        except Exception as error:  # a damaged file fails in many ways
-            if not (mmap and "mmap can only be used" in str(error)):
-                raise ConvertError(f"{path}: truncated or no PyTorch file") from None
-    raise AssertionError("the second pass returns or raises")
+    try:
+        return load_safely(path)
+    except UnreadableFile as error:
+        raise ConvertError(str(error)) from None
