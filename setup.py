@@ -26,6 +26,7 @@ EXTRAS = {
     "hf": ["accelerate>=1.0", "safetensors", "tokenizers", "tqdm", "transformers>=4.46"],
     # torch brings cuda-bindings itself from 2.11 on.
     "gpu": ["triton>=3.4", "flash-linear-attention>=0.4", "cuda-bindings>=12.9"],
+    "mpi": ["mpi4py"],  # where MPI starts GPT-NeoX's ranks
     "tensorboard": ["tensorboard"],
     "wandb": ["wandb"],
     "eval": ["lm_eval>=0.4.5,<0.5"],

@@ -6,11 +6,14 @@ import signal
 import sys
 from collections.abc import Callable
 
-from megatron_patch.architecture import SettingsError
+from megatron_patch.architecture import SettingsError, one_line
 
 
 class ConvertError(Exception):
     """Something the user can act on: one line that names the file, tensor or setting."""
+
+    def __init__(self, line: str):
+        super().__init__(one_line(line))
 
 
 def run(main: Callable[[], None]) -> None:
@@ -23,5 +26,8 @@ def run(main: Callable[[], None]) -> None:
         main()
     except (ConvertError, SettingsError) as error:
         sys.exit(f"error: {error}")
+    except OSError as error:
+        where = error.filename if error.filename is not None else "the system"
+        sys.exit(f"error: {one_line(f'{where}: {error.strerror or error}')}")
     except KeyboardInterrupt:
         sys.exit("interrupted")

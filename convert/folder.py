@@ -16,7 +16,7 @@ import shutil
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -28,39 +28,42 @@ LEFTOVER = re.compile(
 )
 
 
-def check_target(target: Path, overwrite: bool, mark: str) -> None:
+def check_target(target: Path, overwrite: bool, check: Callable[[Path], None]) -> None:
     """Checks that `target` may be written, before any work is done.
 
     Args:
         target: the folder to be.
         overwrite: whether a folder that is there may be replaced.
-        mark: a file that a folder of the kind to be replaced holds; a folder without it is somebody
-            else's, and is never removed.
+        check: raises a ConvertError for a folder that is somebody else's, which is never removed.
 
     Raises:
         ConvertError: it may not.
     """
-    if not target.exists() or _is_empty_folder(target):
-        return
+    try:
+        target.resolve()
+        if not target.exists() or _is_empty_folder(target):
+            return
+    except (OSError, RuntimeError) as error:  # names that are too long, links that lead to itself
+        raise ConvertError(f"{target}: cannot be written: {error}") from None
     if not overwrite:
         raise ConvertError(f"{target} exists already; --overwrite replaces it")
-    if not (target / mark).is_file():
-        raise ConvertError(f"{target} exists and holds no {mark}: not overwritten")
+    check(target)
 
 
 @contextmanager
-def complete_folder(target: Path, overwrite: bool, mark: str) -> Iterator[Path]:
+def complete_folder(target: Path, overwrite: bool, check: Callable[[Path], None]) -> Iterator[Path]:
     """Gives a temporary folder beside `target`, which takes its place when the block ends well and
     is removed when it does not.
 
     Raises:
         ConvertError: `target` may not be written, see `check_target`, or writing failed.
     """
+    check_target(target, overwrite, check)
     target = target.resolve()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _settle_leftovers(target)
-        check_target(target, overwrite, mark)
+        check_target(target, overwrite, check)
         temporary = _temporary(target, "partial")
     except OSError as error:
         raise ConvertError(f"{target}: cannot be written: {error}") from None
@@ -69,7 +72,7 @@ def complete_folder(target: Path, overwrite: bool, mark: str) -> Iterator[Path]:
             yield temporary
             temporary.chmod(0o777 & ~_umask())
             _flush(*temporary.rglob("*"), temporary)
-            check_target(target, overwrite, mark)
+            check_target(target, overwrite, check)
             is_current = target.exists() and target.samefile(".")
             _take_place(temporary, target)
             if is_current:  # relative paths would lead nowhere from the folder that was replaced

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from convert.command import ConvertError
 from convert.json_file import write_json
 from convert.safetensors_writer import SafetensorsWriter, nbytes
-from convert.tensor_table import TensorRule
+from convert.tensor_table import TensorRule, check_finite
 from convert.tokenizer_folder import SpecialTokens
 from megatron_patch.architecture import Architecture
 
@@ -25,12 +25,13 @@ def parse_size(text: str) -> int:
     """Bytes from `5GB`, `500MB`, `2GiB`.
 
     Raises:
-        ValueError: it is no size.
+        ValueError: it is no size, or none that a file can have.
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?)?B?", text.strip().upper())
-    if not found:
+    found = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]+)?)\s*([KMG]I?)?B?", text.strip().upper())
+    size = int(float(found[1]) * UNITS[found[2] or ""]) if found else 0
+    if size < 1:
         raise ValueError(f"{text!r} is no size such as 5GB")
-    return int(float(found[1]) * UNITS[found[2] or ""])
+    return size
 
 
 def write_weights(
@@ -39,7 +40,7 @@ def write_weights(
     full: Callable[[TensorRule], torch.Tensor],
     dtypes: Mapping[TensorRule, torch.dtype],
     max_shard_bytes: int,
-) -> int:
+) -> tuple[int, dict[str, str]]:
     """Writes all tensors as safetensors, in files of at most `max_shard_bytes` (a larger tensor has
     a file of its own), with an index if there are several.
 
@@ -51,10 +52,11 @@ def write_weights(
         max_shard_bytes: size of a file's data.
 
     Returns:
-        bytes of data written.
+        bytes of data written, and SHA-256 of the files by name.
 
     Raises:
-        ConvertError: the disk has not enough room, or a value does not fit into the dtype.
+        ConvertError: the disk has not enough room, or a value is not finite, or does not fit into
+            the dtype.
     """
     planned: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     for rule in table:
@@ -86,6 +88,7 @@ def write_weights(
         write_json(folder / "model.safetensors.index.json", index)
 
     writer, open_file = None, None
+    checksums: dict[str, str] = {}
     try:
         with tqdm(total=total, unit="B", unit_scale=True, desc="writing tensors") as bar:
             for rule in table:
@@ -93,9 +96,11 @@ def write_weights(
                     if file_of[name] != open_file:
                         if writer:
                             writer.close()
+                            checksums[open_file] = writer.checksum
                         open_file = file_of[name]
                         announced = {n: planned[n] for n in planned if file_of[n] == open_file}
                         writer = SafetensorsWriter(folder / open_file, announced)
+                    check_finite(piece, name)
                     writer.write(name, _cast(piece, dtypes[rule], name))
                     bar.update(nbytes(*planned[name]))
     except BaseException:
@@ -103,7 +108,8 @@ def write_weights(
             writer.abandon()
         raise
     writer.close()
-    return total
+    checksums[open_file] = writer.checksum
+    return total, checksums
 
 
 def _cast(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:

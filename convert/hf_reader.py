@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from convert.command import ConvertError
+from convert.export_record import check_record
+from convert.inputs import check_regular, read_json
 from convert.tensor_table import Split, TensorRule, fit_vocabulary, tensor_table
-from convert.torch_file import load_torch_file
-from megatron_patch.architecture import Architecture
+from convert.torch_file import DTYPES, check_bytes, load_torch_file, plain_tensors
+from megatron_patch.architecture import Architecture, shown
 from megatron_patch.hf import MetaLAConfig
 
 # Where transformers saves weights, the first that is there is read.
@@ -48,6 +50,8 @@ class HFFolder:
         self.shape = Architecture.from_hf(self.config)
         self._opened: tuple[Path, Mapping[str, torch.Tensor] | Any] | None = None
         self._files = self._find_tensors()
+        self._compared: set[str] = set()
+        check_record(folder, sorted({path.name for path in self._files.values()}))
         self.dtypes = self._check_tensors()
         # GPT-NeoX does not scale embeddings.
         self._embed_scale = 1.0 if self.config.no_scale_embedding else self.shape.hidden_size**0.5
@@ -69,7 +73,7 @@ class HFFolder:
 
     def _find_tensors(self) -> dict[str, Path]:
         """The file of each tensor."""
-        name = next((name for name in WEIGHT_FILES if (self.folder / name).is_file()), None)
+        name = next((n for n in WEIGHT_FILES if os.path.lexists(self.folder / n)), None)
         if name is None:
             raise ConvertError(
                 f"{self.folder}: holds no weights: none of {', '.join(WEIGHT_FILES)}"
@@ -77,7 +81,7 @@ class HFFolder:
         path = self.folder / name
         if not name.endswith(".json"):
             return dict.fromkeys(self._names(path), path)
-        index = _read_json(path).get("weight_map")
+        index = read_json(path, self.folder).get("weight_map")
         if not isinstance(index, dict):
             raise ConvertError(f"{path}: no index of weights: it has no weight_map")
         files = {tensor: self.folder / str(file) for tensor, file in index.items()}
@@ -91,6 +95,11 @@ class HFFolder:
         return files
 
     def _check_tensors(self) -> dict[str, torch.dtype]:
+        if self.shape.num_layers > len(self._files):
+            raise ConvertError(
+                f"{self.folder}: config.json has decoder_layers {self.shape.num_layers}, but there "
+                f"are {len(self._files)} tensors alone"
+            )
         wanted = {
             piece.name: piece.shape for rule in tensor_table(self.shape) for piece in rule.pieces
         }
@@ -117,7 +126,7 @@ class HFFolder:
             if len(kinds) > 1:
                 names = ", ".join(piece.name for piece in rule.pieces)
                 raise ConvertError(f"{self.folder}: {names} have dtypes {kinds}, wanted one")
-            if not dtypes[rule.pieces[0].name].is_floating_point:
+            if dtypes[rule.pieces[0].name] not in DTYPES:
                 raise ConvertError(
                     f"{self.folder}: {rule.pieces[0].name} is {kinds[0]}, wanted floating point"
                 )
@@ -128,50 +137,37 @@ class HFFolder:
 
     def _tensor(self, name: str) -> torch.Tensor:
         opened = self._open(self._files[name])
-        return opened[name] if isinstance(opened, Mapping) else opened.get_tensor(name)
+        if not isinstance(opened, Mapping):
+            return opened.get_tensor(name)
+        if name not in self._compared:
+            check_bytes(self._files[name], name, opened[name])
+            self._compared.add(name)
+        return opened[name]
 
     def _open(self, path: Path) -> Any:
         if self._opened is None or self._opened[0] != path:
             self._opened = None  # closed before the next is opened
-            self._opened = (path, _open_weights(path))
+            self._opened = (path, _open_weights(path, self.folder))
         return self._opened[1]
 
 
-def _open_weights(path: Path) -> Any:
-    if not path.is_file():
-        raise ConvertError(f"{path}: the file is missing")
+def _open_weights(path: Path, folder: Path) -> Any:
+    check_regular(path, folder)
     if path.suffix == ".safetensors":
         try:
             return safe_open(path, framework="pt")
         except (SafetensorError, OSError) as error:
             raise ConvertError(f"{path}: truncated or no safetensors file: {error}") from None
-    tensors = load_torch_file(path)
-    if not isinstance(tensors, Mapping) or not all(
-        isinstance(tensor, torch.Tensor) for tensor in tensors.values()
-    ):
-        raise ConvertError(f"{path}: wanted tensors by name alone")
-    return tensors
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConvertError(f"{path}: the file is missing") from None
-    except (OSError, ValueError) as error:
-        raise ConvertError(f"{path}: cannot be read: {error}") from None
-    if not isinstance(values, dict):
-        raise ConvertError(f"{path}: wanted a JSON object")
-    return values
+    return plain_tensors(load_torch_file(path, folder), path)
 
 
 def _read_config(folder: Path) -> MetaLAConfig:
     """The configuration, if GPT-NeoX can have such a model."""
     path = folder / "config.json"
-    values = _read_json(path)
+    values = read_json(path, folder)
     kind = values.get("model_type")
     if kind != "metala":
-        raise ConvertError(f"{path}: model_type: found {kind!r}, wanted metala")
+        raise ConvertError(f"{path}: model_type: found {shown(kind)}, wanted metala")
     try:
         config = MetaLAConfig(**values)
     except Exception as error:  # transformers checks types in ways of its own

@@ -9,6 +9,7 @@ python convert/hf_to_neox.py --model FOLDER --output CHECKPOINT --tensor-paralle
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 from collections import Counter
 from dataclasses import replace
@@ -19,11 +20,13 @@ import torch
 import yaml
 
 from convert.command import ConvertError, run
+from convert.export_record import check_checkpoint_export, write_record
 from convert.folder import check_target, complete_folder
 from convert.hf_reader import HFFolder
+from convert.inputs import check_regular, read_text
 from convert.neox_checkpoint import NeoXCheckpoint
 from convert.neox_writer import check_layout, write_checkpoint
-from convert.tokenizer_folder import RunTokenizer, read_tokenizer
+from convert.tokenizer_folder import RunTokenizer, load_tokenizer, read_tokenizer
 from convert.vocabulary import divisor_that_keeps, padded_vocabulary, tell_new_rows
 
 PRECISION = {torch.float32: "fp32", torch.bfloat16: "bfloat16", torch.float16: "fp16"}
@@ -63,7 +66,7 @@ def hf_to_neox(
     Raises:
         ConvertError: something is missing, damaged or impossible; see the line.
     """
-    check_target(output, overwrite, mark="latest")
+    check_target(output, overwrite, check_checkpoint_export)
     source = HFFolder(model)
     if tensor_parallel >= 1:
         words = read_tokenizer(tokenizer or _tokenizer_of(model))
@@ -88,12 +91,13 @@ def hf_to_neox(
         MODEL_FILE: MODEL_HEAD + yaml.safe_dump(settings, sort_keys=False),
         TRAINING_FILE: TRAINING_HEAD + yaml.safe_dump(training_settings(source), sort_keys=False),
     }
-    with complete_folder(output, overwrite, mark="latest") as folder:
+    with complete_folder(output, overwrite, check_checkpoint_export) as folder:
         _write_tokenizer(words, folder / "tokenizer.json")
         write_checkpoint(
             folder, shape, source.full, tensor_parallel, pipeline_parallel, 0, settings, configs
         )
         shutil.copytree(folder / "global_step0/configs", folder / "configs")
+        write_record(folder)
     tell_new_rows(rows - source.shape.padded_vocab_size)
     return NeoXCheckpoint(output)
 
@@ -142,20 +146,17 @@ def training_settings(source: HFFolder) -> dict[str, Any]:
 def _tokenizer_of(model: Path) -> Path:
     """Its tokenizer.json, which GPT-NeoX reads, else what transformers can make one of."""
     path = model / "tokenizer.json"
-    return path if path.is_file() else model
+    return check_regular(path, model) if os.path.lexists(path) else model
 
 
 def _write_tokenizer(tokenizer: RunTokenizer, path: Path) -> None:
     """The tokenizer as a tokenizer.json, the one form that GPT-NeoX's HFTokenizer reads."""
     source = tokenizer.source
-    if source.is_dir() and (source / "tokenizer.json").is_file():
-        source = source / "tokenizer.json"
-    if source.is_file():
-        shutil.copyfile(source, path)
+    file = source / "tokenizer.json" if source.is_dir() else source
+    if file.is_file():
+        path.write_bytes(read_text(file).encode())
         return
-    from transformers import AutoTokenizer
-
-    loaded = AutoTokenizer.from_pretrained(source, local_files_only=True)
+    loaded = load_tokenizer(source)
     if not loaded.is_fast:
         raise ConvertError(
             f"{source}: its tokenizer has no form as tokenizer.json, which GPT-NeoX reads; give "

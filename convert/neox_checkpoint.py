@@ -14,6 +14,7 @@ A checkpoint folder holds one folder for each iteration, `global_stepN`, in one 
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 
 from convert.command import ConvertError
+from convert.inputs import check_regular, read_text, refusing
 from convert.layout import check_tensor_parallel
 from convert.tensor_table import (
     Split,
@@ -30,16 +32,16 @@ from convert.tensor_table import (
     module_layers,
     tensor_table,
 )
-from convert.torch_file import load_torch_file, saved_name
+from convert.torch_file import check_bytes, load_torch_file, plain_tensors, saved_name
 from convert.zero3_checkpoint import MODEL_FILE as ZERO3_FILE
 from convert.zero3_checkpoint import Zero3Checkpoint
-from megatron_patch.architecture import Architecture, export_obstacles, with_defaults
+from megatron_patch.architecture import WHOLE, Architecture, export_obstacles, shown, with_defaults
 from megatron_patch.neox.yaml_config import SUFFIXES, merge_yaml, merge_yaml_texts
+from megatron_patch.steps import STEP, latest_step, saved_steps
 
-STEP = re.compile(r"global_step(\d+)")
-LAYER_FILE = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
-RANK_FILE = re.compile(r"mp_rank_(\d+)_model_states\.pt")
-WHOLE_NAME = re.compile(r"sequential\.(\d+)\.(.+)")
+LAYER_FILE = re.compile(r"layer_([0-9]+)-model_([0-9]+)-model_states\.pt")
+RANK_FILE = re.compile(r"mp_rank_([0-9]+)_model_states\.pt")
+WHOLE_NAME = re.compile(r"sequential\.([0-9]{1,9})\.(.+)")
 LAYER_FILE_NAME = "layer_00-model_{:02d}-model_states.pt"
 RANK_FILE_NAME = "mp_rank_{:02d}_model_states.pt"
 # What was read of a mapped file counts as this process's memory until the file is closed: files are
@@ -60,9 +62,13 @@ def find_step(checkpoint: Path, iteration: int | None) -> Path:
     Raises:
         ConvertError: there is none; the line lists those present.
     """
-    if not checkpoint.is_dir():
-        raise ConvertError(f"{checkpoint} is no checkpoint: no such folder")
-    steps = sorted(int(found[1]) for p in checkpoint.iterdir() if (found := STEP.fullmatch(p.name)))
+    with refusing(checkpoint):
+        if not checkpoint.is_dir():
+            raise ConvertError(f"{checkpoint} is no checkpoint: no such folder")
+    try:
+        steps = saved_steps(checkpoint)
+    except ValueError as error:
+        raise ConvertError(str(error)) from None
     present = f"it holds iterations {', '.join(map(str, steps))}"
     if not steps:
         raise ConvertError(f"{checkpoint} is no checkpoint: it holds no global_stepN folder")
@@ -71,14 +77,12 @@ def find_step(checkpoint: Path, iteration: int | None) -> Path:
             raise ConvertError(f"{checkpoint} has no iteration {iteration}; {present}")
         return checkpoint / f"global_step{iteration}"
     latest = checkpoint / "latest"
-    if not latest.is_file():
-        raise ConvertError(f"{checkpoint} has no file `latest`; choose by --iteration: {present}")
-    name = latest.read_text().strip()
-    if not STEP.fullmatch(name) or not (checkpoint / name).is_dir():
-        raise ConvertError(
-            f"{latest} names {name!r}, which is not there; choose by --iteration: {present}"
-        )
-    return checkpoint / name
+    if os.path.lexists(latest):
+        check_regular(latest, checkpoint)
+    try:
+        return latest_step(checkpoint)
+    except ValueError as error:
+        raise ConvertError(f"{error}; choose by --iteration: {present}") from None
 
 
 def read_settings(step: Path, config: Sequence[Path] | None) -> dict[str, Any]:
@@ -93,14 +97,20 @@ def read_settings(step: Path, config: Sequence[Path] | None) -> dict[str, Any]:
     texts = config_texts(step)
     if not texts:
         raise ConvertError(f"{step} has no configs/*.yml; give the run's by --config")
-    return merge_yaml_texts(texts)
+    return merge_yaml_texts(texts, in_order=False)
 
 
 def config_texts(step: Path) -> dict[str, str]:
-    """The text of each YAML file that the checkpoint carries, by file name."""
+    """The text of each YAML file that the checkpoint carries, by file name. They are copied into
+    other folders: none may lead out of the checkpoint."""
     folder = step / "configs"
-    files = sorted(folder.iterdir()) if folder.is_dir() else []
-    return {p.name: p.read_text(encoding="utf-8") for p in files if p.suffix in SUFFIXES}
+    with refusing(folder):
+        files = sorted(folder.iterdir()) if folder.is_dir() else []
+    files = [path for path in files if path.suffix in SUFFIXES]
+    for path in files:
+        if not path.name.isprintable():
+            raise ConvertError(f"{path}: found a name that no terminal shows, wanted another")
+    return {path.name: read_text(path, step.parent) for path in files}
 
 
 def described_model(
@@ -145,7 +155,8 @@ class NeoXCheckpoint:
         self.settings = read_settings(self.step, config)
         args = with_defaults(self.settings)
         self.tensor_parallel = args.model_parallel_size
-        names = [p.name for p in self.step.iterdir()]
+        with refusing(self.step):
+            names = [p.name for p in self.step.iterdir()]
         layer_files = {
             (int(m[1]), int(m[2])): m[0] for name in names if (m := LAYER_FILE.fullmatch(name))
         }
@@ -184,6 +195,9 @@ class NeoXCheckpoint:
             self._check_ranks(set(rank_files), RANK_FILE_NAME)
         self._check_names([*layer_files.values(), *rank_files.values()])
         self._open: dict[int, list[Mapping[str, torch.Tensor]]] = {}
+        # Where in memory each file that is open begins, and what was compared with its CRC-32.
+        self._starts: list[int] = []
+        self._compared: set[tuple[Path, int]] = set()
         self._bytes_read = 0
         # What the files of each rank hold, by layer: tensors without their data.
         self._held: list[dict[int, dict[str, torch.Tensor]]] = [
@@ -222,14 +236,28 @@ class NeoXCheckpoint:
         return self.step / RANK_FILE_NAME.format(rank)
 
     def shards(self, rule: TensorRule) -> list[torch.Tensor]:
-        """A tensor's shards in rank order, read from the disk when they are used."""
+        """A tensor's shards in rank order, read from the disk, and compared with their CRC-32.
+
+        Raises:
+            ConvertError: a file is damaged.
+        """
         if self._zero3:
             return [self._zero3.read(f"sequential.{rule.layer}.{rule.name}")]
         if rule.layer not in self._open or self._bytes_read > MAPPED_BYTES:
             self._open, self._bytes_read = {}, 0
             files = [self._read(rule.layer, rank) for rank in range(self.tensor_parallel)]
             self._open = {layer: [file[layer] for file in files] for layer in files[0]}
+            self._starts = [
+                min((_address(t) for tensors in file.values() for t in tensors.values()), default=0)
+                for file in files
+            ]
         shards = [tensors[rule.name] for tensors in self._open[rule.layer]]
+        for rank, (shard, start) in enumerate(zip(shards, self._starts, strict=True)):
+            file = self.file(rule.layer, rank)
+            place = (file, _address(shard) - start)  # ZeRO's are many in one record
+            if place not in self._compared:
+                check_bytes(file, f"layer {rule.layer}: {rule.name}", shard)
+                self._compared.add(place)
         self._bytes_read += sum(shard.nbytes for shard in shards)
         return shards
 
@@ -257,30 +285,24 @@ class NeoXCheckpoint:
         under ZeRO stage 3 without their data."""
         path = self.file(layer, rank)
         if self._zero3:
-            return self._by_layer(self._zero3.tensors(), path)
-        content = load_torch_file(path)
-        if self.is_pipeline_form:
-            layers = {layer: content}
-        else:
-            layers = self._by_layer(content.get("module"), path)
-        for tensors in layers.values():
-            for name, tensor in tensors.items():
-                if not isinstance(tensor, torch.Tensor):
-                    raise ConvertError(f"{path}: {name} is a {type(tensor).__name__}, no tensor")
-        return layers
+            return self._by_layer({"module": self._zero3.tensors()}, path)
+        content = load_torch_file(path, self.step.parent)
+        layers = {layer: content} if self.is_pipeline_form else self._by_layer(content, path)
+        return {index: plain_tensors(tensors, path) for index, tensors in layers.items()}
 
     @staticmethod
-    def _by_layer(module: object, path: Path) -> dict[int, dict[str, torch.Tensor]]:
+    def _by_layer(states: Mapping[str, Any], path: Path) -> dict[int, dict[str, Any]]:
+        module = states.get("module")
         if not isinstance(module, Mapping):
             raise ConvertError(
                 f"{path}: no tensors under 'module': the layer_*-model_*-model_states.pt files of "
                 "a pipeline belong beside it, and are missing"
             )
-        layers: dict[int, dict[str, torch.Tensor]] = {}
+        layers: dict[int, dict[str, Any]] = {}
         for name, tensor in module.items():
-            found = WHOLE_NAME.fullmatch(name)
+            found = WHOLE_NAME.fullmatch(name) if isinstance(name, str) else None
             if not found:
-                raise ConvertError(f"{path}: {name} is no tensor of a MetaLA model")
+                raise ConvertError(f"{path}: {shown(name)} is no tensor of a MetaLA model")
             layers.setdefault(int(found[1]), {})[found[2]] = tensor
         return layers
 
@@ -288,7 +310,7 @@ class NeoXCheckpoint:
         """The tensors of a file do not tell its layer and rank, but the name under which PyTorch
         saved it does: files that were exchanged, or copied over one another, are found by it."""
         for name in sorted(names):
-            saved = saved_name(self.step / name)
+            saved = saved_name(self.step / name, self.step.parent)
             if saved and layer_and_rank(saved) not in (None, layer_and_rank(name)):
                 raise ConvertError(
                     f"{self.step / name}: the file was saved as {saved}: it was renamed, or "
@@ -350,11 +372,11 @@ class NeoXCheckpoint:
     def _check_states(self, files: Sequence[Path]) -> None:
         """The files say themselves which iteration and which sizes they are of."""
         for file in files:
-            states = load_torch_file(file)
+            states = load_torch_file(file, self.step.parent)
             found = states.get("iteration", self.iteration)
-            if found != self.iteration:
+            if not _is_equal(found, self.iteration):
                 raise ConvertError(
-                    f"{file}: a file of iteration {found} in the folder of {self.iteration}"
+                    f"{file}: a file of iteration {shown(found)} in the folder of {self.iteration}"
                 )
             if self.is_pipeline_form and states.get("module") is not None:
                 raise ConvertError(
@@ -362,11 +384,13 @@ class NeoXCheckpoint:
                     "are mixed here"
                 )
             self.samples = self._samples(states)
-            saved = states.get("args") or {}
+            saved = states.get("args")
             for key in ("num_layers", "hidden_size", "num_attention_heads", "model_parallel_size"):
-                if saved.get(key, self.settings.get(key)) != self.settings.get(key, saved.get(key)):
+                if not isinstance(saved, Mapping) or key not in saved or key not in self.settings:
+                    continue
+                if not _is_equal(saved[key], self.settings[key]):
                     raise ConvertError(
-                        f"{file}: saved with {key} {saved[key]}, but the settings say "
+                        f"{file}: saved with {key} {shown(saved[key])}, but the settings say "
                         f"{self.settings[key]}"
                     )
 
@@ -374,6 +398,16 @@ class NeoXCheckpoint:
         """DeepSpeed counts samples; where its count is absent, all iterations had one size."""
         counted = states.get("global_samples")
         if counted is not None:
-            return counted
+            return counted if WHOLE.accepts(counted) else None
         batch = self.settings.get("train_batch_size")
-        return self.iteration * batch if isinstance(batch, int) else None
+        return self.iteration * batch if WHOLE.accepts(batch) else None
+
+
+def _address(tensor: torch.Tensor) -> int:
+    """Where the record begins that a tensor lies in."""
+    return tensor.untyped_storage().data_ptr()
+
+
+def _is_equal(found: object, number: int) -> bool:
+    """A checkpoint may have anything in the place of a number, a tensor too."""
+    return isinstance(found, int) and found == number

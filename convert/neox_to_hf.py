@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from convert.command import ConvertError, run
+from convert.export_record import check_model_export, write_record
 from convert.fold_norms import FoldedNorms
 from convert.folder import check_target, complete_folder
 from convert.gpt_neox import need_neox
@@ -68,7 +69,7 @@ def neox_to_hf(
         ConvertError: something is missing, damaged, ambiguous or not equal; see the line.
         SettingsError: the settings are malformed.
     """
-    check_target(output, overwrite, mark="config.json")
+    check_target(output, overwrite, check_model_export)
     neox = need_neox() if check else None
     source = NeoXCheckpoint(checkpoint, iteration, config)
     args = with_defaults(source.settings)
@@ -88,13 +89,13 @@ def neox_to_hf(
         products = {to for rule, to in dtypes.items() if folded.is_folded(rule)}
         rounded_to = next((to for to in products if to.itemsize < 4), None)
 
-    with complete_folder(output, overwrite, mark="config.json") as folder:
+    with complete_folder(output, overwrite, check_model_export) as folder:
         words.write(folder)
         write_config(folder, shape, words.special, main_dtype)
         largest = max(math.prod(rule.shape) * source.dtype(rule).itemsize for rule in source.table)
         memory = torch.empty(largest, dtype=torch.uint8)
         full = partial((folded or source).full, out=memory)
-        size = write_weights(folder, table, full, dtypes, max_shard_bytes)
+        size, checksums = write_weights(folder, table, full, dtypes, max_shard_bytes)
         comparison = verify(neox, source, folder, words.size, rounded_to) if neox else None
         write_model_card(
             folder,
@@ -105,6 +106,7 @@ def neox_to_hf(
             source.samples,
             comparison,
         )
+        write_record(folder, checksums)
 
     print_summary(source, output, words, shape, main_dtype, size, comparison)
     return comparison
@@ -217,9 +219,10 @@ def main() -> None:
         max_shard_bytes = parse_size(options.max_shard_size)
     except ValueError as error:
         parser.error(f"--max-shard-size: {error}")
-    if options.private and not options.push_to_hub:
+    is_pushed = options.push_to_hub is not None
+    if options.private and not is_pushed:
         parser.error("--private: without --push-to-hub")
-    if options.push_to_hub:
+    if is_pushed:
         check_push(options.push_to_hub)
     neox_to_hf(
         options.checkpoint,
@@ -234,7 +237,7 @@ def main() -> None:
         max_shard_bytes,
         options.fold_norms,
     )
-    if options.push_to_hub:
+    if is_pushed:
         address = push_to_hub(options.output, options.push_to_hub, options.private)
         print(f"uploaded to {address}")
 

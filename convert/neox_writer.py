@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from convert.command import ConvertError
 from convert.layout import check_tensor_parallel
-from convert.tensor_table import TensorRule, module_layers, tensor_table
+from convert.tensor_table import TensorRule, check_finite, module_layers, tensor_table
 from megatron_patch.architecture import Architecture, with_defaults
 from megatron_patch.neox.yaml_config import merge_yaml_texts
 
@@ -70,7 +70,7 @@ def write_checkpoint(
                 module = OrderedDict()
                 for rule in table:
                     shard = rule.shard(full(rule), tensor_parallel, rank)
-                    module[f"sequential.{rule.layer}.{rule.name}"] = _own(shard)
+                    module[f"sequential.{rule.layer}.{rule.name}"] = _own(shard, rule)
                     bar.update()
                 torch.save({"module": module, **states}, _rank_file(step, rank))
     (folder / "latest").write_text(step.name)
@@ -90,14 +90,19 @@ def _write_layers(
         for rule in (rule for rule in table if rule.layer == layer):
             tensor = full(rule)
             for rank, tensors in enumerate(shards):
-                tensors[rule.name] = _own(rule.shard(tensor, tensor_parallel, rank))
+                tensors[rule.name] = _own(rule.shard(tensor, tensor_parallel, rank), rule)
             bar.update()
         for rank, tensors in enumerate(shards):
             torch.save(tensors, step / f"layer_{layer:02d}-model_{rank:02d}-model_states.pt")
 
 
-def _own(shard: torch.Tensor) -> torch.Tensor:
-    """A copy: `torch.save` would write the whole tensor that a view belongs to."""
+def _own(shard: torch.Tensor, rule: TensorRule) -> torch.Tensor:
+    """A copy: `torch.save` would write the whole tensor that a view belongs to.
+
+    Raises:
+        ConvertError: a number is not finite.
+    """
+    check_finite(shard, f"layer {rule.layer}: {rule.name}")
     return shard.clone(memory_format=torch.contiguous_format)
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from convert.command import ConvertError, run
+from convert.export_record import check_checkpoint_export, write_record
 from convert.folder import check_target, complete_folder
 from convert.neox_checkpoint import NeoXCheckpoint, config_texts
 from convert.neox_writer import adapt_configs, check_layout, write_checkpoint
@@ -58,7 +59,7 @@ def reshape_neox(
         ConvertError: something is missing, damaged or impossible; see the line.
         SettingsError: the settings are malformed.
     """
-    check_target(output, overwrite, mark="latest")
+    check_target(output, overwrite, check_checkpoint_export)
     source = NeoXCheckpoint(checkpoint, iteration, config)
     args = with_defaults(source.settings)
     rows = source.shape.padded_vocab_size
@@ -82,7 +83,7 @@ def reshape_neox(
     texts = in_one_folder(settle(given))
     configs = adapt_configs(texts, tensor_parallel, pipeline_parallel, others)
     settings = merge_yaml_texts(configs)
-    with complete_folder(output, overwrite, mark="latest") as folder:
+    with complete_folder(output, overwrite, check_checkpoint_export) as folder:
         write_checkpoint(
             folder,
             shape,
@@ -93,6 +94,7 @@ def reshape_neox(
             settings,
             configs,
         )
+        write_record(folder)
     for key, value in others.items():
         told = f"stage {value['stage']}" if isinstance(value, Mapping) else value
         print(

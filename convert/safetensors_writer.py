@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import math
 import os
@@ -21,6 +23,7 @@ DTYPE_NAMES = {
 # The disk is kept writing while the next tensors are read: the system alone would wait until much
 # of the memory is taken by unwritten data.
 FLUSH_BYTES = 64 * 2**20
+HASHED_BYTES = 2**20
 
 
 def nbytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
@@ -36,6 +39,9 @@ class SafetensorsWriter:
     Args:
         path: the file to create.
         tensors: dtype and shape of each tensor, in the order in which they will be written.
+
+    Attributes:
+        checksum: SHA-256 of the whole file, once it is closed.
     """
 
     def __init__(self, path: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]):
@@ -55,6 +61,9 @@ class SafetensorsWriter:
         self._waiting = list(reversed(tensors))
         self._path = path
         self._file = path.open("wb", buffering=0)
+        self._written, self._sum, self._hashed = 0, hashlib.sha256(), 0
+        self._hasher = ThreadPoolExecutor(1)
+        self._hashing: Future | None = None
         self._flusher = ThreadPoolExecutor(1)
         self._flushing: Future | None = None
         self._unflushed = 0
@@ -79,12 +88,26 @@ class SafetensorsWriter:
             except OSError as error:
                 raise OSError(error.errno, error.strerror, self._path.name) from None
             self._unflushed += written
+            self._written += written
             data = data[written:]
+        # Beside the reading of the next tensor, from the system's cache: this one's memory is used
+        # again by then.
+        self._hashing = self._hasher.submit(self._hash_to, self._written)
         if self._unflushed >= FLUSH_BYTES and (not self._flushing or self._flushing.done()):
             if self._flushing:
                 self._flushing.result()
             self._flushing = self._flusher.submit(os.fdatasync, self._file.fileno())
             self._unflushed = 0
+
+    def _hash_to(self, end: int) -> None:
+        with self._path.open("rb") as file:
+            file.seek(self._hashed)
+            while self._hashed < end:
+                piece = file.read(min(HASHED_BYTES, end - self._hashed))
+                if not piece:
+                    raise OSError(errno.EIO, "became shorter while it was written", self._path.name)
+                self._sum.update(piece)
+                self._hashed += len(piece)
 
     def close(self) -> None:
         """Ends the file, which is then on the disk.
@@ -98,11 +121,14 @@ class SafetensorsWriter:
                 raise ValueError(f"{self._waiting[-1]} was announced and not written")
             if self._flushing:
                 self._flushing.result()
+            self._hashing.result()
             os.fsync(self._file.fileno())
+            self.checksum = self._sum.hexdigest()
         finally:
             self.abandon()
 
     def abandon(self) -> None:
         """Closes the unfinished file."""
+        self._hasher.shutdown()
         self._flusher.shutdown()
         self._file.close()

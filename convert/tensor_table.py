@@ -258,6 +258,19 @@ def tensor_table(shape: Architecture) -> list[TensorRule]:
     return rules
 
 
+def check_finite(tensor: torch.Tensor, name: str) -> None:
+    """Raises a ConvertError if a weight is NaN or infinite: the training had diverged."""
+    if not tensor.numel():
+        return
+    low, high = torch.aminmax(tensor)  # NaN where there is one, in one pass without a copy
+    if not (low.isfinite() and high.isfinite()):
+        bad = tensor.numel() - int(tensor.isfinite().sum())
+        raise ConvertError(
+            f"{name}: {bad} of {tensor.numel()} numbers are NaN or infinite, with which no model "
+            "can run: has the training diverged? An earlier checkpoint may be sound"
+        )
+
+
 def fit_vocabulary(tensor: torch.Tensor, rows: int) -> torch.Tensor:
     """A vocabulary tensor cut to `rows`, or filled up to them with zeros."""
     if rows <= tensor.shape[0]:

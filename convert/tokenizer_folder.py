@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import json
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 from convert.command import ConvertError
 from convert.gpt_neox import find_neox
+from convert.inputs import check_regular, read_json, read_text, refusing
 from convert.json_file import write_json
 from megatron_patch.architecture import tokenizer_obstacles
 
@@ -73,21 +75,28 @@ def find_tokenizer(given: Path | None, args: SimpleNamespace) -> Path:
         ConvertError: there is none.
     """
     if given is not None:
-        if not given.exists():
+        if not _is_there(given):
             raise ConvertError(f"--tokenizer {given}: no such file or folder")
         return given
     for name, found, wanted in tokenizer_obstacles(args):
         raise ConvertError(f"{name}: found {found}, wanted {wanted}")
-    path = Path(args.vocab_file).expanduser()
-    if path.exists():
+    path = Path(os.path.expanduser(args.vocab_file))
+    if _is_there(path):
         return path
     checkout = None if path.is_absolute() else find_neox()
-    if checkout and (checkout / path).exists():
+    if checkout and _is_there(checkout / path):
         return checkout / path
     raise ConvertError(
         f"vocab_file {args.vocab_file} of the settings is not there; give the tokenizer by "
         "--tokenizer (tokenizer.json, or its folder)"
     )
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # of a name that no file can have
+        return False
 
 
 def read_tokenizer(source: Path) -> RunTokenizer:
@@ -102,8 +111,9 @@ def read_tokenizer(source: Path) -> RunTokenizer:
 def _from_file(path: Path) -> RunTokenizer:
     from tokenizers import Tokenizer
 
+    text = read_text(path)
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_str(text)
     except Exception as error:  # the library raises plain exceptions
         raise ConvertError(f"{path}: no tokenizer.json: {error}") from None
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
@@ -115,7 +125,7 @@ def _from_file(path: Path) -> RunTokenizer:
     names = {key: token for key, token in chosen.items() if token is not None}
 
     def write(folder: Path) -> None:
-        shutil.copyfile(path, folder / "tokenizer.json")
+        (folder / "tokenizer.json").write_bytes(text.encode())
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             **names,
@@ -130,21 +140,45 @@ def _from_file(path: Path) -> RunTokenizer:
     return RunTokenizer(path, _size(vocabulary), SpecialTokens(*ids), write)
 
 
-def _from_folder(folder: Path) -> RunTokenizer:
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a folder, as transformers has it. Code of the folder does not run, and
+    nothing is read that lies elsewhere.
+
+    Raises:
+        ConvertError: there is none, it needs code of its own, or an entry of the folder is no
+            regular file, or leads out of it.
+    """
     from transformers import AutoTokenizer
 
+    with refusing(folder):
+        entries = [*folder.iterdir(), *(folder / "additional_chat_templates").glob("*")]
+    for path in sorted(entries):
+        if not path.is_dir():
+            check_regular(path, folder)
+    config = folder / "tokenizer_config.json"
+    values = read_json(config, folder) if config.is_file() else {}
+    for key, value in values.items():
+        if key == "auto_map":
+            raise ConvertError(f"{config}: auto_map: the tokenizer needs code of its own")
+        # transformers 4 opens what these name, wherever it is.
+        if key.endswith("_file") and isinstance(value, str) and _is_there(folder / value):
+            check_regular(folder / value, folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever a tokenizer class raises
-        reason = str(error).strip().splitlines()[0]
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ConvertError(f"{folder}: holds no tokenizer: {reason}") from None
+
+
+def _from_folder(folder: Path) -> RunTokenizer:
+    tokenizer = load_tokenizer(folder)
 
     def write(target: Path) -> None:
         for name in TOKENIZER_FILES:
-            if (folder / name).is_file():
-                shutil.copyfile(folder / name, target / name)
+            if os.path.lexists(folder / name):
+                shutil.copyfile(check_regular(folder / name, folder), target / name)
         config = target / "tokenizer_config.json"
-        values = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+        values = read_json(config, target) if config.is_file() else {}
         write_json(config, {**values, "padding_side": PADDING_SIDE})
 
     ids = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)

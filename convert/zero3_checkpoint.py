@@ -22,10 +22,11 @@ from typing import Any
 import torch
 
 from convert.command import ConvertError
-from convert.torch_file import load_torch_file, saved_name
+from convert.torch_file import DTYPES, check_bytes, load_torch_file, plain_tensors, saved_name
+from megatron_patch.architecture import WHOLE, shown
 
-MODEL_FILE = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_model_states\.pt")
-OPTIMIZER_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
+MODEL_FILE = re.compile(r"zero_pp_rank_([0-9]+)_mp_rank_([0-9]+)_model_states\.pt")
+OPTIMIZER_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_([0-9]+)_mp_rank_([0-9]+)_optim_states\.pt")
 # As in neox_checkpoint: mapped files count as this process's memory until they are closed.
 MAPPED_BYTES = 512 * 2**20
 
@@ -56,7 +57,7 @@ class Zero3Checkpoint:
         self.step = step
         self.model_files = self._find(MODEL_FILE)
         self._optimizer_files = self._find(OPTIMIZER_FILE)
-        states = [load_torch_file(file) for file in self.model_files]
+        states = [load_torch_file(file, step.parent) for file in self.model_files]
         for file, held in zip(self.model_files, states, strict=True):
             self._check_ranks(file, held.get("dp_world_size"), len(states))
         if len(self._optimizer_files) != len(states):
@@ -101,7 +102,7 @@ class Zero3Checkpoint:
                 raise ConvertError(
                     f"{path}: {found[rank].name} lies beside it: the files of two runs are mixed"
                 )
-            saved = saved_name(path)
+            saved = saved_name(path, self.step.parent)
             if saved and pattern.fullmatch(saved) and saved != path.name:
                 raise ConvertError(f"{path}: the file was saved as {saved}: it was renamed")
             found[rank] = path
@@ -113,10 +114,10 @@ class Zero3Checkpoint:
 
     @staticmethod
     def _check_ranks(file: Path, found: object, ranks: int) -> None:
-        if found != ranks:
+        if not isinstance(found, int) or found != ranks:
             raise ConvertError(
-                f"{file}: saved by one of {found} data-parallel ranks, but the folder has files "
-                f"of {ranks}"
+                f"{file}: saved by one of {shown(found)} data-parallel ranks, but the folder has "
+                f"files of {ranks}"
             )
 
     def _open(self) -> list[list[torch.Tensor]]:
@@ -127,12 +128,13 @@ class Zero3Checkpoint:
         return self._groups
 
     def _flat_groups(self, file: Path) -> list[torch.Tensor]:
-        state = load_torch_file(file).get("optimizer_state_dict")
+        state = load_torch_file(file, self.step.parent).get("optimizer_state_dict")
         groups = state.get("fp32_flat_groups") if isinstance(state, Mapping) else None
-        if not isinstance(groups, list) or not all(isinstance(g, torch.Tensor) for g in groups):
+        if not isinstance(groups, list):
             raise ConvertError(f"{file}: holds no fp32_flat_groups of ZeRO stage 3")
         self._check_ranks(file, state.get("partition_count"), len(self._optimizer_files))
-        return [group.detach() for group in groups]
+        named = {f"fp32_flat_groups[{i}]": group for i, group in enumerate(groups)}
+        return list(plain_tensors(named, file).values())
 
     def _find_places(self, states: Mapping[str, Any]) -> dict[str, Place]:
         file, ranks = self.model_files[0], len(self.model_files)
@@ -143,19 +145,34 @@ class Zero3Checkpoint:
         sizes = []
         for group, by_name in enumerate(shapes):
             start = 0
+            if not isinstance(by_name, Mapping):
+                raise ConvertError(f"{file}: param_shapes[{group}] holds no shapes by name")
             for name, shape in by_name.items():
-                if not isinstance(tensor := module.get(name), torch.Tensor):
-                    raise ConvertError(f"{file}: {name} is in param_shapes and not in the module")
+                tensor = module.get(name)
+                if not isinstance(tensor, torch.Tensor) or tensor.dtype not in DTYPES:
+                    raise ConvertError(
+                        f"{file}: {shown(name)} is in param_shapes, but the module has no "
+                        "floating-point tensor of this name"
+                    )
+                if (
+                    not isinstance(shape, (list, tuple))
+                    or len(shape) > 8
+                    or not all(map(WHOLE.accepts, shape))
+                ):
+                    raise ConvertError(f"{file}: param_shapes: {name} has shape {shown(shape)}")
                 size = -(-math.prod(shape) // ranks)
                 places[name] = Place(tuple(shape), tensor.dtype, group, start, size)
                 start += size
             sizes.append(start)
         for name in module.keys() - places.keys():
-            raise ConvertError(f"{file}: {name} is in the module and not in param_shapes")
-        for path, groups in zip(self._optimizer_files, self._open(), strict=True):
-            if (found := [group.numel() for group in groups]) != sizes:
+            raise ConvertError(f"{file}: {shown(name)} is in the module and not in param_shapes")
+        for path in self._optimizer_files:
+            groups = self._flat_groups(path)
+            if (found := [list(group.shape) for group in groups]) != [[size] for size in sizes]:
                 raise ConvertError(
-                    f"{path}: fp32_flat_groups have sizes {found}, but by {file.name} they are "
-                    f"{sizes}"
+                    f"{path}: fp32_flat_groups have sizes {shown(found)}, but by {file.name} they "
+                    f"are {shown([[size] for size in sizes])}"
                 )
+            for i, group in enumerate(groups):
+                check_bytes(path, f"fp32_flat_groups[{i}]", group)
         return places

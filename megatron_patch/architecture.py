@@ -10,6 +10,7 @@ This file needs Python's standard library alone: exported model folders carry a 
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import InitVar, dataclass, field, fields
 from types import SimpleNamespace
@@ -37,8 +38,39 @@ EXPORTED_NORMS = ("simplermsnorm", "rmsnorm", "layernorm")
 QUERY_GATE_GAIN = 2**-2.5
 
 
+# Far beyond any model: layers are listed one by one, which must end.
+MAX_LAYERS = 10_000
+MAX_WHOLE = 2**63 - 1
+
+
 class SettingsError(ValueError):
     """A setting, or a combination of settings, with which a MetaLA model or run makes no sense."""
+
+    def __init__(self, line: str):
+        super().__init__(one_line(line))
+
+
+def one_line(text: str) -> str:
+    """Text that holds names and values of others as one line that a terminal can show."""
+    line = "".join(c if c.isprintable() else " " for c in text)
+    return line if len(line) <= 4000 else f"{line[:4000]} ..."
+
+
+class _Shown(reprlib.Repr):
+    """Values may be nested into each other so often that their text has no end, or be numbers of
+    more digits than Python writes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel = 4
+        self.maxlist = self.maxtuple = self.maxdict = self.maxset = 12
+        self.maxstring = self.maxother = 300
+
+    def repr_int(self, x: int, level: int) -> str:
+        return repr(x) if x.bit_length() < 256 else f"a number of {x.bit_length()} bits"
+
+
+shown = _Shown().repr  # a value as errors show it
 
 
 def refuse(name: str, found: object, wanted: str) -> None:
@@ -46,7 +78,7 @@ def refuse(name: str, found: object, wanted: str) -> None:
     hint = ""
     if isinstance(found, str) and "number" in wanted and _reads_as_number(found):
         hint = " (text to YAML; a number such as 1e-6 needs a dot there: 1.0e-6)"
-    raise SettingsError(f"{name}: found {found!r}, wanted {wanted}{hint}")
+    raise SettingsError(f"{name}: found {shown(found)}, wanted {wanted}{hint}")
 
 
 def _reads_as_number(text: str) -> bool:
@@ -65,8 +97,9 @@ class Kind(NamedTuple):
 
 
 def _is_finite(value: Any) -> bool:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return is_number and math.isfinite(value)
+    if isinstance(value, int):
+        return not isinstance(value, bool) and abs(value) <= MAX_WHOLE
+    return isinstance(value, float) and math.isfinite(value)
 
 
 def one_of(*values: str) -> Kind:
@@ -76,10 +109,13 @@ def one_of(*values: str) -> Kind:
 
 WHOLE = Kind(
     "a whole number of at least 1",
-    lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= 1,
+    lambda value: isinstance(value, int) and _is_finite(value) and value >= 1,
+)
+LAYERS = Kind(
+    f"a whole number from 1 to {MAX_LAYERS:,}",
+    lambda value: WHOLE.accepts(value) and value <= MAX_LAYERS,
 )
 POSITIVE = Kind("a number above 0", lambda value: _is_finite(value) and value > 0)
-NOT_NEGATIVE = Kind("a number of at least 0", lambda value: _is_finite(value) and value >= 0)
 SWITCH = Kind("true or false", lambda value: isinstance(value, bool))
 TEXT = Kind("text", lambda value: isinstance(value, str))
 
@@ -99,11 +135,14 @@ def _option(default: Any, kind: Kind, about: str, of_model: bool = True) -> Any:
 
 
 def _check_kinds(instance: Any, side: str, prefix: str = "") -> None:
+    """Refuses the first value that is not of its field's kind; whole numbers become floats."""
     for item in fields(instance):
         kind, value = item.metadata.get("kind"), getattr(instance, item.name)
         if kind is not None and not kind.accepts(value):
             name = item.metadata.get(side) or item.name
             refuse(prefix + name, value, kind.wanted)
+        if isinstance(value, int) and item.type.startswith("float"):
+            object.__setattr__(instance, item.name, float(value))
 
 
 @dataclass(frozen=True)
@@ -210,7 +249,7 @@ class Architecture:
         SettingsError: a value cannot be used. It is named as `side` names it, "neox" or "hf".
     """
 
-    num_layers: int = _described(WHOLE, "num_layers", "decoder_layers")
+    num_layers: int = _described(LAYERS, "num_layers", "decoder_layers")
     hidden_size: int = _described(WHOLE, "hidden_size", "decoder_embed_dim")
     num_heads: int = _described(WHOLE, "num_attention_heads", "decoder_attention_heads")
     intermediate_size: int = _described(WHOLE, "intermediate_size", "glu_dim")
@@ -238,7 +277,8 @@ class Architecture:
             wanted = f"a multiple of {names['num_heads']} = {self.num_heads}"
             refuse(names["hidden_size"], self.hidden_size, wanted)
         columns = self.metala.expand_k * self.hidden_size / self.num_heads
-        if round(columns) < 1 or not math.isclose(columns, round(columns), rel_tol=1e-6):
+        is_whole = columns <= MAX_WHOLE and math.isclose(columns, round(columns), rel_tol=1e-6)
+        if not is_whole or round(columns) < 1:
             expand_k = "metala.expand_k" if side == "neox" else "expand_k"
             raise SettingsError(
                 f"{names['hidden_size']}: found {self.hidden_size}, with {expand_k} = "
@@ -254,12 +294,13 @@ class Architecture:
             heads = "num_attention_heads" if side == "neox" else "decoder_attention_heads"
             wanted = f"a divisor of {heads} = {self.num_heads}"
             refuse(names["num_kv_heads"], of.num_kv_heads, wanted)
-        rotated = self.rotary_width
+        rotated = self.value_width * of.partial_rotary_factor
+        rotated = self.rotary_width if rotated <= self.value_width else rotated
         if of.rope_theta is not None and (rotated % 2 or not 2 <= rotated <= self.value_width):
             raise SettingsError(
                 f"{names['partial_rotary_factor']}: found {of.partial_rotary_factor}, which "
-                f"rotates {rotated} of a head's {self.value_width} channels, wanted an even number "
-                "of them"
+                f"rotates {rotated:g} of a head's {self.value_width} channels, wanted an even "
+                "number of them"
             )
 
     @property
@@ -295,13 +336,13 @@ class Architecture:
             SettingsError: they describe none; the line names the setting.
         """
         for item in fields(cls)[:3]:  # the sizes that have no default
-            if not WHOLE.accepts(getattr(settings, item.metadata["neox"])):
-                name = item.metadata["neox"]
-                refuse(name, getattr(settings, name), WHOLE.wanted)
+            name, kind = item.metadata["neox"], item.metadata["kind"]
+            if not kind.accepts(getattr(settings, name)):
+                refuse(name, getattr(settings, name), kind.wanted)
         layer_types = expand_attention_config(settings.attention_config, settings.num_layers)
         if METALA not in layer_types:
             raise SettingsError("attention_config: found no layer of type metala, wanted one")
-        if settings.norm not in NORM_EPSILON:
+        if not one_of(*NORM_EPSILON).accepts(settings.norm):
             refuse("norm", settings.norm, one_of(*NORM_EPSILON).wanted)
         epsilon = NORM_EPSILON[settings.norm]
         if not POSITIVE.accepts(getattr(settings, epsilon)):
@@ -400,10 +441,11 @@ class Architecture:
             known = {HF_METALA: METALA, HF_ATTENTION: SOFTMAX_TYPES[0]}
             given, count = config.layer_types, config.decoder_layers
             if not isinstance(given, (list, tuple)) or len(given) != count:
-                refuse("layer_types", given, f"decoder_layers = {count} entries")
-            if unknown := [kind for kind in given if kind not in known]:
-                refuse("layer_types", unknown[0], f"one of {', '.join(known)}")
-            types = tuple(known[kind] for kind in given)
+                refuse("layer_types", given, f"decoder_layers = {shown(count)} entries")
+            found = [known.get(kind) if isinstance(kind, str) else None for kind in given]
+            if None in found:
+                refuse("layer_types", given[found.index(None)], f"one of {', '.join(known)}")
+            types = tuple(found)
             if set(types) == {METALA}:
                 types = ()
 
@@ -502,7 +544,7 @@ GPT_NEOX_DEFAULTS = {
 
 # Of settings that describe no model but are read with it.
 KINDS = {
-    "num_layers": WHOLE,
+    "num_layers": LAYERS,
     "hidden_size": WHOLE,
     "num_attention_heads": WHOLE,
     "model_parallel_size": WHOLE,
@@ -541,6 +583,8 @@ def expand_attention_config(attention_config: Any, num_layers: int) -> list[str]
     Raises:
         SettingsError: the shorthand is malformed, or gives another number of layers.
     """
+    if not LAYERS.accepts(num_layers):
+        refuse("num_layers", num_layers, LAYERS.wanted)
     if attention_config is None:
         return [SOFTMAX_TYPES[0]] * num_layers
     if not isinstance(attention_config, (list, tuple)):
@@ -564,7 +608,7 @@ def expand_attention_config(attention_config: Any, num_layers: int) -> list[str]
     count = sum(len(pattern) * times for pattern, times in patterns)
     if count != num_layers:
         raise SettingsError(
-            f"attention_config: found {count} layers, wanted num_layers = {num_layers}"
+            f"attention_config: found {shown(count)} layers, wanted num_layers = {num_layers}"
         )
     return [kind for pattern, times in patterns for kind in pattern * times]
 
@@ -573,6 +617,13 @@ def _check_mlp_settings(settings: Any) -> None:
     for name, kind in (("intermediate_size", WHOLE), ("expansion_factor", POSITIVE)):
         if not optional(kind).accepts(getattr(settings, name)):
             refuse(name, getattr(settings, name), kind.wanted)
+
+
+def _expanded(settings: Any) -> int:
+    width = settings.expansion_factor * settings.hidden_size
+    if not 1 <= width <= MAX_WHOLE:
+        refuse("expansion_factor", settings.expansion_factor, "one that gives an MLP of some width")
+    return int(width)
 
 
 def metala_intermediate_size(settings: Any) -> int:
@@ -587,7 +638,7 @@ def metala_intermediate_size(settings: Any) -> int:
     if settings.intermediate_size:
         return settings.intermediate_size
     if settings.expansion_factor:
-        return int(settings.expansion_factor * settings.hidden_size)
+        return _expanded(settings)
     return -(-8 * settings.hidden_size // (3 * 256)) * 256
 
 
@@ -606,7 +657,7 @@ def attention_intermediate_size(settings: Any) -> int:
     if settings.intermediate_size:
         total = settings.intermediate_size
     elif settings.expansion_factor:
-        total = int(settings.expansion_factor * settings.hidden_size)
+        total = _expanded(settings)
     else:
         total = 4 * settings.hidden_size
     gate_and_up = int(total * 2 / 3)
@@ -666,14 +717,14 @@ def export_obstacles(settings: Any) -> list[tuple[str, str, str]]:
     known = (METALA, *SOFTMAX_TYPES)
     obstacles = []
     if others := [f"{i} ({kind})" for i, kind in enumerate(layer_types) if kind not in known]:
-        shown = ", ".join(others[:8]) + (", ..." if len(others) > 8 else "")
-        obstacles.append(("attention_config", f"layers {shown}", ", ".join(known)))
+        listed = ", ".join(others[:8]) + (", ..." if len(others) > 8 else "")
+        obstacles.append(("attention_config", f"layers {listed}", ", ".join(known)))
     table = dict(EXPORTED)
     if set(layer_types) != {METALA}:
         table |= EXPORTED_WITH_ATTENTION
     for name, values in table.items():
         if (found := getattr(settings, name)) not in values:
-            obstacles.append((name, repr(found), " or ".join(map(str, values))))
+            obstacles.append((name, shown(found), " or ".join(map(str, values))))
     return obstacles
 
 
@@ -683,6 +734,6 @@ def tokenizer_obstacles(settings: Any) -> list[tuple[str, str, str]]:
     known = ("HFTokenizer", "HFGPT2Tokenizer")
     if settings.tokenizer_type.lower() in map(str.lower, known) and settings.vocab_file:
         return []
-    found = f"{settings.tokenizer_type!r} with vocab_file {settings.vocab_file}"
+    found = f"{shown(settings.tokenizer_type)} with vocab_file {settings.vocab_file}"
     wanted = f"{known[0]} with a tokenizer.json (else give one by --tokenizer at export)"
     return [("tokenizer_type", found, wanted)]

@@ -378,7 +378,7 @@ def main() -> None:
     if arguments.seed is not None:
         torch.manual_seed(arguments.seed)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(arguments.folder)
+        tokenizer = AutoTokenizer.from_pretrained(arguments.folder, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(
             arguments.folder, trust_remote_code=False, **{DTYPE_KEY: arguments.dtype}
         )

@@ -332,8 +332,8 @@ def write_sample(folder: Path) -> str:
     import megatron_patch.hf  # noqa: F401  (makes the Auto classes know MetaLA)
 
     logging.disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
     torch.manual_seed(0)
     tokens = model.generate(
         **tokenizer(PROMPT, return_tensors="pt"),

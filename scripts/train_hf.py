@@ -72,7 +72,7 @@ def largest_difference(model: MetaLAForCausalLM, folder: Path, tokens: torch.Ten
     """Largest difference of logits, on the CPU in float32, between `model` in one pass and the one
     reloaded from `folder`, in one pass and token by token through the recurrent state."""
     model = model.float().cpu().eval()
-    reloaded = AutoModelForCausalLM.from_pretrained(folder).float().eval()
+    reloaded = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False).float().eval()
     wanted = model(tokens, use_cache=False).logits
     parallel = reloaded(tokens, use_cache=False).logits
     cache, steps = None, []

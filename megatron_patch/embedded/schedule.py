@@ -93,7 +93,8 @@ def check_schedule(settings: EmbeddedSettings, checkpoint: Path) -> None:
         refuse("weight_decay", settings.weight_decay, max(decays))
     if settings.use_checkpoint_lr_scheduler or settings.override_lr_scheduler:
         return
-    saved = torch.load(checkpoint / "scheduler.pt", map_location="cpu")["lr_lambdas"][0]
+    states = torch.load(checkpoint / "scheduler.pt", map_location="cpu", weights_only=True)
+    saved = states["lr_lambdas"][0]
     remedy = (
         "; override_lr_scheduler: true takes this run's settings, use_checkpoint_lr_scheduler: "
         "true the checkpoint's"

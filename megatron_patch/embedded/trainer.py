@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from megatron_patch.architecture import SettingsError
 from megatron_patch.embedded.schedule import ResumableLR, Schedule
 from megatron_patch.embedded.settings import EmbeddedSettings
+from megatron_patch.save_folder import held
 
 METRICS = "metrics.jsonl"
 
@@ -293,6 +295,9 @@ def train(
 
     Returns:
         the trained model, without what the Trainer wrapped it in (autocast, data parallelism).
+
+    Raises:
+        SettingsError: `save` cannot be written to, or another run holds it.
     """
     if settings.checkpoint_activations:
         model.gradient_checkpointing_enable()
@@ -308,7 +313,9 @@ def train(
         callbacks=callbacks,
     )
     _allow_random_states()
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    if validation is not None:
-        trainer.evaluate(validation(settings.train_iters // settings.eval_interval))
+    is_first = os.environ.get("RANK", "0") == "0"
+    with held(str(settings.save)) if is_first else nullcontext():
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        if validation is not None:
+            trainer.evaluate(validation(settings.train_iters // settings.eval_interval))
     return trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)

@@ -162,7 +162,8 @@ class _Recording:
         # What is looked at is complete in the modules' own tables: adding, removing or replacing a
         # weight, a module, a hook or an attribute (such as another `forward`) changes one of them.
         modules = list(model.modules())
-        self._modules, self._types = modules, list(map(type, modules))
+        self._modules = modules[1:]  # the model itself must not be kept alive
+        self._types = list(map(type, self._modules))
         self._attributes = [vars(module) for module in modules]
         tables = [torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks]
         for module in modules:
@@ -215,7 +216,7 @@ class _Recording:
     ) -> Callable[[torch.Tensor], torch.Tensor]:
         """The model's own layers, in a CUDA graph with tensors of its own: ids, states, logits."""
         input_ids, logits = input_ids.clone(), None
-        decoder = model.model
+        decoder, head = model.model, model.lm_head
         block = type(decoder.layers[0]).forward
         if kind == "compiled":
             # One compilation serves all layers.
@@ -228,7 +229,7 @@ class _Recording:
             hidden = decoder.embed(input_ids)
             for layer, states in zip(decoder.layers, self.states, strict=True):
                 hidden = block(layer, hidden, *states, *arguments)[0]
-            logits = model.lm_head(decoder.final_norm(hidden))
+            logits = head(decoder.final_norm(hidden))
 
         replay = record_cuda_graph(step)
 

@@ -1,19 +1,27 @@
-"""A run that fails must not end as one that succeeded.
+"""A run that fails must not end as one that succeeded, and one that is ended must end.
 
 GPT-NeoX ends many failures by a printed line and `exit()`, whose exit code is 0, trains nothing
 without a word where it finds no data to train on, and DeepSpeed's launcher exits with 0 where a
-signal has killed what it started.
+signal has killed what it started. `deepy.py` starts DeepSpeed's launcher, and that the ranks, of
+which none is told when `deepy.py` is terminated or killed: they trained on, beside the next run.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, NoReturn
+
+import psutil
+
+from megatron_patch.neox.save_lock import HOLDER
+from megatron_patch.neox.watchdog import VARIABLE as WATCHDOG_SECONDS
 
 
 def end_run(message: str) -> NoReturn:
@@ -69,18 +77,61 @@ def fail_where_it_failed(is_concerned: Callable[[Any], bool], replace: Callable)
     replace(generate_samples_interactive, generate_until_interrupted)
 
 
+_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+_libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
 class _Child(subprocess.Popen):
-    """A process that, killed by signal n, has the exit code 128 + n, as for a shell."""
+    """A process that ends with this one, be this killed, and to which SIGINT and SIGTERM are passed
+    on. Ended by signal n, it has the exit code 128 + n, as for a shell."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, preexec_fn=_end_with_parent, **kwargs)
+        self.passed_on = 0
+        # DeepSpeed sets its own after this where it starts processes by pdsh.
+        ends = (signal.SIGINT, signal.SIGTERM)
+        self.handlers = {number: signal.signal(number, self._pass_on) for number in ends}
+
+    def _pass_on(self, number: int, frame: Any) -> None:
+        self.passed_on = number
+        self.terminate()
 
     def wait(self, timeout: float | None = None) -> int:
         code = super().wait(timeout)
-        if code < 0:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        if self.passed_on:
+            self.returncode = code = 128 + self.passed_on
+        elif code < 0:
             self.returncode = code = 128 - code
         return code
 
 
+def _end_with_parent(number: int = signal.SIGTERM) -> None:
+    """Linux alone: on others, what SIGKILL leaves behind goes on."""
+    if _libc is not None:
+        _libc.prctl(_PR_SET_PDEATHSIG, number)
+
+
 def fail_where_the_launched_was_killed() -> None:
-    """DeepSpeed's launcher passes on positive exit codes alone."""
+    """DeepSpeed's launcher starts them, and passes on positive exit codes alone."""
     from deepspeed.launcher import runner
 
     runner.subprocess = SimpleNamespace(**{**vars(subprocess), "Popen": _Child})
+    for variable in (HOLDER, WATCHDOG_SECONDS):  # for ranks on other hosts
+        if variable not in runner.EXPORT_ENVS:
+            runner.EXPORT_ENVS.append(variable)
+
+
+def end_with_launcher() -> None:
+    """Lets a rank that DeepSpeed's launcher started on this host end when that is killed. Others,
+    such as Slurm's, end what they start, and may fork in a thread, whose end would count."""
+    if "CROSS_RANK" not in os.environ:
+        return
+    _end_with_parent(signal.SIGKILL)
+    try:
+        is_there = "deepspeed.launcher.launch" in " ".join(psutil.Process(os.getppid()).cmdline())
+    except psutil.Error:
+        is_there = False
+    if not is_there:  # it was killed before
+        sys.exit(1)

@@ -12,19 +12,23 @@ import sys
 from megatron_patch.architecture import SettingsError
 
 
-def count_ranks(args) -> None:
+def count_ranks(args) -> int:
     """Sets `global_num_gpus` to the number of ranks that DeepSpeed's launcher will start.
 
     Args:
         args: GPT-NeoX's settings in the launcher, before values are derived from them.
+
+    Returns:
+        the number of hosts.
 
     Raises:
         SettingsError: the settings give another `global_num_gpus`, or hosts or slots that are not
             there.
     """
     if args.autotuning_run is not None:
-        return  # DeepSpeed varies the number
-    ranks = _ranks_to_start(args)
+        return 1  # DeepSpeed varies the number
+    of_hosts = _ranks_to_start(args)
+    ranks = sum(of_hosts)
     if not ranks:
         raise SettingsError(
             "distributed_backend: found no GPU, wanted one, or gloo, which trains on the CPU"
@@ -35,11 +39,12 @@ def count_ranks(args) -> None:
             "num_gpus, include, exclude and hostfile start"
         )
     args.global_num_gpus = ranks
+    return len(of_hosts)
 
 
-def _ranks_to_start(args) -> int:
-    """As `main` of `deepspeed.launcher.runner` chooses hosts and slots, from the arguments that
-    GPT-NeoX gives it."""
+def _ranks_to_start(args) -> list[int]:
+    """On each host. As `main` of `deepspeed.launcher.runner` chooses hosts and slots, from the
+    arguments that GPT-NeoX gives it."""
     from deepspeed.accelerator import get_accelerator
     from deepspeed.launcher import runner
 
@@ -54,13 +59,13 @@ def _ranks_to_start(args) -> int:
         if not hosts:
             visible = os.environ.get(get_accelerator().visible_devices_envs()[0])
             if visible and not (include or exclude or num_gpus or num_nodes > 1):
-                return len(visible.split(","))
+                return [len(visible.split(","))]
             hosts = {"localhost": get_accelerator().device_count()}
         slots = runner.parse_inclusion_exclusion(hosts, include, exclude)
     except ValueError as error:
         raise SettingsError(f"hostfile, include, exclude: {error}") from None
     chosen = list(slots.values())[: num_nodes or None]
-    return sum(num_gpus or len(of_host) for of_host in chosen)
+    return [num_gpus or len(of_host) for of_host in chosen]
 
 
 def check_running_ranks(args) -> None:

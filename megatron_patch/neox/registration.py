@@ -22,24 +22,29 @@ import torch
 
 from megatron_patch.architecture import SettingsError
 from megatron_patch.neox.cpu_mode import activate_cpu_mode
+from megatron_patch.neox.damage import comparing_files
 from megatron_patch.neox.endings import (
     end_run,
+    end_with_launcher,
     fail_where_it_failed,
     fail_where_the_launched_was_killed,
 )
 from megatron_patch.neox.flops import flops_per_second
 from megatron_patch.neox.gradient_norm import repair_gradient_norm
 from megatron_patch.neox.index_maps import name_index_maps_after_data
+from megatron_patch.neox.launchers import check_launcher, name_rank
 from megatron_patch.neox.limits import check_limits
 from megatron_patch.neox.norm import SimpleRMSNorm
 from megatron_patch.neox.ranks import check_running_ranks, count_ranks
 from megatron_patch.neox.replicas import check_replicas, share_random_state
 from megatron_patch.neox.resume import check_load, go_on_from_save
-from megatron_patch.neox.run_checks import check_run, program
+from megatron_patch.neox.run_checks import check_backend, check_run, program
+from megatron_patch.neox.save_lock import check_holder, check_save, hold_save
 from megatron_patch.neox.saving import check_saving, delete_old_checkpoints
 from megatron_patch.neox.settings import check_settings, export_warning
 from megatron_patch.neox.tokenizer import repair_gpt2_tokenizer
 from megatron_patch.neox.value_checks import check_values
+from megatron_patch.neox.watchdog import watch_ranks, watchdog_seconds
 from megatron_patch.neox.yaml_config import merge_yaml_texts, read_yaml, settle
 
 LAYER_TYPE = "metala"
@@ -66,6 +71,7 @@ def register() -> None:
     name_index_maps_after_data(_replace)
     _check_running_ranks()
     _check_saved_checkpoints()
+    _check_loaded_files()
     _fix_pipeline_validation()
     _forget_earlier_prompts()
     _gather_logits_for_inference()
@@ -73,7 +79,8 @@ def register() -> None:
     _log_to_wandb()
     repair_gpt2_tokenizer()
     repair_gradient_norm(LAYER_TYPE)
-    fail_where_it_failed(lambda neox_args: LAYER_TYPE in neox_args.attention_config, _replace)
+    for repair in (fail_where_it_failed, watch_ranks):
+        repair(lambda neox_args: LAYER_TYPE in neox_args.attention_config, _replace)
 
 
 def _replace(original: Any, replacement: Any) -> None:
@@ -126,6 +133,9 @@ def _read_settings() -> None:
             fail_where_the_launched_was_killed()
             go_on_from_save(neox_args)
         check_load(neox_args)  # before GPT-NeoX prints all settings
+        if _is_metala(neox_args):
+            watchdog_seconds()
+            hold_save(neox_args)
         return neox_args
 
     NeoXArgs.from_ymls = classmethod(from_ymls)
@@ -162,7 +172,7 @@ def _check_settings_at_start() -> None:
         # need otherwise has been checked.
         check_saving(self)
         if is_launcher:
-            count_ranks(self)
+            check_launcher(self, count_ranks(self))
         key_heads, self.num_kv_heads = self.num_kv_heads, None
         try:
             post_init(self)
@@ -180,12 +190,19 @@ def _check_settings_at_start() -> None:
         def consume_or_exit(cls, *args, **kwargs):
             nonlocal is_launcher
             is_launcher = name == "consume_deepy_args"
+            if not is_launcher:
+                name_rank()
             try:
                 neox_args = consume(cls, *args, **kwargs)
+                is_on_cpu = neox_args.distributed_backend == "gloo"
+                if not is_launcher or (is_on_cpu and not torch.cuda.is_available()):
+                    check_backend(neox_args)
                 if is_launcher:
                     check_limits(neox_args)
                     _say_what_cannot_be_exported(neox_args)
                 else:
+                    if _is_metala(neox_args):
+                        end_with_launcher()
                     check_load(neox_args)
             except SettingsError as error:
                 end_run(str(error))
@@ -288,7 +305,10 @@ def _initialize_without_cuda() -> None:
     @functools.wraps(initialize_megatron)
     def initialize_anywhere(neox_args, allow_no_cuda=False):
         on_cpu = neox_args.distributed_backend == "gloo" and not torch.cuda.is_available()
-        return initialize_megatron(neox_args, allow_no_cuda=allow_no_cuda or on_cpu)
+        result = initialize_megatron(neox_args, allow_no_cuda=allow_no_cuda or on_cpu)
+        if LAYER_TYPE in neox_args.attention_config:
+            check_save(neox_args)
+        return result
 
     _replace(initialize_megatron, initialize_anywhere)
 
@@ -328,10 +348,24 @@ def _check_saved_checkpoints() -> None:
         if LAYER_TYPE in neox_args.attention_config:
             group, source = mpu.get_model_parallel_group(), mpu.get_model_parallel_src_rank()
             check_replicas(model.module, group, source)
+            check_holder(neox_args.save)
         save_checkpoint(neox_args, iteration, model, *args, **kwargs)
 
     _replace(save_checkpoint, save_equal_replicas)
     _replace(checkpointing.delete_old_checkpoints, delete_old_checkpoints)
+
+
+def _check_loaded_files() -> None:
+    from megatron.checkpointing import load_checkpoint
+
+    @functools.wraps(load_checkpoint)
+    def load_undamaged(neox_args, *args, **kwargs):
+        if LAYER_TYPE not in neox_args.attention_config:
+            return load_checkpoint(neox_args, *args, **kwargs)
+        with comparing_files():
+            return load_checkpoint(neox_args, *args, **kwargs)
+
+    _replace(load_checkpoint, load_undamaged)
 
 
 def _fix_pipeline_validation() -> None:

@@ -7,11 +7,12 @@ import math
 import os
 from pathlib import Path
 
-import torch
-
 from megatron_patch.architecture import SettingsError
+from megatron_patch.neox.checkpoint_files import check_files
 from megatron_patch.neox.run_checks import program
-from megatron_patch.neox.yaml_config import merge_yaml_texts
+from megatron_patch.neox.yaml_config import SUFFIXES, merge_yaml_texts, read_yaml
+from megatron_patch.steps import latest_step, saved_steps
+from megatron_patch.torch_file import UnreadableFile, load_safely
 
 
 def go_on_from_save(args) -> None:
@@ -27,13 +28,13 @@ def go_on_from_save(args) -> None:
     Raises:
         SettingsError: `save` holds steps that began elsewhere.
     """
-    if not _is_training(args) or not args.save or not list(Path(args.save).glob("global_step*")):
+    if not _is_training(args) or not args.save or not _saved("save", Path(args.save)):
         return
     if not args.finetune and args.load and _is_same(args.load, args.save):
         return
     step = _latest_step("save", Path(args.save))
-    configs = sorted((step / "configs").glob("*"))
-    saved = merge_yaml_texts({str(file): file.read_text() for file in configs})
+    configs = [f for f in sorted((step / "configs").glob("*")) if f.suffix in SUFFIXES]
+    saved = merge_yaml_texts(read_yaml(configs), in_order=False)
     own = merge_yaml_texts(args.config_files or {})
     for name, default in {"load": None, "finetune": False, "iteration": None}.items():
         before, now = saved.get(name, default), own.get(name, default)
@@ -81,7 +82,7 @@ def check_load(args) -> None:
 def _find_step(args) -> Path | None:
     """The `global_stepN` folder, `None` at a first start."""
     folder = Path(args.load)
-    saved = sorted(p.name for p in folder.glob("global_step*")) if folder.is_dir() else []
+    saved = _saved("load", folder)
     if args.iteration is not None:
         wanted = f"global_step{args.iteration}"
         if wanted not in saved:
@@ -89,7 +90,7 @@ def _find_step(args) -> Path | None:
                 f"load: found {saved or 'no checkpoint'} in {folder}, wanted {wanted}"
             )
         return folder / wanted
-    if saved or (folder / "latest").is_file():
+    if saved or os.path.lexists(folder / "latest"):
         return _latest_step("load", folder)
     same_folder = args.save is not None and _is_same(args.save, args.load)
     if args.finetune or args.no_load_optim or not same_folder:
@@ -97,35 +98,44 @@ def _find_step(args) -> Path | None:
     return None
 
 
+def _saved(setting: str, folder: Path) -> list[str]:
+    """The names of the iterations' folders."""
+    try:
+        return [f"global_step{step}" for step in saved_steps(folder)]
+    except ValueError as error:
+        raise SettingsError(f"{setting}: {error}") from None
+
+
 def _latest_step(setting: str, folder: Path) -> Path:
-    saved = sorted(p.name for p in folder.glob("global_step*"))
-    latest = folder / "latest"
-    if not latest.is_file():
+    saved = _saved(setting, folder)
+    if not (folder / "latest").is_file():
         raise SettingsError(
             f"{setting}: found {saved} in {folder}, wanted a file `latest` naming one"
         )
-    tag = latest.read_text().strip()
-    if not (folder / tag).is_dir():
-        raise SettingsError(f"{setting}: {latest} names {tag!r}, which is not there; found {saved}")
-    return folder / tag
+    try:
+        return latest_step(folder)
+    except ValueError as error:
+        raise SettingsError(f"{setting}: {error}; found {saved}") from None
 
 
 def _check_states(args, step: Path, is_training: bool) -> None:
-    """By the first rank's file: whether its layout is that of the settings, and whether it has all
-    that will be loaded. GPT-NeoX ends with exit code 0 where it misses the random states."""
-    if os.environ.get("RANK", "0") != "0" or (args.checkpoint or {}).get("load_universal"):
+    """By the first rank's file, which is read without running what is in it: whether its layout is
+    that of the settings, and whether it has all that will be loaded, the files of other ranks too.
+    GPT-NeoX ends with exit code 0 where it misses the random states."""
+    if os.environ.get("RANK", "0") != "0":
         return
+    if any((args.checkpoint or {}).get(f) for f in ("load_universal", "use_node_local_storage")):
+        return  # other files, or on each node its own
     # GPT-NeoX generates and evaluates without ZeRO, whatever the settings say.
     stage = (args.zero_optimization or {}).get("stage", 0) if is_training else 0
     whole, partitioned = (step / f"{p}mp_rank_00_model_states.pt" for p in ("", "zero_pp_rank_0_"))
     file = whole if whole.is_file() else partitioned
-    if not file.is_file():
-        return
     try:
-        # As DeepSpeed loads it, but mapped: tensors are not read.
-        states = torch.load(file, map_location="cpu", weights_only=False, mmap=True)
-    except Exception:  # DeepSpeed, which reads other files too, will say what is the matter
-        return
+        states = load_safely(file if file.is_file() else whole)
+    except UnreadableFile as error:
+        raise SettingsError(f"load: {error}") from None
+    if not isinstance(states, dict):
+        raise SettingsError(f"load: {file}: found a {type(states).__name__}, wanted states by name")
 
     def refuse(setting: str, found: object, wanted: object) -> None:
         raise SettingsError(f"{setting}: found {found!r}, wanted {wanted}")
@@ -140,15 +150,31 @@ def _check_states(args, step: Path, is_training: bool) -> None:
     if file is whole and (states.get("module") is None) != (args.pipe_parallel_size > 0):
         wanted = "at least 1" if states.get("module") is None else "0"
         refuse("pipe_parallel_size", args.pipe_parallel_size, f"{wanted}, {another}")
-    saved_args = states.get("args", {})
+    saved_args = _mapping(states.get("args"))
     saved = saved_args.get("model_parallel_size", args.model_parallel_size)
     if saved != args.model_parallel_size:
         refuse("model_parallel_size", args.model_parallel_size, f"{saved}, {another}")
+    model_ranks = _count(states.get("mp_world_size"))
+    stages = model_ranks and model_ranks // max(args.model_parallel_size, 1)
+    if file is whole and not args.finetune and is_training and args.pipe_parallel_size:
+        if stages not in (None, args.pipe_parallel_size):
+            refuse("pipe_parallel_size", args.pipe_parallel_size, f"{stages}, {another}")
     for name, saved in saved_args.items():  # GPT-NeoX asserts that they are equal
         if (found := getattr(args, name, None)) is not None and found != saved:
             refuse(name, found, f"{saved!r}, as in {file}")
     if not args.finetune:
         _check_run(args, states, file, is_training, stage, refuse)
+    if "metala" in (args.attention_config or ()):
+        data_ranks = _count(states.get("dp_world_size"))
+        check_files(args, step, stage, model_ranks, data_ranks)
+
+
+def _mapping(value: object) -> dict:
+    return value if isinstance(value, dict) else {}
+
+
+def _count(value: object) -> int | None:
+    return value if isinstance(value, int) and 0 < value < 1_000_000 else None
 
 
 def _check_run(args, states: dict, file: Path, is_training: bool, stage: int, refuse) -> None:
@@ -176,8 +202,8 @@ def _check_optimizer(args, states: dict, file: Path, stage: int, refuse) -> None
     or_else = f"as in {file}, or finetune: true, which loads the weights alone"
     optimizer = states.get("optimizer")
     if not stage:
-        if optimizer is None:
-            saved = (states.get("ds_config") or {}).get("zero_optimization") or {}
+        if not isinstance(optimizer, dict):
+            saved = _mapping(_mapping(states.get("ds_config")).get("zero_optimization"))
             refuse("zero_optimization.stage", 0, f"{saved.get('stage', '1 or 2')}, {or_else}")
         is_float32 = "param_groups" in optimizer  # else DeepSpeed wraps it
         if is_float32 != (args.precision == "fp32"):
@@ -191,8 +217,9 @@ def _check_optimizer(args, states: dict, file: Path, stage: int, refuse) -> None
         if other.is_file():
             wanted = "another one" if is_bfloat16 else "bfloat16"
             refuse("precision", args.precision, f"{wanted}, {or_else}")
-        refuse("zero_optimization.stage", stage, f"0, {or_else}")
-    saved = states.get("dp_world_size")
+        if optimizer is not None:  # else ZeRO's file is missing
+            refuse("zero_optimization.stage", stage, f"0, {or_else}")
+    saved = _count(states.get("dp_world_size"))
     ranks = max(args.model_parallel_size, 1) * max(args.pipe_parallel_size, 1)
     if saved and args.global_num_gpus and args.global_num_gpus != saved * ranks:
         refuse(

@@ -6,7 +6,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megatron_patch.architecture import SettingsError, expand_attention_config
+import torch
+
+from megatron_patch.architecture import (
+    METALA,
+    Architecture,
+    SettingsError,
+    expand_attention_config,
+)
+from megatron_patch.ops.backends import obstacle
 
 
 def program(args: Any) -> str:
@@ -44,6 +52,27 @@ def check_run(args: Any) -> None:
         _check_training(args)
     elif args.return_logits:
         _refuse(args, "return_logits", "false: GPT-NeoX writes them past the end of their table")
+
+
+def check_backend(args: Any) -> None:
+    """Checks that the operator's backend, where one is asked for by name, can run on this machine:
+    on each rank's own, or in the launcher of a run on the CPU.
+
+    Raises:
+        SettingsError: it cannot; the line says why.
+    """
+    if METALA not in args.attention_config:
+        return
+    model = Architecture.from_neox(args)
+    if model.metala.backend == "auto":
+        return
+    on_cpu = args.distributed_backend == "gloo" and not torch.cuda.is_available()
+    device = torch.device("cpu") if on_cpu else torch.device("cuda", args.local_rank or 0)
+    dtype = {"fp16": torch.float16, "bfloat16": torch.bfloat16}.get(args.precision, torch.float32)
+    sizes = {"K": model.key_width, "V": model.value_width}
+    reason = obstacle("meta_linear_attention", model.metala.backend, dtype, device, **sizes)
+    if reason is not None:
+        _refuse(args, "metala.backend", f"auto or chunked: {reason}")
 
 
 def _check_tokenizer(args: Any) -> None:

@@ -5,7 +5,6 @@ Where a key is given more than once the last value stands, and a line says so.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -14,12 +13,13 @@ from typing import Any
 import yaml
 
 from megatron_patch.architecture import SettingsError
+from megatron_patch.files import read_text
 
 # GPT-NeoX reads the last as YAML too.
 SUFFIXES = (".yml", ".yaml", ".json")
-# More is no file of settings, and PyYAML would read it for minutes. Aliases, each of which repeats
-# what it names, may make exponentially many values of a few lines.
-MAX_CHARACTERS, MAX_VALUES = 2**19, 100_000
+MAX_BYTES = 2**20
+MAX_VALUES = 100_000  # with what aliases repeat, which may be more than any memory holds
+MAX_DIGITS = 40
 
 
 def merge_yaml(paths: Iterable[str | Path]) -> dict[str, Any]:
@@ -44,30 +44,30 @@ def read_yaml(paths: Iterable[str | Path]) -> dict[str, str]:
         name = str(path) if str(path).endswith(SUFFIXES) else f"{path}.yml"
         if name in texts:
             raise SettingsError(f"{name}: the file is given twice")
-        texts[name] = _read_text(name)
+        try:
+            texts[name] = read_text(Path(name), max_bytes=MAX_BYTES)
+        except OSError as error:
+            raise SettingsError(f"{name}: cannot be read: {error.strerror}") from None
     return texts
 
 
-def _read_text(name: str) -> str:
-    if os.path.exists(name) and not os.path.isfile(name):
-        raise SettingsError(f"{name}: found no regular file, wanted settings")
-    try:
-        with open(name, encoding="utf-8") as file:
-            text = file.read(MAX_CHARACTERS + 1)
-    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or NUL in the name
-        raise SettingsError(f"{name}: cannot be read: {error}") from None
-    if len(text) > MAX_CHARACTERS:
-        raise SettingsError(f"{name}: found more than {MAX_CHARACTERS:,} characters of settings")
-    return text
+def merge_yaml_texts(texts: Mapping[str, str], in_order: bool = True) -> dict[str, Any]:
+    """As :func:`merge_yaml`, from texts by file name.
 
-
-def merge_yaml_texts(texts: Mapping[str, str]) -> dict[str, Any]:
-    """As :func:`merge_yaml`, from texts by file name, e.g. those a GPT-NeoX checkpoint carries."""
+    Args:
+        in_order: whether the files have one. Those that a checkpoint carries have none, and may not
+            give a key two values.
+    """
     merged: dict[str, Any] = {}
     origin: dict[str, str] = {}
     for name, text in texts.items():
         for key, value in _top_level_items(name, text):
-            if key in merged:
+            if key in merged and merged[key] != value:
+                if not in_order and origin[key] != name:
+                    raise SettingsError(
+                        f"{name}: {key}: found {value!r}, and {merged[key]!r} in {origin[key]}, "
+                        "wanted one value"
+                    )
                 print(
                     f"MetaLA: {key}: {value!r} of {name} stands, not {merged[key]!r} of "
                     f"{origin[key]}",
@@ -94,6 +94,8 @@ def settle(texts: Mapping[str, str]) -> dict[str, str]:
 def _top_level_items(name: str, text: str) -> list[tuple[str, Any]]:
     """(key, value) in file order, '-' in a key written '_'. PyYAML would keep the last of two equal
     keys without a word."""
+    if len(text) > MAX_BYTES:
+        raise SettingsError(f"{name}: found {len(text):,} characters, wanted at most {MAX_BYTES:,}")
     try:
         loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
@@ -101,8 +103,7 @@ def _top_level_items(name: str, text: str) -> list[tuple[str, Any]]:
             return []
         if not isinstance(node, yaml.MappingNode):
             raise SettingsError(f"{name}: found a {node.id}, wanted a mapping of settings")
-        if _count_values(node, {}) > MAX_VALUES:
-            raise SettingsError(f"{name}: found more than {MAX_VALUES:,} values, wanted settings")
+        _count_values(name, node, {})
         loader.flatten_mapping(node)
         return [
             (
@@ -113,24 +114,33 @@ def _top_level_items(name: str, text: str) -> list[tuple[str, Any]]:
         ]
     except SettingsError:
         raise
-    except Exception as error:  # also what Python's own conversions raise, of !!int and dates say
-        reason = " ".join(str(error).split()) or type(error).__name__
+    except RecursionError:
+        raise SettingsError(f"{name}: not YAML: nested too deeply") from None
+    except Exception as error:  # PyYAML raises what Python does of a date, a number, an empty text
+        reason = " ".join(str(error).split())
         raise SettingsError(f"{name}: not YAML: {reason}") from None
 
 
-def _count_values(node: yaml.Node, counts: dict[yaml.Node, int | None]) -> int:
-    """How many values a node stands for, those of aliases each time that they are named.
+def _count_values(name: str, node: yaml.Node, counted: dict[int, int | None]) -> int:
+    """The number of values in a node, those that aliases repeat counted each time.
 
     Raises:
-        ValueError: a node holds itself.
+        SettingsError: there are too many, or a value holds itself, or a number is too long.
     """
-    if node in counts:
-        if counts[node] is None:
-            raise ValueError("a value holds itself")
-        return counts[node]
-    counts[node] = None
-    children = [] if isinstance(node, yaml.ScalarNode) else node.value
-    if isinstance(node, yaml.MappingNode):
-        children = [part for pair in node.value for part in pair]
-    counts[node] = 1 + sum(_count_values(child, counts) for child in children)
-    return counts[node]
+    if id(node) in counted:
+        if counted[id(node)] is None:
+            raise SettingsError(f"{name}: not YAML of settings: a value holds itself")
+        return counted[id(node)]
+    counted[id(node)] = None
+    if isinstance(node, yaml.ScalarNode):
+        if node.tag == "tag:yaml.org,2002:int" and len(node.value) > MAX_DIGITS:
+            raise SettingsError(f"{name}: found a number of {len(node.value)} digits")
+        total = 1
+    else:
+        is_mapping = isinstance(node, yaml.MappingNode)
+        parts = [part for pair in node.value for part in pair] if is_mapping else node.value
+        total = 1 + sum(_count_values(name, part, counted) for part in parts)
+    if total > MAX_VALUES:
+        raise SettingsError(f"{name}: found more than {MAX_VALUES:,} values, aliases included")
+    counted[id(node)] = total
+    return total

@@ -27,6 +27,16 @@ NEW = {"config.json": "new", "weights": "new" * 1000}
 OPERATIONS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "os.scandir"}
 
 
+def has(mark: str) -> Callable[[Path], None]:
+    """Lets a folder be replaced that holds a file of this name."""
+
+    def check(folder: Path) -> None:
+        if not (folder / mark).is_file():
+            raise ConvertError(f"{folder} holds no {mark}")
+
+    return check
+
+
 def contents(folder: Path) -> dict[str, str] | None:
     if not folder.exists():
         return None
@@ -34,7 +44,7 @@ def contents(folder: Path) -> dict[str, str] | None:
 
 
 def write_new(target: Path) -> None:
-    with complete_folder(target, overwrite=True, mark="config.json") as folder:
+    with complete_folder(target, overwrite=True, check=has("config.json")) as folder:
         for name, text in NEW.items():
             (folder / name).write_text(text)
 
@@ -118,7 +128,7 @@ def test_a_folder_being_replaced_is_put_back(tmp_path, capfd):
     old.mkdir()
     (old / "config.json").write_text("old")
     with pytest.raises(ZeroDivisionError):
-        with complete_folder(tmp_path / "hf", overwrite=True, mark="config.json"):
+        with complete_folder(tmp_path / "hf", overwrite=True, check=has("config.json")):
             raise ZeroDivisionError
     assert contents(tmp_path / "hf") == {"config.json": "old"}
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
@@ -195,16 +205,18 @@ def test_the_current_folder_can_be_the_target(tmp_path, monkeypatch, overwrite):
     if overwrite:
         (target / "mark").touch()
     monkeypatch.chdir(target)
-    with complete_folder(Path(), overwrite, mark="mark") as folder:
+    with complete_folder(Path(), overwrite, check=has("mark")) as folder:
         (folder / "mark").write_text("new")
     assert Path("mark").read_text() == "new" and Path.cwd() == target
 
 
 def test_what_a_running_conversion_writes_is_left_alone(tmp_path, capfd):
     with pytest.raises(ConvertError, match="hf exists already"):
-        with complete_folder(tmp_path / "hf", overwrite=False, mark="config.json") as folder:
+        with complete_folder(tmp_path / "hf", overwrite=False, check=has("config.json")) as folder:
             (folder / "config.json").write_text("first")
-            with complete_folder(tmp_path / "hf", overwrite=False, mark="config.json") as other:
+            with complete_folder(
+                tmp_path / "hf", overwrite=False, check=has("config.json")
+            ) as other:
                 (other / "config.json").write_text("second")
             assert f"{folder} belongs to another conversion" in capfd.readouterr().err
             assert contents(folder) == {"config.json": "first"}

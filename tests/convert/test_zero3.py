@@ -17,6 +17,7 @@ from convert.neox_to_hf import neox_to_hf
 from convert.reshape_neox import reshape_neox
 from convert.zero3_checkpoint import Zero3Checkpoint
 from tests.convert.synthetic import Model, rank_layers, write
+from tests.damage import flip_bit
 from tests.neox.training import settings, train
 
 
@@ -178,6 +179,7 @@ def cut(states: dict) -> None:
             "mp_rank_01.*: ZeRO stage 3 with model_parallel_size above 1",
         ),
         (lambda step: damage(step / OPTIMIZER_1, cut), "rank_1.*: fp32_flat_groups have sizes"),
+        (lambda step: flip_bit(step / OPTIMIZER_1), r"rank_1.*: damaged: fp32_flat_groups\[\d"),
         (
             lambda step: damage(step / OPTIMIZER_1, lambda s: s.update(extra=Attack())),
             "optim_states.pt: refused: reading it would run code",

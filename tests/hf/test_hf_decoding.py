@@ -649,13 +649,15 @@ def test_graphs_on_a_gpu(tiny_model, tokens, batch, dtype):
     assert (logits(model, "compiled") - wanted).norm() < 1.5 * error + 1e-6 * wanted.norm()
 
 
-@GPU
-def test_a_model_is_not_kept_alive(tiny_model, tokens):
-    model = tiny_model().cuda()
-    model.generate(tokens(1, 5).cuda(), max_new_tokens=3, **NO_END,
-                   past_key_values=MetaLACache(model.config, decoding_graph="eager"))  # fmt: skip
+def test_a_model_is_not_kept_alive(tiny_model, tokens, recorded, device):
+    model = tiny_model().to(device)
+    cache = MetaLACache(model.config, decoding_graph="eager")
+    ids = tokens(1, 5).to(device)
+    model.generate(ids, max_new_tokens=3, past_key_values=cache, **NO_END)
+    assert len(recorded) == 1
     gone = weakref.ref(model)
     del model
+    recorded.clear()
     gc.collect()
     assert gone() is None
 

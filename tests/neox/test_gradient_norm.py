@@ -76,6 +76,7 @@ def norm_of(ranks: list[dict[str, torch.Tensor]]) -> float:
             "pipe_parallel_size": 2,
             "num_gpus": 4,
             "norm": "layernorm",
+            "rms_norm_epsilon": 1e-8,  # GPT-NeoX's, since this norm does not read it
             "no_weight_tying": False,
         },
         # The second stage has no parameter without weight decay.

@@ -95,7 +95,8 @@ REFUSED = [
     ),
     # what GPT-NeoX itself refuses
     ({"min_lr": 1.0}, "GPT-NeoX refuses the settings: "),
-    ({"save": "checkpoints"}, "GPT-NeoX refuses the settings: "),
+    # no checkpoint would be written
+    ({"save": "checkpoints"}, "checkpoint_factor: found none, wanted the number of steps"),
 ]
 
 ACCEPTED = [

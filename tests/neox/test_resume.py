@@ -1,12 +1,15 @@
 """A `load` that finds no checkpoint stops the run, unless the run is a first start; what cannot be
 loaded is refused in one line; a run that was stopped goes on from `save`."""
 
+import pathlib
 from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 
+from convert.command import ConvertError
+from convert.neox_checkpoint import find_step
 from megatron_patch.architecture import SettingsError
 from megatron_patch.neox.resume import check_load, go_on_from_save
 from tests.neox.process import NeoXProcess
@@ -35,6 +38,9 @@ def settings(load, **changes) -> SimpleNamespace:
         lr_decay_iters=None,
         lr_decay_fraction=None,
         train_iters=20,
+        attention_config=["metala"] * 2,
+        num_layers=2,
+        no_weight_tying=True,
         override_lr_scheduler=False,
         use_checkpoint_lr_scheduler=False,
     )
@@ -43,8 +49,26 @@ def settings(load, **changes) -> SimpleNamespace:
 
 def save_step(folder, step: int, latest: bool = True) -> None:
     (folder / f"global_step{step}").mkdir(parents=True)
+    torch.save(STATES, folder / f"global_step{step}/mp_rank_00_model_states.pt")
     if latest:
         (folder / "latest").write_text(f"global_step{step}")
+
+
+SCHEDULE = {
+    "start_lr": 1e-3,
+    "min_lr": 1e-4,
+    "decay_style": "cosine",
+    "end_iter": 20,
+    "warmup_iter": 2.0,
+    "num_iters": 10,
+}
+STATES = {
+    "module": {},
+    "optimizer": {"param_groups": []},
+    "lr_scheduler": SCHEDULE,
+    "random_rng_state": (3, (1, 2), None),
+    "args": {"model_parallel_size": 1},
+}
 
 
 def test_a_first_start_and_a_resumption_pass(tmp_path):
@@ -83,11 +107,47 @@ def test_checkpoints_without_latest_do_not_start_anew(tmp_path):
         check_load(settings(str(tmp_path)))
 
 
-def test_latest_must_name_a_checkpoint(tmp_path):
-    save_step(tmp_path, 10)
-    (tmp_path / "latest").write_text("global_step20")
-    with pytest.raises(SettingsError, match="latest names 'global_step20', which is not there"):
+@pytest.mark.parametrize(
+    ("content", "shown"),
+    [
+        (b"global_step20", "global_step20"),
+        (b"", ""),
+        (b".", r"\."),
+        (b"..", r"\.\."),
+        (b"global_step10/../global_step10", "global_step10/"),
+        (b"../../outside", r"\.\./\.\./outside"),
+        (b"global_step010", "global_step010"),
+        (b"global_step\xff10", r"global_step"),
+        (b"global_step10\0", "global_step10"),
+        (b"/", "/"),
+    ],
+)
+def test_latest_must_name_a_checkpoint(tmp_path, content, shown):
+    """In both adapters: GPT-NeoX goes where it leads."""
+    folder = tmp_path / "checkpoints"
+    save_step(folder, 10)
+    (tmp_path.parent / "outside").mkdir(exist_ok=True)
+    (folder / "latest").write_bytes(content)
+    named = f"latest names '{shown}.*', which is not there"
+    with pytest.raises(SettingsError, match=named):
+        check_load(settings(str(folder)))
+    with pytest.raises(SettingsError, match=named):
+        go_on_from_save(settings("base", save=str(folder)))
+    with pytest.raises(ConvertError, match=named):
+        find_step(folder, None)
+
+
+def test_latest_must_be_a_file(tmp_path):
+    (tmp_path / "latest").mkdir()
+    with pytest.raises(SettingsError, match="wanted a file `latest` naming one"):
         check_load(settings(str(tmp_path)))
+
+
+def test_the_settings_of_a_checkpoint_that_are_no_text_are_named(tmp_path):
+    save_run(tmp_path, {})
+    (tmp_path / "global_step10/configs/run.yml").write_bytes(b"\xff")
+    with pytest.raises(SettingsError, match="run.yml: cannot be read"):
+        go_on_from_save(settings("base", save=str(tmp_path)))
 
 
 @pytest.mark.parametrize("load", [None, "folder"])
@@ -97,34 +157,32 @@ def test_training_is_not_told_to_load_no_optimizer(load):
         check_load(settings(load, no_load_optim=True))
 
 
-SCHEDULE = {
-    "start_lr": 1e-3,
-    "min_lr": 1e-4,
-    "decay_style": "cosine",
-    "end_iter": 20,
-    "warmup_iter": 2.0,
-    "num_iters": 10,
-}
-
-
 def save_states(folder, **changes) -> None:
     save_step(folder, 10)
-    states = {
-        "module": {},
-        "optimizer": {"param_groups": []},
-        "lr_scheduler": SCHEDULE,
-        "random_rng_state": (3, (1, 2), None),
-        "args": {"model_parallel_size": 1},
-        **changes,
-    }
-    states = {key: value for key, value in states.items() if value != "absent"}
+    states = {key: v for key, v in {**STATES, **changes}.items() if v != "absent"}
     torch.save(states, folder / "global_step10/mp_rank_00_model_states.pt")
+
+
+# Of two layers, tensor parallel 2, pipeline parallel 2, and of ZeRO beside tensor parallel 2.
+PIPELINE_FILES = [f"mp_rank_0{rank}_model_states.pt" for rank in (1, 2, 3)] + [
+    f"layer_0{layer}-model_0{rank}-model_states.pt" for layer in (0, 2, 3, 5, 6) for rank in (0, 1)
+]
+ZERO_FILES = [
+    f"zero_pp_rank_{data}_mp_rank_0{rank}_optim_states.pt" for data in (0, 1) for rank in (0, 1)
+]
+
+
+def save_files(folder, *names: str) -> None:
+    """Files of other ranks, of a step that is there."""
+    for name in names:
+        torch.save({"weight": torch.arange(8)}, folder / "global_step10" / name)
 
 
 def test_a_checkpoint_in_the_layout_of_the_settings_passes(tmp_path):
     save_states(tmp_path / "whole")
     check_load(settings(str(tmp_path / "whole")))
-    save_states(tmp_path / "two", module=None, args={"model_parallel_size": 2})
+    save_states(tmp_path / "two", module=None, mp_world_size=4, args={"model_parallel_size": 2})
+    save_files(tmp_path / "two", *PIPELINE_FILES)
     check_load(settings(str(tmp_path / "two"), model_parallel_size=2, pipe_parallel_size=2))
     universal = {"checkpoint": {"load_universal": True}, "model_parallel_size": 4}
     check_load(settings(str(tmp_path / "two"), **universal))
@@ -142,6 +200,88 @@ def test_a_checkpoint_in_another_layout_is_named(tmp_path, states, changes, mess
     save_states(tmp_path, **states)
     with pytest.raises(SettingsError, match=message):
         check_load(settings(str(tmp_path), **changes))
+
+
+def cut(file, size: int) -> None:
+    file.write_bytes(file.read_bytes()[:size])
+
+
+@pytest.mark.parametrize("layout", ["pipeline", "ZeRO", "whole"])
+def test_every_file_of_every_rank_is_looked_at(tmp_path, layout):
+    """DeepSpeed ends in a traceback that names none of them."""
+    names, states, run = {
+        "pipeline": (
+            PIPELINE_FILES,
+            {"module": None, "mp_world_size": 4},
+            {"pipe_parallel_size": 2},
+        ),
+        "ZeRO": (
+            ["mp_rank_01_model_states.pt", *ZERO_FILES],
+            {"optimizer": None, "dp_world_size": 2},
+            {"zero_optimization": {"stage": 1}, "global_num_gpus": 4},
+        ),
+        "whole": (["mp_rank_01_model_states.pt"], {}, {}),
+    }[layout]
+    save_states(tmp_path, args={"model_parallel_size": 2}, **states)
+    save_files(tmp_path, *names)
+    args = settings(str(tmp_path), model_parallel_size=2, **run)
+    check_load(args)
+    for file in [tmp_path / "global_step10" / n for n in ("mp_rank_00_model_states.pt", *names)]:
+        content = file.read_bytes()
+        for damage, message in (
+            (lambda f: f.unlink(), "is missing"),
+            (lambda f: cut(f, 0), "truncated or no PyTorch file"),
+            (lambda f: cut(f, len(f.read_bytes()) - 8), "truncated or no PyTorch file"),
+            (lambda f: f.write_text("version https://git-lfs"), "truncated or no PyTorch file"),
+        ):
+            damage(file)
+            with pytest.raises(SettingsError, match=f"load: {file}: .*{message}"):
+                check_load(args)
+            file.write_bytes(content)
+    check_load(args)
+    if layout == "pipeline":
+        save_files(tmp_path, "layer_02-model_02-model_states.pt")
+        with pytest.raises(SettingsError, match="layer_02-model_02-.*: a file of no rank"):
+            check_load(args)
+
+
+def test_a_pipeline_that_was_cut_otherwise_is_named(tmp_path):
+    save_states(tmp_path, module=None, mp_world_size=4, args={"model_parallel_size": 2})
+    save_files(tmp_path, *PIPELINE_FILES)
+    run = {"model_parallel_size": 2, "pipe_parallel_size": 1}
+    with pytest.raises(SettingsError, match="pipe_parallel_size: found 1, wanted 2, as in"):
+        check_load(settings(str(tmp_path), **run))
+    check_load(settings(str(tmp_path), **run, finetune=True))
+
+
+@pytest.mark.parametrize("has_legacy_format", [False, True])
+def test_nothing_of_a_checkpoint_runs(tmp_path, has_legacy_format):
+    """Of a run that is refused neither: it ends in one line."""
+
+    class Hostile:
+        def __reduce__(self):
+            return (pathlib.Path.touch, (tmp_path / "ran",))
+
+    save_step(tmp_path, 10)
+    torch.save(
+        {**STATES, "more": Hostile()},
+        tmp_path / "global_step10/mp_rank_00_model_states.pt",
+        _use_new_zipfile_serialization=not has_legacy_format,
+    )
+    with pytest.raises(SettingsError, match="mp_rank_00_.*: refused: reading it would run code"):
+        check_load(settings(str(tmp_path)))
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("states", [[], {"args": 3}, {"optimizer": 3}, {"dp_world_size": "x"}])
+def test_senseless_states_end_in_one_line(tmp_path, states):
+    save_step(tmp_path, 10)
+    states = {**STATES, **states} if states else states
+    torch.save(states, tmp_path / "global_step10/mp_rank_00_model_states.pt")
+    try:
+        check_load(settings(str(tmp_path)))
+    except SettingsError as refused:
+        assert "\n" not in str(refused)
 
 
 def test_weights_alone_are_not_a_run_to_resume(tmp_path):
@@ -200,7 +340,7 @@ def test_another_model_is_named(tmp_path):
 
 def test_another_number_of_ranks_is_named_under_zero(tmp_path):
     save_states(tmp_path, optimizer=None, dp_world_size=2, args={"model_parallel_size": 2})
-    (tmp_path / "global_step10/zero_pp_rank_0_mp_rank_00_optim_states.pt").touch()
+    save_files(tmp_path, "mp_rank_01_model_states.pt", *ZERO_FILES)
     run = {"zero_optimization": {"stage": 1}, "model_parallel_size": 2}
     check_load(settings(str(tmp_path), global_num_gpus=4, **run))
     with pytest.raises(SettingsError, match="global_num_gpus: found 8, wanted 4, since ZeRO"):
@@ -281,6 +421,40 @@ def test_deepspeed_loads_what_is_not_refused(in_neox, saved, before, now, finetu
     assert (refusal is None) == (error is None) == (message is None), (refusal, error)
     if message:
         assert refusal.startswith(message)
+
+
+IN_OTHER_HANDS = """
+import json, os
+from pathlib import Path
+from megatron.training import save_checkpoint, setup_model_and_optimizer
+from megatron_patch.neox.save_lock import HOLDER, check_save
+model, optimizer, lr_scheduler, _ = setup_model_and_optimizer(neox_args)
+save = Path(neox_args.save)
+lock = save / "run.lock"
+def left(run):
+    os.environ[HOLDER] = "node1:1:0"
+    lock.write_text(json.dumps({"run": run}))
+    try:
+        save_checkpoint(neox_args, 1, model, optimizer, lr_scheduler)
+    except SystemExit as end:
+        assert end.code == 1
+    return sorted(path.name for path in save.iterdir())
+others, own = left("node2:1:0"), left("node1:1:0")
+try:
+    neox_args.save = "/proc/none"
+    check_save(neox_args)
+except SystemExit as end:
+    own.append(end.code)
+answer([others, own])
+"""
+
+
+def test_what_another_run_holds_is_not_written_to(in_neox, saved, tmp_path):
+    """Nor what a rank cannot write to, on whichever host."""
+    config = saved.settings(0, "fp32", save=str(tmp_path), checkpoint_factor=1)
+    others, own = in_neox(config, IN_OTHER_HANDS)
+    assert others == ["run.lock"]
+    assert own == ["global_step1", "latest", "run.lock", 1]
 
 
 def save_run(folder, config: dict, step: int = 10) -> None:

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_patch.architecture import GPT_NEOX_DEFAULTS, SettingsError
+from megatron_patch.neox.run_checks import check_backend
 from megatron_patch.neox.settings import check_settings, export_warning
 
 
@@ -161,3 +162,20 @@ def test_what_cannot_be_exported_is_said_before_the_training(changes, named):
     assert re.search(named, warning)
     assert "trains, but cannot be exported" in warning
     assert export_warning(settings()) is None
+
+
+@pytest.mark.parametrize("backend", ["triton", "fla"])
+def test_a_backend_that_cannot_run_here_is_named(backend, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    here = {
+        "attention_config": ["metala"] * 4,
+        "distributed_backend": "gloo",
+        "precision": "fp32",
+        "local_rank": 0,
+    }
+    check_backend(settings(**here))
+    check_backend(settings(**here, metala={"backend": "chunked"}))
+    message = rf"metala.backend: found '{backend}', wanted auto or chunked: .* cpu, wanted cuda"
+    with pytest.raises(SettingsError, match=message):
+        check_backend(settings(**here, metala={"backend": backend}))

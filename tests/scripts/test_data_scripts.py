@@ -88,16 +88,16 @@ def test_existing_data_is_not_replaced_unasked(folder, tokenizer_path, tmp_path,
 
 def test_index_maps_go_with_the_data_they_index(folder, tokenizer_path, tmp_path, run_script):
     """Those of this prefix alone, under GPT-NeoX's names and the plugin's."""
-    prefix = tmp_path / "text"
+    prefix = tmp_path / "data/text"
     arguments = (folder / "b.txt", "--output", prefix, "--tokenizer", tokenizer_path)
     assert run_script("prepare_data.py", *arguments).returncode == 0
     end = "indexmap_4ns_64sl_1234s_packedpi_ac"
     of_others = ("text_test_train_{}_doc_idx", "text2_train_{}_doc_idx", "text_train_{}")
     for name in ("text_train_{}_doc_idx", "text_valid_0_{}_sample_idx", *of_others):
-        (tmp_path / f"{name.format(end)}.npy").touch()
-    (tmp_path / f"text_0123456789abcdef_test_{end}_shuffle_idx.npy").touch()
+        (prefix.parent / f"{name.format(end)}.npy").touch()
+    (prefix.parent / f"text_0123456789abcdef_test_{end}_shuffle_idx.npy").touch()
     assert run_script("prepare_data.py", *arguments, "--overwrite").returncode == 0
-    left = {path.name for path in tmp_path.glob("*.npy")}
+    left = {path.name for path in prefix.parent.glob("*.npy")}
     assert left == {f"{name.format(end)}.npy" for name in of_others}
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_patch.hf import MetaLACache
-from megatron_patch.hf.decoding_metala import _kernel
+from megatron_patch.hf.decoding_metala import _kernel, _obstacle
 from megatron_patch.ops import backends, token_decoder
 from megatron_patch.ops.triton import decoder
 from tests.ops.decoder_steps import (
@@ -29,6 +29,7 @@ GPU = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 def no_other_kernel(monkeypatch):
     module = backends.REGISTRY["token_decoder"]["cuda"].module
     monkeypatch.setitem(backends._failures, module, "is not installed")
+    monkeypatch.setattr(backends, "_decided", {})
 
 
 @pytest.mark.parametrize(
@@ -108,7 +109,8 @@ def no_kernel(change, **sizes) -> bool:
     change(model)
     cache = MetaLACache(model.config)
     model(torch.zeros(1, 1, dtype=torch.long, device=DEVICE), past_key_values=cache)
-    return _kernel(model, states_of(cache)) is None
+    # In the order in which decoding asks.
+    return _obstacle(model, model.device) is not None or _kernel(model, states_of(cache)) is None
 
 
 def test_where_there_is_no_kernel():

@@ -1,0 +1,59 @@
+"""Opening files that somebody else may have made: regular ones alone, since a FIFO or a device has
+no end, and of a folder only what lies in it, since a link may lead to anything."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+MAX_TEXT_BYTES = 128 * 2**20  # the largest tokenizer.json have 30 MB
+
+
+def check_regular(path: Path, inside: Path | None = None) -> None:
+    """Checks that `path` is a regular file, or a link to one.
+
+    Args:
+        path: the file.
+        inside: the folder that it must really lie in. Of a snapshot in Hugging Face's cache, whose
+            files are links, the cache's `blobs` count too.
+
+    Raises:
+        OSError: it is not; `filename` and `strerror` say what is the matter.
+    """
+    try:
+        real = path.resolve(strict=True)
+    except RuntimeError:  # Python before 3.13
+        raise OSError(errno.ELOOP, "a link that leads to itself", str(path)) from None
+    except ValueError:
+        raise OSError(errno.EINVAL, "a name with a NUL character", str(path)) from None
+    if not real.is_file():
+        raise OSError(errno.EINVAL, "no regular file", str(path))
+    if inside is None:
+        return
+    folder = inside.resolve()
+    allowed = [folder]
+    if folder.parent.name == "snapshots":
+        allowed.append(folder.parent.parent / "blobs")
+    if not any(real.is_relative_to(place) for place in allowed):
+        raise OSError(errno.EPERM, f"refused: it leads out of {inside}, to {real}", str(path))
+
+
+def read_text(path: Path, inside: Path | None = None, max_bytes: int = MAX_TEXT_BYTES) -> str:
+    """The text of a regular file in UTF-8.
+
+    Args:
+        path, inside: see `check_regular`.
+        max_bytes: a larger file is refused.
+
+    Raises:
+        OSError: it cannot be had; `filename` and `strerror` say why.
+    """
+    check_regular(path, inside)
+    with path.open("rb") as file:
+        content = file.read(max_bytes + 1)
+    if len(content) > max_bytes:
+        raise OSError(errno.EFBIG, f"more than {max_bytes / 1e6:.0f} MB of text", str(path))
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise OSError(errno.EILSEQ, f"not UTF-8, at byte {error.start}", str(path)) from None
