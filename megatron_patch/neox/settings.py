@@ -80,8 +80,6 @@ def check_settings(args: Any) -> Architecture | None:
     Raises:
         SettingsError: one line that names the setting, what was found and what was wanted.
     """
-    if args.num_layers is None or args.hidden_size is None or args.num_attention_heads is None:
-        return None  # GPT-NeoX itself reports these
     if not _has_metala_layers(args):
         if args.metala is not None:
             raise SettingsError(

@@ -94,7 +94,7 @@ def _check_type(name: str, value: Any, wanted: Any) -> None:
 def _fits(value: Any, wanted: Any) -> bool:
     origin = get_origin(wanted)
     if wanted is Any:
-        return True
+        return False  # what GPT-NeoX itself puts there, and cannot check
     if origin is Literal:
         return any(type(value) is type(choice) and value == choice for choice in get_args(wanted))
     if origin is Union:
@@ -115,6 +115,7 @@ def _words(wanted: Any) -> str:
     if origin is list:
         return f"a list, each {_words(get_args(wanted)[0])}"
     return {
+        Any: "none",
         bool: "true or false",
         int: "a whole number",
         float: "a number",

@@ -24,6 +24,8 @@ REFUSED = [
     # a type
     ({"rms_norm_epsilon": "1e-6"}, "rms_norm_epsilon: found '1e-6', wanted a number, in YAML with"),
     ({"num_layers": 2.0}, "num_layers: found 2.0, wanted a whole number"),
+    ({"num_layers": None}, "num_layers: found None, wanted a whole number"),
+    ({"hidden_size": None}, "hidden_size: found None, wanted a whole number"),
     ({"num_workers": True}, "num_workers: found True, wanted a whole number"),
     ({"use_wandb": "yes"}, "use_wandb: found 'yes', wanted true or false"),
     ({"attention_config": "metala"}, "attention_config: found 'metala', wanted a list"),
@@ -159,6 +161,27 @@ def test_is_refused_in_one_line(answers, index):
 
 def test_is_accepted(answers):
     assert answers[len(REFUSED) :] == [""] * len(ACCEPTED)
+
+
+def test_any_value_of_any_setting_is_accepted_or_refused_in_one_line(in_neox, config):
+    code = """
+    import contextlib, dataclasses, io
+    from megatron_patch.architecture import SettingsError
+    junk = ["abc", "", -1, 0, 1.5, [], [[]], {"a": 1}, True, None, float("nan"), 10**30, "1e-6"]
+    wrong = []
+    for field in dataclasses.fields(NeoXArgs):
+        for value in junk:
+            try:
+                with contextlib.redirect_stdout(io.StringIO()):
+                    NeoXArgs.from_dict({**settings, field.name: value})
+            except SettingsError as error:
+                if "\\n" in str(error):
+                    wrong.append([field.name, repr(value), str(error)])
+            except Exception as error:
+                wrong.append([field.name, repr(value), repr(error)])
+    answer(wrong)
+    """
+    assert in_neox(config, code) == []
 
 
 def test_failures_of_the_ranks_have_exit_code_1(in_neox, config):
