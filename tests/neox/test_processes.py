@@ -4,7 +4,9 @@ saves where it saves."""
 from __future__ import annotations
 
 import os
+import queue
 import signal
+import threading
 from pathlib import Path
 
 import psutil
@@ -39,6 +41,15 @@ class Training:
         self.deepy = start(checkout, "train.py", config, folder, **environment)
         self.processes: list[psutil.Process] = []
         self.lines: list[str] = []
+        # What is printed is always read: a process that prints to a full pipe waits.
+        self.printed: queue.Queue[str | None] = queue.Queue()
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
+
+    def _read(self) -> None:
+        for line in self.deepy.stdout:
+            self.printed.put(line)
+        self.printed.put(None)
 
     def __enter__(self) -> Training:
         self.read_until(LOSS.search)
@@ -50,7 +61,7 @@ class Training:
         return self
 
     def read_until(self, is_found) -> None:
-        for line in self.deepy.stdout:
+        while (line := self.printed.get(timeout=120)) is not None:
             self.lines.append(line)
             if is_found(line):
                 return
@@ -61,7 +72,6 @@ class Training:
         code = self.deepy.wait(timeout=60)
         _, alive = psutil.wait_procs(self.processes, timeout=20)
         assert not alive
-        self.lines += self.deepy.stdout.readlines()
         return code
 
     def __exit__(self, *_) -> None:
@@ -72,6 +82,7 @@ class Training:
                 process.kill()
             except psutil.NoSuchProcess:
                 pass
+        self.reader.join(timeout=60)
         self.deepy.stdout.close()
 
 
