@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-from pathlib import Path
 
 from megatron_patch.architecture import SettingsError
+from megatron_patch.neox.run_checks import program
 
 MOST_DATA_SETS = 254  # `BlendableDataset` keeps their numbers in uint8, and asserts
 
@@ -28,8 +28,7 @@ def check_limits(args) -> None:
                     "blend no more"
                 )
     is_launcher = "LOCAL_RANK" not in os.environ
-    is_training = Path(args.user_script or "train.py").name == "train.py"
-    if is_launcher and is_training and args.train_iters:
+    if is_launcher and program(args) == "train.py" and args.train_iters:
         fraction = 1.0 if args.lr_decay_fraction is None else args.lr_decay_fraction
         warn_of_short_warmup(
             args.warmup, args.lr_decay_iters or max(1, math.floor(args.train_iters * fraction))

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from megatron_patch.indexed_dataset import IndexedDatasetWriter
-from tests.neox.process import NeoXProcess
 from tests.neox.training import settings
 
 DOCUMENTS = 40
@@ -21,13 +20,6 @@ before = torch.get_rng_state()
 samples = {name: [batch["text"].tolist() for batch in loader] for name, loader in loaders.items()}
 answer([samples, torch.equal(before, torch.get_rng_state())])
 """
-
-
-@pytest.fixture(scope="module")
-def in_neox(neox_checkout, tmp_path_factory):
-    process = NeoXProcess(neox_checkout, tmp_path_factory.mktemp("in_neox"))
-    yield process
-    process.close()
 
 
 @pytest.fixture

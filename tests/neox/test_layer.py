@@ -6,22 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.neox.process import NeoXProcess
-from tests.neox.training import settings
-
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-
-
-@pytest.fixture(scope="module")
-def in_neox(neox_checkout, tmp_path_factory):
-    process = NeoXProcess(neox_checkout, tmp_path_factory.mktemp("in_neox"))
-    yield process
-    process.close()
-
-
-@pytest.fixture
-def config(token_data, tokenizer_file) -> dict:
-    return settings(token_data, tokenizer_file)
 
 
 def test_parameters_and_their_marks(in_neox, config):

@@ -9,7 +9,6 @@ import pytest
 import yaml
 
 from megatron_patch.neox.endings import _Child
-from tests.neox.process import NeoXProcess
 from tests.neox.training import settings
 
 ADAM = {"type": "Adam", "params": {"lr": 1e-3}}
@@ -121,18 +120,6 @@ ACCEPTED = [
     # GPT-NeoX's own runs are left alone
     {"attention_config": None, "norm": "layernorm", "metala": None, "lr_decay_style": "Cosine"},
 ]
-
-
-@pytest.fixture(scope="module")
-def in_neox(neox_checkout, tmp_path_factory):
-    process = NeoXProcess(neox_checkout, tmp_path_factory.mktemp("in_neox"))
-    yield process
-    process.close()
-
-
-@pytest.fixture
-def config(token_data, tokenizer_file) -> dict:
-    return settings(token_data, tokenizer_file)
 
 
 @pytest.fixture(scope="module")

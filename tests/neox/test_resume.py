@@ -12,7 +12,6 @@ from convert.command import ConvertError
 from convert.neox_checkpoint import find_step
 from megatron_patch.architecture import SettingsError
 from megatron_patch.neox.resume import check_load, go_on_from_save
-from tests.neox.process import NeoXProcess
 from tests.neox.training import settings as training_settings
 
 
@@ -373,13 +372,6 @@ except Exception as failed:
     error = repr(failed)
 answer([refusal, error])
 """
-
-
-@pytest.fixture(scope="module")
-def in_neox(neox_checkout, tmp_path_factory):
-    process = NeoXProcess(neox_checkout, tmp_path_factory.mktemp("in_neox"))
-    yield process
-    process.close()
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,6 @@ import torch
 import yaml
 from transformers import PreTrainedTokenizerFast
 
-from megatron_patch.hf import MetaLAConfig, MetaLAForCausalLM
 from megatron_patch.hf.remote_code import write_model_code
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,23 +28,6 @@ needs_lm_eval = pytest.mark.skipif(
     find_spec("lm_eval") is None,
     reason="lm_eval is not installed here: scripts/test.sh runs its tests apart",
 )
-
-
-@pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    config = MetaLAConfig(
-        vocab_size=512,
-        decoder_embed_dim=32,
-        decoder_layers=2,
-        decoder_attention_heads=2,
-        glu_dim=40,
-        init_std=0.3,
-        bos_token_id=None,
-        eos_token_id=0,
-        pad_token_id=1,
-    )
-    return MetaLAForCausalLM(config).eval()
 
 
 @pytest.fixture(scope="module")
