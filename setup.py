@@ -58,7 +58,7 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["megatron_patch*", "convert*"]),
     package_data={
-        f"megatron_patch.ops.cuda.{kernel}": ["*.cu", "*.cuh"] for kernel in ("chunks", "decoder")
+        f"megatron_patch.ops.{room}": ["*.cu", "*.cuh"] for room in ("hopper", "decoding")
     },
     install_requires=["torch>=2.4", "numpy", "pydantic>=2", "pyyaml"],
     extras_require=EXTRAS,

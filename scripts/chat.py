@@ -28,9 +28,7 @@ from typing import Any
 
 import torch
 import transformers
-from command_line import CommandError, Parser, device, number, one_of, run_script, told, whole
 from safetensors import SafetensorError, safe_open
-from special_tokens import Typed
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -41,6 +39,17 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from megatron_patch.commands.command_line import (
+    CommandError,
+    Parser,
+    device,
+    number,
+    one_of,
+    run_script,
+    told,
+    whole,
+)
+from megatron_patch.commands.special_tokens import Typed
 from megatron_patch.hf import MetaLACache, MetaLAForCausalLM
 
 TOKENS_AT_ONCE = 4096  # of a long text, so that reading it takes bounded memory

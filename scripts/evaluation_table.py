@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from command_line import CommandError, Parser, existing, run_script
+from megatron_patch.commands.command_line import CommandError, Parser, existing, run_script
 
 # "CommonSense Reasoning benchmark" in https://github.com/BICLab/MetaLA (README, commit 3353262):
 # the released checkpoints of 0.38B, 1B and 3B parameters, trained on 300B tokens; accuracy in %.

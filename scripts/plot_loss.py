@@ -9,7 +9,13 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from command_line import CommandError, Parser, existing_file, picture, run_script
+from megatron_patch.commands.command_line import (
+    CommandError,
+    Parser,
+    existing_file,
+    picture,
+    run_script,
+)
 
 _NEOX_TRAIN = re.compile(r"iteration\s+(\d+)/\s*\d+ \|.*?\blm_loss: (\S+)")
 _NEOX_VALID = re.compile(r"validation results at iteration (\d+) \| lm_loss value: (\S+)")

@@ -20,10 +20,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from command_line import Parser
-from link_neox import commit_of
 from plot_loss import plot, read_losses
 from tqdm import tqdm
+
+from megatron_patch.commands.command_line import Parser
+from megatron_patch.commands.link_neox import commit_of
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "runs" / "quickstart"

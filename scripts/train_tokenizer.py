@@ -7,11 +7,20 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 
-from command_line import Parser, existing, output_path, replacing, run_script, told, whole
-from documents import MAX_BYTES, iterate_documents, with_a_first
-from prepare_data import END_OF_TEXT, refuse_existing
-from text_pieces import BEFORE_WHITESPACE, pieces
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from megatron_patch.commands.command_line import (
+    Parser,
+    existing,
+    output_path,
+    replacing,
+    run_script,
+    told,
+    whole,
+)
+from megatron_patch.commands.documents import MAX_BYTES, iterate_documents, with_a_first
+from megatron_patch.commands.prepare_data import END_OF_TEXT, refuse_existing
+from megatron_patch.commands.text_pieces import BEFORE_WHITESPACE, pieces
 
 # As END_OF_TEXT, a name that GPT-NeoX looks up.
 PADDING = "<|padding|>"

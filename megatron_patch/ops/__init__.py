@@ -1,9 +1,9 @@
 """MetaLA's operators on plain tensors."""
 
+from megatron_patch.ops.decoding.token_decoder import token_decoder
 from megatron_patch.ops.meta_linear_attention import BACKENDS, meta_linear_attention
 from megatron_patch.ops.short_convolution import CONVOLUTION_BACKENDS, short_convolution
 from megatron_patch.ops.swiglu import SWIGLU_BACKENDS, swiglu
-from megatron_patch.ops.token_decoder import token_decoder
 
 __all__ = [
     "BACKENDS",

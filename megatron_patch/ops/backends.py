@@ -25,7 +25,7 @@ GPU_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Triton's products take bfloat16 and TensorFloat-32 operands from Ampere on.
 SMALLEST_CAPABILITY = (8, 0)
 
-# Where our kernels agreed with float64: on an H200, by `scripts/benchmark_*.py` and tests/ops.
+# Where our kernels agreed with float64: on an H200, by `scripts/benchmarks/benchmark_*.py` and tests/ops.
 # "auto" takes them nowhere else, for Triton has miscompiled some tiles on Hopper.
 CHECKED_CAPABILITIES = ((9, 0),)
 # Of heads, by dtype: the smallest and the largest K, and V / K.
@@ -72,7 +72,7 @@ REGISTRY: dict[str, dict[str, Backend | None]] = {
         "torch": None,
     },
     "token_decoder": {
-        "cuda": Backend("megatron_patch.ops.cuda.decoder.decoder", "cuda-bindings"),
+        "cuda": Backend("megatron_patch.ops.decoding.decoder", "cuda-bindings"),
         "triton": Backend("megatron_patch.ops.triton.decoder", "triton"),
         "layers": None,  # the model's own
     },

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from convert import reshape_neox
-from megatron_patch.embedded.samples import PackedSamples, split_documents
 from megatron_patch.hf import MetaLAForCausalLM
 from megatron_patch.indexed_dataset import IndexedDataset
+from megatron_patch.trainer.samples import PackedSamples, split_documents
 from tests.neox.conversion import convert, export
 from tests.neox.training import Run, settings, train
 

@@ -189,7 +189,7 @@ def test_links_of_an_earlier_version_are_known(checkout, clone):
 def test_what_cannot_be_done_is_not_half_done(checkout, part, options, monkeypatch, capsys):
     """A read-only folder, for which a failing call stands: whoever runs the tests may write."""
     monkeypatch.syspath_prepend(str(SCRIPT.parent))
-    import link_neox
+    from megatron_patch.commands import link_neox
 
     if options:
         link(checkout)

@@ -103,33 +103,33 @@ CASES = [
     ("chat.py", "folder --seed -1", "--seed: found -1, wanted a whole number from 0"),
     ("chat.py", "folder --device junk", "--device: found junk, wanted a device"),
     ("chat.py", "folder --dtype int8", "--dtype: found int8, wanted one of auto, float32"),
-    ("benchmark_ops.py", "--jobs 0", "--jobs: found 0, wanted a whole number from 1"),
-    ("benchmark_ops.py", "--plot folder", "--plot: found the folder folder, wanted the name"),
-    ("benchmark_ops.py", "--junk", "unrecognized arguments: --junk"),
-    ("benchmark_decoding.py", "--sizes 7b", "--sizes: found 7b, wanted one of 1b, 380m, 3b, tiny"),
-    ("benchmark_convolution.py", "--junk", "unrecognized arguments: --junk"),
-    ("benchmark_swiglu.py", "junk", "unrecognized arguments: junk"),
-    ("benchmark_generate.py", "--size 7b", "--size: found 7b, wanted one of 1b, 380m, 3b, tiny"),
-    ("benchmark_generate.py", "--batches 1 0", "--batches: found 0, wanted a whole number from 1"),
-    ("benchmark_generate.py", "--contexts x", "--contexts: found x, wanted a whole number from 1"),
-    ("benchmark_generate.py", "--steps -3", "--steps: found -3, wanted a whole number from 1"),
-    ("benchmark_generate.py", "--budget nan", "--budget: found nan, wanted a number of seconds"),
-    ("benchmark_generate.py", "--budget -1", "--budget: found -1, wanted a number of seconds"),
-    ("benchmark_generate.py", "--plot text.txt/x.png", "--plot: found text.txt/x.png, wanted"),
-    ("benchmark_generate.py", "--device cuda:99", "--device: found cuda:99, wanted a device"),
-    ("benchmark_generate.py", "--device meta", "--device: found meta, wanted a device"),
-    ("benchmark_generate.py", "--decoding-graph x", "--decoding-graph: found x, wanted one of"),
-    ("benchmark_training.py", "--config no.yml", f"--config: found no.yml, {NO_FILE}"),
-    ("benchmark_training.py", "--config folder", "--config: found the folder folder, wanted"),
-    ("benchmark_training.py", "--config list.yml", "list.yml: .*"),
-    ("benchmark_training.py", "--config little.yml", "little.yml: found no seq_length, wanted"),
-    ("benchmark_training.py", "--gpus 0", "--gpus: found 0, wanted a whole number from 1"),
-    ("benchmark_training.py", "--tensor-parallel 0", "--tensor-parallel: found 0, wanted"),
-    ("benchmark_training.py", "--tensor-parallel 2", "--gpus: found 1, wanted a multiple of"),
-    ("benchmark_training.py", "--micro-batch -2", "--micro-batch: found -2, wanted a whole number"),
-    ("benchmark_training.py", "--steps 19", "--steps: found 19, wanted a whole number from 20"),
+    ("benchmarks/benchmark_ops.py", "--jobs 0", "--jobs: found 0, wanted a whole number from 1"),
+    ("benchmarks/benchmark_ops.py", "--plot folder", "--plot: found the folder folder, wanted the name"),
+    ("benchmarks/benchmark_ops.py", "--junk", "unrecognized arguments: --junk"),
+    ("benchmarks/benchmark_decoding.py", "--sizes 7b", "--sizes: found 7b, wanted one of 1b, 380m, 3b, tiny"),
+    ("benchmarks/benchmark_convolution.py", "--junk", "unrecognized arguments: --junk"),
+    ("benchmarks/benchmark_swiglu.py", "junk", "unrecognized arguments: junk"),
+    ("benchmarks/benchmark_generate.py", "--size 7b", "--size: found 7b, wanted one of 1b, 380m, 3b, tiny"),
+    ("benchmarks/benchmark_generate.py", "--batches 1 0", "--batches: found 0, wanted a whole number from 1"),
+    ("benchmarks/benchmark_generate.py", "--contexts x", "--contexts: found x, wanted a whole number from 1"),
+    ("benchmarks/benchmark_generate.py", "--steps -3", "--steps: found -3, wanted a whole number from 1"),
+    ("benchmarks/benchmark_generate.py", "--budget nan", "--budget: found nan, wanted a number of seconds"),
+    ("benchmarks/benchmark_generate.py", "--budget -1", "--budget: found -1, wanted a number of seconds"),
+    ("benchmarks/benchmark_generate.py", "--plot text.txt/x.png", "--plot: found text.txt/x.png, wanted"),
+    ("benchmarks/benchmark_generate.py", "--device cuda:99", "--device: found cuda:99, wanted a device"),
+    ("benchmarks/benchmark_generate.py", "--device meta", "--device: found meta, wanted a device"),
+    ("benchmarks/benchmark_generate.py", "--decoding-graph x", "--decoding-graph: found x, wanted one of"),
+    ("benchmarks/benchmark_training.py", "--config no.yml", f"--config: found no.yml, {NO_FILE}"),
+    ("benchmarks/benchmark_training.py", "--config folder", "--config: found the folder folder, wanted"),
+    ("benchmarks/benchmark_training.py", "--config list.yml", "list.yml: .*"),
+    ("benchmarks/benchmark_training.py", "--config little.yml", "little.yml: found no seq_length, wanted"),
+    ("benchmarks/benchmark_training.py", "--gpus 0", "--gpus: found 0, wanted a whole number from 1"),
+    ("benchmarks/benchmark_training.py", "--tensor-parallel 0", "--tensor-parallel: found 0, wanted"),
+    ("benchmarks/benchmark_training.py", "--tensor-parallel 2", "--gpus: found 1, wanted a multiple of"),
+    ("benchmarks/benchmark_training.py", "--micro-batch -2", "--micro-batch: found -2, wanted a whole number"),
+    ("benchmarks/benchmark_training.py", "--steps 19", "--steps: found 19, wanted a whole number from 20"),
     *(
-        pytest.param(f"benchmark_{name}.py", "", "found no CUDA device, wanted one", marks=NO_GPU)
+        pytest.param(f"benchmarks/benchmark_{name}.py", "", "found no CUDA device, wanted one", marks=NO_GPU)
         for name in ("ops", "decoding", "convolution", "swiglu")
     ),
 ]  # fmt: skip
@@ -147,7 +147,7 @@ def test_one_line_and_nothing_else(work, run_here, tokenizer_file, script, argum
 
 def test_every_script_is_among_them():
     shared = {"command_line.py", "documents.py", "special_tokens.py", "text_pieces.py"}
-    shared |= {"link_neox.py", "benchmark_convert.py"}  # which have tests of their own
+    shared |= {"link_neox.py", "benchmarks/benchmark_convert.py"}  # which have tests of their own
     named = {getattr(case, "values", case)[0] for case in CASES}
     assert named == {path.name for path in SCRIPTS.glob("*.py")} - shared
 

@@ -20,7 +20,7 @@ def test_the_model_is_streamed(run_script, tmp_path):
     (tmp_path / "model.yml").write_text(yaml.safe_dump(settings))
     flags = ["--folder", tmp_path, "--config", tmp_path / "model.yml", "--repeats", 1]
     flags += ["--form", "whole", "--max-shard-size", "50MB"]
-    process = run_script("benchmark_convert.py", *flags)
+    process = run_script("benchmarks/benchmark_convert.py", *flags)
     assert process.returncode == 0, process.stderr
     found = re.search(r"model.yml: ([\d,]+) parameters .* largest tensor (\d+) MB", process.stdout)
     model, largest = int(found[1].replace(",", "")) * 2 / 1e6, int(found[2])
@@ -32,7 +32,12 @@ def test_the_model_is_streamed(run_script, tmp_path):
 
 def test_a_conversion_that_fails_ends_it(tmp_path):
     """The thread that measures memory ends with the conversion, and does not keep the process."""
-    command = [sys.executable, ROOT / "scripts/benchmark_convert.py", "--child", tmp_path / "none"]
+    command = [
+        sys.executable,
+        ROOT / "scripts/benchmarks/benchmark_convert.py",
+        "--child",
+        tmp_path / "none",
+    ]
     process = subprocess.run(
         [*map(str, command), str(tmp_path / "hf"), "5GB"],
         capture_output=True,
@@ -57,6 +62,6 @@ def test_a_conversion_that_fails_ends_it(tmp_path):
 )
 def test_wrong_arguments_are_named(run_script, flags, message, tmp_path):
     config = ["--folder", tmp_path, "--config", CONFIGS / "metala_tiny.yml"]
-    process = run_script("benchmark_convert.py", *config, *flags)
+    process = run_script("benchmarks/benchmark_convert.py", *config, *flags)
     assert process.returncode and message in process.stderr
     assert "Traceback" not in process.stderr and not list(tmp_path.iterdir())

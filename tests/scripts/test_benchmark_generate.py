@@ -7,7 +7,7 @@ import pytest
 
 def test_on_the_cpu(run_script, tmp_path):
     result = run_script(
-        "benchmark_generate.py", "--device", "cpu", "--size", "tiny", "--batches", "1", "2",
+        "benchmarks/benchmark_generate.py", "--device", "cpu", "--size", "tiny", "--batches", "1", "2",
         "--contexts", "24", "8", "--steps", "2", "--plot", tmp_path / "speed.png",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr

@@ -22,7 +22,9 @@ def test_both_models_are_trained_and_compared(neox_checkout, run_script, tmp_pat
     settings |= {"intermediate_size": 96, "seq_length": 64, "max_position_embeddings": 64}
     (tmp_path / "small.yml").write_text(yaml.safe_dump(settings))
     flags = ["--config", tmp_path / "small.yml", "--micro-batch", 2, "--steps", 20]
-    process = run_script("benchmark_training.py", *flags, GPT_NEOX_PATH=str(neox_checkout))
+    process = run_script(
+        "benchmarks/benchmark_training.py", *flags, GPT_NEOX_PATH=str(neox_checkout)
+    )
     assert process.returncode == 0, process.stderr
     rows = [re.search(ROW.format(name), process.stdout) for name in ("metala", "attention, global")]
     assert all(rows), process.stdout
@@ -42,7 +44,7 @@ def test_a_checkout_that_is_not_linked_is_refused(run_script, tmp_path):
     for name in ("deepy.py", "train.py", "megatron/__init__.py", "megatron/model/gpt2_model.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    process = run_script("benchmark_training.py", GPT_NEOX_PATH=str(tmp_path))
+    process = run_script("benchmarks/benchmark_training.py", GPT_NEOX_PATH=str(tmp_path))
     assert process.returncode == 1
-    wanted = f"benchmark_training.py: link it first: scripts/link_neox.py {tmp_path}\n"
+    wanted = f"benchmarks/benchmark_training.py: link it first: scripts/link_neox.py {tmp_path}\n"
     assert process.stderr == wanted

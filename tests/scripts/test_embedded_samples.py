@@ -11,15 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_patch.architecture import SettingsError
-from megatron_patch.embedded.samples import (
+from megatron_patch.indexed_dataset import IndexedDataset, IndexedDatasetWriter
+from megatron_patch.trainer.samples import (
     BlendedSamples,
     LoadedSamples,
     PackedSamples,
     build_samples,
     split_documents,
 )
-from megatron_patch.embedded.settings import read_settings
-from megatron_patch.indexed_dataset import IndexedDataset, IndexedDatasetWriter
+from megatron_patch.trainer.settings import read_settings
 
 
 class Documents:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from megatron_patch.architecture import SettingsError
-from megatron_patch.embedded.settings import IGNORED_SETTINGS, EmbeddedSettings, read_settings
-from megatron_patch.embedded.trainer import find_checkpoint
+from megatron_patch.trainer.settings import IGNORED_SETTINGS, EmbeddedSettings, read_settings
+from megatron_patch.trainer.training import find_checkpoint
 
 
 def test_defaults_are_gpt_neoxs(small_run):

@@ -10,7 +10,7 @@ from megatron_patch.architecture import SettingsError
 
 @pytest.mark.parametrize("text", ["", "raise OSError('no libcuda')", "1 / 0"])
 def test_a_wandb_that_does_not_work_is_said(tmp_path, monkeypatch, text):
-    from megatron_patch.embedded.trainer import wandb_wanted
+    from megatron_patch.trainer.training import wandb_wanted
 
     (tmp_path / "wandb.py").write_text(text)
     monkeypatch.syspath_prepend(str(tmp_path))

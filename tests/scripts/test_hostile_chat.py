@@ -99,9 +99,10 @@ def test_special_tokens_in_plain_text_are_text(
 
 def test_stand_ins_take_space_as_their_tokens_do(script_modules, tokenizer_file):
     """A token that takes the space around it, in a tokenizer that marks a text's first word."""
-    from special_tokens import Typed
     from tokenizers import models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
+
+    from megatron_patch.commands.special_tokens import Typed
 
     letters = {character: place for place, character in enumerate("▁abc<|e>xyz")}
     own = Tokenizer(models.BPE(letters, [("▁", "a")] if "▁a" in letters else []))

@@ -152,7 +152,7 @@ def test_nothing_is_left_out_unsaid(prepare, tmp_path, script_modules, monkeypat
             assert f"{bad}: found {what}, wanted a file with text" in result.stderr
         bad.unlink()
 
-    from documents import list_files
+    from megatron_patch.commands.documents import list_files
 
     def scandir(path, scan=os.scandir):  # whoever runs the tests may read everything
         if str(path).endswith("sub"):
@@ -300,8 +300,8 @@ NO_DEADLINE = settings(
 def test_any_file_is_prepared_or_refused_in_a_line(
     script_path, tmp_path, tokenizer_file, lines, suffix
 ):
-    from documents import iterate_documents
-    from prepare_data import Encoder, prepare
+    from megatron_patch.commands.documents import iterate_documents
+    from megatron_patch.commands.prepare_data import Encoder, prepare
 
     path = tmp_path / f"data{suffix}"
     path.write_bytes(b"\n".join(lines))

@@ -65,8 +65,8 @@ CUTTING = [
     size=st.integers(1, 8),
 )
 def test_pieces_have_the_tokens_of_the_whole(script_path, tokenizer, text, size):
-    from documents import Document
-    from text_pieces import pieces, safe_cut
+    from megatron_patch.commands.documents import Document
+    from megatron_patch.commands.text_pieces import pieces, safe_cut
 
     found = list(pieces(Document(text, "x"), safe_cut(tokenizer, False), size))
     assert "".join(found) == text
@@ -76,8 +76,8 @@ def test_pieces_have_the_tokens_of_the_whole(script_path, tokenizer, text, size)
 
 @pytest.mark.parametrize("tokenizer", CUTTING[::3])
 def test_a_long_text_is_cut(script_path, tokenizer):
-    from documents import Document
-    from text_pieces import pieces, safe_cut
+    from megatron_patch.commands.documents import Document
+    from megatron_patch.commands.text_pieces import pieces, safe_cut
 
     found = list(pieces(Document("some words " * 100, "x"), safe_cut(tokenizer, False), 50))
     assert len(found) > 15 and max(map(len, found)) < 60
@@ -96,8 +96,8 @@ def test_a_long_text_is_cut(script_path, tokenizer):
     ],
 )
 def test_where_a_cut_is_not_sure_a_text_stays_whole(script_path, tokenizer):
-    from documents import Document
-    from text_pieces import pieces, safe_cut
+    from megatron_patch.commands.documents import Document
+    from megatron_patch.commands.text_pieces import pieces, safe_cut
 
     cut = safe_cut(tokenizer, False)
     assert cut is None
@@ -108,7 +108,7 @@ def test_where_a_cut_is_not_sure_a_text_stays_whole(script_path, tokenizer):
 
 
 def test_special_tokens_count_where_they_are_read(script_path):
-    from text_pieces import safe_cut
+    from megatron_patch.commands.text_pieces import safe_cut
 
     tokenizer = build(pre.ByteLevel())
     tokenizer.add_special_tokens(["<end of text>"])

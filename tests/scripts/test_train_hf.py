@@ -12,15 +12,15 @@ import torch
 from accelerate.state import AcceleratorState
 from transformers import AutoTokenizer
 
-from megatron_patch.embedded.model import build_model, load_tokenizer, model_config
-from megatron_patch.embedded.schedule import Schedule
-from megatron_patch.embedded.settings import read_settings
-from megatron_patch.embedded.trainer import (
+from megatron_patch.hf import MetaLAForCausalLM
+from megatron_patch.trainer.model import build_model, load_tokenizer, model_config
+from megatron_patch.trainer.schedule import Schedule
+from megatron_patch.trainer.settings import read_settings
+from megatron_patch.trainer.training import (
     parameter_groups,
     read_metrics,
     wandb_wanted,
 )
-from megatron_patch.hf import MetaLAForCausalLM
 
 
 def losses_of(folder):
@@ -31,7 +31,7 @@ def losses_of(folder):
 @pytest.fixture
 def train_hf(script_modules, monkeypatch, capsys):
     """Runs train_hf.py in this process, which has loaded all that it needs; returns its output."""
-    import train_hf
+    from megatron_patch.commands import train_hf
 
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
 
@@ -305,7 +305,7 @@ def test_initialisation_as_neox(small_run):
 
 
 def test_verification_finds_a_changed_weight(small_run, script_modules, tmp_path):
-    from train_hf import TOLERANCE, largest_difference, save
+    from megatron_patch.commands.train_hf import TOLERANCE, largest_difference, save
 
     settings, _ = read_settings([small_run()])
     model = build_model(settings, model_config(settings, load_tokenizer(settings)))

@@ -17,12 +17,12 @@ from accelerate.state import AcceleratorState
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from megatron_patch.embedded.model import build_model, load_tokenizer, model_config
-from megatron_patch.embedded.samples import BlendedSamples, build_samples
-from megatron_patch.embedded.schedule import Schedule
-from megatron_patch.embedded.settings import read_settings
-from megatron_patch.embedded.trainer import read_metrics, train
 from megatron_patch.indexed_dataset import IndexedDataset, IndexedDatasetWriter
+from megatron_patch.trainer.model import build_model, load_tokenizer, model_config
+from megatron_patch.trainer.samples import BlendedSamples, build_samples
+from megatron_patch.trainer.schedule import Schedule
+from megatron_patch.trainer.settings import read_settings
+from megatron_patch.trainer.training import read_metrics, train
 
 # transformers 4 logs the training loss with four decimals.
 LOSS_TOLERANCE = 1e-6 if transformers.__version__ >= "5" else 5.1e-5

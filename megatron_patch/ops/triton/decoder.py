@@ -12,7 +12,7 @@ weight, for which it asks before it waits for what the others write in the stage
     contract  rows of the last product of the MLP, residual
     head      norm; rows of the logits
 
-`megatron_patch.ops.cuda` has another kernel of the same step, which Hopper runs faster.
+`megatron_patch.ops.decoding` has another kernel of the same step, which Hopper runs faster.
 
 All programs of a head compute its read-out, from the state as it was; they write the new state a
 stage later, when all have read. Between stages all is float32, and sums have a fixed order.
@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_patch.ops.token_decoder import LayerTensors
+from megatron_patch.ops.decoding.token_decoder import LayerTensors
 from megatron_patch.ops.triton.configuration import precision_of
 from megatron_patch.ops.triton.tiles import INTERPRETED, bounded_log_decay, exp2, key, sigmoid
 
@@ -622,7 +622,7 @@ def decode_token(
 
 
 class Decoder:
-    """What `megatron_patch.ops.token_decoder` says."""
+    """What `megatron_patch.ops.decoding.token_decoder` says."""
 
     def __init__(
         self,

@@ -1,8 +1,8 @@
 """Checks the decoding step's kernels against float64 on a GPU, then times the mixer core's, and
 those of a whole model's step.
 
-    python scripts/benchmark_decoding.py
-    python scripts/benchmark_decoding.py --sizes 380m
+    python scripts/benchmarks/benchmark_decoding.py
+    python scripts/benchmarks/benchmark_decoding.py --sizes 380m
 
 The core's times are of a replayed CUDA graph that holds the step of several layers, one after the
 other, each with a float32 state of its own that is updated in place; inputs are bfloat16. The floor
@@ -17,15 +17,10 @@ kernels are checked by tests/ops.
 from __future__ import annotations
 
 import argparse
-import sys
 from functools import partial
-from pathlib import Path
 from unittest import mock
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 from benchmark_generate import (  # noqa: E402
     SIZES,
     VOCABULARY,
@@ -37,8 +32,8 @@ from benchmark_generate import (  # noqa: E402
     time_steps,
 )
 from benchmark_ops import bandwidth, graph_ms, make, relative_error  # noqa: E402
-from command_line import CommandError, Parser, need_gpu, one_of, run_script  # noqa: E402
 
+from megatron_patch.commands.command_line import CommandError, Parser, need_gpu, one_of, run_script  # noqa: E402
 from megatron_patch.hf import MetaLACache, MetaLAForCausalLM  # noqa: E402
 from megatron_patch.hf.decoding_metala import _kernel  # noqa: E402
 from megatron_patch.ops import backends, meta_linear_attention, short_convolution  # noqa: E402

@@ -15,8 +15,8 @@ import torch
 from torch.utils.data import Dataset
 
 from megatron_patch.architecture import SettingsError
-from megatron_patch.embedded.settings import EmbeddedSettings
 from megatron_patch.indexed_dataset import IndexedDataset
+from megatron_patch.trainer.settings import EmbeddedSettings
 
 
 class PackedSamples(Dataset):

@@ -9,7 +9,7 @@ import torch
 from cuda.bindings import driver
 from torch import Tensor
 
-from megatron_patch.ops.cuda.chunks import launching
+from megatron_patch.ops.hopper import launching
 
 SOURCE = Path(__file__).with_suffix(".cu")
 LARGEST_V = 256  # of a head

@@ -9,7 +9,7 @@ import torch
 from cuda.bindings import driver
 from torch import Tensor
 
-from megatron_patch.ops.cuda.chunks import launching
+from megatron_patch.ops.hopper import launching
 
 SOURCE = Path(__file__).with_suffix(".cu")
 BLOCKS = 2  # on a multiprocessor

@@ -10,13 +10,13 @@ import torch
 from cuda.bindings import driver
 from torch import Tensor
 
-from megatron_patch.ops.cuda.compilation import (
+from megatron_patch.ops.decoding.token_decoder import LayerTensors
+from megatron_patch.ops.hopper.compilation import (
     architecture_of,
     checked,
     known_architectures,
     load_kernel,
 )
-from megatron_patch.ops.token_decoder import LayerTensors
 
 WARPS = 8  # of a block, that compute; one more sends, and one or two copy
 ROWS_TOGETHER = 8  # that blocks send each other: so many lie on a line of memory
@@ -46,7 +46,7 @@ class Arguments(ctypes.Structure):
 
 
 class Decoder:
-    """What `megatron_patch.ops.token_decoder` says."""
+    """What `megatron_patch.ops.decoding.token_decoder` says."""
 
     def __init__(
         self,

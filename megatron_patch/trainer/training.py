@@ -19,9 +19,9 @@ from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from megatron_patch.architecture import SettingsError
-from megatron_patch.embedded.schedule import ResumableLR, Schedule
-from megatron_patch.embedded.settings import EmbeddedSettings
 from megatron_patch.save_folder import held
+from megatron_patch.trainer.schedule import ResumableLR, Schedule
+from megatron_patch.trainer.settings import EmbeddedSettings
 
 METRICS = "metrics.jsonl"
 

@@ -1,6 +1,6 @@
 """Checks SwiGLU's kernels against float64 on a GPU, then times them beside PyTorch's.
 
-    python scripts/benchmark_swiglu.py
+    python scripts/benchmarks/benchmark_swiglu.py
 
 Times are of a replayed CUDA graph, medians with a cold cache, bfloat16. The floor is the time to
 read each input once and write each output once at the copy bandwidth of this run; memory is what
@@ -9,16 +9,10 @@ the backward pass needs beside input and output.
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 from benchmark_ops import bandwidth, graph_ms, relative_error  # noqa: E402
-from command_line import CommandError, Parser, need_gpu, run_script  # noqa: E402
 
+from megatron_patch.commands.command_line import CommandError, Parser, need_gpu, run_script  # noqa: E402
 from megatron_patch.ops import swiglu  # noqa: E402
 
 LIMITS = {torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.float32: 1e-6}

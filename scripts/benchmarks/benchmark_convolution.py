@@ -1,6 +1,6 @@
 """Checks the short convolution's kernels against float64 on a GPU, then times them beside others.
 
-    python scripts/benchmark_convolution.py
+    python scripts/benchmarks/benchmark_convolution.py
 
 Times are of a replayed CUDA graph, medians with a cold cache, bfloat16, W = 4, with SiLU. The floor
 is the time to read each input once and write each output once at the copy bandwidth of this run.
@@ -8,18 +8,13 @@ is the time to read each input once and write each output once at the copy bandw
 
 from __future__ import annotations
 
-import sys
 from importlib.util import find_spec
 from itertools import product
-from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 from benchmark_ops import bandwidth, graph_ms, relative_error  # noqa: E402
-from command_line import CommandError, Parser, need_gpu, run_script  # noqa: E402
 
+from megatron_patch.commands.command_line import CommandError, Parser, need_gpu, run_script  # noqa: E402
 from megatron_patch.ops import short_convolution  # noqa: E402
 
 LIMITS = {torch.bfloat16: 6e-3, torch.float16: 1e-3, torch.float32: 1e-5}

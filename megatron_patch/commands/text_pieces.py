@@ -12,8 +12,9 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from documents import Document
 from tokenizers import Tokenizer
+
+from megatron_patch.commands.documents import Document
 
 PIECE = 2**17  # characters, from which on a cut is looked for
 MAX_STRETCH = 2**22  # characters without a place to cut: about a GB of memory

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Decoding speed and memory of a MetaLA model beside a LLaMA of equal size in transformers.
 
-    python scripts/benchmark_generate.py             0.38B, batches 1 and 64, contexts 1k to 128k
-    python scripts/benchmark_generate.py --size 1b --batches 1
-    python scripts/benchmark_generate.py --device cpu --size tiny --batches 1 2 --contexts 16 32
+    python scripts/benchmarks/benchmark_generate.py             0.38B, batches 1 and 64, contexts 1k to 128k
+    python scripts/benchmarks/benchmark_generate.py --size 1b --batches 1
+    python scripts/benchmarks/benchmark_generate.py --device cpu --size tiny --batches 1 2 --contexts 16 32
 
 Both have random weights in bfloat16, equal width, layers, MLP, heads and vocabulary, and take
 greedy steps behind a context, each step's kernels replayed from a CUDA graph, but for a single
@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -33,15 +32,12 @@ import yaml
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from command_line import Parser, number, one_of, picture, run_script, whole  # noqa: E402
-from command_line import device as device_name  # noqa: E402
-
+from megatron_patch.commands.command_line import Parser, number, one_of, picture, run_script, whole  # noqa: E402
+from megatron_patch.commands.command_line import device as device_name  # noqa: E402
 from megatron_patch.hf import MetaLACache, MetaLAConfig, MetaLAForCausalLM  # noqa: E402
 from megatron_patch.hf.decoding_metala import COMPILE_OPTIONS, record_cuda_graph  # noqa: E402
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 SIZES = {path.stem.removeprefix("metala_"): path for path in sorted(CONFIGS.glob("metala_*.yml"))}
 VOCABULARY = 32000
 WARM_UP_STEPS = 8

@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_patch.ops.backends import choose, interpreted, obstacle
 
 if TYPE_CHECKING:
-    from megatron_patch.ops import cuda, triton
+    from megatron_patch.ops import decoding, triton
 
 
 class LayerTensors(NamedTuple):
@@ -56,7 +56,7 @@ def token_decoder(
     scale: float,
     norm_eps: float,
     output_norm_eps: float,
-) -> cuda.decoder.Decoder | triton.decoder.Decoder | None:
+) -> decoding.decoder.Decoder | triton.decoder.Decoder | None:
     """A decoder's step on tensors that stay where they are.
 
     Args:
@@ -108,7 +108,7 @@ def token_decoder(
     if backend == "layers":
         return None
     if backend == "cuda":
-        from megatron_patch.ops.cuda.decoder.decoder import Decoder
+        from megatron_patch.ops.decoding.decoder import Decoder
     else:
         from megatron_patch.ops.triton.decoder import Decoder
     return Decoder(layers, *others, *numbers)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from megatron_patch.architecture import SettingsError
-from megatron_patch.embedded.settings import EmbeddedSettings
+from megatron_patch.trainer.settings import EmbeddedSettings
 
 
 @dataclass

@@ -1,8 +1,8 @@
 """Checks the MetaLA operator's Triton kernels against float64 on a GPU, then times them.
 
-    python scripts/benchmark_ops.py                      checks, then timings
-    python scripts/benchmark_ops.py --no-check           timings alone
-    python scripts/benchmark_ops.py --plot lengths.png   also draws time against length, 1k to 256k
+    python scripts/benchmarks/benchmark_ops.py                      checks, then timings
+    python scripts/benchmarks/benchmark_ops.py --no-check           timings alone
+    python scripts/benchmarks/benchmark_ops.py --plot lengths.png   also draws time against length, 1k to 256k
 
 Timings are medians over runs with a cold cache, in bfloat16, of the mixer core: from the
 projections to the gated output. "graph" is the same from a CUDA graph, without the host's
@@ -28,10 +28,14 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from command_line import CommandError, Parser, need_gpu, picture, run_script, whole  # noqa: E402
-
+from megatron_patch.commands.command_line import (  # noqa: E402
+    CommandError,
+    Parser,
+    need_gpu,
+    picture,
+    run_script,
+    whole,
+)
 from megatron_patch.ops import chunked, meta_linear_attention  # noqa: E402
 
 # (batch, tokens, heads, K, V); the first is the one that targets are stated for.

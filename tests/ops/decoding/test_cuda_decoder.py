@@ -11,7 +11,7 @@ import yaml
 from megatron_patch.hf import MetaLACache
 from megatron_patch.hf.decoding_metala import _kernel
 from megatron_patch.ops.backends import import_failure
-from megatron_patch.ops.token_decoder import LayerTensors
+from megatron_patch.ops.decoding.token_decoder import LayerTensors
 from tests.ops.decoder_steps import (
     DEVICE,
     SMALL,
@@ -25,10 +25,10 @@ from tests.ops.decoder_steps import (
     two_runs,
 )
 
-if import_failure("megatron_patch.ops.cuda.compilation") is not None:
+if import_failure("megatron_patch.ops.hopper.compilation") is not None:
     pytest.skip("cuda-bindings is not installed", allow_module_level=True)
-from megatron_patch.ops.cuda import compilation
-from megatron_patch.ops.cuda.decoder import decoder
+from megatron_patch.ops.decoding import decoder
+from megatron_patch.ops.hopper import compilation
 
 CONFIGS = sorted((Path(__file__).resolve().parents[3] / "configs").glob("metala_*.yml"))
 SERVED = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)

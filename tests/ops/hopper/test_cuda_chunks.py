@@ -1,6 +1,6 @@
 """A chunk's read-out and gradients in CUDA C++: that they compile, for what, and on a GPU that they
 are those of Triton's kernels, which serve elsewhere. Both meet the same checks against float64, in
-tests/ops/triton and by scripts/benchmark_ops.py."""
+tests/ops/triton and by scripts/benchmarks/benchmark_ops.py."""
 
 import pytest
 import torch
@@ -8,10 +8,10 @@ import torch
 from megatron_patch.ops import meta_linear_attention
 from megatron_patch.ops.backends import import_failure
 
-if import_failure("megatron_patch.ops.cuda.compilation") is not None:
+if import_failure("megatron_patch.ops.hopper.compilation") is not None:
     pytest.skip("cuda-bindings is not installed", allow_module_level=True)
-from megatron_patch.ops.cuda.chunks import gradients, launching, output
-from megatron_patch.ops.cuda.compilation import compile_code, known_architectures
+from megatron_patch.ops.hopper import gradients, launching, output
+from megatron_patch.ops.hopper.compilation import compile_code, known_architectures
 
 COMPILER = pytest.mark.skipif(
     90 not in known_architectures(), reason="NVIDIA's runtime compiler is not installed"

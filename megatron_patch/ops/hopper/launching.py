@@ -11,7 +11,7 @@ import torch
 from cuda.bindings import driver
 from torch import Tensor
 
-from megatron_patch.ops.cuda.compilation import (
+from megatron_patch.ops.hopper.compilation import (
     architecture_of,
     checked,
     known_architectures,

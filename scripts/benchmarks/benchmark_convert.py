@@ -1,8 +1,8 @@
 """Times the conversion of a synthetic GPT-NeoX checkpoint beside a plain copy of its files, and
 measures the memory it takes.
 
-    python scripts/benchmark_convert.py --folder /disk/with/room
-    python scripts/benchmark_convert.py --folder /tmp --config configs/metala_tiny.yml --repeats 1
+    python scripts/benchmarks/benchmark_convert.py --folder /disk/with/room
+    python scripts/benchmarks/benchmark_convert.py --folder /tmp --config configs/metala_tiny.yml --repeats 1
 
 The checkpoint, its copy and the Hugging Face folder lie in a temporary folder inside `--folder`: it
 takes three times the size of the model, and is removed at the end. Copy and conversion take turns
@@ -34,8 +34,7 @@ from typing import Any
 import torch
 import yaml
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+ROOT = Path(__file__).resolve().parents[2]
 from convert.command import ConvertError, run  # noqa: E402
 from convert.hf_folder import parse_size  # noqa: E402
 from convert.layout import check_tensor_parallel  # noqa: E402

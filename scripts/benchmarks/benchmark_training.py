@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Times training steps in GPT-NeoX, beside the same model with softmax attention.
 
-    python scripts/benchmark_training.py                                # one GPU
-    python scripts/benchmark_training.py --gpus 2                       # data parallel
-    python scripts/benchmark_training.py --gpus 2 --tensor-parallel 2
+    python scripts/benchmarks/benchmark_training.py                                # one GPU
+    python scripts/benchmarks/benchmark_training.py --gpus 2                       # data parallel
+    python scripts/benchmarks/benchmark_training.py --gpus 2 --tensor-parallel 2
 
 needs a linked GPT-NeoX checkout (`GPT_NEOX_PATH`, or the one of scripts/setup.sh). The stock
 `deepy.py train.py` trains on random tokens with the settings of `--config`, without accumulation,
@@ -30,15 +30,19 @@ import numpy as np
 import torch
 import yaml
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-sys.path.insert(0, str(ROOT / "scripts"))
-from command_line import CommandError, Parser, existing_file, run_script, whole  # noqa: E402
+ROOT = Path(__file__).resolve().parents[2]
 from link_neox import MARK, entry_point  # noqa: E402
 
 from convert.command import ConvertError  # noqa: E402
 from convert.gpt_neox import need_neox  # noqa: E402
 from megatron_patch.architecture import SettingsError  # noqa: E402
+from megatron_patch.commands.command_line import (  # noqa: E402
+    CommandError,
+    Parser,
+    existing_file,
+    run_script,
+    whole,
+)
 from megatron_patch.indexed_dataset import IndexedDatasetWriter  # noqa: E402
 from megatron_patch.neox.yaml_config import merge_yaml  # noqa: E402
 

@@ -10,8 +10,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast, set_seed
 
 from megatron_patch.architecture import Architecture, SettingsError, with_defaults
-from megatron_patch.embedded.settings import EmbeddedSettings
 from megatron_patch.hf import MetaLAConfig, MetaLAForCausalLM
+from megatron_patch.trainer.settings import EmbeddedSettings
 
 # The names by which GPT-NeoX's HFTokenizer finds them.
 END_OF_TEXT = "<|endoftext|>"

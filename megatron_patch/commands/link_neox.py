@@ -1,0 +1,221 @@
+#!/usr/bin/env python3
+"""Makes a GPT-NeoX checkout load MetaLA by itself: marked lines at the end of its
+megatron/__init__.py, and links to the MetaLA model configurations in its configs/. `--unlink` takes
+both away again: every byte, mode and link is then as before."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+from megatron_patch.commands.command_line import Parser, run_script
+
+TESTED_COMMIT = "ea7aefd8f8e183256992d9fede4d7c71a46d67a5"
+MARK = "# MetaLA plugin, added by link_neox.py"
+# GPT-NeoX starts where the plugin cannot be imported (another package has its name, or this Python
+# does not have it) and knows no layer of type metala there.
+CODE = """\
+try:
+    from megatron_patch.neox import register as register_metala
+except ImportError as error:
+    import os, sys
+    if os.environ.get("RANK", "0") == "0":
+        package = getattr(sys.modules.get("megatron_patch"), "__path__", ["nowhere"])
+        print("MetaLA: not loaded, runs with metala layers will be refused:", error,
+              "(megatron_patch found in", *package, end=")\\n", file=sys.stderr)
+else:
+    register_metala()
+"""
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+# What `--unlink` has to know is kept in comments among the lines, in ASCII: the file may have
+# another encoding than UTF-8.
+NO_END = "# the line before had no end"
+LINKED = "# configurations are links to"
+
+
+def entry_point(checkout: Path) -> Path:
+    """The file every GPT-NeoX program imports first.
+
+    Raises:
+        FileNotFoundError: `checkout` is not GPT-NeoX.
+    """
+    needed = ("deepy.py", "train.py", "megatron/__init__.py", "megatron/model/gpt2_model.py")
+    missing = [name for name in needed if not (checkout / name).is_file()]
+    if missing:
+        raise FileNotFoundError(f"{checkout} is not a GPT-NeoX checkout: it has no {missing[0]}")
+    return checkout / "megatron" / "__init__.py"
+
+
+def write(path: Path, content: bytes) -> None:
+    """Replaces a file's content as a whole; its mode stays, and links to it lead to it."""
+    path = path.resolve()
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        temporary.write_bytes(content)
+        shutil.copymode(path, temporary)
+        if os.geteuid() == 0:  # whose file it is, which root alone would change
+            os.chown(temporary, path.stat().st_uid, path.stat().st_gid)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def own_content(content: bytes) -> bytes:
+    """The file without the lines that a link has added, also one of an earlier version."""
+    kept: list[bytes] = []
+    for line in content.splitlines(keepends=True):
+        if MARK.encode() not in line:
+            kept.append(line)
+        elif line.startswith(NO_END.encode()) and kept:
+            kept[-1] = kept[-1].removesuffix(b"\n")
+    return b"".join(kept)
+
+
+def linked_content(own: bytes, names: list[str]) -> bytes:
+    """The file with the lines, which note the configurations that are linked."""
+    lines = [*CODE.splitlines(), f"{LINKED} {(str(CONFIGS), names)!a}"]
+    if own and not own.endswith((b"\n", b"\r")):
+        own += b"\n"
+        lines.insert(0, NO_END)
+    return own + "".join(f"{line}  {MARK}\n" for line in lines).encode("ascii")
+
+
+def linked_configs(checkout: Path, content: bytes) -> list[Path]:
+    """The links in configs/ that the lines in the file note, by whichever clone they were made."""
+    folder = checkout / "configs"
+    pattern = rf"^{re.escape(LINKED)} (.+)  {re.escape(MARK)}$"
+    if noted := re.search(pattern.encode(), content, re.MULTILINE):
+        with contextlib.suppress(ValueError, SyntaxError, TypeError):
+            source, names = ast.literal_eval(noted[1].decode("ascii"))
+            return [p for p in map(folder.joinpath, names) if is_link(p, f"{source}/{p.name}")]
+    if MARK.encode() not in content:
+        return []
+    # Of an earlier version, which noted nothing: links to this clone or another.
+    links = [p for p in folder.glob("metala*.yml") if p.is_symlink()]
+    sources = {p: Path(os.readlink(p)) for p in links}
+    return [
+        p
+        for p, q in sources.items()
+        if q.name == p.name and (q.parent == CONFIGS or is_clone(q.parent.parent))
+    ]
+
+
+def is_link(path: Path, target: str) -> bool:
+    return path.is_symlink() and os.readlink(path) == target
+
+
+def is_clone(folder: Path) -> bool:
+    return (folder / "scripts/link_neox.py").is_file()
+
+
+class Changes:
+    """Changes of which all are made or none: an error takes back those before it."""
+
+    def __init__(self) -> None:
+        self.made: list[Callable[[], None]] = []
+
+    def __enter__(self) -> Changes:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            for undo in reversed(self.made):
+                with contextlib.suppress(OSError):
+                    undo()
+
+    def relink(self, path: Path, target: str | None) -> None:
+        """Makes `path` a link to `target`, or nothing, in place of a link or nothing."""
+        before = os.readlink(path) if path.is_symlink() else None
+        if before != target:
+            self.made.append(lambda: set_link(path, before))
+            set_link(path, target)
+
+    def rewrite(self, path: Path, content: bytes) -> None:
+        if (before := path.read_bytes()) != content:
+            write(path, content)
+            self.made.append(lambda: write(path, before))
+
+
+def set_link(path: Path, target: str | None) -> None:
+    path.unlink(missing_ok=True)
+    if target is None:
+        return
+    try:
+        path.symlink_to(target)
+    except OSError as error:  # which names the target
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def link(checkout: Path) -> tuple[bool, list[str]]:
+    """Adds the lines, in place of those of an earlier version or another clone, and the
+    configuration links.
+
+    Returns:
+        Whether anything changed, and the names of configurations that are the user's own and stay.
+    """
+    init = entry_point(checkout)
+    if not (checkout / "configs").is_dir():
+        raise FileNotFoundError(f"{checkout} is not a GPT-NeoX checkout: it has no configs")
+    content = init.read_bytes()
+    linked = linked_configs(checkout, content)
+    targets = [checkout / "configs" / path.name for path in sorted(CONFIGS.glob("metala*.yml"))]
+    wanted = [path for path in targets if path in linked or not os.path.lexists(path)]
+    with Changes() as changes:
+        # First, so that what is linked is noted whatever happens.
+        names = [path.name for path in wanted]
+        changes.rewrite(init, linked_content(own_content(content), names))
+        for path in {*linked} - {*wanted}:  # another clone's, which this one does not have
+            changes.relink(path, None)
+        for path in wanted:
+            changes.relink(path, f"{CONFIGS}/{path.name}")
+        return bool(changes.made), [path.name for path in targets if path not in wanted]
+
+
+def unlink(checkout: Path) -> bool:
+    """Removes what `link` added, by this clone or another; returns whether anything was there."""
+    init = entry_point(checkout)
+    content = init.read_bytes()
+    with Changes() as changes:
+        for path in linked_configs(checkout, content):
+            changes.relink(path, None)
+        changes.rewrite(init, own_content(content))
+        return bool(changes.made)
+
+
+def commit_of(checkout: Path) -> str | None:
+    """The checkout's commit, or `None` where git does not know it."""
+    command = ["git", "-C", str(checkout), "rev-parse", "HEAD"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True)
+    except FileNotFoundError:
+        return None
+    return result.stdout.strip() if result.returncode == 0 else None
+
+
+def main() -> None:
+    parser = Parser(description=__doc__)
+    parser.add_argument("checkout", type=Path, help="folder of a GPT-NeoX checkout")
+    parser.add_argument("--unlink", action="store_true", help="undo the link")
+    args = parser.parse_args()
+    kept: list[str] = []
+    if args.unlink:
+        changed = unlink(args.checkout)
+    else:
+        changed, kept = link(args.checkout)
+    state = "unlinked" if args.unlink else "linked"
+    print(f"{args.checkout}: {state if changed else f'already {state}'}")
+    for name in kept:
+        print(f"  configs/{name} is your own and stays; MetaLA's is {CONFIGS / name}")
+    commit = commit_of(args.checkout)
+    if not args.unlink and commit != TESTED_COMMIT:
+        print(f"  this checkout is at {commit or 'an unknown commit'}, tested with {TESTED_COMMIT}")
+
+
+if __name__ == "__main__":
+    run_script(main)

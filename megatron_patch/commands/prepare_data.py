@@ -1,0 +1,280 @@
+#!/usr/bin/env python3
+"""Turns text into the files that GPT-NeoX trains on: PREFIX.bin and PREFIX.idx, for `data_path`.
+
+A text file is one document, a line of a .jsonl file too; folders are searched for files in the
+order of their names. Each document ends with <|endoftext|>; special tokens that stand in a text are
+text. The same input gives the same files."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import sys
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tokenizers import Tokenizer
+from tqdm import tqdm
+
+from megatron_patch.commands.command_line import (
+    Parser,
+    existing,
+    existing_file,
+    output_prefix,
+    run_script,
+    told,
+    whole,
+)
+from megatron_patch.commands.documents import MAX_BYTES, Document, iterate_documents, with_a_first
+from megatron_patch.commands.special_tokens import any_of, read_as_text, special_contents
+from megatron_patch.commands.text_pieces import MAX_STRETCH, PIECE, pieces, safe_cut
+from megatron_patch.indexed_dataset import (
+    IndexedDatasetWriter,
+    bin_path,
+    idx_path,
+    index_map_paths,
+)
+
+END_OF_TEXT = "<|endoftext|>"
+BATCH, AHEAD = 256, 4  # texts in a message to a worker, messages waiting for each worker
+
+
+def refuse_existing(outputs: Iterable[Path], overwrite: bool) -> None:
+    """Raises FileExistsError if one of `outputs` is there and may not be replaced."""
+    for path in outputs:
+        if path.exists() and not overwrite:
+            raise FileExistsError(f"{path} is already there; --overwrite replaces it")
+
+
+class Encoder:
+    """Text to tokens, in this process or in a worker.
+
+    Args:
+        tokenizer_file: a tokenizer.json with an `END_OF_TEXT` token.
+        special_tokens: whether special tokens in text are read as such; otherwise they are text.
+    """
+
+    def __init__(self, tokenizer_file: Path, special_tokens: bool = False):
+        try:
+            self.tokenizer = Tokenizer.from_file(str(tokenizer_file))
+        except Exception as error:  # the library has no kind of its own
+            raise ValueError(
+                f"--tokenizer: found {tokenizer_file} ({told(error)}), wanted a tokenizer.json"
+            ) from None
+        self.file = tokenizer_file
+        self.end_of_text = self.tokenizer.token_to_id(END_OF_TEXT)
+        if self.end_of_text is None:
+            raise ValueError(
+                f"{tokenizer_file}: has no {END_OF_TEXT} token, by which GPT-NeoX ends a document"
+            )
+        self.special_tokens = special_tokens
+        if not special_tokens:
+            read_as_text(self.tokenizer, [END_OF_TEXT])
+        self.special = any_of(special_contents(self.tokenizer))
+        # A tokenizer that was trained or used with transformers may come with both.
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+
+    def __call__(self, texts: Iterable[str]) -> tuple[list[np.ndarray], Counter[str]]:
+        """Tokens of each text, int32, and how often each special token stands in them.
+
+        Raises:
+            ValueError: the tokenizer makes the token that ends documents of text.
+        """
+        found: Counter[str] = Counter()
+        encoded = []
+        for text in texts:
+            found.update(self.special.findall(text))
+            ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+            encoded.append(np.array(ids, np.int32))
+            if not self.special_tokens and (encoded[-1] == self.end_of_text).any():
+                raise ValueError(
+                    f"{self.file}: makes {END_OF_TEXT}, which ends a document, of other text "
+                    "(--special-tokens lets it)"
+                )
+        return encoded, found
+
+
+_worker: Encoder | None = None
+
+
+def _start_worker(tokenizer_file: Path, special_tokens: bool) -> None:
+    global _worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends its workers
+    _worker = Encoder(tokenizer_file, special_tokens)
+
+
+def _encode_in_worker(texts: list[str]) -> tuple[list[np.ndarray], Counter[str]]:
+    return _worker(texts)
+
+
+class Prepared(NamedTuple):
+    """What was written: numbers of documents and tokens, special tokens found in the text."""
+
+    documents: int
+    tokens: int
+    special: Counter[str]
+
+
+def prepare(
+    documents: Iterable[Document],
+    encoder: Encoder,
+    prefix: Path,
+    workers: int = 1,
+    max_stretch: int = MAX_STRETCH,
+    overwrite: bool = True,
+) -> Prepared:
+    """Writes the data set.
+
+    Raises:
+        ValueError: there is no text, or one that is too long for its tokenizer, or another process
+            writes this data set. Nothing is written then.
+    """
+    documents = with_a_first(documents)
+    cut = safe_cut(encoder.tokenizer, encoder.special_tokens)
+    count = tokens = 0
+    special: Counter[str] = Counter()
+    bar = tqdm(desc=f"Writing {prefix}", unit=" tokens", unit_scale=True, mininterval=0.5)
+    vocabulary = encoder.tokenizer.get_vocab_size()
+    with bar, IndexedDatasetWriter(prefix, vocabulary) as writer:
+        refuse_existing(writer.paths, overwrite)  # which another run may have written just now
+        # (text, whether it ends its document)
+        parts = (
+            (piece, is_last)
+            for document in documents
+            for piece, is_last in _with_last(pieces(document, cut, longest=max_stretch))
+        )
+        tokens_of_document: list[np.ndarray] = []
+        with closing(_encode_all(_batches(parts), encoder, workers)) as results:
+            for (encoded, found), ends in results:
+                special.update(found)
+                for ids, is_last in zip(encoded, ends, strict=True):
+                    tokens_of_document.append(ids)
+                    if is_last:
+                        tokens_of_document.append(np.array([encoder.end_of_text], np.int32))
+                        document = np.concatenate(tokens_of_document)
+                        tokens_of_document.clear()
+                        writer.add_document(document)
+                        count += 1
+                        tokens += len(document)
+                        bar.update(len(document))
+    return Prepared(count, tokens, special)
+
+
+def _with_last(items: Iterable[str]) -> Iterator[tuple[str, bool]]:
+    """Each item, and whether it is the last."""
+    items = iter(items)
+    item = next(items)
+    for following in items:
+        yield item, False
+        item = following
+    yield item, True
+
+
+def _batches(parts: Iterable[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]]]:
+    """Parts together that are worth a message to a worker, and fit in a little memory."""
+    batch, size = [], 0
+    for part in parts:
+        batch.append(part)
+        size += len(part[0])
+        if size >= PIECE or len(batch) >= BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _encode_all(
+    batches: Iterable[list[tuple[str, bool]]], encoder: Encoder, workers: int
+) -> Iterator[tuple[tuple[list[np.ndarray], Counter[str]], list[bool]]]:
+    """What `Encoder` gives for each batch, in order, and which of its texts end a document."""
+    if workers == 1:
+        for batch in batches:
+            yield encoder([text for text, _ in batch]), [is_last for _, is_last in batch]
+        return
+    # "spawn": the tokenizers library has threads, which do not survive a fork. An executor, unlike
+    # a pool, notices when a worker has died.
+    pool = ProcessPoolExecutor(
+        workers,
+        multiprocessing.get_context("spawn"),
+        _start_worker,
+        (encoder.file, encoder.special_tokens),
+    )
+    waiting: deque = deque()
+    try:
+        for batch in batches:
+            future = pool.submit(_encode_in_worker, [text for text, _ in batch])
+            waiting.append((future, [is_last for _, is_last in batch]))
+            if len(waiting) > AHEAD * workers:
+                future, ends = waiting.popleft()
+                yield future.result(), ends
+        while waiting:
+            future, ends = waiting.popleft()
+            yield future.result(), ends
+    except BrokenProcessPool:
+        raise ValueError("--workers: a worker was killed, out of memory perhaps") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def tell_of(special: Counter[str], as_tokens: bool) -> None:
+    """Says which special tokens the text has."""
+    if special:
+        which = ", ".join(f"{content} {count:,}" for content, count in special.most_common(5))
+        more = f" and {len(special) - 5} others" if len(special) > 5 else ""
+        how = "read as such" if as_tokens else "read as text, --special-tokens reads them as such"
+        print(f"special tokens in the text: {which}{more}; {how}")
+
+
+def main() -> None:
+    parser = Parser(description=__doc__)
+    parser.add_argument(
+        "inputs", type=existing, nargs="+", help="text files, .jsonl files, folders"
+    )
+    parser.add_argument(
+        "--output", type=output_prefix, required=True, help="PREFIX of the files to write"
+    )
+    parser.add_argument("--tokenizer", type=existing_file, required=True, help="a tokenizer.json")
+    parser.add_argument("--json-key", default="text", help="key of the text in .jsonl files")
+    parser.add_argument("--suffix", action="append", help="in folders: only such files, e.g. .py")
+    parser.add_argument("--workers", type=whole(1), default=1, help="processes that tokenize")
+    parser.add_argument("--overwrite", action="store_true", help="replace existing output")
+    parser.add_argument(
+        "--special-tokens",
+        action="store_true",
+        help=f"read special tokens in the text, such as {END_OF_TEXT}, as such, not as text",
+    )
+    parser.add_argument(
+        "--max-document", type=whole(1), default=MAX_BYTES, help="bytes of the largest document"
+    )
+    parser.add_argument(
+        "--max-stretch",
+        type=whole(1),
+        default=MAX_STRETCH,
+        help="most characters to tokenize at once, where the tokenizer allows no cut; each takes "
+        "about 300 bytes of memory",
+    )
+    args = parser.parse_args()
+    try:
+        refuse_existing([bin_path(args.output), idx_path(args.output)], args.overwrite)
+        encoder = Encoder(args.tokenizer, args.special_tokens)
+        documents = iterate_documents(args.inputs, args.json_key, args.suffix, args.max_document)
+        prepared = prepare(
+            documents, encoder, args.output, args.workers, args.max_stretch, args.overwrite
+        )
+        for path in index_map_paths(args.output):  # of what was there before
+            path.unlink(missing_ok=True)
+    except (OSError, ValueError) as error:
+        sys.exit(f"prepare_data.py: {told(error)}")
+    tell_of(prepared.special, args.special_tokens)
+    print(f"{args.output}.bin, .idx: {prepared.documents:,} documents, {prepared.tokens:,} tokens")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,119 @@
+#!/usr/bin/env python3
+"""Trains a MetaLA model from GPT-NeoX's YAML files and data without GPT-NeoX, by the Hugging Face
+Trainer, and writes a Hugging Face folder. The same command goes on where a run was stopped, if
+`load` and `save` name the same folder. Start it with torchrun for several GPUs."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from megatron_patch.architecture import SettingsError
+from megatron_patch.commands.command_line import Parser, output_folder, run_script
+from megatron_patch.hf import MetaLAForCausalLM
+from megatron_patch.hf.remote_code import write_model_code
+from megatron_patch.neox.limits import warn_of_short_warmup
+from megatron_patch.trainer.model import build_model, check_model, load_tokenizer, model_config
+from megatron_patch.trainer.samples import build_samples
+from megatron_patch.trainer.schedule import check_schedule
+from megatron_patch.trainer.settings import EmbeddedSettings, read_settings
+from megatron_patch.trainer.training import checkpoint_step, find_checkpoint, train
+
+TOLERANCE = 1e-4  # of logits in float32, from the reloaded folder
+VERIFIED_TOKENS = 64
+
+
+def run(settings: EmbeddedSettings) -> MetaLAForCausalLM:
+    """Trains, or goes on training, to `train_iters`; returns the model on its device."""
+    tokenizer = load_tokenizer(settings)
+    config = model_config(settings, tokenizer)
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    train_samples, valid_samples = build_samples(settings, world_size)
+    checkpoint = find_checkpoint(settings)
+    if checkpoint is not None:
+        check_model(config, checkpoint)
+        check_schedule(settings, checkpoint)
+        done = checkpoint_step(checkpoint)
+        if done > settings.train_iters:
+            raise SettingsError(
+                f"train_iters: found {settings.train_iters}, wanted at least {done}, the "
+                f"iterations that {checkpoint} has behind it"
+            )
+        if done == settings.train_iters:
+            print(f"{checkpoint}: training is already complete")
+            return MetaLAForCausalLM.from_pretrained(checkpoint)
+    multiple = settings.make_vocab_size_divisible_by
+    if padding := -len(tokenizer) % multiple:
+        print(
+            f"make_vocab_size_divisible_by: {len(tokenizer):,} tokens stay so many; GPT-NeoX would "
+            f"add {padding} rows, which count in its loss"
+        )
+    warn_of_short_warmup(settings.warmup, settings.decay_iters)
+    model = build_model(settings, config)
+    count = sum(p.numel() for p in model.parameters())
+    origin = f"going on from {checkpoint}" if checkpoint else "from the start"
+    print(f"{count:,} parameters, {settings.train_iters} iterations, {origin}", flush=True)
+    return train(settings, model, train_samples, valid_samples, checkpoint)
+
+
+def save(model: MetaLAForCausalLM, settings: EmbeddedSettings, folder: Path) -> None:
+    """Writes model, its code, configuration and tokenizer."""
+    model.save_pretrained(folder)
+    write_model_code(folder)
+    load_tokenizer(settings).save_pretrained(folder)
+
+
+@torch.no_grad()
+def largest_difference(model: MetaLAForCausalLM, folder: Path, tokens: torch.Tensor) -> float:
+    """Largest difference of logits, on the CPU in float32, between `model` in one pass and the one
+    reloaded from `folder`, in one pass and token by token through the recurrent state."""
+    model = model.float().cpu().eval()
+    reloaded = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False).float().eval()
+    wanted = model(tokens, use_cache=False).logits
+    parallel = reloaded(tokens, use_cache=False).logits
+    cache, steps = None, []
+    for token in tokens.split(1, dim=1):
+        output = reloaded(token, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        steps.append(output.logits)
+    recurrent = torch.cat(steps, dim=1)
+    return max((logits - wanted).abs().max().item() for logits in (parallel, recurrent))
+
+
+def main() -> None:
+    parser = Parser(description=__doc__)
+    parser.add_argument("configs", nargs="+", help="YAML files, merged as GPT-NeoX merges them")
+    parser.add_argument("-d", "--conf_dir", type=Path, help="folder of the YAML files")
+    parser.add_argument(
+        "--output", type=output_folder, help="Hugging Face folder to write (SAVE/hf)"
+    )
+    parser.add_argument("--verify", action="store_true", help="compare the written model's logits")
+    args = parser.parse_args()
+    paths = [args.conf_dir / name if args.conf_dir else Path(name) for name in args.configs]
+    try:
+        settings, ignored = read_settings(paths)
+        if ignored:
+            print(f"Settings without a meaning in the embedded engine: {', '.join(ignored)}")
+        model = run(settings)
+    except SettingsError as error:
+        sys.exit(f"train_hf.py: {error}")
+    if int(os.environ.get("RANK", "0")):
+        return
+    folder = args.output or settings.save / "hf"
+    save(model, settings, folder)
+    print(f"Hugging Face model: {folder}")
+    if args.verify:
+        samples, _ = build_samples(settings, 1)
+        tokens = samples[0]["input_ids"][None, :VERIFIED_TOKENS]
+        difference = largest_difference(model, folder, tokens)
+        print(f"Largest logit difference after reloading: {difference:.3e}")
+        if not difference <= TOLERANCE:
+            sys.exit(f"train_hf.py: wanted at most {TOLERANCE:.0e}")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,1 +1,0 @@
-"""Kernels in CUDA C++, compiled where they run: a folder for each."""
