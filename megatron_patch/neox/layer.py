@@ -49,18 +49,35 @@ class ParallelMetaLALayer(nn.Module):
         # switches it off again, to train or to evaluate.
         self.use_cache = False
         self.layer_past: MixerState | None = None
+        types = neox_args.attention_config
+        # Between pipeline stages only tensors that are contiguous can be sent.
+        self.is_batch_first = neox_args.pipe_parallel_size <= 1 and all(
+            name == types[layer_number] for name in types[layer_number + 1 : layer_number + 2]
+        )
+        self.graphs, self.index = None, 0  # CUDA graphs of all layers, and which of them this is
 
     def forward(self, x: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """[T, B, d] to [T, B, d]. `attention_mask` is not read: the recurrence is causal."""
+        if self.graphs is not None and self.training and not self.use_cache:
+            if (y := self.graphs.run(self.index, x)) is not None:
+                return y
+        return self.compute(x)
+
+    def compute(self, x: torch.Tensor) -> torch.Tensor:
+        """The layer without CUDA graphs. It works on [B, T, d] in memory, as the convolution and
+        the operator do; where another MetaLA layer follows, its output stays so, seen as
+        [T, B, d], and nothing is transposed between layers."""
         past = self.layer_past if self.use_cache else None
+        x = x.transpose(0, 1).contiguous()
         mixed, self.layer_past = self.mixer(self.input_norm(x), past, self.use_cache)
         x = x + self._dropout(mixed)
         x = x + self._dropout(self.mlp(self.mlp_norm(x)))
         if x.requires_grad:
-            # GPT-NeoX transposes what its last layer gives, and so this gradient. Left as it is in
-            # memory, it would be copied before each product of each layer.
+            # An attention layer gives a gradient that is transposed in memory. Left so, it would
+            # be copied before each matrix product.
             x.register_hook(torch.Tensor.contiguous)
-        return x
+        y = x.transpose(0, 1)
+        return y if self.is_batch_first else y.contiguous()
 
     def _dropout(self, x: torch.Tensor) -> torch.Tensor:
         return F.dropout(x, self.hidden_dropout, self.training)

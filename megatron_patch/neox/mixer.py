@@ -132,17 +132,15 @@ class ParallelMetaLAMixer(nn.Module):
         """Mixes tokens.
 
         Args:
-            x: [T, B, d], the normed residual stream, identical on all tensor-parallel ranks.
+            x: [B, T, d], the normed residual stream, identical on all tensor-parallel ranks.
             past: what an earlier call with `use_cache` returned for the tokens before these.
             use_cache: whether to return the state after the last token.
 
         Returns:
-            [T, B, d], identical on all ranks, and the state or `None`.
+            [B, T, d], identical on all ranks, and the state or `None`.
         """
         conv_state, state = past if past is not None else (None, None)
-        # On a GPU the convolution writes [B, T, d] as one block of memory, so that no transposition
-        # of what the projection gives, three times as wide, or of its gradient costs time.
-        x, conv_state = self.conv1d(x.transpose(0, 1), conv_state, use_cache)
+        x, conv_state = self.conv1d(x, conv_state, use_cache)
         projected, _ = self.in_proj(x)
         heads = projected.unflatten(-1, (self.num_heads, -1))
         q, gate_logits, v, out_gate = heads.split(
@@ -162,4 +160,4 @@ class ParallelMetaLAMixer(nn.Module):
             backend=self.options.backend,
         )
         output, _ = self.out_proj(out.flatten(-2))
-        return output.transpose(0, 1), (conv_state, state) if use_cache else None
+        return output, (conv_state, state) if use_cache else None

@@ -34,6 +34,7 @@ from megatron_patch.neox.gradient_norm import repair_gradient_norm
 from megatron_patch.neox.index_maps import name_index_maps_after_data
 from megatron_patch.neox.launchers import check_launcher, name_rank
 from megatron_patch.neox.limits import check_limits
+from megatron_patch.neox.loss import fuse_loss
 from megatron_patch.neox.norm import SimpleRMSNorm
 from megatron_patch.neox.ranks import check_running_ranks, count_ranks
 from megatron_patch.neox.replicas import check_replicas, share_random_state
@@ -43,6 +44,7 @@ from megatron_patch.neox.save_lock import check_holder, check_save, hold_save
 from megatron_patch.neox.saving import check_saving, delete_old_checkpoints
 from megatron_patch.neox.settings import check_settings, export_warning
 from megatron_patch.neox.tokenizer import repair_gpt2_tokenizer
+from megatron_patch.neox.training_step import fuse_norm_and_clipping, speed_up_steps
 from megatron_patch.neox.value_checks import check_values
 from megatron_patch.neox.watchdog import watch_ranks, watchdog_seconds
 from megatron_patch.neox.yaml_config import merge_yaml_texts, read_yaml, settle
@@ -79,6 +81,9 @@ def register() -> None:
     _log_to_wandb()
     repair_gpt2_tokenizer()
     repair_gradient_norm(LAYER_TYPE)
+    speed_up_steps(_is_metala, _replace)
+    fuse_loss(_replace)
+    fuse_norm_and_clipping()
     for repair in (fail_where_it_failed, watch_ranks):
         repair(lambda neox_args: LAYER_TYPE in neox_args.attention_config, _replace)
 

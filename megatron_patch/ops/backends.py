@@ -71,6 +71,10 @@ REGISTRY: dict[str, dict[str, Backend | None]] = {
         "triton": Backend("megatron_patch.ops.triton", "triton"),
         "torch": None,
     },
+    "cross_entropy": {
+        "triton": Backend("megatron_patch.ops.triton.cross_entropy", "triton"),
+        "torch": None,
+    },
     "token_decoder": {
         "cuda": Backend("megatron_patch.ops.decoding.decoder", "cuda-bindings"),
         "triton": Backend("megatron_patch.ops.triton.decoder", "triton"),

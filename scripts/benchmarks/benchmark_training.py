@@ -31,8 +31,6 @@ import torch
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
-from link_neox import MARK, entry_point  # noqa: E402
-
 from convert.command import ConvertError  # noqa: E402
 from convert.gpt_neox import need_neox  # noqa: E402
 from megatron_patch.architecture import SettingsError  # noqa: E402
@@ -43,13 +41,14 @@ from megatron_patch.commands.command_line import (  # noqa: E402
     run_script,
     whole,
 )
+from megatron_patch.commands.link_neox import MARK, entry_point  # noqa: E402
 from megatron_patch.indexed_dataset import IndexedDatasetWriter  # noqa: E402
 from megatron_patch.neox.yaml_config import merge_yaml  # noqa: E402
 
 TOKENS = 32_000
 INTERVAL = 10  # iterations of which GPT-NeoX prints the mean time; the first are left out
 TIME = re.compile(r"elapsed time per iteration \(ms\): (\S+) \|")
-MEMORY = re.compile(r"\| max allocated: (\S+) \|")
+MEMORY = re.compile(r"\| max reserved: (\S+)")
 PARAMETERS = re.compile(r"number of parameters on model parallel rank 0: (\d+)")
 
 
@@ -132,7 +131,13 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def measure(checkout: Path, settings: dict[str, Any], folder: Path, name: str) -> Measurement:
+def measure(
+    checkout: Path,
+    settings: dict[str, Any],
+    folder: Path,
+    name: str,
+    program: str | Path = "train.py",
+) -> Measurement:
     """Trains, and reads what was printed.
 
     Raises:
@@ -141,11 +146,19 @@ def measure(checkout: Path, settings: dict[str, Any], folder: Path, name: str) -
     config = folder / f"{name}.yml"
     config.write_text(yaml.safe_dump({**settings, "master_port": free_port()}))
     done = subprocess.run(
-        [sys.executable, "./deepy.py", "train.py", str(config)],
+        [sys.executable, "./deepy.py", str(program), str(config)],
         cwd=checkout,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+    )
+    print(
+        *[
+            x
+            for x in done.stdout.splitlines()
+            if "MetaLA:" in x or "max allocated" in x or "lm_loss" in x
+        ][:6],
+        sep="\n",
     )
     if done.returncode:
         print(*done.stdout.splitlines()[-40:], sep="\n", file=sys.stderr)
