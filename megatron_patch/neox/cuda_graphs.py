@@ -54,6 +54,8 @@ class LayerGraphs:
         """The output of a layer by its graph, or `None` where it has to be computed without."""
         if not (self.is_on and torch.is_grad_enabled() and x.requires_grad):
             return None
+        if index == 0 and any(graph.has_moved() for graph in self.graphs):
+            self.graphs = []
         if not self.graphs:
             if index > 0:
                 return None
@@ -122,8 +124,11 @@ class LayerGraph:
             x.shape == self.x.shape
             and x.dtype == self.x.dtype
             and (self.pending is None or self.pending() is None)
-            and self._addresses() == self.addresses
         )
+
+    def has_moved(self) -> bool:
+        """Whether a parameter, or the sum of its gradients, is no longer where it was."""
+        return self._addresses() != self.addresses
 
     def _addresses(self) -> list[int]:
         found = [p.data_ptr() for p in self.parameters]

@@ -44,7 +44,11 @@ from megatron_patch.neox.save_lock import check_holder, check_save, hold_save
 from megatron_patch.neox.saving import check_saving, delete_old_checkpoints
 from megatron_patch.neox.settings import check_settings, export_warning
 from megatron_patch.neox.tokenizer import repair_gpt2_tokenizer
-from megatron_patch.neox.training_step import fuse_norm_and_clipping, speed_up_steps
+from megatron_patch.neox.training_step import (
+    fuse_norm_and_clipping,
+    let_the_host_run_ahead,
+    speed_up_steps,
+)
 from megatron_patch.neox.value_checks import check_values
 from megatron_patch.neox.watchdog import watch_ranks, watchdog_seconds
 from megatron_patch.neox.yaml_config import merge_yaml_texts, read_yaml, settle
@@ -84,6 +88,7 @@ def register() -> None:
     speed_up_steps(_is_metala, _replace)
     fuse_loss(_replace)
     fuse_norm_and_clipping()
+    let_the_host_run_ahead(_is_metala, _replace)
     for repair in (fail_where_it_failed, watch_ranks):
         repair(lambda neox_args: LAYER_TYPE in neox_args.attention_config, _replace)
 

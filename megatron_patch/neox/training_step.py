@@ -140,13 +140,73 @@ def fuse_norm_and_clipping() -> None:
         tensors = list(input_tensors)
         if norm_type == 2 and tensors:
             tensors = [torch.stack(torch._foreach_norm([t.detach() for t in tensors])).norm()]
-        return get_norm(tensors, norm_type=norm_type, **kwargs)
+        # On the host, where DeepSpeed compares it four times: one wait for the GPU, not four.
+        return get_norm(tensors, norm_type=norm_type, **kwargs).cpu()
 
     def clip_all(input_tensors, max_norm=1.0, global_norm=None, mpu=None, eps=1e-6):
         factor = max_norm / (global_norm + eps)
         if factor < 1:
-            torch._foreach_mul_([t.detach() for t in input_tensors], factor)
+            torch._foreach_mul_([t.detach() for t in input_tensors], float(factor))
         return global_norm
 
     bf16_optimizer.get_global_norm_of_tensors = norm_of_all
     bf16_optimizer.clip_tensors_by_global_norm = clip_all
+
+
+# The parts of a step that GPT-NeoX times.
+STEP_TIMERS = ("forward", "backward", "backward-backward", "optimizer", "batch generator")
+
+
+class _Untimed:
+    """Stands for one of GPT-NeoX's timers and does nothing."""
+
+    def start(self) -> None: ...
+
+    def stop(self) -> None: ...
+
+    def reset(self) -> None: ...
+
+
+def let_the_host_run_ahead(
+    is_metala: Callable[[Any], bool], replace: Callable[[Any, Any], None]
+) -> None:
+    """Takes away GPT-NeoX's waits for the GPU within a step, during which the host launches nothing.
+
+    It waits at each start and stop of a timer, and for the sizes of a batch, which it broadcasts to
+    a tensor-parallel group of one rank too. Here the parts of a step are timed only where
+    `wall_clock_breakdown` asks for it, and a single rank keeps its batch.
+    """
+    from megatron import mpu
+    from megatron.training import train
+    from megatron.utils import Timers
+
+    broadcast, log, write = mpu.broadcast_data, Timers.log, Timers.write
+
+    @functools.wraps(broadcast)
+    def broadcast_to_others(keys, data, datatype):
+        if mpu.get_model_parallel_world_size() > 1 or not torch.cuda.is_available():
+            return broadcast(keys, data, datatype)
+        for key in keys:
+            assert data[key].dtype == datatype, f"{key}: found {data[key].dtype}, wanted {datatype}"
+        return {key: data[key].cuda(non_blocking=True) for key in keys}
+
+    @functools.wraps(train)
+    def train_ahead(neox_args, timers, *args, **kwargs):
+        if is_metala(neox_args) and not neox_args.wall_clock_breakdown:
+            timers.timers.update({name: _Untimed() for name in STEP_TIMERS})
+            _say("the parts of a step are not timed; wall_clock_breakdown: true times them")
+        return train(neox_args, timers, *args, **kwargs)
+
+    def timed(self, names) -> list[str]:
+        return [name for name in names if not isinstance(self.timers[name], _Untimed)]
+
+    def log_timed(self, names, normalizer=1.0, reset=True):
+        if names := timed(self, names):
+            log(self, names, normalizer, reset)
+
+    def write_timed(self, names, iteration, normalizer=1.0, reset=False):
+        write(self, timed(self, names), iteration, normalizer, reset)
+
+    Timers.log, Timers.write = log_timed, write_timed
+    replace(broadcast, broadcast_to_others)
+    replace(train, train_ahead)
