@@ -11,7 +11,7 @@ from cuda.bindings import driver
 from torch import Tensor
 
 from megatron_patch.ops.decoding.token_decoder import LayerTensors
-from megatron_patch.ops.hopper.compilation import (
+from megatron_patch.ops.hopper.nvrtc import (
     architecture_of,
     checked,
     known_architectures,
