@@ -27,8 +27,7 @@ struct Chunk {
             batch = 0;
             length = -1;
             if (sequence < 0) return;
-            first =
-                chunks.sequence_start(sequence) + (i64)chunks.chunk_indices[2 * index + 1] * C;
+            first = chunks.sequence_start(sequence) + (i64)chunks.chunk_indices[2 * index + 1] * C;
             length = (int)min(chunks.sequence_start(sequence + 1) - first, (i64)C);
         } else {
             batch = index / (int)chunks.count;

@@ -11,8 +11,8 @@
 // Triton's kernel reaches half of the memory bandwidth: it takes every register a thread can have,
 // so few warps are left to hide each other's latency. Here eight warps of half as many registers
 // serve a chunk and head, and two blocks share a multiprocessor, so that the cp.async loads of one
-// overlap with the arithmetic of the other. Each of the two warpgroups computes half of the channels
-// of K, and half of the columns of dv and of the scores.
+// overlap with the arithmetic of the other. Each of the two warpgroups computes half of the
+// channels of K, and half of the columns of dv and of the scores.
 //
 // chunk_bwd.py compiles this file for a model with these macros: H, K, V; AUG and CU_SEQLENS, the
 // bytes of an entry of aug and of cu_seqlens, or 0 without them; BLOCKS per multiprocessor, each
@@ -25,12 +25,12 @@ struct Arguments {
     const u16 *q, *gate_logits, *v;
     const void* aug;
     const u16 *dy, *qg, *kg;
-    const float* g_last;    // [chunk, H, K], the log decay of the whole chunk
-    const int* fallback;    // [chunk, H]: another kernel computes this chunk
+    const float* g_last;  // [chunk, H, K], the log decay of the whole chunk
+    const int* fallback;  // [chunk, H]: another kernel computes this chunk
     const float* aug_score;
-    const u16 *h, *dh;      // [chunk, H, K, V], the state before and its gradient after each chunk
+    const u16 *h, *dh;  // [chunk, H, K, V], the state before and its gradient after each chunk
     u16 *dq, *d_gate_logits, *dv;
-    float* d_aug;           // [chunk, H, K], partial sums
+    float* d_aug;  // [chunk, H, K], partial sums
     Chunks chunks;
     i64 q_strides[3], gate_strides[3], v_strides[3];  // of batch, token and head
     float scale, inverse_tau;
@@ -224,11 +224,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) chunk_bwd(const Ar
     for (int tile = 0; tile < H_STAGES; ++tile) load_h_dh(tile);
     load_v_dy(1);
 
-    // Where a thread's words lie in a tile: in the warpgroup's half of the columns, and in the first
-    // part of its channels.
+    // Where a thread's words lie in a tile: in the warpgroup's half of the columns, and in the
+    // first part of its channels.
     const u32 thread_word = swizzle(row, warpgroup * WG_COLUMNS * 2 + lane % 4 * 4),
-              channel_word = WG_CHANNELS < C ? thread_word
-                                             : warpgroup * TILE + swizzle(row, lane % 4 * 4);
+              channel_word =
+                  WG_CHANNELS < C ? thread_word : warpgroup * TILE + swizzle(row, lane % 4 * 4);
     // Where the warpgroup's half of a tile, and its channels, begin as rows and as columns.
     const u32 wg_rows = warpgroup * WG_COLUMNS * 128, wg_columns = warpgroup * WG_COLUMNS * 2;
     const u32 channel_rows = warpgroup * WG_CHANNELS * 128,
@@ -327,10 +327,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) chunk_bwd(const Ar
             if (lane % 4 == 0) sums.d_aug_score[warpgroup][row + 8 * i] = d_aug_score[i];
         }
     }
-    // dkg holds v dh^T alone so far: the gradient through the state after the chunk. There a token's
-    // kg v has decayed by every g_t behind it, so the gradient of g_t has the sum of kg dkg over
-    // tokens before t. That is the sum over the whole chunk, taken here, less the sum from t on,
-    // which the suffix sums below contain.
+    // dkg holds v dh^T alone so far: the gradient through the state after the chunk. There a
+    // token's kg v has decayed by every g_t behind it, so the gradient of g_t has the sum of kg dkg
+    // over tokens before t. That is the sum over the whole chunk, taken here, less the sum from t
+    // on, which the suffix sums below contain.
 #pragma unroll
     for (int part = 0; part < PARTS; ++part) {
         float dg_state[8] = {};
@@ -365,8 +365,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) chunk_bwd(const Ar
             d_score[i] = sums.d_aug_score[0][row + 8 * i] + sums.d_aug_score[1][row + 8 * i];
     }
     // The gradient of G_i, the running sum of log decays, is qg_i dqg_i - kg_i dkg_i, and that of a
-    // log decay g_t is its sum over i >= t. Contributions of pairs of tokens on one side of t cancel
-    // exactly, because both products use the same rounded operands.
+    // log decay g_t is its sum over i >= t. Contributions of pairs of tokens on one side of t
+    // cancel exactly, because both products use the same rounded operands.
 #pragma unroll
     for (int part = 0; part < PARTS; ++part) {
         float dg[4][4], g[4][4], g_suffix[4][4];

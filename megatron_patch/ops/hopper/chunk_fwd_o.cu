@@ -172,8 +172,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) chunk_fwd_o(const 
                 if (exists(tile, m)) sums[i] += pair[0] + pair[1];
             }
         }
-    // Completes the sums of a thread's two rows: over the four lanes that share a row, then over the
-    // two warpgroups.
+    // Completes the sums of a thread's two rows: over the four lanes that share a row, then over
+    // the two warpgroups.
     const auto sum_over_columns = [&](float (&x)[2], float (&partial)[2][C]) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
@@ -217,8 +217,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) chunk_fwd_o(const 
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
                 const int m = n + j / 2, i = j % 2;
-                const float x = y[tile][m][2 * i] * rstd[i],
-                            next = y[tile][m][2 * i + 1] * rstd[i];
+                const float x = y[tile][m][2 * i] * rstd[i], next = y[tile][m][2 * i + 1] * rstd[i];
                 if (KEEP || !GATE) store_word(Words::address(v_at, j), pack(x, next));
                 if (GATE) {
                     float2 z = unpack(gate_words[j]);

@@ -16,9 +16,9 @@ constexpr int THREADS = 256;                      // two warpgroups
 constexpr int ROW_VECTORS = C / 8;                // 16-byte vectors of a row
 constexpr int PASS_ROWS = THREADS / ROW_VECTORS;  // rows that all threads copy in one pass
 
-// Byte offset in a tile. The 128-byte swizzle, which wgmma expects too, puts vector p of row r where
-// vector p ^ (r % 8) would be, so that the same column of eight rows lies in different banks. Tiles
-// must start at multiples of 1,024 bytes.
+// Byte offset in a tile. The 128-byte swizzle, which wgmma expects too, puts vector p of row r
+// where vector p ^ (r % 8) would be, so that the same column of eight rows lies in different banks.
+// Tiles must start at multiples of 1,024 bytes.
 __device__ u32 swizzle(int row, int byte) { return row * 128 + (byte ^ (row % 8 * 16)); }
 
 // A compiler barrier for one value: returns x, but the compiler can no longer see that. Whatever is
@@ -32,8 +32,8 @@ __device__ i64 compiler_barrier(i64 x) {
     return x;
 }
 
-// Starts the copy of a matrix, whose rows are `stride` elements apart, into a tile. Rows and columns
-// that the matrix does not have become zeros.
+// Starts the copy of a matrix, whose rows are `stride` elements apart, into a tile. Rows and
+// columns that the matrix does not have become zeros.
 __device__ void load_tile_async(u32 tile, const u16* from, i64 stride, int rows, int columns) {
     const u32 thread = compiler_barrier(threadIdx.x), vector = thread % ROW_VECTORS;
     const bool column_exists = 8 * vector < columns;
@@ -56,8 +56,8 @@ __device__ void load_k_tiles_async(u32 tiles, const u16* from, i64 stride, int r
 }
 __device__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// Waits until at most PENDING of the last committed groups are still in flight, in every thread. The
-// proxy fence makes the copied data visible to wgmma.
+// Waits until at most PENDING of the last committed groups are still in flight, in every thread.
+// The proxy fence makes the copied data visible to wgmma.
 template <int PENDING>
 __device__ void cp_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
@@ -110,8 +110,9 @@ __device__ void store_word(u32 at, u32 word) {
     asm volatile("st.shared.u32 [%0], %1;" ::"r"(at), "r"(word) : "memory");
 }
 
-// The four words of a 16-column block that correspond to a thread's entries of an accumulator: words
-// 0 and 2 are in its first row, 1 and 3 in the row 8 below. All loads are issued before any is used.
+// The four words of a 16-column block that correspond to a thread's entries of an accumulator:
+// words 0 and 2 are in its first row, 1 and 3 in the row 8 below. All loads are issued before any
+// is used.
 struct Words {
     u32 words[4];
 

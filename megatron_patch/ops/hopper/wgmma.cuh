@@ -70,8 +70,8 @@ __device__ void wgmma_tile(X& x, u32 a, u32 b, bool accumulate) {
                         accumulate || i > 0);
 }
 
-// Rounds an accumulator into a warpgroup's half of a tile, and writes zeros where mask(i, column) is
-// false: i is 0 for the thread's first row and 1 for the one 8 below.
+// Rounds an accumulator into a warpgroup's half of a tile, and writes zeros where mask(i, column)
+// is false: i is 0 for the thread's first row and 1 for the one 8 below.
 template <typename Mask>
 __device__ void store_masked(const Accumulator<WG_COLUMNS>& x, u32 at, int first_column,
                              Mask mask) {

@@ -1,6 +1,6 @@
-"""Hopper's chunk kernels: they compile, they say which tensors they serve, and on a GPU their results
-are those of the Triton kernels that serve elsewhere. Both are checked against float64 as well, in
-tests/ops/triton and by the correctness sweep on a GPU."""
+"""Hopper's chunk kernels: they compile, they say which tensors they serve, and on a GPU their
+results are those of the Triton kernels that serve elsewhere. Both are checked against float64 as
+well, in tests/ops/triton and by the correctness sweep on a GPU."""
 
 import pytest
 import torch
