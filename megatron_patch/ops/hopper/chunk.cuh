@@ -17,11 +17,16 @@ struct Chunks {
     }
 };
 
+// The chunk and head of this block.
 struct Chunk {
+    int head;
+    i64 chunk_head;    // row in [chunk, H, ...] tensors
     i64 batch, first;  // batch entry and first token
     int length;        // number of tokens, or negative when there is no such chunk
 
-    __device__ Chunk(const Chunks& chunks, int index) {
+    __device__ Chunk(const Chunks& chunks) : head(blockIdx.x % H) {
+        const int index = blockIdx.x / H;
+        chunk_head = (i64)index * H + head;
         if (CU_SEQLENS) {
             const int sequence = chunks.chunk_indices[2 * index];
             batch = 0;
@@ -36,8 +41,12 @@ struct Chunk {
         }
     }
 
-    // Offset of the chunk's first row in a [B, T, H, ...] tensor, given the strides of B, T and H.
-    __device__ i64 offset(const i64 (&strides)[3], int head) const {
+    // The first token's row in contiguous [B, T, H, ...] tensors.
+    __device__ i64 token_head(const Chunks& chunks) const {
+        return (batch * chunks.tokens + first) * H + head;
+    }
+    // The first token's offset in a [B, T, H, ...] tensor, given the strides of B, T and H.
+    __device__ i64 offset(const i64 (&strides)[3]) const {
         return batch * strides[0] + first * strides[1] + head * strides[2];
     }
 };

@@ -157,16 +157,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) chunk_bwd(const Ar
     const u32 shared = (u32)__cvta_generic_to_shared(memory);
     const int thread = threadIdx.x, lane = thread % 32,
               warpgroup = __shfl_sync(~0u, thread / 128, 0), warp = thread % 128 / 32;
-    const int chunk_index = blockIdx.x / H, head = blockIdx.x % H;
-    const i64 chunk_head = (i64)chunk_index * H + head;
-    const Chunk chunk(a.chunks, chunk_index);
-    const int length = chunk.length;
+    const Chunk chunk(a.chunks);
+    const int head = chunk.head, length = chunk.length;
+    const i64 chunk_head = chunk.chunk_head;
     if (length < 0) {
         if (AUG && thread < K) a.d_aug[chunk_head * K + thread] = 0;
         return;
     }
-    // The row of the first token in contiguous [B, T, H, ...] tensors.
-    const i64 token_head = (chunk.batch * a.chunks.tokens + chunk.first) * H + head;
+    const i64 token_head = chunk.token_head(a.chunks);
 
     // Small loads come first: after the tiles they would wait for all of them.
     const bool is_fallback = a.fallback[chunk_head];
@@ -198,10 +196,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) chunk_bwd(const Ar
             }
         } else if (tile == TILES_V) {  // the epilogue's gate logits and q
             const Chunk same = compiler_barrier(chunk);
-            load_k_tiles_async(at, a.gate_logits + same.offset(a.gate_strides, head),
-                               a.gate_strides[1], length);
+            load_k_tiles_async(at, a.gate_logits + same.offset(a.gate_strides), a.gate_strides[1],
+                               length);
             if (AUG)
-                load_k_tiles_async(at + DH_AT, a.q + same.offset(a.q_strides, head), a.q_strides[1],
+                load_k_tiles_async(at + DH_AT, a.q + same.offset(a.q_strides), a.q_strides[1],
                                    length);
         }
         cp_async_commit();
@@ -209,7 +207,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) chunk_bwd(const Ar
     const auto load_v_dy = [&](int tile) {
         const u32 at = compiler_barrier(shared) + V_AT + tile % 2 * V_STAGE_BYTES;
         if (tile < TILES_V) {
-            const u16* const v = a.v + compiler_barrier(chunk).offset(a.v_strides, head);
+            const u16* const v = a.v + compiler_barrier(chunk).offset(a.v_strides);
             load_tile_async(at, v + tile * C, a.v_strides[1], length, V - tile * C);
             load_tile_async(at + DY_AT, a.dy + token_head * V + tile * C, H * V, length,
                             V - tile * C);

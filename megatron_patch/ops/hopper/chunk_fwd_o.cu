@@ -54,13 +54,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) chunk_fwd_o(const 
     const u32 shared = (u32)__cvta_generic_to_shared(memory);
     const int thread = threadIdx.x, lane = thread % 32,
               warpgroup = __shfl_sync(~0u, thread / 128, 0), warp = thread % 128 / 32;
-    const int chunk_index = blockIdx.x / H, head = blockIdx.x % H;
-    const i64 chunk_head = (i64)chunk_index * H + head;
-    const Chunk chunk(a.chunks, chunk_index);
-    const int length = chunk.length;
+    const Chunk chunk(a.chunks);
+    const int head = chunk.head, length = chunk.length;
+    const i64 chunk_head = chunk.chunk_head;
     if (length < 0) return;
-    // The row of the first token in contiguous [B, T, H, ...] tensors.
-    const i64 token_head = (chunk.batch * a.chunks.tokens + chunk.first) * H + head;
+    const i64 token_head = chunk.token_head(a.chunks);
 
     // Small loads come first: after the tiles they would wait for all of them.
     const bool is_fallback = a.fallback[chunk_head];
@@ -73,7 +71,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) chunk_fwd_o(const 
     }
     const float bias = BIAS && thread < V ? load_entry<BIAS>(a.bias, head * V + thread) : 0;
 
-    const u16* const v = a.v + chunk.offset(a.v_strides, head);
+    const u16* const v = a.v + chunk.offset(a.v_strides);
     const auto load_stage = [&](int stage) {
         const u32 at = shared + H_AT + stage % H_STAGES * TILES_K * TILE;
         if (stage < TILES_V) {
@@ -85,7 +83,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) chunk_fwd_o(const 
             load_tile_async(shared + V_AT + stage * TILE, v + stage * C, a.v_strides[1], length,
                             V - stage * C);
         } else if (GATE) {
-            const u16* const out_gate = a.out_gate + chunk.offset(a.out_gate_strides, head);
+            const u16* const out_gate = a.out_gate + chunk.offset(a.out_gate_strides);
 #pragma unroll
             for (int k = 0; k < TILES_K; ++k) {
                 const int tile = (stage - TILES_V) * TILES_K + k;
