@@ -120,7 +120,8 @@ struct alignas(16) Shared {
 
 // The rest of shared memory holds the stages of the pipeline, each of at least one row of weights,
 // and their barriers. Rows are padded so that any eight in succession, of one stage or of several,
-// begin in different banks, as ldmatrix needs.
+// begin in different banks, as ldmatrix needs: `padded` is the next stride of `bank` bytes past a
+// multiple of 128.
 __host__ __device__ constexpr int padded(int bytes, int bank) {
     return 128 * ceil_div(bytes - bank, 128) + bank;
 }
@@ -145,10 +146,11 @@ struct RowLayout {
     static constexpr int ROW_BYTES = 2 * COLUMNS, STAGE_ROWS = rows_in_stage(ROW_BYTES, 8),
                          STRIDE = row_stride(ROW_BYTES, STAGE_ROWS);
     static constexpr int UNITS = ceil_div(COLUMNS, 32), WARP_UNITS = ceil_div(UNITS, CONSUMERS);
-    // Tiles have 16 rows, as mma.sync does, or 8 where no more fit the rows, pipeline or registers.
-    static constexpr bool LOW =
+    // Tiles have the 16 rows of mma.sync, or 8 where a block has so few rows, or the pipeline or
+    // the registers take no more.
+    static constexpr bool EIGHT_ROWS =
         MAX_ROWS <= 8 || STAGES * STAGE_ROWS < 32 || 8 * WARP_UNITS > PREFETCH_WORDS;
-    static constexpr int TILE_ROWS = LOW ? 8 : 16;
+    static constexpr int TILE_ROWS = EIGHT_ROWS ? 8 : 16;
     static constexpr int UNIT_WORDS = TILE_ROWS / 2;  // registers of a lane for a unit of a tile
     // A batch is the tiles that are multiplied together. They must be in the pipeline together.
     static constexpr int PIPELINE_TILES = max_of(1, STAGES / 2 * STAGE_ROWS / TILE_ROWS);

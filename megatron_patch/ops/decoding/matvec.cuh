@@ -32,7 +32,7 @@ __device__ void ldmatrix_x4(u32* words, u32 row) {
 // The weights are the left operand of mma.sync. The columns of the right operand are by turns the
 // high and the low part of the vector. In a tile of only 8 rows, rows 8 to 15 of the operand hold
 // the same rows' other 16 columns of the unit; each of two products then has one half that counts.
-// As many weights as fit are loaded into registers before the vector is there.
+// Weights are loaded into registers before the vector is there, as many as fit.
 template <typename R>
 struct MatVec {
     Pipeline& pipeline;

@@ -50,7 +50,7 @@ constexpr int DH_AT = TILES_K * TILE, DY_AT = TILE;  // within a stage
 constexpr int GATE_LOGITS_AT = H_AT + TILES_V % H_STAGES * H_STAGE_BYTES,
               Q_AT = GATE_LOGITS_AT + DH_AT;
 
-// What each channel has, after the tiles.
+// Numbers of each channel, stored after the tiles.
 struct Channels {
     float g_last[TILES_K * C], aug[TILES_K * C];
 };
