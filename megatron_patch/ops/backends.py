@@ -40,8 +40,8 @@ class Backend(NamedTuple):
     """Where a backend runs.
 
     Attributes:
-        module: holds it, and imports what it needs. A function in it, `obstacle(dtype, device,
-            **sizes)`, says why it cannot serve such a call, or `None`.
+        module: holds it, and imports what it needs. A function in it, `unsupported_reason(dtype,
+            device, **sizes)`, says why it cannot serve such a call, or `None`.
         package: what has to be installed.
         ours: our kernels hold NVIDIA's PTX, and were checked on the GPUs above. Other projects
             check theirs.
@@ -73,7 +73,6 @@ REGISTRY: dict[str, dict[str, Backend | None]] = {
     },
     "token_decoder": {
         "cuda": Backend("megatron_patch.ops.decoding.decoder", "cuda-bindings"),
-        "triton": Backend("megatron_patch.ops.triton.decoder", "triton"),
         "layers": None,  # the model's own
     },
 }
@@ -160,7 +159,7 @@ def obstacle(
             return reason
     if (failure := import_failure(kind.module)) is not None:
         return f"the package {kind.package} {failure}"
-    own = getattr(import_module(kind.module), "obstacle", None)
+    own = getattr(import_module(kind.module), "unsupported_reason", None)
     return None if own is None else own(dtype, device, **sizes)
 
 

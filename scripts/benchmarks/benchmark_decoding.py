@@ -1,5 +1,5 @@
-"""Checks the decoding step's kernels against float64 on a GPU, then times the mixer core's, and
-those of a whole model's step.
+"""Checks the kernels of a decoding step against float64 on a GPU, then times those of the mixer
+core and the one of a whole model's step.
 
     python scripts/benchmarks/benchmark_decoding.py
     python scripts/benchmarks/benchmark_decoding.py --sizes 380m
@@ -8,17 +8,15 @@ The core's times are of a replayed CUDA graph that holds the step of several lay
 other, each with a float32 state of its own that is updated in place; inputs are bfloat16. The floor
 is the time to read and write the state once at the copy bandwidth of this run.
 
-A whole model's step at batch 1, by either kernel (in CUDA C++, where it serves, and in Triton), is
-launched again and again, without a graph; random weights in bfloat16. Its limit is the time to read
-once all weights that it reads, at the bandwidth that `benchmark_generate.py` would measure. These
-kernels are checked by tests/ops.
+A whole model's step at batch 1, with random bfloat16 weights, is launched again and again without a
+CUDA graph. Its limit is the time to read its weights once, at the bandwidth that
+`benchmark_generate.py` measures. tests/ops/decoding checks this kernel.
 """
 
 from __future__ import annotations
 
 import argparse
 from functools import partial
-from unittest import mock
 
 import torch
 from benchmark_generate import (  # noqa: E402
@@ -36,7 +34,7 @@ from benchmark_ops import bandwidth, graph_ms, make, relative_error  # noqa: E40
 from megatron_patch.commands.command_line import CommandError, Parser, need_gpu, one_of, run_script  # noqa: E402
 from megatron_patch.hf import MetaLACache, MetaLAForCausalLM  # noqa: E402
 from megatron_patch.hf.decoding_metala import _kernel  # noqa: E402
-from megatron_patch.ops import backends, meta_linear_attention, short_convolution  # noqa: E402
+from megatron_patch.ops import meta_linear_attention, short_convolution  # noqa: E402
 
 # (heads, K, V)
 WIDTHS = [(8, 64, 128), (8, 128, 256), (16, 64, 128), (4, 256, 512), (8, 40, 80), (8, 48, 96)]
@@ -117,7 +115,6 @@ def time_all() -> None:
 
 @torch.no_grad()
 def time_decoders(names: list[str], device: torch.device) -> None:
-    module = backends.REGISTRY["token_decoder"]["cuda"].module
     speed = read_bandwidth(device)
     free_memory(device)
     print(f"read bandwidth {speed / 1e12:.2f} TB/s; milliseconds a step, and share of the limit")
@@ -129,18 +126,13 @@ def time_decoders(names: list[str], device: torch.device) -> None:
         model(token, past_key_values=cache)
         states = [cache.states(layer) for layer in range(len(cache))]
         limit = bytes_read(model) / speed
-        line = f"{name:<6} limit {1e3 * limit:.3f}"
-        kernels = {}  # by the part of megatron_patch.ops that each is of
-        for failure in (backends.import_failure(module), "is left out"):
-            with mock.patch.dict(backends._failures, {module: failure}):
-                kernel = _kernel(model, states)
-            kernels[type(kernel).__module__.split(".")[2]] = kernel
-        for language, kernel in kernels.items():
-            step = partial(kernel.step, token, logits)
-            seconds = time_steps(step, STEPS, 1, language, device).seconds
-            line += f"   {language} {1e3 * seconds:.3f} ({limit / seconds:.1%})"
-        print(line, flush=True)
-        del model, cache, states, kernels, kernel, step
+        if (kernel := _kernel(model, states)) is None:
+            raise CommandError(f"{name}: no kernel serves its step on this machine")
+        step = partial(kernel.step, token, logits)
+        seconds = time_steps(step, STEPS, 1, "one launch", device).seconds
+        share = f"one launch {1e3 * seconds:.3f} ({limit / seconds:.1%})"
+        print(f"{name:<6} limit {1e3 * limit:.3f}   {share}", flush=True)
+        del model, cache, states, kernel, step
         free_memory(device)
 
 

@@ -201,11 +201,13 @@ def test_the_convolution_goes_on_to_the_next(machine, caplog):
 
 
 def test_what_a_backend_says_itself(monkeypatch, caplog):
-    """By the function `obstacle` in its module."""
+    """Its module may hold a function `unsupported_reason`."""
     kind = REGISTRY["token_decoder"]["cuda"]
-    limits = SimpleNamespace(obstacle=lambda dtype, device, **sizes: f"found {sizes['H']} heads")
+    limits = SimpleNamespace(
+        unsupported_reason=lambda dtype, device, **sizes: f"found {sizes['H']} heads"
+    )
     monkeypatch.setitem(sys.modules, kind.module, limits)
-    assert auto("token_decoder") == "triton"
+    assert auto("token_decoder") == "layers"
     assert "'cuda' found 8 heads" in caplog.text
 
 

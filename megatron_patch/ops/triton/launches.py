@@ -19,10 +19,10 @@ from megatron_patch.ops.triton.output import output, output_backward
 from megatron_patch.ops.triton.shares import sum_shares
 from megatron_patch.ops.triton.states import carry, scan
 
-CUDA_FAILURE = import_failure("megatron_patch.ops.hopper.launching")
+CUDA_FAILURE = import_failure("megatron_patch.ops.hopper.launch")
 if CUDA_FAILURE is None:
-    from megatron_patch.ops.hopper import gradients as cuda_gradients
-    from megatron_patch.ops.hopper import output as cuda_output
+    from megatron_patch.ops.hopper import chunk_bwd as cuda_gradients
+    from megatron_patch.ops.hopper import chunk_fwd_o as cuda_output
 elif torch.cuda.is_available():
     say(
         f"MetaLA: the package cuda-bindings {CUDA_FAILURE}: on Hopper, kernels in Triton take the "

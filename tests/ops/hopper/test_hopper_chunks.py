@@ -1,6 +1,6 @@
-"""A chunk's read-out and gradients in CUDA C++: that they compile, for what, and on a GPU that they
-are those of Triton's kernels, which serve elsewhere. Both meet the same checks against float64, in
-tests/ops/triton and by scripts/benchmarks/benchmark_ops.py."""
+"""Hopper's chunk kernels: they compile, they say which tensors they serve, and on a GPU their
+results are those of the Triton kernels that serve elsewhere. Both are checked against float64 as
+well, in tests/ops/triton and by the correctness sweep on a GPU."""
 
 import pytest
 import torch
@@ -8,10 +8,10 @@ import torch
 from megatron_patch.ops import meta_linear_attention
 from megatron_patch.ops.backends import import_failure
 
-if import_failure("megatron_patch.ops.hopper.compilation") is not None:
+if import_failure("megatron_patch.ops.hopper.nvrtc") is not None:
     pytest.skip("cuda-bindings is not installed", allow_module_level=True)
-from megatron_patch.ops.hopper import gradients, launching, output
-from megatron_patch.ops.hopper.compilation import compile_code, known_architectures
+from megatron_patch.ops.hopper import chunk_bwd, chunk_fwd_o, launch
+from megatron_patch.ops.hopper.nvrtc import compile_code, known_architectures
 
 COMPILER = pytest.mark.skipif(
     90 not in known_architectures(), reason="NVIDIA's runtime compiler is not installed"
@@ -24,33 +24,33 @@ WIDTHS = [(64, 128), (48, 96), (8, 16), (128, 256), (72, 144), (96, 32), (32, 25
 WIDTHS += [(64, 64), (128, 128), (128, 64)]
 
 
-def compile_for(source, blocks, heads, k, v, **numbers):
+def compile_for(source, blocks, heads, k, v, **macros):
     return compile_code(
-        source, "sm_90a", BLOCKS=blocks, SHARED=launching.shared_bytes(blocks), H=heads, K=k, V=v,
-        **numbers,
+        source, "sm_90a", BLOCKS=blocks, SHARED=launch.shared_bytes(blocks), H=heads, K=k, V=v,
+        **macros,
     )  # fmt: skip
 
 
 @COMPILER
-@pytest.mark.parametrize("aug_bytes, bound_bytes", [(0, 0), (2, 4), (4, 8)])
+@pytest.mark.parametrize("aug_bytes, cu_seqlens_bytes", [(0, 0), (2, 4), (4, 8)])
 @pytest.mark.parametrize("k, v", [*WIDTHS, (16, 320)])
-def test_gradients_compile(k, v, aug_bytes, bound_bytes):
+def test_gradients_compile(k, v, aug_bytes, cu_seqlens_bytes):
     code = compile_for(
-        gradients.SOURCE, gradients.BLOCKS, 3, k, v, AUG=aug_bytes, BOUND=bound_bytes
+        chunk_bwd.SOURCE, chunk_bwd.BLOCKS, 3, k, v, AUG=aug_bytes, CU_SEQLENS=cu_seqlens_bytes
     )
     assert code.startswith(b"\x7fELF")
 
 
 @COMPILER
 @pytest.mark.parametrize(
-    "aug, gate_bytes, bias_bytes, keep, bound_bytes",
+    "aug, gate_bytes, bias_bytes, keep, cu_seqlens_bytes",
     [(0, 0, 0, 0, 0), (1, 2, 0, 0, 8), (1, 2, 2, 1, 0), (0, 2, 4, 1, 4)],
 )
 @pytest.mark.parametrize("k, v", WIDTHS)
-def test_outputs_compile(k, v, aug, gate_bytes, bias_bytes, keep, bound_bytes):
+def test_outputs_compile(k, v, aug, gate_bytes, bias_bytes, keep, cu_seqlens_bytes):
     code = compile_for(
-        output.SOURCE, output.blocks_for(k, v), 3, k, v,
-        AUG=aug, GATE=gate_bytes, BIAS=bias_bytes, KEEP=keep, BOUND=bound_bytes,
+        chunk_fwd_o.SOURCE, chunk_fwd_o.blocks_for(k, v), 3, k, v,
+        AUG=aug, GATE=gate_bytes, BIAS=bias_bytes, KEEP=keep, CU_SEQLENS=cu_seqlens_bytes,
     )  # fmt: skip
     assert code.startswith(b"\x7fELF")
 
@@ -63,7 +63,7 @@ def tensors(k=64, v=128, dtype=torch.bfloat16, time=5, device="cpu"):
 
 
 def sliced(x, first):
-    """The same numbers as a slice of a wider projection."""
+    """Returns x as a slice of a wider projection."""
     wide = x.new_empty(*x.shape[:3], x.shape[3] + 16)[..., first : first + x.shape[3]]
     return wide.copy_(x)
 
@@ -72,10 +72,10 @@ def test_which_gradients_fit(monkeypatch):
     aug = torch.zeros(3, 64)
 
     def fits(aug=aug, chunk=64, **change):
-        return gradients.fits(**{**tensors(), **change}, aug=aug, chunk=chunk)
+        return chunk_bwd.fits(**{**tensors(), **change}, aug=aug, chunk=chunk)
 
     assert not fits()  # on the CPU
-    monkeypatch.setattr(launching, "_is_hopper", lambda device: True)
+    monkeypatch.setattr(launch, "_is_hopper", lambda device: True)
     assert fits() and fits(aug=None) and fits(aug=aug.bfloat16())
     assert fits(v=sliced(tensors()["v"], 8))
     assert not fits(aug=aug.half())
@@ -93,15 +93,15 @@ def test_which_outputs_fit(monkeypatch):
     def fits(k=64, v=128, out_gate=True, bias=bias, chunk=64):
         made = tensors(k, v)
         gate = made["v"].clone() if out_gate is True else out_gate
-        return output.fits(made["q"], made["v"], gate, bias, chunk)
+        return chunk_fwd_o.fits(made["q"], made["v"], gate, bias, chunk)
 
     assert not fits()  # on the CPU
-    monkeypatch.setattr(launching, "_is_hopper", lambda device: True)
+    monkeypatch.setattr(launch, "_is_hopper", lambda device: True)
     assert fits() and fits(out_gate=None, bias=None) and fits(bias=bias.bfloat16())
     gate = tensors()["v"]
     assert fits(out_gate=sliced(gate, 8))
     assert not fits(out_gate=sliced(gate, 4))
-    assert not fits(k=36, v=72, bias=None)  # early and late of every other head would not fit
+    assert not fits(k=36, v=72, bias=None)  # rows of qg and kg would not be whole vectors
     assert not fits(bias=bias.half())
     assert not fits(k=136) and not fits(v=264) and not fits(v=100) and not fits(chunk=32)
 
@@ -110,9 +110,9 @@ def test_which_outputs_fit(monkeypatch):
 @pytest.mark.parametrize("k, v", WIDTHS)
 @pytest.mark.parametrize(
     "kind",
-    ["plain", "strided", "bfloat16", "no aug", "no bias", "no gate", "packed", "long", "exact"],
+    ["plain", "strided", "bfloat16", "no aug", "no bias", "no gate", "packed", "long", "fallback"],
 )
-def test_they_are_those_of_tritons_kernels(kind, k, v, monkeypatch):
+def test_results_are_those_of_the_triton_kernels(kind, k, v, monkeypatch):
     from megatron_patch.ops.triton import launches
 
     torch.manual_seed(0)
@@ -128,20 +128,20 @@ def test_they_are_those_of_tritons_kernels(kind, k, v, monkeypatch):
         arguments["cu_seqlens"] = torch.tensor(
             [0, 1, 130, 130, 290], device="cuda", dtype=torch.int32
         )
-    if kind == "exact":  # the first head's scores do not factor
+    if kind == "fallback":  # the scores of the first head do not factor
         arguments["gate_logits"][:, :, 0] *= 1e3
     if kind == "no aug":
         del parameters["aug"]
     if kind == "bfloat16":
         parameters = {name: x.bfloat16() for name, x in parameters.items()}
-    # From a state: first tokens without one can have LayerNorm magnify any rounding.
+    # With an initial state, because LayerNorm magnifies the rounding of a first token without one.
     sequences = 4 if kind == "packed" else 2
     arguments |= parameters | dict(initial_state=torch.randn(sequences, 3, k, v, device="cuda"))
     names = [name for name in arguments if name != "cu_seqlens"]
     weight = torch.randn_like(arguments["v"])
     launched = []
-    launch = launching.launch
-    monkeypatch.setattr(launching, "launch", lambda *how: (launched.append(1), launch(*how)))
+    original = launch.launch
+    monkeypatch.setattr(launch, "launch", lambda *how: (launched.append(1), original(*how)))
 
     def run():
         leaves = {
@@ -162,7 +162,7 @@ def test_they_are_those_of_tritons_kernels(kind, k, v, monkeypatch):
     monkeypatch.setattr(launches, "CUDA_FAILURE", "is not installed")
     for name, found, wanted in zip(["out", "alone", *names], first, run(), strict=True):
         error = (found.double() - wanted.double()).norm() / wanted.double().norm()
-        # Few as they are, many a parameter's gradients can be rounded to a neighbour.
+        # A parameter has few gradients, of which many can round to a neighbouring bfloat16.
         limit = 2**-8 if name in parameters and kind == "bfloat16" else 5e-4
         assert error < limit, (name, error)
     assert len(launched) == 6

@@ -1,11 +1,11 @@
-// What the warps that copy do.
+// The producer warps: copy the rows of all weights that this block multiplies into the pipeline.
 
 #pragma once
 
-#include "arguments.cuh"
-#include "ring.cuh"
+#include "stages.cuh"
 
-// Asks for all that a layer reads beside the large weights, a line by each of all blocks' lanes.
+// Prefetches into L2 what a layer reads besides the large weights. The blocks share the work, a
+// cache line for each of their lanes.
 __device__ void prefetch_layer(const void* const* table) {
     const auto prefetch = [](const void* from, int bytes) {
         if (!from) return;
@@ -15,8 +15,8 @@ __device__ void prefetch_layer(const void* const* table) {
     };
     prefetch(table[STATE], H * K * V * 4);
     prefetch(table[TOKEN_NORM], D * (int)sizeof(Weight));
-    prefetch(table[CONVOLUTION], D * TAPS * (int)sizeof(Weight));
-    prefetch(table[CONVOLUTION_STATE], D * (TAPS - 1) * (int)sizeof(Weight));
+    prefetch(table[CONVOLUTION], D * KERNEL_SIZE * (int)sizeof(Weight));
+    prefetch(table[CONVOLUTION_STATE], D * (KERNEL_SIZE - 1) * (int)sizeof(Weight));
     prefetch(table[OUT_GATE_BIAS], D * (int)sizeof(Weight));
     prefetch(table[AUG], D / 2 * (int)sizeof(Weight));
     prefetch(table[CHANNEL_NORM], D * (int)sizeof(Weight));
@@ -25,27 +25,27 @@ __device__ void prefetch_layer(const void* const* table) {
     prefetch(table[L3_BIAS], D * (int)sizeof(Weight));
 }
 
-__device__ void copy_stream(const Arguments& a, const Shared& s, Ring ring) {
-    const Place& place = s.place;
+__device__ void produce(const Arguments& a, const Shared& s, Pipeline pipeline) {
+    const BlockRows& block = s.rows;
     for (int layer = 0; layer < LAYERS; ++layer) {
         const void* const* table = s.table + layer * FIELDS;
         const auto weight = [&](int field) { return (const Weight*)table[field]; };
-        if (threadIdx.x / 32 == WARPS + 1) prefetch_layer(table);
-        ring.copy<ProjectRows>(place.project.count, [&](int i) {
-            const int row = place.project.first + i;
+        if (threadIdx.x / 32 == CONSUMERS + 1) prefetch_layer(table);
+        pipeline.copy<InProj>(block.in_proj.count, [&](int i) {
+            const int row = block.in_proj.first + i;
             return row < D / 2   ? weight(Q) + row * D
                    : row < D     ? weight(GATE_LOGITS) + (row - D / 2) * D
                    : row < 2 * D ? weight(V_PROJECTION) + (row - D) * D
                                  : weight(OUT_GATE) + (row - 2 * D) * D;
         });
-        ring.copy<EmitRows>(place.own.count,
-                            [&](int i) { return weight(OUT) + (place.own.first + i) * D; });
-        ring.copy<ExpandRows>(2 * place.expand.count, [&](int i) {
-            return weight(i % 2 ? L2 : L1) + (place.expand.first + i / 2) * D;
+        pipeline.copy<OutProj>(block.channels.count,
+                               [&](int i) { return weight(OUT) + (block.channels.first + i) * D; });
+        pipeline.copy<GateUp>(2 * block.gate_up.count, [&](int i) {
+            return weight(i % 2 ? L2 : L1) + (block.gate_up.first + i / 2) * D;
         });
-        ring.copy<ContractRows>(place.own.count,
-                                [&](int i) { return weight(L3) + (place.own.first + i) * F; });
+        pipeline.copy<Down>(block.channels.count,
+                            [&](int i) { return weight(L3) + (block.channels.first + i) * F; });
     }
-    ring.copy<HeadRows>(place.logits.count,
-                        [&](int i) { return a.head + (long long)(place.logits.first + i) * D; });
+    pipeline.copy<Logits>(block.logits.count,
+                          [&](int i) { return a.head + (long long)(block.logits.first + i) * D; });
 }

@@ -1,4 +1,5 @@
-"""What kernels with a block for each chunk and head need of their tensors, and their launch."""
+"""Loads and launches the kernels that run one block for each chunk and head, and says which tensors
+they take."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ import torch
 from cuda.bindings import driver
 from torch import Tensor
 
-from megatron_patch.ops.hopper.compilation import (
+from megatron_patch.ops.hopper.nvrtc import (
     architecture_of,
     checked,
     known_architectures,
@@ -19,15 +20,15 @@ from megatron_patch.ops.hopper.compilation import (
 )
 
 CHUNK = 64  # tokens
-HOPPER = 90  # which alone has these matrix products
-VECTOR = 8  # numbers in 16 bytes
+HOPPER = 90  # the only architecture with wgmma
+VECTOR = 8  # bfloat16 entries in the 16 bytes of one cp.async
 THREADS = 256
 LARGEST_K = 128  # of a head
 
 
 def fits(q: Tensor, chunk: int, *tensors: Tensor) -> bool:
-    """Whether there are kernels for heads and chunks like these, on their device, where `tensors`
-    are copied by 16 bytes, as rows of K are which other kernels wrote."""
+    """Returns whether the kernels serve heads like q's [B, T, H, K] in chunks of this many tokens,
+    and can copy `tensors` in vectors of 16 bytes."""
     return (
         chunk == CHUNK
         and q.dtype == torch.bfloat16
@@ -58,25 +59,30 @@ def _is_hopper(device: torch.device) -> bool:
 
 
 def bytes_of(x: Tensor | None) -> int:
-    """Of a number of x; zero where it is not given."""
+    """Returns the size of one entry of x, or 0 for no tensor."""
     return 0 if x is None else x.itemsize
 
 
 def shared_bytes(blocks: int) -> int:
-    """Of shared memory for each of so many blocks on a multiprocessor: of 228 KB, 1 KB for each is
-    the driver's."""
+    """Returns the shared memory of each of so many blocks on a multiprocessor: it has 228 KB, of
+    which the driver takes 1 KB a block."""
     return (228 // blocks - 1) * 1024
 
 
 def load(
-    source: Path, name: str, blocks: int, v: Tensor, k: int, bounds: Tensor | None, **numbers: int
+    source: Path,
+    name: str,
+    blocks: int,
+    v: Tensor,
+    k: int,
+    cu_seqlens: Tensor | None,
+    **macros: int,
 ) -> driver.CUfunction:
-    """The kernel of a file, `blocks` on a multiprocessor, for heads of K and V as in v
-    [B, T, H, V]; `bounds` is `cu_seqlens`."""
+    """Loads a kernel, `blocks` per multiprocessor, for heads of K and of V as in v [B, T, H, V]."""
     memory = shared_bytes(blocks)
     return load_kernel(
         v.device, source, name, memory, BLOCKS=blocks, SHARED=memory, H=v.shape[2], K=k,
-        V=v.shape[3], BOUND=bytes_of(bounds), **numbers,
+        V=v.shape[3], CU_SEQLENS=bytes_of(cu_seqlens), **macros,
     )  # fmt: skip
 
 
@@ -88,11 +94,11 @@ def launch(
     sizes: tuple[int, ...],
     numbers: tuple[float, ...],
 ) -> None:
-    """Launches it on the current stream of the current device: all its arguments as the file names
-    them, in that order."""
+    """Launches a kernel on the current stream of the current device. Tensors, sizes and numbers are
+    the fields of the source's `struct Arguments`, in its order."""
     addresses = (0 if x is None else x.data_ptr() for x in tensors)
-    form = f"{len(tensors)}Q{len(sizes)}q{len(numbers)}f0q"  # as long as C makes the structure
-    arguments = ctypes.create_string_buffer(struct.pack(form, *addresses, *sizes, *numbers))
+    layout = f"{len(tensors)}Q{len(sizes)}q{len(numbers)}f0q"  # 0q pads the end as C does
+    arguments = ctypes.create_string_buffer(struct.pack(layout, *addresses, *sizes, *numbers))
     parameters = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
     stream = torch.cuda.current_stream().cuda_stream
     checked(

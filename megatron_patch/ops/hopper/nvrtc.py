@@ -1,4 +1,4 @@
-"""Compiles CUDA C++ where it runs, by NVIDIA's runtime compiler through `cuda-bindings`."""
+"""Compiles CUDA C++ at run time with NVRTC, through `cuda-bindings`."""
 
 from __future__ import annotations
 
@@ -11,29 +11,30 @@ from cuda.bindings import driver, nvrtc
 
 
 def architecture_of(device: torch.device) -> int:
-    """A GPU's: 90 is compute capability 9.0."""
+    """Returns a GPU's compute capability as NVRTC writes it: 90 for 9.0."""
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 
 
 @functools.lru_cache(maxsize=1)
 def known_architectures() -> tuple[int, ...]:
-    """For which the compiler at hand, if there is one, makes code."""
+    """Returns the architectures that NVRTC compiles for; none where its library is missing."""
     try:
         return tuple(checked(nvrtc.nvrtcGetSupportedArchs()))
-    except RuntimeError:  # the library is not found
+    except RuntimeError:
         return ()
 
 
 @functools.lru_cache(maxsize=64)
 def load_kernel(
-    device: torch.device, source: Path, name: str, shared_bytes: int, **numbers: int
+    device: torch.device, source: Path, name: str, shared_bytes: int, **macros: int
 ) -> driver.CUfunction:
-    """The kernel `name` of a file, compiled for a device, with so much dynamic shared memory."""
-    # "a": with what later architectures do not have.
-    code = compile_code(source, f"sm_{architecture_of(device)}a", **numbers)
+    """Compiles a file for a device and returns its kernel `name`, which is allowed `shared_bytes`
+    of dynamic shared memory."""
+    # The suffix "a" allows instructions of this architecture alone, such as wgmma.
+    code = compile_code(source, f"sm_{architecture_of(device)}a", **macros)
     with torch.cuda.device(device):
-        torch.zeros(1, device=device)  # from here on the device's context is this thread's
+        torch.zeros(1, device=device)  # makes the device's context current in this thread
         library = checked(driver.cuLibraryLoadData(code, [], [], 0, [], [], 0))
         kernel = checked(driver.cuLibraryGetKernel(library, name.encode()))
         function = checked(driver.cuKernelGetFunction(kernel))
@@ -42,11 +43,14 @@ def load_kernel(
     return function
 
 
-def compile_code(source: Path, target: str, **numbers: int) -> bytes:
-    """A file with these numbers for its names in capital letters, as code for a target: "sm_90a"
-    is compute capability 9.0."""
+def compile_code(source: Path, target: str, **macros: int) -> bytes:
+    """Compiles a file with these macros into machine code (a cubin) for a target such as "sm_90a".
+
+    Raises:
+        RuntimeError: it does not compile; the message has the compiler's log.
+    """
     options = [f"--gpu-architecture={target}", "--std=c++17", f"--include-path={source.parent}"]
-    options += [f"--define-macro={name}={number}" for name, number in numbers.items()]
+    options += [f"--define-macro={name}={value}" for name, value in macros.items()]
     program = checked(
         nvrtc.nvrtcCreateProgram(source.read_bytes(), source.name.encode(), 0, [], [])
     )
@@ -57,7 +61,7 @@ def compile_code(source: Path, target: str, **numbers: int) -> bytes:
         if result != nvrtc.nvrtcResult.NVRTC_SUCCESS:
             log = bytearray(checked(nvrtc.nvrtcGetProgramLogSize(program)))
             checked(nvrtc.nvrtcGetProgramLog(program, log))
-            raise RuntimeError(f"{source.name} does not compile with {numbers}:\n{log.decode()}")
+            raise RuntimeError(f"{source.name} does not compile with {macros}:\n{log.decode()}")
         code = bytearray(checked(nvrtc.nvrtcGetCUBINSize(program)))
         checked(nvrtc.nvrtcGetCUBIN(program, code))
         return bytes(code)
@@ -66,7 +70,8 @@ def compile_code(source: Path, target: str, **numbers: int) -> bytes:
 
 
 def checked(answer: tuple[Any, ...]) -> Any:
-    """What a call of the CUDA driver or compiler returns, or an error with its name."""
+    """Returns the value of a CUDA driver or NVRTC call, or raises a RuntimeError that names the
+    error code."""
     result, *values = answer
     if int(result) != 0:
         raise RuntimeError(f"CUDA: {result.name}")
