@@ -14,7 +14,7 @@ from transformers.dynamic_module_utils import check_imports
 
 import megatron_patch.architecture
 from megatron_patch import ops
-from megatron_patch.hf import MetaLAForCausalLM, exported_ops
+from megatron_patch.hf import MetaLAForCausalLM, modeling_metala, ops_metala
 from megatron_patch.hf.remote_code import AUTO_MAP, operators_source, write_model_code
 from tests.hf.conftest import KINDS
 
@@ -84,8 +84,11 @@ def test_the_folder_is_flat_and_names_its_code(exported):
     architecture = Path(megatron_patch.architecture.__file__).read_bytes()
     assert (folder / "architecture_metala.py").read_bytes() == architecture
     for name in CODE_FILES - {"architecture_metala.py", "ops_metala.py"}:
-        own = Path(exported_ops.__file__).with_name(name)
+        own = Path(modeling_metala.__file__).with_name(name)
         assert (folder / name).read_bytes() == own.read_bytes()
+    operators = (folder / "ops_metala.py").read_text()
+    assert operators.startswith(Path(ops.torch_ops.__file__).read_text())
+    assert operators.endswith(Path(ops_metala.__file__).read_text())
 
 
 def test_every_file_imports_nothing_that_may_be_missing(exported, tmp_path):

@@ -14,7 +14,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import megatron_patch.ops as ops
 from megatron_patch.ops import backends
-from megatron_patch.ops.backends import CHECKED_WIDTHS, REGISTRY, choose, names_of, obstacle
+from megatron_patch.ops.backends import (
+    CHECKED_WIDTHS,
+    REGISTRY,
+    choose,
+    names_of,
+    unsupported_reason,
+)
 
 CUDA, OTHER_CUDA, CPU = torch.device("cuda", 0), torch.device("cuda", 1), torch.device("cpu")
 HOPPER = (9, 0)
@@ -28,7 +34,7 @@ OURS = [
     (operator, backend)
     for operator, kinds in REGISTRY.items()
     for backend, kind in kinds.items()
-    if kind is not None and kind.ours
+    if kind.package is not None and kind.checked is not None
 ]
 
 
@@ -46,7 +52,9 @@ def machine(monkeypatch):
     ):
         monkeypatch.setattr(backends, "_decided", {})
         for kinds in REGISTRY.values():
-            for kind in filter(None, kinds.values()):
+            for kind in kinds.values():
+                if kind.package is None:
+                    continue
                 failure = None if kind.package in packages else "is not installed (pretended)"
                 monkeypatch.setitem(backends._failures, kind.module, failure)
                 monkeypatch.setitem(sys.modules, kind.module, SimpleNamespace())
@@ -149,7 +157,7 @@ def test_other_accelerators(caplog, kind):
 @pytest.mark.parametrize("operator", REGISTRY)
 def test_nothing_is_said_where_no_kernel_is_expected(machine, operator, caplog):
     machine(packages=())
-    plain = next(name for name, kind in REGISTRY[operator].items() if kind is None)
+    plain = next(name for name, kind in REGISTRY[operator].items() if kind.package is None)
     for dtype, device in (
         (torch.float32, CPU),
         (torch.bfloat16, torch.device("meta")),
@@ -201,9 +209,11 @@ def test_the_convolution_goes_on_to_the_next(machine, caplog):
 
 
 def test_what_a_backend_says_itself(monkeypatch, caplog):
-    """By the function `obstacle` in its module."""
+    """By the function `unsupported_reason` in its module."""
     kind = REGISTRY["token_decoder"]["cuda"]
-    limits = SimpleNamespace(obstacle=lambda dtype, device, **sizes: f"found {sizes['H']} heads")
+    limits = SimpleNamespace(
+        unsupported_reason=lambda dtype, device, **sizes: f"found {sizes['H']} heads"
+    )
     monkeypatch.setitem(sys.modules, kind.module, limits)
     assert auto("token_decoder") == "triton"
     assert "'cuda' found 8 heads" in caplog.text
@@ -213,7 +223,7 @@ def test_the_interpreter_runs_on_request_alone(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert auto("swiglu", torch.float32, CPU) == "torch"
     assert choose("swiglu", "triton", torch.float32, CPU) == "triton"
-    assert obstacle("swiglu", "triton", torch.float64, CPU).startswith("found float64")
+    assert unsupported_reason("swiglu", "triton", torch.float64, CPU).startswith("found float64")
 
 
 def test_every_operator_asks(machine, monkeypatch):
@@ -231,7 +241,7 @@ def test_every_operator_asks(machine, monkeypatch):
                 call("triton")
         taken = []
         chunked = SimpleNamespace(meta_linear_attention=lambda *a, **k: taken.append("chunked"))
-        monkeypatch.setitem(sys.modules, "megatron_patch.ops.chunked", chunked)
+        monkeypatch.setitem(sys.modules, "megatron_patch.ops.torch_ops", chunked)
         ops.meta_linear_attention(q, q, v)
     assert taken == ["chunked"]
 
@@ -274,7 +284,7 @@ meta_linear_attention(q, q, v), short_convolution(torch.ones(1, 3, 8), torch.one
 swiglu(torch.ones(3, 8))
 for kinds in backends.REGISTRY.values():
     for name, kind in kinds.items():
-        if kind is not None:
+        if kind.package is not None:
             print(kind.package, backends.import_failure(kind.module))
 """
 

@@ -320,7 +320,7 @@ def test_causal_conv1d_is_told_the_packed_sequences(monkeypatch):
 )
 def test_limits_of_causal_conv1d(monkeypatch, W, D, packed_state, reason):
     backend = with_package(monkeypatch, None)
-    found = backend.obstacle(
+    found = backend.unsupported_reason(
         torch.bfloat16, torch.device("cuda"), D=D, W=W, packed_state=packed_state
     )
     assert (found is None) if reason is None else (reason in found)
