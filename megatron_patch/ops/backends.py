@@ -100,6 +100,7 @@ HOPPER_CHUNKS = Backend(
     smallest=HOPPER, largest=HOPPER,
 )  # fmt: skip
 
+_functions: dict[str, Callable] = {}  # by "operator.backend"
 _failures: dict[str, str | None] = {}  # by module, of imports that were tried
 _decided: dict[tuple, str] = {}  # by call, because a model asks many times in a step
 _said: set[str] = set()
@@ -112,12 +113,16 @@ def names_of(operator: str) -> tuple[str, ...]:
 
 def function_of(operator: str, backend: str) -> Callable:
     """Returns the function behind a backend that `choose` returned."""
-    return getattr(import_module(REGISTRY[operator][backend].module), operator)
+    key = f"{operator}.{backend}"
+    _load(key)
+    return _functions[key]
 
 
-# This is what `torch.compiler.assume_constant_result` sets, which would import all of Dynamo. A
-# graph is compiled for its dtypes, devices and sizes anyway.
-function_of._dynamo_marked_constant = True
+def _load(key: str) -> None:
+    if key not in _functions:
+        operator, backend = key.split(".")
+        module = import_module(REGISTRY[operator][backend].module)
+        _functions[key] = getattr(module, operator)
 
 
 def choose(
@@ -172,7 +177,9 @@ def _decide(
     return name
 
 
-_choose._dynamo_marked_constant = True
+# This is what `torch.compiler.assume_constant_result` sets, which would import all of Dynamo. A
+# graph is compiled for its dtypes, devices and sizes anyway.
+_choose._dynamo_marked_constant = _load._dynamo_marked_constant = True
 
 
 def unsupported_reason(

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megatron_patch.ops import meta_linear_attention
+from tests.ops.cases import make_leaves
 
 
 def explicit_operator(
@@ -40,8 +41,8 @@ def explicit_operator(
 @pytest.mark.parametrize(
     ("B", "T", "H", "K", "V"), [(1, 1, 1, 1, 2), (2, 2, 1, 3, 5), (2, 19, 3, 8, 6)]
 )
-def test_equals_attention_over_all_pairs(make_inputs, B, T, H, K, V):
-    inputs = make_inputs(B, T, H, K, V)
+def test_equals_attention_over_all_pairs(B, T, H, K, V):
+    inputs = make_leaves(B, T, H, K, V)
     settings = {"tau": 3.0, "scale": 0.7, "norm_eps": 1e-3}
     wanted = explicit_operator(**inputs, **settings)
     found = meta_linear_attention(
@@ -68,8 +69,8 @@ def test_two_tokens_by_hand():
     assert state.tolist() == [[[[3.0, 1.0]]]]
 
 
-def test_defaults_are_those_of_the_paper(make_inputs):
-    inputs = make_inputs(K=7)
+def test_defaults_are_those_of_the_paper():
+    inputs = make_leaves(K=7)
     default = meta_linear_attention(**inputs, backend="reference")[0]
     spelled_out = meta_linear_attention(
         **inputs, tau=16.0, scale=1 / math.sqrt(7), norm_eps=1e-5, backend="reference"
@@ -77,9 +78,9 @@ def test_defaults_are_those_of_the_paper(make_inputs):
     torch.testing.assert_close(default, spelled_out, rtol=1e-12, atol=1e-12)
 
 
-def test_without_gate_bias_and_augmentation(make_inputs):
+def test_without_gate_bias_and_augmentation():
     """Leaving a part out equals neutralising it."""
-    inputs = make_inputs(T=5)
+    inputs = make_leaves(T=5)
     q, gate_logits, v = inputs["q"], inputs["gate_logits"], inputs["v"]
     ungated = meta_linear_attention(q, gate_logits, v, inputs["aug"], backend="reference")[0]
     gated = meta_linear_attention(
@@ -95,8 +96,8 @@ def test_without_gate_bias_and_augmentation(make_inputs):
     )
 
 
-def test_gradients(make_inputs):
-    inputs = make_inputs(1, 3, 1, 2, 3)
+def test_gradients():
+    inputs = make_leaves(1, 3, 1, 2, 3)
 
     def operator(*tensors):
         named = dict(zip(inputs, tensors, strict=True))
