@@ -89,7 +89,6 @@ REGISTRY: dict[str, dict[str, Backend]] = {
     },
     "token_decoder": {
         "cuda": Backend("megatron_patch.ops.decoding.decoder", "cuda-bindings"),
-        "triton": Backend("megatron_patch.ops.triton.decoder", "triton"),
         "layers": Backend(""),  # the model's own
     },
 }

@@ -24,7 +24,7 @@ def make(
     gates: float = 1.0,
     absent: tuple[str, ...] = (),
     generator: torch.Generator | None = None,
-    device: str = DEVICE,
+    device: str | None = None,
 ) -> Tensors:
     """Draws the tensor arguments of `meta_linear_attention` by name.
 
@@ -36,7 +36,7 @@ def make(
         absent: the arguments to leave out.
         generator: draws; `None` for one on the CPU with seed 0, so that all devices and dtypes see
             the same numbers.
-        device: where the tensors lie.
+        device: where the tensors lie; `None` for DEVICE.
     """
     shapes = (
         (B, T, H, K), (B, T, H, K), (B, T, H, V), (H, K), (B, T, H, V), (H, V),
@@ -47,7 +47,7 @@ def make(
         tensors["gate_logits"] *= gates
     state_dtype = torch.promote_types(dtype, torch.float32)
     return {
-        name: x.to(device, state_dtype if name == "initial_state" else dtype)
+        name: x.to(device or DEVICE, state_dtype if name == "initial_state" else dtype)
         for name, x in tensors.items()
     }
 
@@ -73,13 +73,15 @@ def make_convolution(
     time_major: bool = False,
     absent: tuple[str, ...] = (),
     generator: torch.Generator | None = None,
-    device: str = DEVICE,
+    device: str | None = None,
 ) -> Tensors:
     """Draws the tensor arguments of `short_convolution` by name, as `make`. With `time_major`, x is
     a transposed [T, B, D]."""
     shapes = {"x": (T, B, D) if time_major else (B, T, D), "weight": (D, 1, W)}
     shapes["initial_state"] = (B if N is None else N, D, W - 1)
-    tensors = {n: x.to(device, dtype) for n, x in _draw(shapes, generator, absent).items()}
+    tensors = {
+        n: x.to(device or DEVICE, dtype) for n, x in _draw(shapes, generator, absent).items()
+    }
     return tensors | {"x": tensors["x"].transpose(0, 1)} if time_major else tensors
 
 
@@ -143,3 +145,29 @@ def largest_errors(found: Tensors, wanted: Tensors) -> dict[str, float]:
         difference = (found[name].double() - want.double()).abs().max().item()
         errors[name] = difference / max(want.double().abs().max().item(), 1e-300)
     return errors
+
+
+def assert_step_right(
+    operator: Callable[..., tuple[torch.Tensor, torch.Tensor | None]],
+    tensors: Tensors,
+    oracle: str,
+    tolerance: float,
+    **arguments: object,
+) -> None:
+    """Asserts that the Triton kernels for one token agree with a backend in float64, and that the
+    step in place gives the same bits and changes the state alone."""
+    exact = {name: x.double() for name, x in tensors.items()}
+    wanted = operator(**exact, output_final_state=True, backend=oracle, **arguments)
+    kept = {name: x.clone() for name, x in tensors.items()}
+    found = operator(**tensors, output_final_state=True, backend="triton", **arguments)
+    assert all(torch.equal(kept[name], x) for name, x in tensors.items())
+    for x, want in zip(found, wanted, strict=True):
+        assert x.shape == want.shape
+        assert (x.double() - want).norm() <= tolerance * want.norm()
+    if "initial_state" in tensors:
+        state = tensors["initial_state"]
+        del kept["initial_state"]
+        again = operator(**tensors, inplace_final_state=True, backend="triton", **arguments)
+        assert again[1] is state
+        assert torch.equal(again[0], found[0]) and torch.equal(state, found[1])
+        assert all(torch.equal(kept[name], tensors[name]) for name in kept)

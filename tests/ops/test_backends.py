@@ -21,6 +21,7 @@ from megatron_patch.ops.backends import (
     names_of,
     unsupported_reason,
 )
+from tests.gpu.operator_sweep import IN_ALL_DTYPES, WIDTHS
 
 CUDA, OTHER_CUDA, CPU = torch.device("cuda", 0), torch.device("cuda", 1), torch.device("cpu")
 HOPPER = (9, 0)
@@ -209,13 +210,13 @@ def test_the_convolution_goes_on_to_the_next(machine, caplog):
 
 
 def test_what_a_backend_says_itself(monkeypatch, caplog):
-    """By the function `unsupported_reason` in its module."""
+    """Its module holds a function `unsupported_reason`."""
     kind = REGISTRY["token_decoder"]["cuda"]
     limits = SimpleNamespace(
         unsupported_reason=lambda dtype, device, **sizes: f"found {sizes['H']} heads"
     )
     monkeypatch.setitem(sys.modules, kind.module, limits)
-    assert auto("token_decoder") == "triton"
+    assert auto("token_decoder") == "layers"
     assert "'cuda' found 8 heads" in caplog.text
 
 
@@ -259,10 +260,7 @@ def test_a_compiled_call_is_told_too(machine, caplog, dynamic):
     assert sum(record.name == backends.__name__ for record in caplog.records) == 1
 
 
-def test_widths_that_auto_takes_are_those_that_the_benchmark_checks(monkeypatch):
-    monkeypatch.syspath_prepend(str(backends.__file__).split("megatron_patch")[0] + "scripts")
-    from benchmark_ops import IN_ALL_DTYPES, WIDTHS
-
+def test_widths_that_auto_takes_are_those_that_the_sweep_checks():
     for dtype, (smallest, largest, ratios) in CHECKED_WIDTHS.items():
         checked = WIDTHS if dtype == torch.bfloat16 else IN_ALL_DTYPES
         for ratio in ratios:
