@@ -48,8 +48,8 @@ class Backend(NamedTuple):
             device.
         vendors: of the GPUs that it runs on.
         dtypes: that it takes.
-        smallest, largest: compute capability; `None` for no limit. Triton's products take bfloat16
-            and TensorFloat-32 operands from Ampere on.
+        smallest, largest: compute capability of NVIDIA's GPUs; `None` for no limit. Triton's
+            products take bfloat16 and TensorFloat-32 operands from Ampere on.
         checked: the compute capabilities where "auto" takes it; `None` for all, where another
             project checks its kernels.
         widths: the widths of heads for which "auto" takes it, as `CHECKED_WIDTHS`; `None` for all.
@@ -236,8 +236,11 @@ def _unsupported_reason(
 
 def _unsupported_gpu_reason(entry: Backend, device: torch.device) -> str | None:
     # The vendor comes first: ROCm has capabilities of its own, and an MI250 reads as a H100.
-    if torch.version.hip is not None:
-        return None if "AMD" in entry.vendors else "found an AMD GPU, wanted one of NVIDIA"
+    vendor = "NVIDIA" if torch.version.hip is None else "AMD"
+    if vendor not in entry.vendors:
+        return f"found an {vendor} GPU, wanted one of {' or '.join(entry.vendors)}"
+    if vendor == "AMD":
+        return None
     try:
         found = torch.cuda.get_device_capability(device)
     except (AssertionError, RuntimeError) as error:  # a tensor of a GPU that is not there

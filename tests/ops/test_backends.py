@@ -220,6 +220,42 @@ def test_what_a_backend_says_itself(monkeypatch, caplog):
     assert "'cuda' found 8 heads" in caplog.text
 
 
+def test_a_backend_for_another_vendor(machine, monkeypatch):
+    entry = backends.Backend("megatron_patch.ops.fla", "flash-linear-attention", vendors=("AMD",))
+    monkeypatch.setitem(REGISTRY["swiglu"], "rocm", entry)
+    reason = unsupported_reason("swiglu", "rocm", torch.bfloat16, CUDA)
+    assert reason == "found an NVIDIA GPU, wanted one of AMD"
+    machine(capabilities=(9, 4), hip="6.2")
+    assert unsupported_reason("swiglu", "rocm", torch.bfloat16, CUDA) is None
+
+
+def hopper_chunks(dtype=torch.bfloat16, device=CUDA):
+    return backends.hopper_chunks(dtype, device, 64, 128)
+
+
+def test_where_cuda_kernels_serve_chunks(machine, monkeypatch, caplog):
+    kind = backends.HOPPER_CHUNKS
+    monkeypatch.setitem(sys.modules, kind.module, SimpleNamespace())
+    monkeypatch.setitem(backends._failures, kind.module, None)
+    assert hopper_chunks()
+    assert not hopper_chunks(torch.float16) and not hopper_chunks(device=CPU)
+    limits = SimpleNamespace(unsupported_reason=lambda dtype, device, **sizes: f"found {sizes}")
+    monkeypatch.setattr(backends, "_decided", {})
+    monkeypatch.setitem(sys.modules, kind.module, limits)
+    assert not hopper_chunks()
+    for capability, hip in (((8, 0), None), ((10, 0), None), (HOPPER, "6.2")):
+        machine(capabilities=capability, hip=hip)
+        assert not hopper_chunks()
+    assert not caplog.records
+    machine()
+    monkeypatch.setitem(backends._failures, kind.module, "is not installed (pretended)")
+    assert not hopper_chunks() and not hopper_chunks()
+    (record,) = caplog.records
+    assert (
+        "the package cuda-bindings is not installed (pretended): on Hopper" in record.getMessage()
+    )
+
+
 def test_the_interpreter_runs_on_request_alone(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert auto("swiglu", torch.float32, CPU) == "torch"
