@@ -92,8 +92,8 @@ def check_inplace_final_state(
     """Raises unless the final state may be written over `initial_state`.
 
     Raises:
-        ValueError: there is no initial state, autograd would need the overwritten one, or several
-            of its entries share memory.
+        ValueError: there is no initial state, or autograd needs it, or several of its entries share
+            memory.
     """
     if initial_state is None:
         raise ValueError(

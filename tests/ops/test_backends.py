@@ -1,4 +1,4 @@
-"""Which backend serves a call, by what a machine and its GPUs are. All of it is pretended."""
+"""Which backend serves a call, on machines and GPUs that these tests pretend."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ OURS = [
 
 @pytest.fixture(autouse=True)
 def machine(monkeypatch):
-    """Function: pretends what packages there are, what each GPU is capable of, and whose they are.
+    """Function: pretends installed packages, the GPUs' compute capabilities, and their vendor.
 
-    By default all packages, with no limits of their own, and H200s.
+    By default all packages are there, with no limits of their own, and the GPUs are H200s.
     """
 
     def pretend(
@@ -169,7 +169,7 @@ def test_nothing_is_said_where_no_kernel_is_expected(machine, operator, caplog):
 
 
 def test_a_gpu_that_is_not_there(monkeypatch, caplog):
-    """As of fake tensors, which trace a model for another machine."""
+    """Fake tensors trace a model for another machine."""
 
     def no_driver(device):
         raise RuntimeError("Found no NVIDIA driver.\nPlease install one.")
@@ -251,9 +251,7 @@ def test_where_cuda_kernels_serve_chunks(machine, monkeypatch, caplog):
     monkeypatch.setitem(backends._failures, kind.module, "is not installed (pretended)")
     assert not hopper_chunks() and not hopper_chunks()
     (record,) = caplog.records
-    assert (
-        "the package cuda-bindings is not installed (pretended): on Hopper" in record.getMessage()
-    )
+    assert "cuda-bindings is not installed (pretended): on Hopper" in record.getMessage()
 
 
 def test_the_interpreter_runs_on_request_alone(monkeypatch):
@@ -264,7 +262,7 @@ def test_the_interpreter_runs_on_request_alone(monkeypatch):
 
 
 def test_every_operator_asks(machine, monkeypatch):
-    """On tensors without memory, which need no GPU, of a kernel that must not be taken."""
+    """Asks for a kernel that cannot run, on fake tensors, which need no GPU."""
     machine(capabilities=(7, 5))
     with FakeTensorMode():
         q, v, x = (torch.empty(1, 3, *s, device="cuda") for s in ((2, 8), (2, 16), (8,)))

@@ -144,7 +144,7 @@ def test_packed_equals_separate_runs(backend, states, dtype):
 
 @pytest.mark.parametrize("states", [False, True], ids=["stateless", "states"])
 def test_packed_sequences_do_not_see_each_other(states):
-    """Not even where the first sequence is enormous and its gates are wide open."""
+    """The first sequence has enormous values and gates that are wide open."""
     inputs = make_leaves(1, 40, N=2)
     inputs["gate_logits"] = torch.full_like(inputs["gate_logits"], 50.0)
     inputs["gate_logits"][:, :5] = -50.0
@@ -163,7 +163,7 @@ def test_packed_sequences_do_not_see_each_other(states):
 
 @pytest.mark.parametrize("states", [False, True], ids=["stateless", "states"])
 def test_thousands_of_packed_sequences_need_no_loop_over_them(states):
-    """One long and 2,000 short sequences: as many steps as the longest has chunks."""
+    """One long and 2,000 short sequences take as many steps as the longest has chunks."""
     bounds = torch.cat([torch.arange(0, 6000, 3), torch.tensor([6000, 6400])])
     inputs = make_leaves(1, 6400, 1, 4, 4, N=len(bounds) - 1, dtype=torch.float32)
     if not states:
@@ -224,7 +224,7 @@ def test_gradients(T):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("magnitude", [1e4, 3e38, math.inf])
 def test_any_gate_logit_gives_finite_results(dtype, magnitude):
-    """Shut gates, open gates, and both in turn, a pattern per head, over many chunks."""
+    """Each head has a pattern of its own over many chunks: shut, open, or both in turn."""
     patterns = [[-1.0], [1.0], [1.0, 1.0, -1.0], [1.0] * 100 + [-1.0] * 100]
     signs = torch.stack([torch.tensor(p).repeat(4096)[:4096] for p in patterns], -1)
     inputs = make_leaves(1, 4096, len(patterns), 2, 2, dtype=dtype)
@@ -246,8 +246,8 @@ def test_equals_reference_at_extreme_gate_logits(magnitude):
 
 
 def test_float32_keeps_its_digits_beside_shut_gates():
-    """One step of decay exp(-600) must not cost its neighbours their digits, as the difference of
-    two running sums of log decays would."""
+    """A step of decay exp(-600) must not cost its neighbours their digits. It would if decays were
+    differences of a running sum."""
     inputs = make_leaves(1, 256, 1, 8, 8)
     del inputs["initial_state"]  # which the first gate shuts out
     with torch.no_grad():
@@ -275,7 +275,7 @@ def test_float32_keeps_its_digits_over_a_long_sequence():
 )
 @pytest.mark.parametrize("T", [1, 130])
 def test_half_precision_is_one_rounding_from_float64(dtype, rounding, T):
-    """Everything inside is float32, so that only the results are rounded."""
+    """All inner results are float32, so only the final ones are rounded."""
     inputs = make_leaves(T=T, dtype=dtype)
     found = evaluate(inputs, backend="chunked")
     exact = evaluate(
@@ -292,8 +292,8 @@ def test_half_precision_is_one_rounding_from_float64(dtype, rounding, T):
 @pytest.mark.parametrize("backend", ["reference", "chunked"])
 @pytest.mark.parametrize("T", [1, 70])
 def test_reads_any_strides(backend, T):
-    """Time-major slices of one projection, as the NeoX layer hands them over, with a bias and a
-    state that are views too."""
+    """The NeoX layer hands over time-major slices of one projection. Bias and state are views
+    too."""
     B, H, K, V = 3, 2, 8, 12
     generator = torch.Generator().manual_seed(2)
     shape = (T, B, H, 2 * K + 2 * V)
@@ -328,7 +328,7 @@ def test_modifies_nothing(backend, T, packed):
     )
     evaluate(inputs, backend=backend, cu_seqlens=cu_seqlens)
     with torch.no_grad():
-        state.zero_()  # nor is the state that comes back the one that went in
+        state.zero_()  # the returned state does not share memory with the initial one
     for name, x in inputs.items():
         assert torch.equal(x, kept[name]), name
 
@@ -396,8 +396,8 @@ class _Operations(TorchDispatchMode):
 
 
 def test_memory_grows_with_the_inputs_alone():
-    """No intermediate, backward included, is larger than the largest of v, the scores within chunks
-    and the states at chunk ends: nothing of time x chunk x key width."""
+    """No intermediate of either pass is larger than the largest of v, the scores within chunks and
+    the states at chunk ends. In particular none has time x chunk x key width entries."""
     T, K, V, chunk = 1024, 64, 128, 64
     inputs = make_leaves(1, T, 1, K, V, dtype=torch.float32)
     with _Operations() as operations:

@@ -1,4 +1,4 @@
-"""The public function: what it refuses, with which words, and which backend it takes."""
+"""What the public function refuses, and with which words."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_shapes_and_dtypes_of_the_results(backend, dtype, state_dtype):
 
 
 def test_parameters_may_be_of_another_float_dtype():
-    """Under autocast activations are bfloat16 and parameters float32."""
+    """Under autocast, activations are bfloat16 and parameters float32."""
     inputs = make_leaves(B, T, H, K, V, dtype=torch.bfloat16)
     wanted = meta_linear_attention(**inputs)[0]
     for name in ("aug", "out_gate_bias"):
@@ -49,7 +49,7 @@ def test_parameters_may_be_of_another_float_dtype():
 
 
 def _wrong_shapes():
-    """(argument, wrong shape, what the message wants)"""
+    """Yields an argument, a wrong shape, and what the message wants."""
     yield "q", (B, T, H), "[B, T, H, K] = [≥ 1, ≥ 1, ≥ 1, ≥ 1]"
     yield "q", (B, 0, H, K), "[B, T, H, K] = [≥ 1, ≥ 1, ≥ 1, ≥ 1]"
     yield "gate_logits", (B, T, H, K + 1), f"[B, T, H, K] = [{B}, {T}, {H}, {K}]"

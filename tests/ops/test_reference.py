@@ -1,4 +1,4 @@
-"""The recurrence that judges every backend is itself judged by formulas written another way."""
+"""The reference recurrence, the oracle of every backend, against formulas written another way."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from tests.ops.cases import make_leaves
 def explicit_operator(
     q, gate_logits, v, aug, out_gate, out_gate_bias, initial_state, tau, scale, norm_eps
 ):
-    """MetaLA as attention over all pairs of tokens, from the definitions of sigmoid, variance and
-    so on. The decay is sigmoid(a) ** (1 / tau), the product of decays is taken as a product."""
+    """Computes MetaLA as attention over all pairs of tokens, from the definitions of sigmoid and
+    variance. The decay is sigmoid(a) ** (1 / tau), and products of decays are products."""
     T = q.shape[1]
     decay = (1 / (1 + torch.exp(-gate_logits))) ** (1 / tau)
     key = 1 - decay
@@ -28,8 +28,8 @@ def explicit_operator(
     read_out = torch.einsum("bihk,bijhk,bjhk,bjhv->bihv", q, products, key, v)
     since_start = products[:, :, 0] * decay[:, :1]
     read_out = read_out + torch.einsum("bihk,bihk,bhkv->bihv", q, since_start, initial_state)
-    similarity = torch.einsum("bthk,hk,bthk->bth", q, aug, key)
-    y = scale * read_out + 1 / (1 + torch.exp(-similarity[..., None] * v))
+    aug_score = torch.einsum("bthk,hk,bthk->bth", q, aug, key)
+    y = scale * read_out + 1 / (1 + torch.exp(-aug_score[..., None] * v))
     centred = y - y.mean(-1, keepdim=True)
     normed = centred / torch.sqrt((centred**2).mean(-1, keepdim=True) + norm_eps)
     z = out_gate + out_gate_bias
@@ -52,7 +52,7 @@ def test_equals_attention_over_all_pairs(B, T, H, K, V):
 
 
 def test_two_tokens_by_hand():
-    """K = 1, V = 2, tau = 1: a = 0 halves the state and admits half of v."""
+    """With K = 1, V = 2, tau = 1, a gate logit of 0 halves the state and admits half of v."""
 
     def token_and_head(values):
         return torch.tensor(values, dtype=torch.float64)[None, :, None]
@@ -79,7 +79,7 @@ def test_defaults_are_those_of_the_paper():
 
 
 def test_without_gate_bias_and_augmentation():
-    """Leaving a part out equals neutralising it."""
+    """A part left out equals a part that does nothing."""
     inputs = make_leaves(T=5)
     q, gate_logits, v = inputs["q"], inputs["gate_logits"], inputs["v"]
     ungated = meta_linear_attention(q, gate_logits, v, inputs["aug"], backend="reference")[0]
@@ -107,7 +107,7 @@ def test_gradients():
 
 
 def test_key_keeps_its_digits_where_the_gate_is_open():
-    """k = 1 - exp(g) is about 7e-9 at a = 16 and tau = 16: as a difference it would be 0."""
+    """At a = 16 and tau = 16, k = 1 - exp(g) is about 7e-9; a float32 difference would give 0."""
     one = torch.ones(1, 1, 1, 1)
     _, state = meta_linear_attention(
         one, 16 * one, one.expand(1, 1, 1, 2), output_final_state=True, backend="reference"
