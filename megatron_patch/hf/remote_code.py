@@ -18,16 +18,14 @@ from megatron_patch import architecture
 from megatron_patch.hf import ops_metala
 from megatron_patch.ops import torch_ops
 
-COPIED_FILES = (
-    "attention_metala.py",
-    "cache_metala.py",
-    "configuration_metala.py",
-    "decoding_metala.py",
-    "documents_metala.py",
-    "modeling_metala.py",
-)
 OPERATORS_FILE = "ops_metala.py"
 ARCHITECTURE_FILE = "architecture_metala.py"
+COPIED_FILES = tuple(
+    sorted(
+        {path.name for path in Path(__file__).parent.glob("*_metala.py")}
+        - {OPERATORS_FILE, ARCHITECTURE_FILE}
+    )
+)
 AUTO_MAP = {
     "AutoConfig": "configuration_metala.MetaLAConfig",
     "AutoModel": "modeling_metala.MetaLAModel",

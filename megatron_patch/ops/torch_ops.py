@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -48,6 +49,7 @@ def meta_linear_attention(
     output_final_state: bool = False,
     inplace_final_state: bool = False,
     cu_seqlens: torch.Tensor | None = None,
+    recurrence: Callable[..., tuple[torch.Tensor, torch.Tensor | None]] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Computes Meta Linear Attention (arXiv 2411.10741) in chunks.
 
@@ -65,6 +67,7 @@ def meta_linear_attention(
         output_final_state: whether to return the state after the last token.
         inplace_final_state: whether to write that state over `initial_state`, and return it.
         cu_seqlens: [N + 1], the boundaries of sequences packed along time.
+        recurrence: takes the place of `chunk_fwd`.
 
     Returns:
         out [B, T, H, V] in the dtype of `v`, and the final state or `None`.
@@ -73,13 +76,9 @@ def meta_linear_attention(
     with without_autocast(q.device):
         q, v = q.to(dtype), v.to(dtype)
         g, k = decay_and_key(gate_logits.to(dtype), tau)
-        if cu_seqlens is None and q.shape[1] == 1:
-            o, final_state = one_step(q, k, v, g, scale, initial_state)
-        else:
-            o, final_state = _chunk_fwd(
-                q, k, v, g, scale, initial_state,
-                output_final_state or inplace_final_state, cu_seqlens,
-            )  # fmt: skip
+        o, final_state = (recurrence or chunk_fwd)(
+            q, k, v, g, scale, initial_state, output_final_state or inplace_final_state, cu_seqlens
+        )
         out = augment_norm_gate(o, q, k, v, aug, out_gate, out_gate_bias, norm_eps)
     final_state = give_state(final_state, initial_state, output_final_state, inplace_final_state)
     return out.to(out_dtype), final_state
@@ -283,7 +282,7 @@ def _from_chunks(x: torch.Tensor, layout: _Layout, batch: int, time: int) -> tor
     return tokens.flatten(1, 2)[:, :time]
 
 
-def _chunk_fwd(
+def chunk_fwd(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -293,9 +292,19 @@ def _chunk_fwd(
     output_final_state: bool,
     cu_seqlens: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Runs the recurrence in chunks: [B, T, H, *] to o [B, T, H, V] and final states
-    [N, H, K, V]."""
+    """Runs S_t = diag(exp(g_t)) S_{t-1} + k_t v_t^T and o_t = scale S_t^T q_t in chunks.
+
+    Args:
+        q, k, g: [B, T, H, K].
+        v: [B, T, H, V].
+        scale, initial_state, output_final_state, cu_seqlens: as in `meta_linear_attention`.
+
+    Returns:
+        o [B, T, H, V], and the final states [N, H, K, V], or possibly `None` if not asked for.
+    """
     batch, time = q.shape[:2]
+    if cu_seqlens is None and time == 1:
+        return one_step(q, k, v, g, scale, initial_state)
     if cu_seqlens is not None and initial_state is None and not output_final_state:
         # Training on packed documents. A decay of zero at each first token separates them, with no
         # padding and without reading the values of cu_seqlens, which would wait for the GPU.

@@ -9,10 +9,11 @@ this run.
 
 from __future__ import annotations
 
+from functools import partial
 from importlib.util import find_spec
 
 import torch
-from timing import copy_bandwidth, graph_ms
+from timing import copy_bandwidth, graph_ms, passes
 
 from megatron_patch.commands.command_line import Parser, need_gpu, run_script
 from megatron_patch.ops import short_convolution
@@ -36,15 +37,8 @@ def time_all() -> None:
             leaves = [x.requires_grad_(), weight.requires_grad_()]
             gradient = torch.randn_like(x)
             for backend in backends:
-
-                def forward(leaves=leaves, backend=backend):
-                    with torch.no_grad():
-                        return short_convolution(*leaves, backend=backend)[0]
-
-                def both(leaves=leaves, backend=backend, gradient=gradient):
-                    y = short_convolution(*leaves, backend=backend)[0]
-                    return torch.autograd.grad(y, leaves, gradient)
-
+                operator = partial(short_convolution, *leaves, backend=backend)
+                forward, both = passes(lambda call=operator: call()[0], leaves, gradient)
                 a, b = graph_ms(forward), graph_ms(both)
                 layout = "time-major" if time_major else "batch-major"
                 name = f"d {channels}, {layout}, {backend}"

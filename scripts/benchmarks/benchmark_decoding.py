@@ -1,4 +1,4 @@
-"""Times the decoding step on a GPU: the mixer core's kernels, and the kernel of a model's whole step.
+"""Times a decoding step on a GPU: the mixer core's kernels, and the kernel of a model's whole step.
 
     python scripts/benchmarks/benchmark_decoding.py
     python scripts/benchmarks/benchmark_decoding.py --sizes 380m

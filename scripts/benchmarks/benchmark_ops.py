@@ -17,12 +17,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from timing import copy_bandwidth, graph_ms, median_ms, mixer_inputs
+from timing import copy_bandwidth, graph_ms, median_ms, mixer_inputs, passes
 
 from megatron_patch.commands.command_line import Parser, need_gpu, picture, run_script
 from megatron_patch.ops import meta_linear_attention
@@ -47,37 +48,19 @@ def roofline(shape: tuple) -> tuple[int, int]:
 def mixer(shape: tuple, backend: str):
     tensors = {n: x.requires_grad_() for n, x in mixer_inputs(*shape).items()}
     gradient = torch.randn(*shape[:3], shape[4], device="cuda").bfloat16()
-    leaves = list(tensors.values())
-
-    def forward():
-        with torch.no_grad():
-            return meta_linear_attention(**tensors, backend=backend)[0]
-
-    def both():
-        out = meta_linear_attention(**tensors, backend=backend)[0]
-        return torch.autograd.grad(out, leaves, gradient)
-
-    return forward, both
+    operator = partial(meta_linear_attention, **tensors, backend=backend)
+    return passes(lambda: operator()[0], list(tensors.values()), gradient)
 
 
 def attention(shape: tuple):
     """Causal softmax attention of the same model width: heads of V."""
     batch, length, heads, _, v = shape
-    q, k, x = (
+    leaves = [
         torch.randn(batch, heads, length, v, device="cuda").bfloat16().requires_grad_()
         for _ in range(3)
-    )
-    gradient = torch.randn_like(q)
-
-    def forward():
-        with torch.no_grad():
-            return F.scaled_dot_product_attention(q, k, x, is_causal=True)
-
-    def both():
-        out = F.scaled_dot_product_attention(q, k, x, is_causal=True)
-        return torch.autograd.grad(out, (q, k, x), gradient)
-
-    return forward, both
+    ]
+    call = partial(F.scaled_dot_product_attention, *leaves, is_causal=True)
+    return passes(call, leaves, torch.randn_like(leaves[0]))
 
 
 def chunk_gla_alone(shape: tuple):
@@ -87,16 +70,7 @@ def chunk_gla_alone(shape: tuple):
     g = (F.logsigmoid(tensors["gate_logits"].float()) / 16).requires_grad_()
     k = (1 - g.detach().exp()).bfloat16().requires_grad_()
     q, v = tensors["q"].requires_grad_(), tensors["v"].requires_grad_()
-    gradient = torch.randn_like(v)
-
-    def forward():
-        with torch.no_grad():
-            return chunk_gla(q, k, v, g)[0]
-
-    def both():
-        return torch.autograd.grad(chunk_gla(q, k, v, g)[0], (q, k, v, g), gradient)
-
-    return forward, both
+    return passes(lambda: chunk_gla(q, k, v, g)[0], [q, k, v, g], torch.randn_like(v))
 
 
 def extra_memory(function) -> float:

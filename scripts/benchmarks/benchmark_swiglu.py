@@ -2,15 +2,17 @@
 
     python scripts/benchmarks/benchmark_swiglu.py
 
-Times are of a replayed CUDA graph, medians with a cold cache, bfloat16. The floor is the time to
-read each input once and write each output once at the copy bandwidth of this run; memory is what
-the backward pass needs beside input and output.
+Times are of a replayed CUDA graph, medians with a cold cache, bfloat16. The floor (roofline) is the
+time to read each input once and write each output once at the copy bandwidth of this run. "kept" is
+the memory that the backward pass needs beside input and output.
 """
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
-from timing import copy_bandwidth, graph_ms
+from timing import copy_bandwidth, graph_ms, passes
 
 from megatron_patch.commands.command_line import Parser, need_gpu, run_script
 from megatron_patch.ops import swiglu
@@ -45,14 +47,7 @@ def time_all() -> None:
         floors = 3 * half / speed, 8 * half / speed
         found = {}
         for backend in ("triton", "torch"):
-
-            def forward(x=x, backend=backend):
-                with torch.no_grad():
-                    return swiglu(x, backend=backend)
-
-            def both(x=x, d_y=d_y, backend=backend):
-                return torch.autograd.grad(swiglu(x, backend=backend), x, d_y)
-
+            forward, both = passes(partial(swiglu, x, backend=backend), [x], d_y)
             times = found[backend] = graph_ms(forward), graph_ms(both)
             ratios = [time / floor for time, floor in zip(times, floors, strict=True)]
             print(

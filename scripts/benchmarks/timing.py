@@ -36,6 +36,21 @@ def copy_bandwidth() -> float:
     return 2 * x.numel() / median_ms(lambda: y.copy_(x))
 
 
+def passes(
+    call: Callable[[], torch.Tensor], leaves: list[torch.Tensor], gradient: torch.Tensor
+) -> tuple[Callable, Callable]:
+    """Returns functions that run a call's forward pass alone, and both passes."""
+
+    def forward():
+        with torch.no_grad():
+            return call()
+
+    def both():
+        return torch.autograd.grad(call(), leaves, gradient)
+
+    return forward, both
+
+
 def mixer_inputs(
     batch: int, length: int, heads: int, k: int, v: int, *, state: bool = False
 ) -> dict[str, torch.Tensor]:
