@@ -699,7 +699,7 @@ class Decoder:
         )
 
 
-def unsupported_reason(
+def obstacle(
     dtype: torch.dtype, device: torch.device, *, D: int, H: int, K: int, V: int, F: int
 ) -> str | None:
     """Why a head's state does not fit a program, or the heads a launch; or `None` if they do."""
