@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCABULARY = 512
@@ -28,6 +27,8 @@ def find_neox() -> Path | None:
 def make_once(tmp_path_factory) -> Callable[[str, Callable[[Path], None]], Path]:
     """Function: a folder of this name that `fill` has written, once for all workers of
     pytest-xdist."""
+    from filelock import FileLock  # which a machine that runs tests/gpu alone may lack
+
     root = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         root = root.parent
@@ -106,6 +107,7 @@ def pytest_terminal_summary(terminalreporter):
         f"real GPT-NeoX from {checkout}" if checkout else "",
         "no checkout, set GPT_NEOX_PATH or run scripts/setup.sh",
     )
+    tell("Tests on a GPU", "gpu", f"{gpus} GPUs" if gpus else "", "found no CUDA device")
     tell(
         "Tests on two GPUs",
         "needs_two_gpus",
