@@ -25,7 +25,10 @@ COPIED_FILES = (
     "configuration_metala.py",
     "decoding_metala.py",
     "documents_metala.py",
+    "generation_metala.py",
+    "layers_metala.py",
     "modeling_metala.py",
+    "pretrained_metala.py",
 )
 OPERATORS_FILE = "ops_metala.py"
 ARCHITECTURE_FILE = "architecture_metala.py"

@@ -35,7 +35,7 @@ from benchmark_ops import bandwidth, graph_ms, make, relative_error  # noqa: E40
 
 from megatron_patch.commands.command_line import CommandError, Parser, need_gpu, one_of, run_script  # noqa: E402
 from megatron_patch.hf import MetaLACache, MetaLAForCausalLM  # noqa: E402
-from megatron_patch.hf.decoding_metala import _kernel  # noqa: E402
+from megatron_patch.hf.decoding_metala import make_token_decoder  # noqa: E402
 from megatron_patch.ops import backends, meta_linear_attention, short_convolution  # noqa: E402
 
 # (heads, K, V)
@@ -133,7 +133,7 @@ def time_decoders(names: list[str], device: torch.device) -> None:
         kernels = {}  # by the part of megatron_patch.ops that each is of
         for failure in (backends.import_failure(module), "is left out"):
             with mock.patch.dict(backends._failures, {module: failure}):
-                kernel = _kernel(model, states)
+                kernel = make_token_decoder(model, states)
             kernels[type(kernel).__module__.split(".")[2]] = kernel
         for language, kernel in kernels.items():
             step = partial(kernel.step, token, logits)

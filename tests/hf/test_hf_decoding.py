@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from megatron_patch.hf import MetaLACache, decoding_metala, modeling_metala
+from megatron_patch.hf import MetaLACache, decoding_metala, layers_metala, modeling_metala
 from tests.hf.conftest import HYBRID
 
 NO_END = dict(eos_token_id=None, pad_token_id=0)
@@ -29,17 +29,17 @@ def device(request):
 def recorded(device, monkeypatch):
     """The list of what has been recorded."""
     made = []
-    record = decoding_metala.record_cuda_graph if device == "cuda" else lambda step: step
+    record = decoding_metala.capture_cuda_graph if device == "cuda" else lambda step: step
 
     def count(step):
         replay = record(step)
         made.append(replay)
         return replay
 
-    monkeypatch.setattr(decoding_metala, "record_cuda_graph", count)
-    monkeypatch.setattr(decoding_metala, "_recordings", weakref.WeakKeyDictionary())
+    monkeypatch.setattr(decoding_metala, "capture_cuda_graph", count)
+    monkeypatch.setattr(decoding_metala, "_captured_steps", weakref.WeakKeyDictionary())
     if device == "cpu":
-        monkeypatch.setattr(decoding_metala, "_records_on", lambda device: True)
+        monkeypatch.setattr(decoding_metala, "_can_capture_on", lambda device: True)
     return made
 
 
@@ -312,8 +312,8 @@ def test_patched_code_is_not_bypassed(
     monkeypatch.setattr(decoding_metala.logger, "warning_once", said.append)
     cache = prompt(batch, decoding_graph="compiled" if batch == 1 else "eager")
     assert check(cache)
-    owner = modeling_metala
     *path, attribute = name.split(".")
+    owner = layers_metala if hasattr(layers_metala, name.split(".")[0]) else modeling_metala
     for part in path:
         owner = getattr(owner, part)
     function = getattr(owner, attribute)
@@ -398,13 +398,13 @@ def test_a_kernel_of_one_tau_is_not_given_two(model, prompt, monkeypatch):
     monkeypatch.setattr(decoding_metala, "token_decoder", lambda *args, **kwargs: made.append(args))
     cache = prompt(1)
     states = [cache.states(layer) for layer in range(len(cache))]
-    decoding_metala._kernel(model, states)
+    decoding_metala.make_token_decoder(model, states)
     assert len(made) == 1
     model.model.layers[0].token_mixer.tau = 3.0
-    assert decoding_metala._kernel(model, states) is None
+    assert decoding_metala.make_token_decoder(model, states) is None
     model.model.layers[0].token_mixer.tau = model.model.layers[1].token_mixer.tau
     model.model.layers[1].channel_norm.eps = 0.5
-    assert decoding_metala._kernel(model, states) is None and len(made) == 1
+    assert decoding_metala.make_token_decoder(model, states) is None and len(made) == 1
 
 
 def test_layer_norms_have_no_kernel_but_a_recording(
@@ -545,11 +545,11 @@ def test_a_step_within_another_threads_call(model, prompt, check, tokens, device
     assert check(one) and check(other)
 
 
-def test_no_more_recordings_than_few(model, prompt, check, recorded):
+def test_no_more_captured_steps_than_few(model, prompt, check, recorded):
     for batch in range(1, 8):
         assert check(prompt(batch))
-    kept = decoding_metala._recordings[model]
-    assert len(kept) == decoding_metala.MAX_RECORDINGS
+    kept = decoding_metala._captured_steps[model]
+    assert len(kept) == decoding_metala.MAX_CAPTURED_STEPS
     made = len(recorded)
     assert check(prompt(7)) and len(recorded) == made
     assert check(prompt(1)) and len(recorded) == made + 1
@@ -623,7 +623,7 @@ def test_a_look_up_that_changes_the_weights(model, prompt, kernels):
     model.model.embed_tokens.max_norm = 1.0
     cache = prompt(1)
     states = [cache.states(layer) for layer in range(len(cache))]
-    assert decoding_metala._kernel(model, states) is None and not kernels
+    assert decoding_metala.make_token_decoder(model, states) is None and not kernels
 
 
 @GPU

@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from megatron_patch.hf import MetaLACache
-from megatron_patch.hf.decoding_metala import _kernel
+from megatron_patch.hf.decoding_metala import make_token_decoder
 from megatron_patch.ops.backends import import_failure
 from megatron_patch.ops.decoding.token_decoder import LayerTensors
 from tests.ops.decoder_steps import (
@@ -172,7 +172,7 @@ def test_many_steps_give_equal_bits():
         cache = MetaLACache(model.config)
         model(torch.zeros(1, 4, dtype=torch.long, device=DEVICE), past_key_values=cache)
         states = [(conv.to(torch.bfloat16), state) for conv, state in states_of(cache)]
-        kernel = _kernel(model, states)
+        kernel = make_token_decoder(model, states)
         for token in torch.arange(500, device=DEVICE):
             logits = logits_of(kernel, model, token)
         results.append([logits, *(x for pair in states for x in pair)])
@@ -187,7 +187,7 @@ def test_a_recorded_step():
     cache = MetaLACache(model.config)
     model(torch.zeros(1, 4, dtype=torch.long, device=DEVICE), past_key_values=cache)
     states = [(conv.to(torch.bfloat16), state) for conv, state in states_of(cache)]
-    direct, recorded = (_kernel(model, copy.deepcopy(states)) for _ in range(2))
+    direct, recorded = (make_token_decoder(model, copy.deepcopy(states)) for _ in range(2))
     token = torch.zeros(1, 1, dtype=torch.long, device=DEVICE)
     logits = torch.empty(1, 1, model.config.vocab_size, dtype=torch.bfloat16, device=DEVICE)
     graph = torch.cuda.CUDAGraph()
@@ -210,7 +210,7 @@ def test_the_embedding_is_the_models_own():
              torch.zeros(1, 3, 8, 16, device=DEVICE))
             for _ in model.model.layers
         ]  # fmt: skip
-        kernel = _kernel(model, states)
+        kernel = make_token_decoder(model, states)
         results.append(logits_of(kernel, model, torch.tensor(299, device=DEVICE)))
         weight = model.model.embed_tokens.weight
         weight.copy_(model.model.embed(torch.arange(300, device=DEVICE)))
