@@ -405,13 +405,3 @@ def _unsupported_reason(model: nn.Module, device: torch.device) -> str | None:
                 f"tensor on {device}, as the tokens"
             )
     return None
-
-
-__all__ = [
-    "capture_cuda_graph",
-    "detach_from_graph",
-    "make_token_decoder",
-    "register_class",
-    "register_functions",
-    "replay_step",
-]

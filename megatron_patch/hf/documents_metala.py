@@ -282,14 +282,3 @@ def read_cu_seqlens(
             )
         require((values == cu_seqlens).all(), f"{other}: found other boundaries than in {name}")
     return cu_seqlens
-
-
-__all__ = [
-    "CU_SEQLENS_ARGUMENTS",
-    "check_arguments",
-    "document_starts",
-    "find_cu_seqlens",
-    "for_each_token",
-    "read_mask",
-    "tokens_first",
-]

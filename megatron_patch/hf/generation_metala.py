@@ -144,6 +144,3 @@ class MetaLAGenerationMixin(GenerationMixin):
             "continuous batching is not supported with stateful models, such as "
             f"{type(self).__name__}"
         )
-
-
-__all__ = ["MetaLAGenerationMixin"]

@@ -287,14 +287,3 @@ class MetaLADecoderLayer(GradientCheckpointingLayer):
         mixed, *states = self.token_mixer(self.token_norm(x), *mixer_arguments)
         x = x + mixed
         return x + self.channel_mixer(self.channel_norm(x)), *states
-
-
-__all__ = [
-    "MetaLAChannelMixer",
-    "MetaLADecoderLayer",
-    "MetaLALayerNorm",
-    "MetaLARMSNorm",
-    "MetaLAShortConvolution",
-    "MetaLATokenMixer",
-    "make_norm",
-]

@@ -306,12 +306,6 @@ class MetaLAForCausalLM(MetaLAPreTrainedModel, MetaLAGenerationMixin):
         self.lm_head = nn.Linear(config.decoder_embed_dim, config.vocab_size, bias=False)
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.model.embed_tokens
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.model.embed_tokens = value
-
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 

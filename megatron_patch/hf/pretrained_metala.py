@@ -82,5 +82,3 @@ def _parameter_names_to_decay(model: nn.Module, *args: Any, **kwargs: Any) -> li
 
 
 trainer_pt_utils.get_parameter_names = _parameter_names_to_decay
-
-__all__ = ["MetaLAPreTrainedModel"]
