@@ -145,8 +145,7 @@ def zero3(folder: Path, input_ids: torch.Tensor):
 
 
 def main(runs: list[str]) -> None:
-    if not any(run.startswith("zero3:") for run in runs):  # which brings its own
-        dist.init_process_group("gloo")
+    dist.init_process_group("gloo")
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     for run in runs:
         method, _, folder = run.partition(":")

@@ -291,8 +291,8 @@ def test_generate_continues_one_document_a_row(model, tokens, use_cache):
 
 
 def test_compiled_graphs_see_what_they_cannot_separate(tiny_model, tokens):
-    """They cannot look into a mask before they run, nor pass over its numbers."""
-    model, ids = tiny_model(torch.float64), tokens(1, 6)
+    """A compiled graph cannot read a mask before it runs, so it must not ignore its numbers."""
+    model, ids = tiny_model(torch.float64, decoder_layers=1).requires_grad_(False), tokens(1, 6)
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     mask = torch.tensor([[0, 0, 1, 1, 1, 1]])

@@ -320,13 +320,16 @@ def test_training_in_half_precision(tiny_model, tokens, dtype, autocast):
     assert error < 16 * torch.finfo(dtype).eps * norm
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("given", ["nothing", "mask", "cu_seqlens", "checkpointing"])
-def test_torch_compile_without_graph_breaks(model, tokens, given):
-    """Traced with its backward pass, but not compiled: `aot_eager` runs the traced graph, while
-    `inductor`, whose errors are not the model's, takes one and a half minutes on the CPU. Packing
-    by `position_ids` looks into them and breaks the graph; `cu_seqlens` does not."""
-    if given == "cu_seqlens" and model.config.layer_types:
+def test_torch_compile_without_graph_breaks(tiny_model, tokens, kind, given):
+    """`aot_eager` traces forward and backward and runs the traced graph. `inductor` would take one
+    and a half minutes on the CPU. A pure MetaLA model has one layer here, a hybrid one of each kind.
+    Packing by `position_ids` reads them and breaks the graph; packing by `cu_seqlens` does not."""
+    if given == "cu_seqlens" and kind == "hybrid":
         pytest.skip("attention layers run packed documents one by one: as many as the data has")
+    layers = {"metala": 1, "hybrid": 2}[kind]
+    model = tiny_model(torch.float64, decoder_layers=layers, **KINDS[kind]).train()
     torch._dynamo.reset()
     input_ids = tokens(1 if given == "cu_seqlens" else 2, 9)
     how = dict(labels=input_ids, use_cache=False)
