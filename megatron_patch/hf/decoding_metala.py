@@ -155,7 +155,7 @@ def capture_cuda_graph(step: Callable[[], None]) -> Callable[[], None]:
 
 
 class _ModelSnapshot:
-    """What a captured step depends on, to find out whether the model has changed since.
+    """Everything that a captured step depends on, to detect changes of the model.
 
     Adding, removing or replacing a weight, a module, a hook or an attribute (such as another
     `forward`) changes one of the dictionaries of a module. All are looked at for every token, so

@@ -1,6 +1,6 @@
-"""What the arguments of a call say about its tokens: which are padding, and where documents begin.
+"""Reads padding and document boundaries from the arguments of a call.
 
-Callers tell models of transformers in many ways. All known ways are read here, and an unknown
+Callers pass these to models of transformers in many ways. All known ways are read here. An unknown
 argument is refused by name: to overlook one would let documents leak into each other silently.
 """
 

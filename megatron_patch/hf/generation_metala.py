@@ -1,4 +1,4 @@
-"""What `generate` of a MetaLA model does in its own way.
+"""The parts of `generate` that differ for MetaLA models.
 
 A state replaces keys and values, so `generate` makes a `MetaLACache`, and refuses the methods that
 would take a cache back to an earlier token.

@@ -1,4 +1,4 @@
-"""What MetaLA models share as transformers models: switches, initialisation and weight decay."""
+"""The base class of the MetaLA models: transformers' switches, initialisation, weight decay."""
 
 from __future__ import annotations
 
