@@ -151,7 +151,7 @@ def convolution_state_at(
 class MetaLATokenMixer(nn.Module):
     """Short convolution, four projections, Meta Linear Attention and the output projection."""
 
-    # As a bias does, one scale per channel goes without weight decay.
+    # One scale per channel. Like a bias, it goes without weight decay.
     no_weight_decay = ("aug_balance",)
 
     def __init__(self, config: MetaLAConfig):
