@@ -32,7 +32,7 @@ from timing import copy_bandwidth, graph_ms, mixer_inputs
 
 from megatron_patch.commands.command_line import Parser, need_gpu, one_of, run_script
 from megatron_patch.hf import MetaLACache, MetaLAForCausalLM
-from megatron_patch.hf.decoding_metala import _kernel
+from megatron_patch.hf.decoding_metala import make_token_decoder
 from megatron_patch.ops import meta_linear_attention, short_convolution
 
 # (heads, K, V)
@@ -85,7 +85,7 @@ def time_decoders(names: list[str], device: torch.device) -> None:
         states = [cache.states(layer) for layer in range(len(cache))]
         limit = bytes_read(model) / speed
         line = f"{name:<6} limit {1e3 * limit:.3f}"
-        kernel = _kernel(model, states)
+        kernel = make_token_decoder(model, states)
         if kernel is None:
             line += "   no kernel serves it here"
         else:

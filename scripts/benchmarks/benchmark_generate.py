@@ -35,7 +35,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 from megatron_patch.commands.command_line import Parser, number, one_of, picture, run_script, whole  # noqa: E402
 from megatron_patch.commands.command_line import device as device_name  # noqa: E402
 from megatron_patch.hf import MetaLACache, MetaLAConfig, MetaLAForCausalLM  # noqa: E402
-from megatron_patch.hf.decoding_metala import COMPILE_OPTIONS, record_cuda_graph  # noqa: E402
+from megatron_patch.hf.decoding_metala import COMPILE_OPTIONS, capture_cuda_graph  # noqa: E402
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 SIZES = {path.stem.removeprefix("metala_"): path for path in sorted(CONFIGS.glob("metala_*.yml"))}
@@ -198,7 +198,7 @@ def llama_speed(
             logits = forward(input_ids=ids, past_key_values=cache, use_cache=True).logits
             ids.copy_(logits[:, -1:].argmax(-1))
 
-        run = record_cuda_graph(step) if device.type == "cuda" else step
+        run = capture_cuda_graph(step) if device.type == "cuda" else step
         found.append(time_steps(run, steps, batch, kind, device))
         del run
     return max(found, key=lambda speed: speed.tokens_per_second)

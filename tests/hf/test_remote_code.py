@@ -26,8 +26,11 @@ CODE_FILES = {
     "configuration_metala.py",
     "decoding_metala.py",
     "documents_metala.py",
+    "generation_metala.py",
+    "layers_metala.py",
     "modeling_metala.py",
     "ops_metala.py",
+    "pretrained_metala.py",
 }
 # Hides all packages but torch, transformers and what these require.
 ONLY_TORCH_AND_TRANSFORMERS = """
@@ -129,8 +132,8 @@ def test_recorded_steps_with_torch_and_transformers_alone(exported, tmp_path):
 model = load(sys.argv[1])
 decoding = sys.modules[type(model).__module__.replace("modeling_metala", "decoding_metala")]
 made = []
-decoding._records_on = lambda device: True
-decoding.record_cuda_graph = lambda step: made.append(step) or step
+decoding._can_capture_on = lambda device: True
+decoding.capture_cuda_graph = lambda step: made.append(step) or step
 cache = decoding.MetaLACache(model.config, decoding_graph="eager")
 how = dict(max_new_tokens=6, do_sample=False, eos_token_id=None)
 out = model.generate(torch.tensor(eval(sys.argv[2])), past_key_values=cache, **how)

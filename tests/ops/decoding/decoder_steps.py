@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from megatron_patch.hf import MetaLACache, MetaLAConfig, MetaLAForCausalLM
-from megatron_patch.hf.decoding_metala import _kernel
+from megatron_patch.hf.decoding_metala import make_token_decoder
 from megatron_patch.ops import meta_linear_attention, short_convolution, token_decoder
 from megatron_patch.ops.decoding.decoder import Decoder
 
@@ -132,7 +132,7 @@ def decode(model, exact, steps: int) -> tuple[torch.Tensor, ...]:
         reader(ids, past_key_values=cache)
     dtype = model.lm_head.weight.dtype
     states = [(conv.to(dtype), state) for conv, state in states_of(caches[0])]
-    kernel = _kernel(model, states)
+    kernel = make_token_decoder(model, states)
     assert type(kernel) is Decoder
     errors = []
     for token in torch.randint(model.config.vocab_size, (steps, 1, 1), device=DEVICE):
@@ -174,7 +174,7 @@ def two_runs(dtype: torch.dtype, **sizes) -> list[list[torch.Tensor]]:
              torch.linspace(-1, 1, 384, device=DEVICE).view(1, 3, 8, 16))
             for _ in range(2)
         ]  # fmt: skip
-        kernel = _kernel(model, states)
+        kernel = make_token_decoder(model, states)
         logits = [logits_of(kernel, model, token) for token in torch.tensor([5, 7], device=DEVICE)]
         results.append([*logits, *(x for pair in states for x in pair)])
     return results

@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from megatron_patch.hf import MetaLACache
-from megatron_patch.hf.decoding_metala import _kernel, _obstacle
+from megatron_patch.hf.decoding_metala import make_token_decoder
 from megatron_patch.ops import backends
 from megatron_patch.ops.decoding import LayerTensors, token_decoder
 
@@ -179,7 +179,7 @@ def test_many_steps_give_equal_bits():
         cache = MetaLACache(model.config)
         model(torch.zeros(1, 4, dtype=torch.long, device=DEVICE), past_key_values=cache)
         states = [(conv.to(torch.bfloat16), state) for conv, state in states_of(cache)]
-        kernel = _kernel(model, states)
+        kernel = make_token_decoder(model, states)
         for token in torch.arange(500, device=DEVICE):
             logits = logits_of(kernel, model, token)
         results.append([logits, *(x for pair in states for x in pair)])
@@ -194,7 +194,7 @@ def test_a_captured_step():
     cache = MetaLACache(model.config)
     model(torch.zeros(1, 4, dtype=torch.long, device=DEVICE), past_key_values=cache)
     states = [(conv.to(torch.bfloat16), state) for conv, state in states_of(cache)]
-    direct, captured = (_kernel(model, copy.deepcopy(states)) for _ in range(2))
+    direct, captured = (make_token_decoder(model, copy.deepcopy(states)) for _ in range(2))
     token = torch.zeros(1, 1, dtype=torch.long, device=DEVICE)
     logits = torch.empty(1, 1, model.config.vocab_size, dtype=torch.bfloat16, device=DEVICE)
     graph = torch.cuda.CUDAGraph()
@@ -218,7 +218,7 @@ def test_the_embedding_is_the_models_own():
              torch.zeros(1, 3, 8, 16, device=DEVICE))
             for _ in model.model.layers
         ]  # fmt: skip
-        kernel = _kernel(model, states)
+        kernel = make_token_decoder(model, states)
         results.append(logits_of(kernel, model, torch.tensor(299, device=DEVICE)))
         weight = model.model.embed_tokens.weight
         weight.copy_(model.model.embed(torch.arange(300, device=DEVICE)))
@@ -240,7 +240,10 @@ def makes_no_decoder(change, dtype=torch.float32, **sizes) -> bool:
     model(torch.zeros(1, 1, dtype=torch.long, device=DEVICE), past_key_values=cache)
     states = [(conv.to(dtype), state) for conv, state in states_of(cache)]
     # In the order in which decoding asks.
-    return _obstacle(model, model.device) is not None or _kernel(model, states) is None
+    return (
+        _unsupported_reason(model, model.device) is not None
+        or make_token_decoder(model, states) is None
+    )
 
 
 @pytest.fixture
