@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerFast, set_seed
 
-from megatron_patch.architecture import Architecture, SettingsError, with_defaults
+from megatron_patch.architecture import SettingsError
+from megatron_patch.architecture_neox import from_neox, with_defaults
 from megatron_patch.hf import MetaLAConfig, MetaLAForCausalLM
 from megatron_patch.trainer.settings import EmbeddedSettings
 
@@ -40,7 +41,7 @@ def load_tokenizer(settings: EmbeddedSettings) -> PreTrainedTokenizerFast:
 
 def model_config(settings: EmbeddedSettings, tokenizer: PreTrainedTokenizerFast) -> MetaLAConfig:
     """The model's configuration. The vocabulary is the tokenizer's, without GPT-NeoX's padding."""
-    model = Architecture.from_neox(with_defaults(settings.model_dump(mode="json")), len(tokenizer))
+    model = from_neox(with_defaults(settings.model_dump(mode="json")), len(tokenizer))
     return MetaLAConfig(
         **model.to_hf(),
         pad_token_id=tokenizer.pad_token_id,

@@ -25,13 +25,8 @@ from pydantic import (
     ValidationError,
 )
 
-from megatron_patch.architecture import (
-    EXPORTED_NORMS,
-    GPT_NEOX_DEFAULTS,
-    MetaLAOptions,
-    SettingsError,
-    expand_attention_config,
-)
+from megatron_patch.architecture import EXPORTED_NORMS, MetaLAOptions, SettingsError
+from megatron_patch.architecture_neox import GPT_NEOX_DEFAULTS, expand_attention_config
 from megatron_patch.neox.settings import check_settings
 from megatron_patch.neox.yaml_config import merge_yaml
 

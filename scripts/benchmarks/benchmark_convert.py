@@ -42,7 +42,8 @@ from convert.neox_checkpoint import described_model  # noqa: E402
 from convert.neox_writer import write_checkpoint  # noqa: E402
 from convert.tensor_table import TensorRule, tensor_table  # noqa: E402
 from convert.vocabulary import padded_vocabulary  # noqa: E402
-from megatron_patch.architecture import Architecture, with_defaults  # noqa: E402
+from megatron_patch.architecture import Architecture  # noqa: E402
+from megatron_patch.architecture_neox import with_defaults  # noqa: E402
 from megatron_patch.neox.yaml_config import merge_yaml  # noqa: E402
 
 TOKENS = 32_000
