@@ -360,7 +360,7 @@ def obey(command: str, conversation: Conversation) -> bool:
     return True
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+def parse_arguments() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     temperature = number(lambda x: x >= 0, "of 0 or more")
     top_p = number(lambda x: 0 < x <= 1, "above 0, at most 1")
@@ -383,11 +383,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu"
     )
     parser.add_argument("--dtype", type=one_of(DTYPES), default="auto", help="auto: the folder's")
-    return parser.parse_args(argv)
+    return parser.parse_args()
 
 
-def main(argv: list[str] | None = None) -> None:
-    arguments = parse_arguments(argv)
+def main() -> None:
+    arguments = parse_arguments()
     if arguments.seed is not None:
         torch.manual_seed(arguments.seed)
     try:

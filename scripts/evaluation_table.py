@@ -94,12 +94,12 @@ def table(results: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: list[str] | None = None) -> None:
+def main() -> None:
     parser = Parser(description=__doc__)
     parser.add_argument(
         "results", type=existing, help="lm_eval's results file, or a folder of them"
     )
-    path = parser.parse_args(argv).results
+    path = parser.parse_args().results
     path = newest_results(path)
     try:
         text = table(read_results(path))

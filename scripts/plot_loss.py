@@ -84,13 +84,13 @@ def plot(curves: dict[str, Losses], output: Path, title: str | None = None) -> N
     pyplot.close(figure)
 
 
-def main(argv: list[str] | None = None) -> None:
+def main() -> None:
     parser = Parser(description=__doc__)
     parser.add_argument("logs", type=existing_file, nargs="+")
     parser.add_argument("--labels", nargs="+", help="one for each log; by default their names")
     parser.add_argument("--output", type=picture, default="loss.png")
     parser.add_argument("--title")
-    args = parser.parse_args(argv)
+    args = parser.parse_args()
     labels = args.labels or [str(path) for path in args.logs]
     if len(labels) != len(args.logs):
         parser.error(f"--labels: found {len(labels)}, wanted {len(args.logs)}")

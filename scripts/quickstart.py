@@ -345,10 +345,10 @@ def write_sample(folder: Path) -> str:
     return tokenizer.decode(tokens[0], skip_special_tokens=True)
 
 
-def main(argv: list[str] | None = None) -> int:
+def main() -> int:
     parser = Parser(description=__doc__)
     parser.add_argument("--fresh", action="store_true", help="remove runs/quickstart first")
-    args = parser.parse_args(argv)
+    args = parser.parse_args()
     started = time.monotonic()
     if args.fresh and FOLDER.exists():
         shutil.rmtree(FOLDER)

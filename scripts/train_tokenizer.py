@@ -43,7 +43,7 @@ def train(texts: Iterable[str], vocab_size: int, progress: bool = True) -> Token
     return tokenizer
 
 
-def main(argv: list[str] | None = None) -> None:
+def main() -> None:
     parser = Parser(description=__doc__)
     parser.add_argument(
         "inputs", type=existing, nargs="+", help="text files, .jsonl files, folders"
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
         "--max-document", type=whole(1), default=MAX_BYTES, help="bytes of the largest document"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
-    args = parser.parse_args(argv)
+    args = parser.parse_args()
     try:
         refuse_existing([args.output], args.overwrite)
         documents = iterate_documents(args.inputs, args.json_key, args.suffix, args.max_document)

@@ -17,6 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
+from megatron_patch.commands import prepare_data
+from megatron_patch.commands.documents import iterate_documents, list_files
 from megatron_patch.indexed_dataset import IndexedDataset, IndexedDatasetError, IndexedDatasetWriter
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
@@ -24,13 +26,13 @@ END = "<|endoftext|>"
 
 
 @pytest.fixture
-def prepare(tmp_path, tokenizer_file, run_script):
-    """Function: runs prepare_data.py to PREFIX `out`; returns the process and the documents."""
+def prepare(tmp_path, tokenizer_file, run_command):
+    """Function: runs prepare_data.py to PREFIX `out`; returns its result and the documents."""
 
     def run(*arguments, tokenizer=tokenizer_file):
         prefix = tmp_path / "out"
         arguments = (*arguments, "--output", prefix, "--overwrite", "--tokenizer", tokenizer)
-        result = run_script("prepare_data.py", *arguments)
+        result = run_command("prepare_data.py", *arguments)
         assert "Traceback" not in result.stderr
         if result.returncode:
             assert not list(tmp_path.glob("out*"))
@@ -125,7 +127,7 @@ def test_a_line_that_cannot_be_read_is_named(prepare, tmp_path, line, message, t
     assert f"prepare_data.py: {tmp_path}/a.jsonl{message}" in result.stderr
 
 
-def test_nothing_is_left_out_unsaid(prepare, tmp_path, script_modules, monkeypatch):
+def test_nothing_is_left_out_unsaid(prepare, tmp_path, monkeypatch):
     corpus = tmp_path / "corpus"
     (corpus / "sub").mkdir(parents=True)
     (corpus / "a.txt").write_text("text")
@@ -152,8 +154,6 @@ def test_nothing_is_left_out_unsaid(prepare, tmp_path, script_modules, monkeypat
             assert f"{bad}: found {what}, wanted a file with text" in result.stderr
         bad.unlink()
 
-    from megatron_patch.commands.documents import list_files
-
     def scandir(path, scan=os.scandir):  # whoever runs the tests may read everything
         if str(path).endswith("sub"):
             raise PermissionError(13, "Permission denied", str(path))
@@ -174,8 +174,8 @@ def test_the_tokenizer_is_a_regular_file(prepare, tmp_path):
 def test_memory_does_not_follow_the_largest_document(prepare, tmp_path, tokenizer_file):
     """Of 6 MB, which took over a GB at once."""
     code = (
-        f"import resource, runpy, sys; sys.path.insert(0, {str(SCRIPTS)!r}); sys.argv[0] = 'x'\n"
-        f"runpy.run_path({str(SCRIPTS / 'prepare_data.py')!r}, run_name='__main__')\n"
+        "import resource, sys; from megatron_patch.commands.prepare_data import main\n"
+        "main(sys.argv[1:])\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
     )
 
@@ -297,17 +297,13 @@ NO_DEADLINE = settings(
 
 @NO_DEADLINE
 @given(lines=st.lists(LINES, min_size=1, max_size=3), suffix=st.sampled_from([".txt", ".jsonl"]))
-def test_any_file_is_prepared_or_refused_in_a_line(
-    script_path, tmp_path, tokenizer_file, lines, suffix
-):
-    from megatron_patch.commands.documents import iterate_documents
-    from megatron_patch.commands.prepare_data import Encoder, prepare
-
+def test_any_file_is_prepared_or_refused_in_a_line(tmp_path, tokenizer_file, lines, suffix):
     path = tmp_path / f"data{suffix}"
     path.write_bytes(b"\n".join(lines))
     try:
         documents = iterate_documents([path], max_bytes=200)
-        prepared = prepare(documents, Encoder(tokenizer_file), tmp_path / "out", max_stretch=100)
+        encoder = prepare_data.Encoder(tokenizer_file)
+        prepared = prepare_data.prepare(documents, encoder, tmp_path / "out", max_stretch=100)
     except ValueError as error:
         assert "\n" not in str(error)
         assert str(error).startswith((str(path), "inputs: found no text"))

@@ -8,6 +8,9 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, trainers
 from tokenizers import pre_tokenizers as pre
 
+from megatron_patch.commands.documents import Document
+from megatron_patch.commands.text_pieces import pieces, safe_cut
+
 GPT4 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -64,10 +67,7 @@ CUTTING = [
     text=st.text(st.sampled_from(ALPHABET), min_size=1, max_size=40),
     size=st.integers(1, 8),
 )
-def test_pieces_have_the_tokens_of_the_whole(script_path, tokenizer, text, size):
-    from megatron_patch.commands.documents import Document
-    from megatron_patch.commands.text_pieces import pieces, safe_cut
-
+def test_pieces_have_the_tokens_of_the_whole(tokenizer, text, size):
     found = list(pieces(Document(text, "x"), safe_cut(tokenizer, False), size))
     assert "".join(found) == text
     ids = [i for piece in found for i in tokenizer.encode(piece, add_special_tokens=False).ids]
@@ -75,10 +75,7 @@ def test_pieces_have_the_tokens_of_the_whole(script_path, tokenizer, text, size)
 
 
 @pytest.mark.parametrize("tokenizer", CUTTING[::3])
-def test_a_long_text_is_cut(script_path, tokenizer):
-    from megatron_patch.commands.documents import Document
-    from megatron_patch.commands.text_pieces import pieces, safe_cut
-
+def test_a_long_text_is_cut(tokenizer):
     found = list(pieces(Document("some words " * 100, "x"), safe_cut(tokenizer, False), 50))
     assert len(found) > 15 and max(map(len, found)) < 60
 
@@ -95,10 +92,7 @@ def test_a_long_text_is_cut(script_path, tokenizer):
         build(pre.ByteLevel(), None, AddedToken("<x>", rstrip=True)),
     ],
 )
-def test_where_a_cut_is_not_sure_a_text_stays_whole(script_path, tokenizer):
-    from megatron_patch.commands.documents import Document
-    from megatron_patch.commands.text_pieces import pieces, safe_cut
-
+def test_where_a_cut_is_not_sure_a_text_stays_whole(tokenizer):
     cut = safe_cut(tokenizer, False)
     assert cut is None
     document = Document("some words " * 100, "file:3")
@@ -107,9 +101,7 @@ def test_where_a_cut_is_not_sure_a_text_stays_whole(script_path, tokenizer):
         list(pieces(document, cut, 50, longest=1000))
 
 
-def test_special_tokens_count_where_they_are_read(script_path):
-    from megatron_patch.commands.text_pieces import safe_cut
-
+def test_special_tokens_count_where_they_are_read():
     tokenizer = build(pre.ByteLevel())
     tokenizer.add_special_tokens(["<end of text>"])
     assert safe_cut(tokenizer, special_tokens=False)

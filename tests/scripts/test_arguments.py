@@ -1,10 +1,9 @@
-"""Wrong arguments of every script: one line that names the argument, and nothing left behind."""
+"""Wrong arguments of every script give one line that names the argument, and leave nothing behind."""
 
 from __future__ import annotations
 
 import json
 import re
-import runpy
 import signal
 import subprocess
 import sys
@@ -34,23 +33,14 @@ def work(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.fixture
-def run_here(monkeypatch, capsys):
-    """Function: runs a script in this process, which has imported what takes long; returns its exit
-    code and what it wrote to standard error."""
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    before = signal.getsignal(signal.SIGTERM)
+def run_here(run_command):
+    """Function: runs a script in this process; returns its exit code and standard error."""
 
     def run(script: str, arguments: str) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", [str(SCRIPTS / script), *arguments.split()])
-        with pytest.raises(SystemExit) as end:
-            runpy.run_path(str(SCRIPTS / script), run_name="__main__")
-        written = capsys.readouterr().err
-        if isinstance(end.value.code, str):  # Python prints it
-            return 1, written + end.value.code + "\n"
-        return end.value.code, written
+        result = run_command(script, *arguments.split())
+        return result.returncode, result.stderr
 
-    yield run
-    signal.signal(signal.SIGTERM, before)
+    return run
 
 
 def listing(folder: Path) -> list[str]:
@@ -141,15 +131,15 @@ def test_one_line_and_nothing_else(work, run_here, tokenizer_file, script, argum
     before = listing(work)
     code, written = run_here(script, arguments.replace("TOKENIZER", str(tokenizer_file)))
     assert code in (1, 2)
-    assert re.fullmatch(f"{re.escape(script)}: ({message}.*)\n", written), written
+    assert re.fullmatch(f"{re.escape(Path(script).name)}: ({message}.*)\n", written), written
     assert listing(work) == before
 
 
 def test_every_script_is_among_them():
-    shared = {"command_line.py", "documents.py", "special_tokens.py", "text_pieces.py"}
-    shared |= {"link_neox.py", "benchmarks/benchmark_convert.py"}  # which have tests of their own
+    others = {"link_neox.py", "benchmarks/benchmark_convert.py"}  # which have tests of their own
     named = {getattr(case, "values", case)[0] for case in CASES}
-    assert named == {path.name for path in SCRIPTS.glob("*.py")} - shared
+    scripts = [*SCRIPTS.glob("*.py"), *SCRIPTS.glob("benchmarks/benchmark_*.py")]
+    assert named == {path.relative_to(SCRIPTS).as_posix() for path in scripts} - others
 
 
 def test_a_folder_that_nothing_can_be_written_to(work, run_here, monkeypatch):
@@ -172,12 +162,12 @@ def test_terminated_a_script_leaves_nothing(work, tokenizer_file):
     """As interrupted: what it was writing goes."""
     (work / "pipe.jsonl").write_text(json.dumps({"text": "word " * 50}) + "\n")
     code = (
-        "import os, signal, sys, runpy, megatron_patch.indexed_dataset as data\n"
+        "import os, signal, sys, megatron_patch.indexed_dataset as data\n"
+        "from megatron_patch.commands.prepare_data import cli\n"
         "data.IndexedDatasetWriter.add_document = lambda *_: os.kill(os.getpid(), signal.SIGTERM)\n"
-        f"sys.path.insert(0, {str(SCRIPTS)!r})\n"
         f"sys.argv = ['prepare_data.py', 'pipe.jsonl', '--output', 'data', '--tokenizer', "
         f"{str(tokenizer_file)!r}]\n"
-        f"runpy.run_path({str(SCRIPTS / 'prepare_data.py')!r}, run_name='__main__')"
+        "cli()"
     )
     before = listing(work)
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -60,8 +60,8 @@ def test_a_conversion_that_fails_ends_it(tmp_path):
         (["--config", "nowhere.yml"], "error: nowhere.yml: cannot be read"),
     ],
 )
-def test_wrong_arguments_are_named(run_script, flags, message, tmp_path):
+def test_wrong_arguments_are_named(run_command, flags, message, tmp_path):
     config = ["--folder", tmp_path, "--config", CONFIGS / "metala_tiny.yml"]
-    process = run_script("benchmarks/benchmark_convert.py", *config, *flags)
+    process = run_command("benchmarks/benchmark_convert.py", *config, *flags)
     assert process.returncode and message in process.stderr
     assert "Traceback" not in process.stderr and not list(tmp_path.iterdir())

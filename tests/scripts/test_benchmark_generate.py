@@ -2,11 +2,16 @@
 
 import re
 
+import benchmark_generate as benchmark
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from megatron_patch.hf import MetaLAConfig, MetaLAForCausalLM
 
 
-def test_on_the_cpu(run_script, tmp_path):
-    result = run_script(
+def test_on_the_cpu(run_command, tmp_path):
+    result = run_command(
         "benchmarks/benchmark_generate.py", "--device", "cpu", "--size", "tiny", "--batches", "1", "2",
         "--contexts", "24", "8", "--steps", "2", "--plot", tmp_path / "speed.png",
     )  # fmt: skip
@@ -21,13 +26,8 @@ def test_on_the_cpu(run_script, tmp_path):
     assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_steps_that_are_timed(script_modules):
+def test_the_steps_that_are_timed():
     """LLaMA attends to the whole context that it is said to, and MetaLA has read it."""
-    import benchmark_generate as benchmark
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from megatron_patch.hf import MetaLAConfig, MetaLAForCausalLM
 
     shape = dict(
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,

@@ -40,11 +40,12 @@ def test_both_models_are_trained_and_compared(neox_checkout, run_script, tmp_pat
     assert parameters[0] == pytest.approx(parameters[1], rel=1e-3)
 
 
-def test_a_checkout_that_is_not_linked_is_refused(run_script, tmp_path):
+def test_a_checkout_that_is_not_linked_is_refused(run_command, tmp_path, monkeypatch):
     for name in ("deepy.py", "train.py", "megatron/__init__.py", "megatron/model/gpt2_model.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    process = run_script("benchmarks/benchmark_training.py", GPT_NEOX_PATH=str(tmp_path))
+    monkeypatch.setenv("GPT_NEOX_PATH", str(tmp_path))
+    process = run_command("benchmarks/benchmark_training.py")
     assert process.returncode == 1
-    wanted = f"benchmarks/benchmark_training.py: link it first: scripts/link_neox.py {tmp_path}\n"
+    wanted = f"benchmark_training.py: link it first: scripts/link_neox.py {tmp_path}\n"
     assert process.stderr == wanted

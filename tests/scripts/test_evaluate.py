@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from evaluation_table import PUBLISHED, PUBLISHED_AVERAGE, newest_results, read_results, table
 from transformers import PreTrainedTokenizerFast
 
 from megatron_patch.hf.remote_code import write_model_code
@@ -175,15 +176,7 @@ def test_evaluate_script_says_what_is_missing(tmp_path):
     assert result.returncode == 1 and "lm_eval is not installed" in result.stderr
 
 
-def test_table(script_modules, tmp_path):
-    from evaluation_table import (
-        PUBLISHED,
-        PUBLISHED_AVERAGE,
-        newest_results,
-        read_results,
-        table,
-    )
-
+def test_table(tmp_path):
     for size, average in enumerate(PUBLISHED_AVERAGE):  # no slip in copying
         assert sum(row[size] for row in PUBLISHED.values()) / 7 == pytest.approx(average, abs=0.011)
 

@@ -45,11 +45,11 @@ def set_up(tmp_path, origin):
     if not shutil.which("make") or not shutil.which("g++"):
         pytest.skip("setup.sh wants a compiler for GPT-NeoX")
     copy = tmp_path / "repository"
-    shutil.copytree(ROOT / "scripts", copy / "scripts")
-    shutil.copytree(ROOT / "configs", copy / "configs", symlinks=True)
+    for name in ("scripts", "configs", "megatron_patch/commands"):
+        shutil.copytree(ROOT / name, copy / name, symlinks=True)
     for name in ("constraints.txt", "setup.py"):
         shutil.copy(ROOT / name, copy)
-    link = copy / "scripts" / "link_neox.py"
+    link = copy / "megatron_patch/commands/link_neox.py"
     commit = git(origin, "rev-parse", "HEAD")
     link.write_text(re.sub('TESTED_COMMIT = ".*"', f'TESTED_COMMIT = "{commit}"', link.read_text()))
 
@@ -95,11 +95,11 @@ def test_clones_links_and_reuses(set_up, origin):
     assert f"{clone}: already linked" in again.stdout
 
 
-def test_an_unreachable_clone_means_the_embedded_engine(set_up):
+def test_an_unreachable_clone_means_the_trainer(set_up):
     result, clone = set_up(url="file:///nowhere")
     assert result.returncode == 0, result.stderr
-    assert "embedded engine: cannot clone file:///nowhere" in result.stdout
-    assert result.stdout.rstrip().endswith("engine embedded")
+    assert "Hugging Face Trainer: cannot clone file:///nowhere" in result.stdout
+    assert result.stdout.rstrip().endswith("engine Hugging Face Trainer")
     assert not clone.exists()
 
 
@@ -113,9 +113,11 @@ def test_a_checkout_that_is_named(set_up, origin):
     assert other.returncode == 1 and "is not a GPT-NeoX checkout" in other.stderr
 
 
-def test_the_embedded_engine_can_be_asked_for(set_up):
-    result, clone = set_up(METALA_ENGINE="embedded")
-    assert "embedded engine, as METALA_ENGINE says" in result.stdout
+@pytest.mark.parametrize("name", ["trainer", "embedded"])
+def test_the_trainer_can_be_asked_for(set_up, name):
+    """By its name, or by an earlier one."""
+    result, clone = set_up(METALA_ENGINE=name)
+    assert "Hugging Face Trainer, as METALA_ENGINE says" in result.stdout
     assert not clone.exists()
 
 
@@ -124,8 +126,8 @@ def test_what_could_not_be_installed_is_tried_again(set_up, tmp_path):
     stamp, python = (tmp_path / "environment" / name for name in (".metala-set-up", "bin/python"))
     stamp.write_text(stamp.read_text().replace("yes", "no"))
     python.write_text(f'#!/bin/sh\n[ "$2" = pip ] || exec "{sys.executable}" "$@"\n')
-    result, clone = set_up(METALA_ENGINE="embedded")
-    assert result.stdout.rstrip().endswith("engine embedded")
+    result, clone = set_up(METALA_ENGINE="trainer")
+    assert result.stdout.rstrip().endswith("engine Hugging Face Trainer")
     assert stamp.read_text().endswith("no\n")
     result, clone = set_up()
     assert f"engine {clone}" in result.stdout

@@ -1,5 +1,5 @@
-"""The embedded engine's numbers against computations that share nothing with the Trainer: a loop
-written out in float64, and GPT-NeoX itself."""
+"""The numbers of a training by the Hugging Face Trainer, against a loop written out in float64 and
+against GPT-NeoX itself."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def on_the_cpu(monkeypatch):
 
 
 def run(config, dtype=torch.float32):
-    """The rows that the embedded engine logs for a model of `dtype`, its first weights, and it."""
+    """The rows that a training logs for a model of `dtype`, its first weights, and it."""
     read, _ = read_settings([config])
     model = build_model(read, model_config(read, load_tokenizer(read))).to(dtype)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -157,7 +157,7 @@ def test_ten_steps_are_gpt_neoxs(neox_checkout, small_run, token_data, tokenizer
         train_data_paths=paths,
         train_data_weights=[0.3, 0.1],
         eval_interval=4,
-        save=str(tmp_path / "embedded"),
+        save=str(tmp_path / "trainer"),
         seq_length=32,
         lr_decay_iters=None,
         warmup=0.25,

@@ -1,4 +1,4 @@
-"""The embedded engine's samples are GPT-NeoX's, in GPT-NeoX's order."""
+"""The Trainer's samples are GPT-NeoX's, in GPT-NeoX's order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the embedded engine reads, ignores and refuses of GPT-NeoX's settings."""
+"""Which of GPT-NeoX's settings the Trainer reads, ignores and refuses."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ def test_defaults_are_gpt_neoxs(small_run):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_parallel_size": 2}, "model_parallel_size: found 2, wanted 0 or 1 with the Hugging"),
+        (
+            {"model_parallel_size": 2},
+            "model_parallel_size: found 2, wanted 0 or 1 with the Hugging",
+        ),
         ({"pipe_parallel_size": 2}, "pipe_parallel_size: found 2, wanted 0 or 1 with the Hugging"),
         ({"sequence_parallel": True}, "sequence_parallel: found True, wanted False"),
         ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage: found 3, wanted 0 or 1"),
@@ -33,9 +36,15 @@ def test_defaults_are_gpt_neoxs(small_run):
         ),
         ({"optimizer": {"params": {"lr": 1, "x": 2}}}, "optimizer.params.x: not a setting"),
         ({"optimizer": None}, "optimizer: found nothing, wanted a value"),
-        ({"no_such_key": 1}, "no_such_key: not a setting for the Hugging Face Trainer; remove it or"),
+        (
+            {"no_such_key": 1},
+            "no_such_key: not a setting for the Hugging Face Trainer; remove it or",
+        ),
         ({"train_epochs": 1}, "train_epochs: not a setting for the Hugging Face Trainer"),
-        ({"hidden_dropout": 0.1}, "hidden_dropout: found 0.1, wanted 0 with the Hugging Face Trainer"),
+        (
+            {"hidden_dropout": 0.1},
+            "hidden_dropout: found 0.1, wanted 0 with the Hugging Face Trainer",
+        ),
         ({"norm": "scalenorm"}, "norm: found 'scalenorm', wanted simplermsnorm or rmsnorm or"),
         ({"pos_emb": "rotary"}, "pos_emb: found 'rotary', wanted none"),
         ({"tokenizer_type": "SPMTokenizer"}, "tokenizer_type: found 'SPMTokenizer', wanted HFTok"),
@@ -44,8 +53,14 @@ def test_defaults_are_gpt_neoxs(small_run):
         ({"warmup": 1.5}, "warmup: found 1.5, input should be less than or equal to 1"),
         ({"warmup": 1.0, "lr_decay_iters": 9}, "warmup: found 1, wanted less, since training"),
         ({"seed": 2**32}, "seed: found 4294967296, input should be less than 4294967296"),
-        ({"precision": "bf16"}, "precision: found 'bf16', wanted fp32 or bfloat16 with the Hugging"),
-        ({"precision": "fp16"}, "precision: found 'fp16', wanted fp32 or bfloat16 with the Hugging"),
+        (
+            {"precision": "bf16"},
+            "precision: found 'bf16', wanted fp32 or bfloat16 with the Hugging",
+        ),
+        (
+            {"precision": "fp16"},
+            "precision: found 'fp16', wanted fp32 or bfloat16 with the Hugging",
+        ),
         ({"precision": "BFLOAT16"}, "precision: found 'BFLOAT16', wanted fp32 or bfloat16"),
         ({"precision": "bfloat16"}, "zero_optimization.stage: found nothing, wanted 1 with prec"),
         (
