@@ -1,5 +1,5 @@
-"""What tests of several folders share: a GPT-NeoX checkout, data and a tokenizer, a small run, and
-how to run commands."""
+"""Fixtures for tests of several folders: a GPT-NeoX checkout, data and a tokenizer, a small run,
+and functions that run commands."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SCRIPTS = ROOT / "scripts"
 PACKAGED = ("link_neox.py", "prepare_data.py", "train_hf.py")
 VOCABULARY = 512
 
-# 16 iterations of a model of two layers: seconds on one core.
+# A model of two layers and 16 iterations, which take seconds on one core.
 SMALL_RUN = {
     "num_layers": 2,
     "hidden_size": 64,
@@ -57,14 +57,14 @@ SMALL_RUN = {
 
 
 def find_neox() -> Path | None:
-    """The checkout that `GPT_NEOX_PATH` names, or the one that set-up cloned."""
+    """Returns the checkout in `GPT_NEOX_PATH`, or the one that setup.sh cloned, or `None`."""
     path = Path(os.environ.get("GPT_NEOX_PATH") or ROOT / "third_party" / "gpt-neox")
     return path if (path / "megatron" / "__init__.py").is_file() else None
 
 
 @pytest.fixture(scope="session")
 def make_once(tmp_path_factory) -> Callable[[str, Callable[[Path], None]], Path]:
-    """Function: a folder of this name that `fill` has written, once for all workers of
+    """Function: returns a folder of this name that `fill` writes once for all workers of
     pytest-xdist."""
     root = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
@@ -86,8 +86,8 @@ def make_once(tmp_path_factory) -> Callable[[str, Callable[[Path], None]], Path]
 
 @pytest.fixture(scope="session")
 def neox_checkout(make_once) -> Path:
-    """A linked copy of the GPT-NeoX checkout with its helper compiled, which each training would
-    do that finds none; the tests that need one are skipped where none is."""
+    """A linked copy of the GPT-NeoX checkout with its helper compiled, so that no training compiles
+    it again. Tests that need it are skipped without a checkout."""
     source = find_neox()
     if source is None:
         pytest.skip("no GPT-NeoX checkout")
@@ -102,7 +102,7 @@ def neox_checkout(make_once) -> Path:
 
 @pytest.fixture(scope="session")
 def two_gpus() -> None:
-    """Skips a test where there are fewer."""
+    """Skips a test on a machine with fewer than two GPUs."""
     if (found := torch.cuda.device_count()) < 2:
         pytest.skip(f"needs two GPUs, found {found}")
 
@@ -116,8 +116,8 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_terminal_summary(terminalreporter):
-    """From the reports, since the tests may have run in other processes (pytest-xdist); those of
-    files that could not be collected have no keywords."""
+    """Prints whether the GPT-NeoX and GPU tests ran. It counts reports, because pytest-xdist runs
+    tests in other processes; reports of files that could not be collected have no keywords."""
 
     def outcomes(marker: str) -> str:
         counts = {
@@ -233,7 +233,7 @@ def run_command(monkeypatch, capsys):
 
 @pytest.fixture
 def small_run(tmp_path, tokenizer_file, token_data):
-    """Writes SMALL_RUN with changes (`None` removes a key) as a YAML file and returns its path."""
+    """Function: writes SMALL_RUN with changes (`None` removes a key) as a YAML file; returns it."""
 
     def write(name: str = "run", **changes: object) -> Path:
         folder = tmp_path / name

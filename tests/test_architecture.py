@@ -1,5 +1,5 @@
-"""One description of a model: from and to GPT-NeoX's settings and Hugging Face configurations, what
-is refused on either side, and what a new option has to be written into."""
+"""The description of a model: from and to GPT-NeoX's settings and Hugging Face configurations, what
+either side refuses, and where a new option has to be added."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def described(settings: dict) -> Architecture:
     ],
 )
 def test_a_model_goes_there_and_back(settings):
-    """GPT-NeoX's settings, a configuration, settings again: one model."""
+    """From settings to a configuration and back to settings, the model stays the same."""
     model = described(settings)
     config = MetaLAConfig(**model.to_hf())
     again = Architecture.from_hf(config)
@@ -177,7 +177,7 @@ def test_the_initialisation_is_the_authors_by_default():
 
 
 def test_every_option_of_a_model_is_in_its_configuration():
-    """So that a new option is one line in `MetaLAOptions`: configuration, conversion both ways."""
+    """A new option is one line in `MetaLAOptions`; configuration and conversion pick it up."""
     assert set(MODEL_OPTIONS) | {"init", "backend"} == {
         item.name for item in dataclasses.fields(MetaLAOptions)
     }
@@ -207,7 +207,7 @@ def test_what_cannot_be_exported_is_listed(settings, reasons):
 
 
 def test_defaults_are_gpt_neoxs(neox_checkout):
-    """The one list of them here, against GPT-NeoX's own."""
+    """Our list of defaults equals GPT-NeoX's own."""
     import ast
 
     source = (neox_checkout / "megatron/neox_arguments/neox_args.py").read_text()

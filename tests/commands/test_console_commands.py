@@ -86,6 +86,5 @@ def test_missing_configurations_are_one_line(run_command, monkeypatch, tmp_path)
     monkeypatch.setattr(link_neox, "CONFIGS", tmp_path / "nowhere")
     result = run_command("link_neox.py", tmp_path)
     assert result.returncode == 1 and not (tmp_path / "megatron/__init__.py").read_text()
-    assert result.stderr == (
-        f"link_neox.py: found no metala*.yml in {tmp_path}/nowhere, wanted MetaLA's configurations\n"
-    )
+    wanted = f"found no metala*.yml in {tmp_path}/nowhere, wanted MetaLA's configurations"
+    assert result.stderr == f"link_neox.py: {wanted}\n"

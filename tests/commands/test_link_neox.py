@@ -29,7 +29,7 @@ def link(run_command):
 
 
 def contents(folder: Path) -> dict[str, tuple]:
-    """Mode, owner and content of all there is; of links where they lead to."""
+    """Returns mode, owner and content of every file, and the target of every link."""
     return {
         str(p): (
             p.lstat().st_mode,
@@ -68,7 +68,7 @@ def test_linking_again_replaces_the_line_of_an_earlier_version(checkout, link):
 
 
 def test_another_package_of_the_name_lets_neox_start(checkout, tmp_path, link):
-    """One line, from the first rank alone, says that and where."""
+    """Only the first rank prints a line, which names the other package."""
     other = tmp_path / "other/megatron_patch"
     other.mkdir(parents=True)
     (other / "__init__.py").touch()
@@ -77,7 +77,7 @@ def test_another_package_of_the_name_lets_neox_start(checkout, tmp_path, link):
     said = []
     for rank in ("0", "1"):
         process = subprocess.run(
-            # without site-packages, where this package may be installed
+            # -S: without site-packages, where this package may be installed
             [sys.executable, "-S", "-c", "import megatron; print(megatron.started)"],
             cwd=checkout,
             env={**os.environ, "PYTHONPATH": str(other.parent), "RANK": rank},
@@ -111,7 +111,7 @@ def test_refuses_a_folder_that_is_not_neox(tmp_path, link):
     + [b"# -*- coding: latin-1 -*-\nx = '\xe9'", b"\xef\xbb\xbfx = 1\n\x0c\ny = '\xc2\x85'\n"],
 )
 def test_every_byte_mode_and_link_is_as_before(checkout, content, link):
-    """Of which a linked file still runs, and may be linked twice."""
+    """A linked file still compiles, and linking twice is the same as once."""
     init = checkout / "megatron/__init__.py"
     (checkout / "megatron/real.py").write_bytes(content)
     (checkout / "megatron/real.py").chmod(0o640)
@@ -127,7 +127,7 @@ def test_every_byte_mode_and_link_is_as_before(checkout, content, link):
 
 
 def test_what_is_the_users_own_stays_and_is_said(checkout, tmp_path_factory, link):
-    """Files, links to other files, to nothing, and to what would have been linked."""
+    """The user has files, links to other files, a broken link, and the very link we would make."""
     mine = tmp_path_factory.mktemp("mine")
     (mine / "metala_3b.yml").write_text("mine")
     configs = checkout / "configs"
@@ -147,7 +147,7 @@ def test_what_is_the_users_own_stays_and_is_said(checkout, tmp_path_factory, lin
 
 @pytest.fixture
 def clone(tmp_path_factory) -> Path:
-    """Another clone of the plugin, with a configuration of its own."""
+    """Another clone of the plugin, with one more configuration."""
     folder = tmp_path_factory.mktemp("clone é") / "clone"
     for name in ("megatron_patch/commands", "scripts"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -160,7 +160,7 @@ def clone(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("is_gone", [False, True])
 def test_a_checkout_that_another_clone_has_linked(checkout, clone, is_gone, link):
-    """Linked again, it has this clone's configurations; each may undo it."""
+    """Linking again takes this clone's configurations; either clone can unlink."""
     before = contents(checkout)
     configs = checkout / "configs"
 
@@ -200,7 +200,7 @@ def test_links_of_an_earlier_version_are_known(checkout, clone, link):
 @pytest.mark.parametrize("part", ["lines", "links"])
 @pytest.mark.parametrize("options", [[], ["--unlink"]])
 def test_what_cannot_be_done_is_not_half_done(checkout, part, options, monkeypatch, link):
-    """A read-only folder, for which a failing call stands: whoever runs the tests may write."""
+    """Failing calls act as a read-only folder, because root, who may run the tests, can write."""
     if options:
         link(checkout)
     before = contents(checkout)

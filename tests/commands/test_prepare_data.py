@@ -87,7 +87,7 @@ def test_existing_data_is_not_replaced_unasked(folder, tokenizer_path, tmp_path,
 
 
 def test_index_maps_go_with_the_data_they_index(folder, tokenizer_path, tmp_path, run_command):
-    """Those of this prefix alone, under GPT-NeoX's names and the plugin's."""
+    """Only maps of this prefix are removed, under GPT-NeoX's names and the plugin's."""
     prefix = tmp_path / "data/text"
     arguments = (folder / "b.txt", "--output", prefix, "--tokenizer", tokenizer_path)
     assert run_command("prepare_data.py", *arguments).returncode == 0

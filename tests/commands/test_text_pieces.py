@@ -1,4 +1,4 @@
-"""Cutting a long text changes none of its tokens, or the text stays whole."""
+"""A long text that is cut keeps its tokens; where that is not sure, it is not cut."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ GPT4 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# Whitespace, what looks like it, letters that normal forms take apart, and what joins across lines.
+# Whitespace and its look-alikes, letters that normal forms decompose, and what joins lines.
 ALPHABET = " \n\t\r'sé1a.,中\u00a0\u3000\u0301\x1cガ▁/\u00a8\u200b"
 TEXTS = [
     ALPHABET * 3,

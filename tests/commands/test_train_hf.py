@@ -86,7 +86,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(small_run, train_hf, tmp_pa
     config = small_run("stopped")
     train_hf(config)
     stopped = tmp_path / "stopped"
-    # As a run leaves it that was killed at iteration 11, while it wrote a line.
+    # The run was killed at iteration 11, while it wrote a line.
     shutil.rmtree(stopped / "checkpoint-16")
     lines = (stopped / "metrics.jsonl").read_text().splitlines(keepends=True)
     kept = [line for line in lines if json.loads(line)["iteration"] <= 11]
@@ -133,7 +133,7 @@ def test_a_resumed_run_may_not_change(half_done, changes, message):
 
 @pytest.mark.parametrize("key", ["override_lr_scheduler", "use_checkpoint_lr_scheduler"])
 def test_a_changed_schedule_on_request(small_run, half_done, tmp_path, key):
-    """With `override_lr_scheduler` this run's, with the other the checkpoint's."""
+    """`override_lr_scheduler` takes this run's schedule, the other setting the checkpoint's."""
     changes = {"min_lr": 5e-3, "optimizer": {"params": {"lr": 2e-2, "betas": [0.9, 0.95]}}}
     assert half_done(**changes, **{key: True}).returncode == 0
     which = changes if key.startswith("override") else {}
@@ -180,7 +180,7 @@ def test_evaluation_without_iterations_or_beyond_the_end(small_run, train_hf, tm
 
 
 def test_a_loss_that_is_none_is_logged(small_run, train_hf, tmp_path, monkeypatch):
-    """The Trainer would log the mean of other losses in its place."""
+    """By default the Trainer logs the mean of other losses instead."""
     monkeypatch.setattr(
         "torch.nn.functional.cross_entropy", lambda logits, labels: logits.sum() * math.nan
     )
@@ -254,7 +254,7 @@ def test_wandb_is_used_with_a_key_or_offline(small_run, tmp_path, monkeypatch, c
     pytest.importorskip("wandb")
     names = ("MODE", "API_KEY", "LOCAL", "PROJECT", "BASE_URL", "RUN_GROUP", "ENTITY")
     for name in names:
-        monkeypatch.setenv(f"WANDB_{name}", "")  # so that what is set here is undone
+        monkeypatch.setenv(f"WANDB_{name}", "")  # so that monkeypatch restores it
         monkeypatch.delenv(f"WANDB_{name}")
     monkeypatch.setenv("HOME", str(tmp_path))
     settings, _ = read_settings([small_run(use_wandb=True, wandb_project="p", wandb_team="t")])

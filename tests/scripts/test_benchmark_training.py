@@ -1,4 +1,4 @@
-"""The benchmark of training, on a small model and the CPU: it says what GPT-NeoX measured."""
+"""The training benchmark runs a small model on the CPU and reports what GPT-NeoX measured."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_both_models_are_trained_and_compared(neox_checkout, run_script, tmp_pat
         speeds.append(tokens)
     ratio = float(re.search(r"ratio +([\d.]+)", process.stdout)[1])
     assert ratio == pytest.approx(speeds[0] / speeds[1], abs=0.01)
-    # An MLP of another width would differ by three times that.
+    # Another MLP width would change the number by three times the tolerance.
     parameters = [number(row[5]) for row in rows]
     assert parameters[0] == pytest.approx(parameters[1], rel=1e-3)
 

@@ -1,4 +1,4 @@
-"""scripts/chat.py: what is typed, what is read, what is answered."""
+"""chat.py: what the user types, what the model reads, what it answers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests.scripts.talking import (
 
 @pytest.fixture
 def fed(model, monkeypatch):
-    """The lengths of all inputs that the model is given from now on."""
+    """A list that records the length of each input to the model."""
     lengths = []
     forward = model.forward
 
@@ -51,7 +51,7 @@ def test_a_turn_reads_only_what_is_new(model, tokenizer_file, fed, template):
     read = [turn.tokens_read for turn, _ in turns]
     assert fed == [n for count in read for n in (count, 1, 1, 1, 1, 1)]
 
-    # Each answer is that of one run over everything before it.
+    # Each answer equals that of one pass over everything before it.
     size = conversation.cache.nbytes
     whole: list[int] = []
     if template is None:
@@ -167,7 +167,7 @@ def test_a_hybrid_is_saved_and_loaded(model, tokenizer_file, tmp_path):
 def test_words_without_tokens_are_no_turn(model, tokenizer_file):
     conversation = Conversation(model, build_tokenizer(tokenizer_file), special_tokens=True)
     with pytest.raises(ChatError, match="no tokens"):
-        talk(conversation, "<|endoftext|>")  # which is left out of a text's start
+        talk(conversation, "<|endoftext|>")  # left out at the start of a text
     ((_, answer),) = talk(conversation, "one")
     fresh = Conversation(model, conversation.tokenizer)
     assert talk(fresh, "one")[0][1] == answer and fresh.text == conversation.text
@@ -225,7 +225,7 @@ def test_plain_text_and_the_end_of_input(folder, run):
 
 
 def test_ctrl_c_ends_the_answer_alone(folder):
-    """At a terminal, where the script prompts: the answer is cut, the conversation goes on."""
+    """At a terminal, Ctrl-C cuts the answer and the conversation goes on."""
     main, terminal = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, SCRIPT, folder(), "--max-new-tokens=1000000", "--seed=0", "--stats"],

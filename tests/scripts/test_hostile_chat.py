@@ -1,4 +1,4 @@
-"""chat.py on what is typed, kept and computed out of the ordinary: a line, and it goes on."""
+"""chat.py with unusual input, saved files and logits: it prints a line and goes on."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ END = "<|endoftext|>"
 
 
 def parts_of(tokenizer_file, template, *parts):
-    """Ids of text in parts: strings are text, a 0 in between is the real end token."""
+    """Returns the ids of parts: strings are text, a 0 is the special end token."""
     plain = Tokenizer.from_file(str(tokenizer_file))
     plain.encode_special_tokens = True
     return [i for part in parts for i in ([0] if part == 0 else plain.encode(part).ids)]
@@ -39,7 +39,7 @@ def parts_of(tokenizer_file, template, *parts):
 
 @pytest.fixture
 def read(model, monkeypatch):
-    """All ids that the model is given from now on, each answer's among them."""
+    """A list that records every id the model reads, answers included."""
     ids = []
     forward = model.forward
 
@@ -70,7 +70,7 @@ def test_special_tokens_that_are_typed_are_text(
         tokenizer_file, TEMPLATE, f"<|system|>No {END}.", 0, f"<|user|>{words}", 0, "<|assistant|>"
     )
     assert read == start
-    # What the model writes is text too, and turns before are not read again.
+    # The model's own words are text too, and earlier turns are not read again.
     written = parts_of(tokenizer_file, TEMPLATE, f"an {END} end")
     script = iter([*written, 0])
     conversation.say("one", lambda _: next(script), 100, lambda _: None)
@@ -95,7 +95,7 @@ def test_special_tokens_in_plain_text_are_text(
 
 
 def test_stand_ins_take_space_as_their_tokens_do(tokenizer_file):
-    """A token that takes the space around it, in a tokenizer that marks a text's first word."""
+    """A special token strips the spaces around it, and the tokenizer marks a text's first word."""
 
     letters = {character: place for place, character in enumerate("▁abc<|e>xyz")}
     own = Tokenizer(models.BPE(letters, [("▁", "a")] if "▁a" in letters else []))
@@ -253,7 +253,7 @@ def test_any_conversation_is_taken_or_told(
     tmp_path,
     data,
 ):
-    """And with what is taken, another turn is answered or told."""
+    """After a file is loaded, another turn is answered or refused in a line."""
     talking = Conversation(model, build_tokenizer(tokenizer_file, TEMPLATE))
     talk(talking, "one", tokens=1)
     text = st.text(max_size=5) | st.sampled_from([END, "\ufdd0", "\ufdd0999\ufdd2", "user", "a"])
@@ -281,7 +281,7 @@ def test_any_conversation_is_taken_or_told(
 
 
 def test_bytes_that_are_no_text_end_nothing(folder, tmp_path):
-    """Nor does a terminal that cannot show what the model writes."""
+    """A terminal that cannot show the model's words does not end the chat either."""
     typed = b"hello\n\xff\xfe words\n/save talk\n/save a\x00b\n/save ~nobody-of-this-name/x\n"
     typed += b"/load /dev/zero\n/load talk\nmore\n/save \xff\n"
     result = subprocess.run(

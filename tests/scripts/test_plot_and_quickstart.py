@@ -1,4 +1,4 @@
-"""Reading the logs of both engines, and the quickstart's small parts."""
+"""plot_loss.py reads the logs of both engines; small parts of the quickstart."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""setup.sh finds, clones and links GPT-NeoX, or says in a line why not."""
+"""setup.sh finds, clones and links GPT-NeoX, or prints a line that says why not."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def git(folder, *arguments):
 
 @pytest.fixture
 def origin(tmp_path):
-    """A repository with the files that GPT-NeoX is known by."""
+    """A git repository with the files by which GPT-NeoX is recognised."""
     folder = tmp_path / "origin"
     for name in NEOX_FILES:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -40,8 +40,8 @@ def origin(tmp_path):
 
 @pytest.fixture
 def set_up(tmp_path, origin):
-    """Runs a copy of setup.sh, for which `origin` is GPT-NeoX, in an environment where all packages
-    are installed already."""
+    """Function: runs a copy of setup.sh in an environment with all packages; `origin` is its
+    GPT-NeoX."""
     if not shutil.which("make") or not shutil.which("g++"):
         pytest.skip("setup.sh wants a compiler for GPT-NeoX")
     copy = tmp_path / "repository"
@@ -84,7 +84,7 @@ def set_up(tmp_path, origin):
 
 def test_clones_links_and_reuses(set_up, origin):
     part = origin.parent / "repository" / "third_party" / "gpt-neox.part"
-    part.mkdir(parents=True)  # of a clone that was interrupted
+    part.mkdir(parents=True)  # an interrupted clone leaves it
     result, clone = set_up()
     assert result.returncode == 0, result.stderr
     assert f"{clone}: linked" in result.stdout
@@ -115,14 +115,14 @@ def test_a_checkout_that_is_named(set_up, origin):
 
 @pytest.mark.parametrize("name", ["trainer", "embedded"])
 def test_the_trainer_can_be_asked_for(set_up, name):
-    """By its name, or by an earlier one."""
+    """`embedded` is its earlier name."""
     result, clone = set_up(METALA_ENGINE=name)
     assert "Hugging Face Trainer, as METALA_ENGINE says" in result.stdout
     assert not clone.exists()
 
 
 def test_what_could_not_be_installed_is_tried_again(set_up, tmp_path):
-    """As where there was no network, or no compiler, at the first time."""
+    """The first time there was no network, or no compiler."""
     stamp, python = (tmp_path / "environment" / name for name in (".metala-set-up", "bin/python"))
     stamp.write_text(stamp.read_text().replace("yes", "no"))
     python.write_text(f'#!/bin/sh\n[ "$2" = pip ] || exec "{sys.executable}" "$@"\n')

@@ -142,14 +142,14 @@ def test_a_run_that_was_to_go_on_needs_its_checkpoint(small_run, tmp_path):
     def find(**changes):
         return find_checkpoint(read_settings([small_run(**changes)])[0])
 
-    assert find() is None  # `load` is `save`: the first start
+    assert find() is None  # `load` is `save`: a first start is no error
     assert find(load=None) is None
     with pytest.raises(SettingsError, match="load: found no checkpoint in .*elsewhere, wanted one"):
         find(load=str(tmp_path / "elsewhere"))
 
     for name in ("checkpoint-8", "checkpoint-16", "checkpoint-24"):
         (tmp_path / "run" / name).mkdir(parents=True)
-        if name != "checkpoint-24":  # as a run leaves it that was killed while it wrote
+        if name != "checkpoint-24":  # a run was killed while it wrote this one
             (tmp_path / "run" / name / "trainer_state.json").write_text("{}")
     assert find() == tmp_path / "run" / "checkpoint-16"
 
