@@ -199,10 +199,12 @@ def largest_difference(output: str) -> float:
 
 
 class Engine:
-    """An engine that trains the model and writes a verified Hugging Face folder."""
+    """An engine that trains the model. A subclass has `is_trained`, `train`, and `export`, which
+    writes `hf_model`, verifies it, and returns the largest logit difference."""
 
     name: str
     title: str
+    step_name: str  # a checkpoint's folder is named by this and its iteration
     log: Path  # the log that plot_loss.py reads
 
     def __init__(self, tokenizer: Path, prefix: Path, config: Path = MODEL_CONFIG):
@@ -214,24 +216,12 @@ class Engine:
         self.checkpoints = self.folder / "checkpoints"
         self.hf_model = self.folder / "hf"
         self.iterations = merge_yaml([config])["train_iters"]
-
-    def is_trained(self) -> bool:
-        raise NotImplementedError
-
-    def checkpoint(self) -> Path:
-        raise NotImplementedError
-
-    def train(self) -> None:
-        raise NotImplementedError
-
-    def export(self) -> float:
-        """Writes `hf_model`, verifies it, and returns the largest logit difference."""
-        raise NotImplementedError
+        self.checkpoint = self.checkpoints / f"{self.step_name}{self.iterations}"
 
     def export_once(self) -> float:
         """Calls `export`, or returns the result of an earlier export of the same checkpoint."""
         record = self.folder / "verified.json"
-        key = {"checkpoint": str(self.checkpoint()), "at": self.checkpoint().stat().st_mtime}
+        key = {"checkpoint": str(self.checkpoint), "at": self.checkpoint.stat().st_mtime}
         if record.exists() and (self.hf_model / "config.json").exists():
             earlier = json.loads(record.read_text())
             if {k: earlier[k] for k in key} == key:
@@ -247,19 +237,17 @@ class NeoX(Engine):
 
     name = "neox"
     title = "GPT-NeoX"
+    step_name = "global_step"
 
     def __init__(self, checkout: Path, tokenizer: Path, prefix: Path):
         super().__init__(tokenizer, prefix)
         self.checkout = checkout
         self.log = self.folder / "train.log"
 
-    def checkpoint(self) -> Path:
-        return self.checkpoints / f"global_step{self.iterations}"
-
     def is_trained(self) -> bool:
         latest = self.checkpoints / "latest"
-        done = latest.exists() and latest.read_text().strip() == self.checkpoint().name
-        return done and self.checkpoint().is_dir()
+        done = latest.exists() and latest.read_text().strip() == self.checkpoint.name
+        return done and self.checkpoint.is_dir()
 
     def train(self) -> None:
         arguments = ["./deepy.py", "train.py", self.config, self.local]
@@ -277,7 +265,7 @@ class NeoX(Engine):
         with bar:
             run(arguments, self.log, self.checkout, on_line=advance)
         if not self.is_trained():
-            raise StepFailed(f"training left no {show(self.checkpoint())}; see {show(self.log)}")
+            raise StepFailed(f"training left no {show(self.checkpoint)}; see {show(self.log)}")
 
     def export(self) -> float:
         output = run(
@@ -295,6 +283,7 @@ class HFTrainer(Engine):
 
     name = "trainer"
     title = "Hugging Face Trainer"
+    step_name = "checkpoint-"
 
     def __init__(self, tokenizer: Path, prefix: Path):
         earlier, folder = FOLDER / "embedded", FOLDER / self.name
@@ -304,11 +293,8 @@ class HFTrainer(Engine):
         self.log = self.checkpoints / "metrics.jsonl"
         self.difference: float | None = None
 
-    def checkpoint(self) -> Path:
-        return self.checkpoints / f"checkpoint-{self.iterations}"
-
     def is_trained(self) -> bool:
-        return (self.checkpoint() / "trainer_state.json").exists()
+        return (self.checkpoint / "trainer_state.json").exists()
 
     def train(self) -> None:
         """Trains with train_hf.py, which also writes and verifies the Hugging Face folder."""
@@ -365,7 +351,7 @@ def main() -> int:
         engine = HFTrainer(tokenizer, prefix)
         heading("Training with the Hugging Face Trainer")
     if engine.is_trained():
-        print(f"{show(engine.checkpoint())}: already trained (--fresh trains again)")
+        print(f"{show(engine.checkpoint)}: already trained (--fresh trains again)")
     else:
         engine.train()
     heading("Export to Hugging Face, and verification")
@@ -383,7 +369,7 @@ def main() -> int:
         "neox_commit": commit_of(checkout) if checkout else None,
         "first_loss": first,
         "last_loss": last,
-        "checkpoint": show(engine.checkpoint()),
+        "checkpoint": show(engine.checkpoint),
         "hf_model": show(engine.hf_model),
         "max_logit_diff": difference,
         "sample": sample,

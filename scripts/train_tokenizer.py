@@ -64,7 +64,7 @@ def main() -> None:
         texts = (
             piece
             for document in with_a_first(documents)
-            for piece in pieces(document, BEFORE_WHITESPACE, longest=args.max_document)
+            for piece, _ in pieces(document, BEFORE_WHITESPACE, longest=args.max_document)
         )
         tokenizer = train(texts, args.vocab_size)
         with replacing(args.output) as temporary:

@@ -148,9 +148,7 @@ def prepare(
         # Once more, now that the writer holds its lock: another run may just have written them.
         refuse_existing(writer.paths, overwrite)
         parts = (
-            (piece, is_last)
-            for document in documents
-            for piece, is_last in _with_last(pieces(document, cut, longest=max_stretch))
+            part for document in documents for part in pieces(document, cut, longest=max_stretch)
         )
         tokens_of_document: list[np.ndarray] = []
         with closing(_encode_all(_batches(parts), encoder, workers)) as results:
@@ -167,16 +165,6 @@ def prepare(
                         tokens += len(document)
                         bar.update(len(document))
     return Prepared(count, tokens, special)
-
-
-def _with_last(items: Iterable[str]) -> Iterator[tuple[str, bool]]:
-    """Yields each item with whether it is the last."""
-    items = iter(items)
-    item = next(items)
-    for following in items:
-        yield item, False
-        item = following
-    yield item, True
 
 
 def _batches(parts: Iterable[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]]]:
@@ -282,7 +270,3 @@ def main(argv: list[str] | None = None) -> None:
 def cli() -> None:
     """Runs the command from a terminal."""
     run_script(main)
-
-
-if __name__ == "__main__":
-    cli()

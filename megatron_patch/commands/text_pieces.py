@@ -96,8 +96,9 @@ def _cut_of(pre_tokenizer: dict[str, Any] | None) -> re.Pattern | None:
 
 def pieces(
     document: Document, cut: re.Pattern | None, size: int = PIECE, longest: int = MAX_STRETCH
-) -> Iterator[str]:
-    """Yields a document's text in pieces of about `size` characters.
+) -> Iterator[tuple[str, bool]]:
+    """Yields a document's text in pieces of about `size` characters, each with whether it is the
+    last.
 
     Raises:
         ValueError: more than `longest` characters have no place to cut; names file and line.
@@ -113,5 +114,5 @@ def pieces(
                 f"take at once, wanted at most {longest:,} (--max-stretch; each takes about 300 "
                 "bytes of memory)"
             )
-        yield text[start:end]
+        yield text[start:end], end == len(text)
         start = end

@@ -118,7 +118,3 @@ def main(argv: list[str] | None = None) -> None:
 def cli() -> None:
     """Runs the command from a terminal."""
     run_script(main)
-
-
-if __name__ == "__main__":
-    cli()

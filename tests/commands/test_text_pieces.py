@@ -68,7 +68,9 @@ CUTTING = [
     size=st.integers(1, 8),
 )
 def test_pieces_have_the_tokens_of_the_whole(tokenizer, text, size):
-    found = list(pieces(Document(text, "x"), safe_cut(tokenizer, False), size))
+    parts = list(pieces(Document(text, "x"), safe_cut(tokenizer, False), size))
+    assert [is_last for _, is_last in parts] == [False] * (len(parts) - 1) + [True]
+    found = [piece for piece, _ in parts]
     assert "".join(found) == text
     ids = [i for piece in found for i in tokenizer.encode(piece, add_special_tokens=False).ids]
     assert ids == tokenizer.encode(text, add_special_tokens=False).ids, found
@@ -76,7 +78,8 @@ def test_pieces_have_the_tokens_of_the_whole(tokenizer, text, size):
 
 @pytest.mark.parametrize("tokenizer", CUTTING[::3])
 def test_a_long_text_is_cut(tokenizer):
-    found = list(pieces(Document("some words " * 100, "x"), safe_cut(tokenizer, False), 50))
+    parts = pieces(Document("some words " * 100, "x"), safe_cut(tokenizer, False), 50)
+    found = [piece for piece, _ in parts]
     assert len(found) > 15 and max(map(len, found)) < 60
 
 
@@ -96,7 +99,7 @@ def test_where_a_cut_is_not_sure_a_text_stays_whole(tokenizer):
     cut = safe_cut(tokenizer, False)
     assert cut is None
     document = Document("some words " * 100, "file:3")
-    assert list(pieces(document, cut, 50, longest=1100)) == [document.text]
+    assert list(pieces(document, cut, 50, longest=1100)) == [(document.text, True)]
     with pytest.raises(ValueError, match=r"^file:3: found 1,100 char.* wanted at most 1,000"):
         list(pieces(document, cut, 50, longest=1000))
 
