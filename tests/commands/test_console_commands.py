@@ -56,7 +56,7 @@ def test_errors_name_the_command(entry_points, name, monkeypatch, capsys):
     assert error.count("\n") == 1
 
 
-@pytest.mark.parametrize("name", ["link_neox.py", "prepare_data.py", "train_hf.py"])
+@pytest.mark.parametrize("name", ["link_neox.py", "prepare_data.py"])
 def test_errors_name_the_script(run_script, name):
     result = run_script(name)
     assert result.returncode == 2

@@ -42,12 +42,12 @@ MERGES = "\n".join(
     ],
 )
 def test_texts(text, message):
-    start = time.monotonic()
+    start = time.process_time()
     for read in (merge_yaml_texts, settle):
         with pytest.raises(SettingsError, match=f"^run.yml: {message}") as error:
             read({"run.yml": text})
         assert "\n" not in str(error.value)
-    assert time.monotonic() - start < 5
+    assert time.process_time() - start < 5
 
 
 def test_files(tmp_path):

@@ -72,10 +72,10 @@ def test_defaults_are_gpt_neoxs(small_run):
             "lr_decay_style: found 'Cosine', input should be 'constant'",
         ),
         ({"pos_emb": "None"}, "pos_emb: found 'None', wanted none with the Hugging Face Trainer"),
-        ({"min_lr": "1e-6"}, "min_lr: found '1e-6', input should be a valid number: YAML reads it"),
+        ({"min_lr": "1e-6"}, "min_lr: found '1e-6', input should be a valid number (YAML reads it"),
         (
             {"optimizer": {"params": {"lr": "3E4"}}},
-            "optimizer.params.lr: found '3E4', input should be a valid number: YAML reads it as "
+            "optimizer.params.lr: found '3E4', input should be a valid number (YAML reads it as "
             "text; 3.0e+4 is a number",
         ),
         ({"min_lr": float("nan")}, "min_lr: found nan, input should be "),
