@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
-"""A Hugging Face folder of a MetaLA model, the authors' or ours, as a GPT-NeoX checkpoint of any
-parallel layout, with the YAML to go on training it:
+"""Imports a Hugging Face folder of a MetaLA model, the authors' or ours, into GPT-NeoX.
+
+Writes a checkpoint of any parallel layout, and the YAML files to go on training it:
 
 python convert/hf_to_neox.py --model FOLDER --output CHECKPOINT --tensor-parallel 2 \\
     --pipeline-parallel 0
@@ -8,7 +9,6 @@ python convert/hf_to_neox.py --model FOLDER --output CHECKPOINT --tensor-paralle
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 from collections import Counter
@@ -19,15 +19,26 @@ from typing import Any
 import torch
 import yaml
 
-from convert.command import ConvertError, run
+from convert.command import (
+    ConvertError,
+    add_layout_arguments,
+    add_output_arguments,
+    one_line_errors,
+)
 from convert.export_record import check_checkpoint_export, write_record
-from convert.folder import check_target, complete_folder
-from convert.hf_reader import HFFolder
-from convert.inputs import check_regular, read_text
-from convert.neox_checkpoint import NeoXCheckpoint
-from convert.neox_writer import check_layout, write_checkpoint
-from convert.tokenizer_folder import RunTokenizer, load_tokenizer, read_tokenizer
-from convert.vocabulary import divisor_that_keeps, padded_vocabulary, tell_new_rows
+from convert.files import check_regular, read_text
+from convert.hf_io import HFFolder
+from convert.neox_reader import NeoXCheckpoint
+from convert.neox_writer import (
+    check_layout,
+    divisor_that_keeps,
+    padded_vocabulary,
+    tell_new_rows,
+    write_checkpoint,
+)
+from convert.output_folder import check_target, complete_folder
+from convert.tokenizer import RunTokenizer, load_tokenizer, read_tokenizer
+from megatron_patch.commands.command_line import Parser, run_script
 
 PRECISION = {torch.float32: "fp32", torch.bfloat16: "bfloat16", torch.float16: "fp16"}
 MODEL_FILE, TRAINING_FILE = "model.yml", "training.yml"
@@ -49,14 +60,14 @@ def hf_to_neox(
     tokenizer: Path | None = None,
     overwrite: bool = False,
 ) -> NeoXCheckpoint:
-    """Writes `output`, a folder for GPT-NeoX's `load`, complete or not at all.
+    """Writes `output`, a folder for GPT-NeoX's `load`. If anything fails, it is as it was before.
 
-    It holds the checkpoint, as iteration 0, `tokenizer.json`, and `configs` with the YAML.
+    The folder holds the checkpoint, as iteration 0, `tokenizer.json`, and `configs` with the YAML.
 
     Args:
         model: the Hugging Face folder.
         output: the folder to write.
-        tensor_parallel, pipeline_parallel: the layout; 0 is the form without a pipeline.
+        tensor_parallel, pipeline_parallel: the layout; 0 stages write mp_rank files.
         tokenizer: tokenizer.json or a tokenizer's folder, in place of the model's own.
         overwrite: whether to replace a checkpoint folder that is there.
 
@@ -64,7 +75,7 @@ def hf_to_neox(
         the checkpoint written, opened.
 
     Raises:
-        ConvertError: something is missing, damaged or impossible; see the line.
+        ConvertError: something is missing, damaged or impossible; the line says what.
     """
     check_target(output, overwrite, check_checkpoint_export)
     source = HFFolder(model)
@@ -73,7 +84,7 @@ def hf_to_neox(
         divisible_by = vocabulary_divisor(source, words, tensor_parallel)
         rows = padded_vocabulary(words.size, divisible_by, tensor_parallel)
     else:
-        rows, divisible_by = source.shape.padded_vocab_size, 1  # refused below
+        rows, divisible_by = source.shape.padded_vocab_size, 1  # `check_layout` refuses it
     shape = replace(source.shape, padded_vocab_size=rows)
     check_layout(shape, tensor_parallel, pipeline_parallel)
     target = output.resolve()
@@ -103,7 +114,7 @@ def hf_to_neox(
 
 
 def vocabulary_divisor(source: HFFolder, tokenizer: RunTokenizer, tensor_parallel: int) -> int:
-    """`make_vocab_size_divisible_by`, see `divisor_that_keeps`.
+    """Returns `make_vocab_size_divisible_by`, see `divisor_that_keeps`.
 
     Raises:
         ConvertError: the tokenizer has tokens for which the model has no rows.
@@ -118,7 +129,7 @@ def vocabulary_divisor(source: HFFolder, tokenizer: RunTokenizer, tensor_paralle
 
 
 def training_settings(source: HFFolder) -> dict[str, Any]:
-    """Settings with which training goes on, in the precision of most of the weights."""
+    """Returns settings to go on training with, in the precision of most of the weights."""
     dtype = Counter(source.dtypes.values()).most_common(1)[0][0]
     return {
         "seq_length": 2048,
@@ -144,13 +155,13 @@ def training_settings(source: HFFolder) -> dict[str, Any]:
 
 
 def _tokenizer_of(model: Path) -> Path:
-    """Its tokenizer.json, which GPT-NeoX reads, else what transformers can make one of."""
+    """Returns the model's tokenizer.json if it has one, else its folder."""
     path = model / "tokenizer.json"
     return check_regular(path, model) if os.path.lexists(path) else model
 
 
 def _write_tokenizer(tokenizer: RunTokenizer, path: Path) -> None:
-    """The tokenizer as a tokenizer.json, the one form that GPT-NeoX's HFTokenizer reads."""
+    """Writes the tokenizer as a tokenizer.json, the only format of GPT-NeoX's HFTokenizer."""
     source = tokenizer.source
     file = source / "tokenizer.json" if source.is_dir() else source
     if file.is_file():
@@ -165,29 +176,20 @@ def _write_tokenizer(tokenizer: RunTokenizer, path: Path) -> None:
     loaded.backend_tokenizer.save(str(path))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
+@one_line_errors()
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(
         description="Write a Hugging Face folder of a MetaLA model as a GPT-NeoX checkpoint."
     )
     parser.add_argument("--model", type=Path, required=True, help="the Hugging Face folder")
-    parser.add_argument("--output", type=Path, required=True, help="the folder to write")
-    parser.add_argument("--tensor-parallel", type=int, required=True, metavar="N")
-    parser.add_argument(
-        "--pipeline-parallel",
-        type=int,
-        required=True,
-        metavar="M",
-        help="0 for the form without a pipeline",
-    )
+    add_output_arguments(parser, "checkpoint")
+    add_layout_arguments(parser)
     parser.add_argument(
         "--tokenizer",
         type=Path,
         help="tokenizer.json or a tokenizer's folder, in place of the model's own",
     )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace a checkpoint folder that is there"
-    )
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     written = hf_to_neox(
         options.model,
         options.output,
@@ -207,5 +209,9 @@ def main() -> None:
     )
 
 
+def cli() -> None:
+    run_script(main)
+
+
 if __name__ == "__main__":
-    run(main)
+    cli()

@@ -28,6 +28,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +36,13 @@ import torch
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
-from convert.command import ConvertError, run  # noqa: E402
-from convert.hf_folder import parse_size  # noqa: E402
-from convert.layout import check_tensor_parallel  # noqa: E402
-from convert.neox_checkpoint import described_model  # noqa: E402
-from convert.neox_writer import write_checkpoint  # noqa: E402
+from convert.command import ConvertError, one_line_errors  # noqa: E402
+from convert.hf_io import parse_size  # noqa: E402
+from convert.neox_reader import check_tensor_parallel, described_model  # noqa: E402
+from convert.neox_writer import padded_vocabulary, write_checkpoint  # noqa: E402
 from convert.tensor_table import TensorRule, tensor_table  # noqa: E402
-from convert.vocabulary import padded_vocabulary  # noqa: E402
 from megatron_patch.architecture import Architecture, with_defaults  # noqa: E402
+from megatron_patch.commands.command_line import run_script  # noqa: E402
 from megatron_patch.neox.yaml_config import merge_yaml  # noqa: E402
 
 TOKENS = 32_000
@@ -241,7 +241,7 @@ def measure(
 
 
 if __name__ == "__main__":
+    command = main
     if sys.argv[1:2] == ["--child"]:
-        run(lambda: child(Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4]))
-    else:
-        run(main)
+        command = partial(child, Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4])
+    run_script(one_line_errors()(command))

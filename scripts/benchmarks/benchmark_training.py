@@ -33,8 +33,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 from link_neox import MARK, entry_point  # noqa: E402
 
-from convert.command import ConvertError  # noqa: E402
-from convert.gpt_neox import need_neox  # noqa: E402
+from convert.command import ConvertError, need_neox  # noqa: E402
 from megatron_patch.architecture import SettingsError  # noqa: E402
 from megatron_patch.commands.command_line import (  # noqa: E402
     CommandError,

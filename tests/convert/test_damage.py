@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from convert import export_record, torch_file
+from convert import export_record, files
 from convert.command import ConvertError
 from convert.hf_to_neox import hf_to_neox
 from convert.neox_to_hf import neox_to_hf
@@ -19,11 +18,10 @@ from convert.reshape_neox import reshape_neox
 from tests.convert.synthetic import Model, write
 from tests.damage import flip_bit
 
-ROOT = Path(__file__).resolve().parents[2]
 MODEL = Model(attention=(1,))
 
 
-@pytest.fixture(params=[0, 1], ids=["whole form", "pipeline form"])
+@pytest.fixture(params=[0, 1], ids=["mp_rank files", "layer files"])
 def neox(request, tmp_path, vocab_file) -> Path:
     write(tmp_path / "neox", MODEL, 2, request.param, vocab_file)
     return tmp_path / "neox"
@@ -52,15 +50,15 @@ def test_many_tensors_in_one_record_are_compared_once(tmp_path, vocab_file, monk
     for (name, tensor), part in zip(list(states["module"].items()), parts, strict=True):
         states["module"][name] = part.view(tensor.shape)
     torch.save(states, file)
-    monkeypatch.setattr("convert.neox_checkpoint.MAPPED_BYTES", 1000)  # opened again and again
+    monkeypatch.setattr("convert.neox_reader.MAPPED_BYTES", 1000)  # opened again and again
     compared = []
-    check = torch_file.check_bytes
+    check = files.check_bytes
 
     def note(path, name, tensor):
         compared.append(tensor.untyped_storage().nbytes())
         check(path, name, tensor)
 
-    monkeypatch.setattr("convert.neox_checkpoint.check_bytes", note)
+    monkeypatch.setattr("convert.neox_reader.check_bytes", note)
     neox_to_hf(tmp_path / "neox", tmp_path / "hf")
     assert compared == [whole.nbytes]
     flip_bit(file)
@@ -93,7 +91,7 @@ def test_weights_that_no_model_can_run_with(value, tmp_path, vocab_file):
 # checksums of an export
 
 
-def test_an_export_tells_what_was_written(neox, tmp_path):
+def test_an_export_tells_what_was_written(neox, run_main, tmp_path):
     folder = tmp_path / "hf"
     neox_to_hf(neox, folder, max_shard_bytes=20_000)
     hf_to_neox(folder, tmp_path / "imported", 2, 1)
@@ -109,16 +107,13 @@ def test_an_export_tells_what_was_written(neox, tmp_path):
     load_file(file)  # nothing in the file tells
     with pytest.raises(ConvertError, match=f"{file.name}: damaged, or changed since it was exp"):
         hf_to_neox(folder, tmp_path / "again", 1, 0)
-    command = [sys.executable, "-m", "convert.export_record"]
     for target, line in (
         (folder, f"error: {file}: damaged, or changed since it was exported, by SHA256SUMS"),
         (tmp_path, f"error: {tmp_path}: holds no SHA256SUMS of an export"),
     ):
-        run = subprocess.run([*command, target], cwd=ROOT, capture_output=True, text=True)
+        run = run_main(export_record.main, target)
         assert run.returncode == 1 and run.stderr.startswith(line) and run.stderr.count("\n") == 1
-    run = subprocess.run(
-        [*command, tmp_path / "imported"], cwd=ROOT, capture_output=True, text=True
-    )
+    run = run_main(export_record.main, tmp_path / "imported")
     assert run.returncode == 0 and "files as they were exported" in run.stdout
     (folder / "SHA256SUMS").unlink()  # the change was meant
     hf_to_neox(folder, tmp_path / "again", 1, 0)

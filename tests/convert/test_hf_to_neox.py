@@ -16,9 +16,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from convert.command import ConvertError
-from convert.fold_norms import FOLDED_INTO
 from convert.hf_to_neox import hf_to_neox
-from convert.neox_to_hf import neox_to_hf
+from convert.neox_to_hf import FOLDED_INTO, neox_to_hf
 from convert.reshape_neox import reshape_neox
 from megatron_patch.hf import MetaLAConfig, MetaLAForCausalLM
 from megatron_patch.indexed_dataset import IndexedDatasetWriter

@@ -15,8 +15,8 @@ import torch
 import yaml
 
 from convert.command import ConvertError
-from convert.folder import complete_folder
-from convert.neox_to_hf import neox_to_hf
+from convert.neox_to_hf import main, neox_to_hf
+from convert.output_folder import complete_folder
 from megatron_patch.architecture import SettingsError
 from tests.convert.conftest import write_tokenizer
 from tests.convert.synthetic import Model, write
@@ -35,7 +35,7 @@ def refused(tmp_path: Path, message: str, **options) -> str:
     return str(info.value)
 
 
-@pytest.fixture(params=[0, 1], ids=["whole form", "pipeline form"])
+@pytest.fixture(params=[0, 1], ids=["mp_rank files", "layer files"])
 def pp(request) -> int:
     return request.param
 
@@ -415,14 +415,8 @@ def test_a_disk_that_is_full(tmp_path, vocab_file, monkeypatch):
     assert "model-00002-of-00003.safetensors" in line
 
 
-def test_the_command_fails_with_one_line(tmp_path):
-    process = subprocess.run(
-        [sys.executable, "convert/neox_to_hf.py", "--checkpoint", tmp_path, "--output", "x"],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
+def test_the_command_fails_with_one_line(run_main, tmp_path):
+    process = run_main(main, "--checkpoint", tmp_path, "--output", "x")
     assert process.returncode == 1 and process.stdout == ""
     assert process.stderr == (
         f"error: {tmp_path} is no checkpoint: it holds no global_stepN folder\n"
@@ -434,13 +428,13 @@ def test_a_stopped_command_leaves_nothing(number, tmp_path, vocab_file):
     write(tmp_path / "neox", MODEL, 1, 0, vocab_file)
     # The last tensor is made to wait, so that the signal meets a half-written folder.
     program = (
-        "import sys, time, convert.neox_to_hf as c, convert.neox_checkpoint as n\n"
+        "import time, convert.neox_to_hf as c, convert.neox_reader as n\n"
         "full = n.NeoXCheckpoint.full\n"
         "def slow(self, rule, out):\n"
         "    if rule.name == 'final_linear.weight': print('waiting', flush=True); time.sleep(60)\n"
         "    return full(self, rule, out)\n"
         "n.NeoXCheckpoint.full = slow\n"
-        "c.run(c.main)\n"
+        "c.cli()\n"
     )
     flags = ["--checkpoint", tmp_path / "neox", "--output", tmp_path / "out/hf"]
     process = subprocess.Popen(

@@ -16,7 +16,7 @@ import huggingface_hub
 import pytest
 
 from convert.command import ConvertError
-from convert.push_to_hub import check_push
+from convert.hub import check_push
 from tests.convert.synthetic import Model, write
 
 ROOT = Path(__file__).resolve().parents[2]

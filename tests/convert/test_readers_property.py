@@ -19,11 +19,11 @@ from safetensors.torch import load_file
 
 from convert.command import ConvertError
 from convert.export_record import check_model_export, check_record
-from convert.hf_reader import HFFolder
-from convert.neox_checkpoint import NeoXCheckpoint
+from convert.hf_io import HFFolder
+from convert.neox_reader import NeoXCheckpoint
 from convert.neox_to_hf import neox_to_hf
 from convert.tensor_table import tensor_table
-from convert.tokenizer_folder import find_tokenizer, read_tokenizer
+from convert.tokenizer import find_tokenizer, read_tokenizer
 from megatron_patch.architecture import SettingsError, with_defaults
 from megatron_patch.neox.yaml_config import merge_yaml_texts
 from tests.convert.conftest import write_tokenizer

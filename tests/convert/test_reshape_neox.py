@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -16,15 +13,14 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from convert.command import ConvertError
-from convert.neox_checkpoint import NeoXCheckpoint
+from convert.neox_reader import NeoXCheckpoint
 from convert.neox_to_hf import neox_to_hf
 from convert.neox_writer import adapt_configs
-from convert.reshape_neox import reshape_neox
+from convert.reshape_neox import main, reshape_neox
 from megatron_patch.hf import MetaLAForCausalLM
 from tests.convert.conftest import write_tokenizer
 from tests.convert.synthetic import TOKENS, Model, rank_layers, write
 
-ROOT = Path(__file__).resolve().parents[2]
 LAYOUTS = st.tuples(st.sampled_from([1, 2, 4]), st.sampled_from([0, 1, 2, 3]))
 
 
@@ -273,16 +269,13 @@ def test_the_folder_one_stands_in_can_be_written(vocab_file, tmp_path, monkeypat
     assert reshape_neox(tmp_path / "neox", Path(), 1, 1).iteration == 7
 
 
-def test_the_command(vocab_file, tmp_path):
+def test_the_command(run_main, vocab_file, tmp_path):
     write(tmp_path / "neox", Model(), 1, 0, vocab_file)
     flags = ["--checkpoint", tmp_path / "neox", "--output", tmp_path / "new"]
-    command = [sys.executable, "convert/reshape_neox.py", *map(str, flags)]
-    command += ["--tensor-parallel", "2", "--pipeline-parallel", "1"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    run = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True}
-    process = subprocess.run(command, **run)
+    flags += ["--tensor-parallel", 2, "--pipeline-parallel", 1]
+    process = run_main(main, *flags)
     assert process.returncode == 0, process.stderr
     assert "finetune: true" in process.stdout
-    process = subprocess.run(command, **run)
+    process = run_main(main, *flags)
     assert process.returncode == 1
     assert process.stderr == f"error: {tmp_path / 'new'} exists already; --overwrite replaces it\n"

@@ -3,36 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from convert import verify
-from convert.neox_checkpoint import NeoXCheckpoint
-from convert.neox_to_hf import neox_to_hf
+from convert.neox_reader import NeoXCheckpoint
+from convert.neox_to_hf import main, neox_to_hf
 from convert.tensor_table import Piece, TensorRule
 from tests.convert.synthetic import TOKENS, Model, write
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def run_command(checkout: Path, *program: object, **environment: str):
-    return subprocess.run(
-        [sys.executable, *map(str, program)],
-        cwd=ROOT,
-        env={
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "GPT_NEOX_PATH": str(checkout),
-            **environment,
-        },
-        capture_output=True,
-        text=True,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -189,20 +169,19 @@ def test_a_wrong_order_inside_a_head_is_found(
     assert not comparison(tmp_path / "hf", neox_logits).is_equal
 
 
-def test_the_command_fails_and_leaves_nothing_where_the_models_differ(
-    neox_checkout, vocab_file, tmp_path
+def test_the_command_fails_and_leaves_nothing_if_the_models_differ(
+    neox_checkout, run_main, vocab_file, tmp_path, monkeypatch
 ):
     write(tmp_path / "neox", Model(layers=1, dtype=torch.bfloat16), 2, 0, vocab_file)
-    program = (
-        "import convert.neox_to_hf as command, convert.tensor_table as table\n"
-        "merge = table.TensorRule.merge\n"
-        "def swapped(rule, shards, files, out=None):\n"
-        "    return merge(rule, shards[::-1] if 'out_proj' in rule.name else shards, files)\n"
-        "table.TensorRule.merge = swapped\n"
-        "command.run(command.main)\n"
-    )
+    merge = TensorRule.merge
+
+    def swapped(rule, shards, files, out=None):
+        return merge(rule, shards[::-1] if "out_proj" in rule.name else shards, files)
+
+    monkeypatch.setattr(TensorRule, "merge", swapped)
+    monkeypatch.setenv("GPT_NEOX_PATH", str(neox_checkout))
     flags = ("--checkpoint", tmp_path / "neox", "--output", tmp_path / "hf", "--verify")
-    process = run_command(neox_checkout, "-c", program, *flags)
+    process = run_main(main, *flags)
     assert process.returncode == 1
     line = process.stderr.strip().splitlines()[-1]
     assert line.startswith("error: not equal to the GPT-NeoX model: largest logit difference")
@@ -222,11 +201,12 @@ def test_rounded_weights_are_measured_by_their_dtype(dtype, two_ranks, neox_logi
     assert not verify.compare(expected, found * float("nan"), rounding, dtype).is_equal
 
 
-def test_without_gpt_neox_it_says_so(vocab_file, tmp_path):
+def test_without_gpt_neox_it_says_so(run_main, vocab_file, tmp_path, monkeypatch):
     write(tmp_path / "neox", Model(layers=1), 1, 0, vocab_file)
     flags = ("--checkpoint", tmp_path / "neox", "--output", tmp_path / "hf", "--verify")
     (tmp_path / "other").mkdir()
-    process = run_command(tmp_path / "other", "convert/neox_to_hf.py", *flags)
+    monkeypatch.setenv("GPT_NEOX_PATH", str(tmp_path / "other"))
+    process = run_main(main, *flags)
     assert process.returncode == 1
     line = f"error: GPT_NEOX_PATH={tmp_path / 'other'} is no GPT-NeoX checkout"
     assert process.stderr.strip().splitlines()[-1] == line

@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from convert import neox_logits, torch_file
+from convert import files, verify
 from convert.command import ConvertError
 from convert.neox_to_hf import neox_to_hf
 from convert.reshape_neox import reshape_neox
-from convert.zero3_checkpoint import Zero3Checkpoint
+from convert.zero3 import Zero3Checkpoint
 from tests.convert.synthetic import Model, rank_layers, write
 from tests.damage import flip_bit
 from tests.neox.training import settings, train
@@ -99,7 +99,7 @@ def test_pieces_are_put_together(
     ranks, dtype, vocab_file, deepspeed_objects, tmp_path, monkeypatch
 ):
     """Sizes that the ranks do not divide, more than ten ranks, files that are opened anew."""
-    monkeypatch.setattr("convert.zero3_checkpoint.MAPPED_BYTES", 1000)
+    monkeypatch.setattr("convert.zero3.MAPPED_BYTES", 1000)
     model = Model(layers=3, dtype=dtype, norm="rmsnorm", attention=(1,), tied=True)
     scaler, prefix = ("LossScaler", "bf16_") if ranks % 2 else ("DynamicLossScaler", "")
     hf = write_zero3(
@@ -123,7 +123,7 @@ def test_deepspeed_joins_them_alike(vocab_file, deepspeed_objects, tmp_path):
     model = Model(dtype=torch.bfloat16)
     write_zero3(tmp_path / "neox", model, 3, vocab_file, deepspeed_objects)
     step = tmp_path / "neox/global_step7"
-    reader, theirs = Zero3Checkpoint(step), neox_logits.zero3_tensors(step)
+    reader, theirs = Zero3Checkpoint(step), verify.zero3_tensors(step)
     assert theirs.keys() == reader.tensors().keys()
     for name, tensor in theirs.items():
         assert tensor.dtype == torch.bfloat16
@@ -209,7 +209,7 @@ def test_what_is_incomplete_or_mixed_is_refused(
 def test_deepspeeds_objects_are_read_as_stand_ins(deepspeed_objects, tmp_path):
     """None of its code runs, where it is installed either."""
     torch.save(deepspeed_objects, tmp_path / "file.pt")
-    found = torch_file.load_torch_file(tmp_path / "file.pt")
+    found = files.load_torch_file(tmp_path / "file.pt")
     assert found["ZeroStageEnum"] == 3
     assert found["LossScaler"].cur_scale == 1
     assert found["DynamicLossScaler"].cur_scale == 2**16

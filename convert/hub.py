@@ -1,4 +1,4 @@
-"""The model card of an exported folder: README.md with the Hub's metadata."""
+"""What the Hugging Face Hub gets: the model card of an exported folder, and the upload."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 import torch
 import yaml
 
+from convert.command import ConvertError
 from convert.tensor_table import tensor_table
 from convert.verify import Comparison
 from megatron_patch.architecture import Architecture
 
-# What a reader of the model may want to know of the run, if the settings have it: nothing of the
-# machines it ran on, their layout and their paths.
+# The settings that the model card quotes. They say nothing about machines, layouts and paths.
 TRAINING_SETTINGS = (
     "seq_length",
     "train_batch_size",
@@ -84,16 +84,16 @@ def write_model_card(
     samples: int | None,
     comparison: Comparison | None,
 ) -> None:
-    """Writes README.md.
+    """Writes README.md, the model card.
 
     Args:
-        folder: where to.
+        folder: where to write.
         shape: the model's shape as written.
         settings: the run's merged YAML settings.
-        dtype: what most tensors were written in.
-        iteration: the checkpoint's.
+        dtype: the dtype of most tensors.
+        iteration: the checkpoint's iteration.
         samples: sequences trained on until then, `None` if not known.
-        comparison: what `--verify` found, `None` if it was not asked for.
+        comparison: the result of `--verify`, `None` without it.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -131,3 +131,64 @@ def _verification(comparison: Comparison | None) -> str:
         "GPT-NeoX's own layers, each tensor-parallel rank from its own files, and this model "
         f"computed the logits of the same random tokens in float32 on a CPU:\n{comparison}."
     )
+
+
+# An earlier upload may have had other shards, and from_pretrained would load those.
+WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]
+
+
+def check_push(repository: str) -> None:
+    """Checks the name and the login, without the network, before any work is done.
+
+    Raises:
+        ConvertError: the name is malformed, or nobody is logged in.
+    """
+    from huggingface_hub import get_token
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise ConvertError(f"--push-to-hub {repository}: {_first_line(error)}") from None
+    if get_token() is None:
+        raise ConvertError(
+            f"--push-to-hub {repository}: nobody is logged in; `hf auth login`, or set HF_TOKEN"
+        )
+
+
+def push_to_hub(folder: Path, repository: str, private: bool) -> str:
+    """Uploads a folder as one commit, to a repository that is created if there is none. Replaces
+    files of the same name and all weights.
+
+    Args:
+        folder: a complete Hugging Face folder.
+        repository: NAME or OWNER/NAME.
+        private: whether a new repository is private.
+
+    Returns:
+        the repository's address.
+
+    Raises:
+        ConvertError: the upload failed; the folder is unchanged.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    try:
+        address = api.create_repo(repository, private=private, exist_ok=True)
+        api.upload_folder(
+            repo_id=address.repo_id,
+            folder_path=folder,
+            delete_patterns=WEIGHTS,
+            commit_message="Export from GPT-NeoX",
+        )
+    except Exception as error:  # the HTTP library changes with huggingface_hub's major version
+        raise ConvertError(
+            f"{folder} is complete, but was not uploaded to {repository}: {_first_line(error)}; "
+            f"`hf upload {repository} {folder}` tries again"
+        ) from None
+    return str(address)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -15,10 +15,10 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from convert import folder
+from convert import output_folder
 from convert.command import ConvertError
-from convert.folder import complete_folder
 from convert.neox_to_hf import neox_to_hf
+from convert.output_folder import complete_folder
 from tests.convert.synthetic import Model, write
 
 OLD = {"config.json": "old", "old.txt": "old"}
@@ -165,7 +165,7 @@ def test_only_what_is_known_to_be_dead_is_removed(tmp_path, capfd, monkeypatch):
     if gone == 0:
         os._exit(0)
     os.waitpid(gone, 0)
-    here = folder._host()
+    here = output_folder._host()
     left = [
         f".hf.partial-elsewhere-{gone}-abcd1234",
         f".hf0.partial-elsewhere-{gone}-abcd1234",
@@ -189,7 +189,7 @@ def test_only_what_is_known_to_be_dead_is_removed(tmp_path, capfd, monkeypatch):
     ]
 
     # Where the file system has no locks, the process alone tells.
-    monkeypatch.setattr(folder.fcntl, "flock", Mock(side_effect=OSError(37, "no locks")))
+    monkeypatch.setattr(output_folder.fcntl, "flock", Mock(side_effect=OSError(37, "no locks")))
     for name in (left[2], f".hf0.partial-{here}-{gone}-abcd1234"):
         (tmp_path / name).mkdir(exist_ok=True)
         (tmp_path / name / "file").write_text("half")
