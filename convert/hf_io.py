@@ -339,7 +339,7 @@ class SafetensorsWriter:
 
     @property
     def is_complete(self) -> bool:
-        """Whether all announced tensors are written."""
+        """Returns whether all announced tensors are written."""
         return not self._waiting
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
@@ -357,7 +357,11 @@ class SafetensorsWriter:
         self._append(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
 
     def _append(self, data: memoryview) -> None:
-        """Raises an OSError that names the file if the disk is full or an earlier flush failed."""
+        """Appends bytes.
+
+        Raises:
+            OSError: the disk is full, or an earlier flush failed; names the file.
+        """
         while data.nbytes:
             try:
                 written = self._file.write(data)

@@ -202,7 +202,7 @@ class NeoXCheckpoint:
 
     @property
     def has_layer_files(self) -> bool:
-        """Whether each layer has files of its own, as with a pipeline."""
+        """Returns whether each layer has files of its own, as with a pipeline."""
         return self.form == "layer-file"
 
     def file(self, layer: int, rank: int) -> Path:

@@ -204,7 +204,7 @@ class FoldedNorms:
             )
         self._source = source
         scales = {scale for scale, _ in FOLDED_INTO.values()}
-        # By the layer of the tensor that it goes into: the head is the layer after the last norm.
+        # Keyed by the layer of the tensor to fold into; the head is one layer after the last norm.
         self._scales = {
             (rule.layer + (rule.name == "norm.scale"), rule.name): rule
             for rule in source.table

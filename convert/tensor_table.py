@@ -67,12 +67,12 @@ class TensorRule:
 
     @property
     def _dim(self) -> int:
-        """The dimension that is split."""
+        """Returns the dimension that is split."""
         return 1 if self.split is Split.ROW else 0
 
     @property
     def _is_stacked(self) -> bool:
-        """Whether each rank holds a part of every piece, stacked."""
+        """Returns whether each rank holds a part of every piece, stacked."""
         return self.split is Split.COLUMN and self.groups == 1 and len(self.pieces) > 1
 
     def to_hf(self, full: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -192,7 +192,7 @@ def tensor_table(shape: Architecture) -> list[TensorRule]:
 
 
 def _metala_block(shape: Architecture, layer: int, block: str) -> list[TensorRule]:
-    """`ParallelMetaLALayer`: the mixer and the SwiGLU MLP, each after its norm."""
+    """Returns the rules of `ParallelMetaLALayer`: mixer and SwiGLU MLP, each after its norm."""
     d, f, heads = shape.hidden_size, shape.intermediate_size, shape.num_heads
     key, value = shape.key_width, shape.value_width
     mixer, mlp = f"{block}.token_mixer", f"{block}.channel_mixer"
@@ -224,7 +224,7 @@ def _metala_block(shape: Architecture, layer: int, block: str) -> list[TensorRul
 
 
 def _attention_block(shape: Architecture, layer: int, block: str) -> list[TensorRule]:
-    """GPT-NeoX's `ParallelTransformerLayer`: softmax attention and the SwiGLU MLP."""
+    """Returns the rules of GPT-NeoX's `ParallelTransformerLayer`: attention and SwiGLU MLP."""
     options = shape.attention
     d, f, kv = shape.hidden_size, options.intermediate_size, options.num_kv_heads
     mixer, mlp = f"{block}.token_mixer", f"{block}.channel_mixer"
@@ -263,8 +263,8 @@ def _linear(
     groups: int = 1,
     bias: bool = False,
 ) -> list[TensorRule]:
-    """A linear layer's weight and, if it has one, its bias. The bias of a row-parallel layer is
-    replicated: it is added after the all-reduce of the ranks' partial sums."""
+    """Returns the rules of a linear layer's weight and, if it has one, its bias. The bias of a
+    row-parallel layer is replicated: it is added after the all-reduce of the partial sums."""
     weights = {f"{hf_name}.weight": size for hf_name, size in hf.items()}
     biases = {f"{hf_name}.bias": size[:1] for hf_name, size in hf.items()}
     bias_split = Split.COLUMN if split is Split.COLUMN else Split.REPLICATED
@@ -282,8 +282,8 @@ def _rule(
     shape: tuple[int, ...] | None = None,
     groups: int = 1,
 ) -> TensorRule:
-    """A rule from the shapes of its Hugging Face tensors. `shape` is given for a tensor that
-    GPT-NeoX holds as [heads, width] and Hugging Face as [heads * width]."""
+    """Returns a rule, made from the shapes of its Hugging Face tensors. `shape` is only given for a
+    tensor that is [heads, width] in GPT-NeoX and [heads * width] in Hugging Face."""
     if shape:
         pieces = tuple(Piece(hf_name, shape[0], size) for hf_name, size in hf.items())
     else:
@@ -314,5 +314,5 @@ def fit_vocabulary(tensor: torch.Tensor, rows: int) -> torch.Tensor:
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    """The bytes of a tensor, which compare equal where both hold the same NaN."""
+    """Returns the bytes of a tensor, which compare equal also where both hold the same NaN."""
     return tensor.contiguous().view(torch.uint8)

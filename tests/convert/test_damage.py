@@ -1,4 +1,4 @@
-"""What a disk has lost, and what a training has, is found before it is published."""
+"""Damaged files and diverged weights are found, and only exports are overwritten."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_a_flipped_bit_is_found(record, neox, tmp_path):
 
 
 def test_many_tensors_in_one_record_are_compared_once(tmp_path, vocab_file, monkeypatch):
-    """As ZeRO's views of one buffer are saved."""
+    """ZeRO saves its tensors in this way, as views of one buffer."""
     write(tmp_path / "neox", MODEL, 1, 0, vocab_file)
     file = tmp_path / "neox/global_step7/mp_rank_00_model_states.pt"
     states = torch.load(file, weights_only=False)
@@ -50,7 +50,9 @@ def test_many_tensors_in_one_record_are_compared_once(tmp_path, vocab_file, monk
     for (name, tensor), part in zip(list(states["module"].items()), parts, strict=True):
         states["module"][name] = part.view(tensor.shape)
     torch.save(states, file)
-    monkeypatch.setattr("convert.neox_reader.MAPPED_BYTES", 1000)  # opened again and again
+    monkeypatch.setattr(
+        "convert.neox_reader.MAPPED_BYTES", 1000
+    )  # files are reopened often
     compared = []
     check = files.check_bytes
 
@@ -104,7 +106,7 @@ def test_an_export_tells_what_was_written(neox, run_main, tmp_path):
     content = bytearray(file.read_bytes())
     content[-5] ^= 1
     file.write_bytes(content)
-    load_file(file)  # nothing in the file tells
+    load_file(file)  # safetensors does not notice
     with pytest.raises(ConvertError, match=f"{file.name}: damaged, or changed since it was exp"):
         hf_to_neox(folder, tmp_path / "again", 1, 0)
     for target, line in (
@@ -115,7 +117,7 @@ def test_an_export_tells_what_was_written(neox, run_main, tmp_path):
         assert run.returncode == 1 and run.stderr.startswith(line) and run.stderr.count("\n") == 1
     run = run_main(export_record.main, tmp_path / "imported")
     assert run.returncode == 0 and "files as they were exported" in run.stdout
-    (folder / "SHA256SUMS").unlink()  # the change was meant
+    (folder / "SHA256SUMS").unlink()  # the change was intended
     hf_to_neox(folder, tmp_path / "again", 1, 0)
 
 
@@ -142,7 +144,7 @@ def as_earlier_versions_wrote(folder: Path) -> None:
 
 
 def test_only_exports_are_replaced(neox, tmp_path):
-    """Of models and of checkpoints, by this and by earlier versions."""
+    """Exports of models and checkpoints, by this version and by earlier ones, are replaced."""
     neox_to_hf(neox, tmp_path / "hf")
     commands = {
         "hf": lambda target: neox_to_hf(neox, target, overwrite=True),
@@ -178,7 +180,7 @@ def test_only_exports_are_replaced(neox, tmp_path):
 
 
 def test_a_training_is_never_replaced(neox, tmp_path):
-    """Nor a folder of others that has the files by which exports were known."""
+    """A folder of someone else is not replaced either, even if it has some files of an export."""
     before = everything(neox)
     write(tmp_path / "source", MODEL, 1, 0, next(neox.glob("*/configs")) / "none.json")
     with pytest.raises(ConvertError, match="nothing that this command wrote: not overwritten"):

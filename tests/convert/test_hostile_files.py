@@ -1,5 +1,5 @@
-"""Folders that others made: none of their code runs, nothing outside of them is read or copied,
-and what has no end is not opened."""
+"""Hostile folders: their code does not run, nothing outside of them is read or copied, and devices
+and FIFOs are not opened."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def one_line(run: subprocess.CompletedProcess) -> str:
 
 @pytest.fixture
 def with_code(hf, tmp_path) -> Path:
-    """A tokenizer's folder whose code leaves a witness."""
+    """A tokenizer's folder whose code writes the file `witness`."""
     folder = tmp_path / "with_code"
     folder.mkdir()
     code = f"open({str(tmp_path / 'witness')!r}, 'w').close()\n"
@@ -86,7 +86,7 @@ def with_code(hf, tmp_path) -> Path:
 
 
 def test_code_of_a_tokenizer_does_not_run(with_code, neox, hf, run_main, tmp_path, monkeypatch):
-    """Not even if stdin answers yes, where transformers would ask."""
+    """It does not run even if stdin answers yes to the question of transformers."""
     yes = "y\n" * 9
     set_settings(neox, vocab_file=str(with_code))
     shutil.copy(with_code / "tokenization.py", hf)
@@ -103,6 +103,7 @@ def test_code_of_a_tokenizer_does_not_run(with_code, neox, hf, run_main, tmp_pat
     chat = subprocess.run(
         [sys.executable, "scripts/chat.py", hf, "--max-new-tokens", "1"],
         cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         input=yes,
         capture_output=True,
         text=True,
@@ -211,7 +212,7 @@ def test_weights_that_an_index_names_elsewhere(hf, tmp_path):
 
 
 def test_a_snapshot_in_the_cache_of_hugging_face(hf, tmp_path):
-    """Its files are links into the cache's own folder of blobs."""
+    """The files of a snapshot are links into the cache's folder of blobs."""
     cache = tmp_path / "cache/models--somebody--metala"
     (cache / "blobs").mkdir(parents=True)
     (cache / "snapshots/abc").mkdir(parents=True)

@@ -1,8 +1,9 @@
-"""Synthetic checkpoints of all layouts to Hugging Face folders."""
+"""Exporting synthetic checkpoints of all layouts to Hugging Face folders."""
 
 from __future__ import annotations
 
 import json
+import os
 import runpy
 import signal
 import subprocess
@@ -100,7 +101,7 @@ def test_the_folder_is_what_transformers_loads(vocab_file, tmp_path):
 
 
 def test_the_folder_carries_its_code(vocab_file, tmp_path):
-    """What `trust_remote_code` loads where this package is not installed; tests/hf runs it so."""
+    """`trust_remote_code` loads it where this package is not installed, which tests/hf covers."""
     write(tmp_path / "neox", Model(), 1, 0, vocab_file)
     neox_to_hf(tmp_path / "neox", tmp_path / "hf")
     named = json.loads((tmp_path / "hf/config.json").read_text())["auto_map"]
@@ -150,7 +151,7 @@ def test_settings_spread_over_several_files(vocab_file, tmp_path):
     neox_to_hf(tmp_path / "neox", tmp_path / "hf")
     assert_same(tensors_of(tmp_path / "hf"), trimmed(hf))
 
-    # --config takes their place
+    # --config replaces them.
     (tmp_path / "neox/global_step7/configs/local.yml").write_text("num_layers: 5\n")
     given = []
     for name, text in configs.items():
@@ -221,7 +222,8 @@ def test_an_earlier_iteration(vocab_file, tmp_path):
 def as_file(*flags: str) -> None:
     """Runs the command in a process of its own, and repeats its output in this one."""
     command = [sys.executable, "convert/neox_to_hf.py", *flags]
-    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     print(process.stdout, end="")
     print(process.stderr, end="", file=sys.stderr)
     sys.exit(process.returncode)

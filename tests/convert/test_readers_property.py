@@ -1,5 +1,4 @@
-"""Random bytes and random structures in the place of every file that the converters read: a reader
-answers, or refuses in one line."""
+"""Random damage to every file that the converters read: a reader succeeds, or fails in one line."""
 
 from __future__ import annotations
 
@@ -81,7 +80,7 @@ def refuses_in_one_line(read: Callable[[], object]) -> None:
 
 
 def altered(data: st.DataObject, value: Any, others: st.SearchStrategy) -> Any:
-    """`value` with another one, or none, or one more, somewhere in it."""
+    """Returns `value` with an element somewhere in it changed, removed or added."""
     if isinstance(value, (dict, list)) and value and data.draw(st.integers(0, 3)):
         changed = value.copy()
         place = data.draw(st.sampled_from(list(value) if isinstance(value, dict) else [0]))
@@ -97,7 +96,7 @@ def altered(data: st.DataObject, value: Any, others: st.SearchStrategy) -> Any:
 
 
 def damaged(data: st.DataObject, content: bytes) -> bytes:
-    """Other bytes, or these with some cut off, changed or added."""
+    """Returns other bytes, or `content` with bytes cut off, changed or added."""
     what = data.draw(st.sampled_from(["other", "cut", "change", "change", "add"]))
     place = data.draw(st.integers(0, max(len(content) - 1, 0)))
     some = data.draw(st.binary(min_size=1, max_size=30))
@@ -110,7 +109,7 @@ def damaged(data: st.DataObject, content: bytes) -> bytes:
 
 
 def changed_file(data: st.DataObject, path: Path) -> None:
-    """Damages a file, or writes another structure into it."""
+    """Damages the bytes of a file, or the structure that it holds."""
     if data.draw(st.booleans()):
         path.write_bytes(damaged(data, path.read_bytes()))
     elif path.suffix in (".pt", ".bin"):
@@ -144,7 +143,7 @@ def read_model(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, deepspeed_objects) -> Path:  # noqa: F811
-    """A folder of every kind."""
+    """Folders of every kind that the converters read, by name."""
     folder = tmp_path_factory.mktemp("made")
     words = write_tokenizer(folder / "tokenizer.json", ("<|endoftext|>",))
     model = Model(attention=(1,))
@@ -178,7 +177,7 @@ def test_models(kind, made, data, with_record):
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "hf"
         shutil.copytree(made / kind, folder)
-        if not with_record:  # else it refuses whatever is changed in the weights
+        if not with_record:  # with one, any change to the weights is refused
             (folder / "SHA256SUMS").unlink()
         files = [path for path in sorted(folder.iterdir()) if path.suffix != ".py"]
         changed_file(data, data.draw(st.sampled_from(files)))

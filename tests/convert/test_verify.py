@@ -1,4 +1,4 @@
-"""`--verify` with GPT-NeoX's own layers: it passes right conversions and finds every wrong one."""
+"""`--verify` accepts right conversions and rejects wrong ones; GPT-NeoX's layers are the oracle."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.convert.synthetic import TOKENS, Model, write
 
 @pytest.fixture(scope="module")
 def two_ranks(vocab_file, tmp_path_factory) -> Path:
-    """A checkpoint of a pipeline with two tensor-parallel ranks."""
+    """A layer-file checkpoint with two tensor-parallel ranks."""
     folder = tmp_path_factory.mktemp("two_ranks") / "neox"
     write(folder, Model(norm="rmsnorm"), 2, 2, vocab_file)
     return folder
@@ -25,7 +25,7 @@ def two_ranks(vocab_file, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def neox_logits(neox_checkout, two_ranks, tmp_path_factory) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens, and the logits of GPT-NeoX's own model with two ranks."""
+    """Tokens, and the logits of GPT-NeoX's own model on two ranks."""
     tokens = torch.randint(TOKENS, (2, 40), generator=torch.Generator().manual_seed(1))
     work = tmp_path_factory.mktemp("work")
     source = NeoXCheckpoint(two_ranks)
@@ -34,8 +34,8 @@ def neox_logits(neox_checkout, two_ranks, tmp_path_factory) -> tuple[torch.Tenso
 
 @pytest.fixture(scope="module")
 def hybrid(vocab_file, tmp_path_factory) -> Path:
-    """A checkpoint of two ranks without a pipeline: a hybrid, two heads to a key head, half of each
-    rotated, trained with kernels for GPUs."""
+    """An mp_rank checkpoint of a hybrid on two ranks, with grouped-query attention, partial rotary
+    embedding, and GPU kernels in its settings."""
     folder = tmp_path_factory.mktemp("hybrid") / "neox"
     settings = {
         "attention_config": ["metala", "flash", "metala"],
@@ -55,7 +55,7 @@ def hybrid(vocab_file, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def hybrid_logits(neox_checkout, hybrid, tmp_path_factory) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `neox_logits`, of the hybrid."""
+    """Tokens, and the logits of the hybrid, as `neox_logits`."""
     tokens = torch.randint(TOKENS, (2, 40), generator=torch.Generator().manual_seed(1))
     work = tmp_path_factory.mktemp("work")
     return tokens, verify._neox_logits(neox_checkout, NeoXCheckpoint(hybrid), tokens, work)
@@ -85,7 +85,7 @@ def in_swapped_order(rule: TensorRule, shards: list[torch.Tensor]) -> torch.Tens
 
 
 def as_one_part(rule: TensorRule, shards: list[torch.Tensor]) -> torch.Tensor:
-    """What other converters do to a gated MLP: the ranks' [w1; w3] one after the other."""
+    """Concatenates the ranks' [w1; w3], as other converters do with a gated MLP."""
     return torch.cat(shards)
 
 
