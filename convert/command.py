@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
-from argparse import ArgumentParser
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_patch.architecture import SettingsError, one_line
-from megatron_patch.commands.command_line import CommandError, told
+from megatron_patch.commands.command_line import CommandError, Parser, told
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -31,44 +30,35 @@ def one_line_errors() -> Iterator[None]:
         sys.exit(f"error: {one_line(told(error))}")
 
 
-def add_checkpoint_arguments(parser: ArgumentParser) -> None:
-    """Adds the arguments that choose a GPT-NeoX checkpoint to read."""
-    parser.add_argument(
-        "--checkpoint", type=Path, required=True, help="the folder that GPT-NeoX's `save` named"
-    )
-    parser.add_argument("--iteration", type=int, help="default: the latest")
-    parser.add_argument(
-        "--config",
-        type=Path,
-        nargs="+",
-        metavar="YML",
-        help="the run's settings, in place of those inside the checkpoint",
-    )
-    parser.add_argument(
-        "--tokenizer",
-        type=Path,
-        help="tokenizer.json or a tokenizer's folder, in place of the settings' vocab_file",
-    )
+def command_parser(
+    description: str, output: str, reads_checkpoint: bool = False, takes_layout: bool = False
+) -> Parser:
+    """Returns a parser with the arguments that commands share.
 
-
-def add_output_arguments(parser: ArgumentParser, kind: str) -> None:
-    """Adds the arguments of the folder to write; `kind` says what sort of folder it is."""
-    parser.add_argument("--output", type=Path, required=True, help="the folder to write")
-    parser.add_argument(
-        "--overwrite", action="store_true", help=f"replace a {kind} folder that is there"
-    )
-
-
-def add_layout_arguments(parser: ArgumentParser) -> None:
-    """Adds the arguments of the parallel layout to write."""
-    parser.add_argument("--tensor-parallel", type=int, required=True, metavar="N")
-    parser.add_argument(
-        "--pipeline-parallel",
-        type=int,
-        required=True,
-        metavar="M",
-        help="0 for mp_rank files, without a pipeline",
-    )
+    Args:
+        description: what the command does.
+        output: the kind of folder that it writes.
+        reads_checkpoint: whether it reads a GPT-NeoX checkpoint.
+        takes_layout: whether it writes for a given parallel layout.
+    """
+    parser = Parser(description=description)
+    add = parser.add_argument
+    if reads_checkpoint:
+        saved = "the folder that GPT-NeoX's `save` named"
+        add("--checkpoint", type=Path, required=True, help=saved)
+        add("--iteration", type=int, help="default: the latest")
+        config = "the run's settings, in place of those inside the checkpoint"
+        add("--config", type=Path, nargs="+", metavar="YML", help=config)
+    owner = "the settings' vocab_file" if reads_checkpoint else "the model's own"
+    tokenizer = f"tokenizer.json or a tokenizer's folder, in place of {owner}"
+    add("--tokenizer", type=Path, help=tokenizer)
+    add("--output", type=Path, required=True, help="the folder to write")
+    add("--overwrite", action="store_true", help=f"replace a {output} folder that is there")
+    if takes_layout:
+        stages = "0 for mp_rank files, without a pipeline"
+        add("--tensor-parallel", type=int, required=True, metavar="N")
+        add("--pipeline-parallel", type=int, required=True, metavar="M", help=stages)
+    return parser
 
 
 def find_neox() -> Path | None:

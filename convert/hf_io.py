@@ -30,7 +30,6 @@ from convert.files import (
     write_json,
 )
 from convert.tensor_table import Split, TensorRule, check_finite, fit_vocabulary, tensor_table
-from convert.tokenizer import SpecialTokens
 from megatron_patch.architecture import Architecture, shown
 from megatron_patch.hf import MetaLAConfig
 
@@ -325,8 +324,7 @@ class SafetensorsWriter:
             offset = end
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)  # aligns the data
-        self._announced = dict(tensors)
-        self._waiting = list(reversed(tensors))
+        self._waiting = list(tensors.items())[::-1]
         self._path = path
         self._file = path.open("wb", buffering=0)
         self._written, self._sum, self._hashed = 0, hashlib.sha256(), 0
@@ -348,11 +346,9 @@ class SafetensorsWriter:
         Raises:
             ValueError: it is not the one that was announced.
         """
-        announced = self._announced[name]
-        if self._waiting.pop() != name or (tensor.dtype, tensor.shape) != (
-            announced.dtype,
-            announced.shape,
-        ):
+        next_name, announced = self._waiting.pop()
+        found, wanted = (tensor.dtype, tensor.shape), (announced.dtype, announced.shape)
+        if name != next_name or found != wanted:
             raise ValueError(f"{name}: {tensor.dtype} {tuple(tensor.shape)} was not announced")
         self._append(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
 
@@ -397,7 +393,7 @@ class SafetensorsWriter:
         """
         try:
             if self._waiting:
-                raise ValueError(f"{self._waiting[-1]} was announced and not written")
+                raise ValueError(f"{self._waiting[-1][0]} was announced and not written")
             if self._flushing:
                 self._flushing.result()
             self._hashing.result()
@@ -414,10 +410,7 @@ class SafetensorsWriter:
 
 
 def write_config(
-    folder: Path,
-    shape: Architecture,
-    special: SpecialTokens,
-    dtype: torch.dtype,
+    folder: Path, shape: Architecture, special: Mapping[str, int | None], dtype: torch.dtype
 ) -> None:
     """Writes config.json, generation_config.json and the model's code, which loads the folder where
     this package is not installed.
@@ -425,7 +418,7 @@ def write_config(
     Args:
         folder: where to write.
         shape: the model's shape as written.
-        special: the ids of the special tokens.
+        special: the ids of the special tokens, as in `RunTokenizer`.
         dtype: the dtype of most tensors.
 
     Raises:
@@ -435,13 +428,8 @@ def write_config(
 
     from megatron_patch.hf.remote_code import write_model_code
 
-    tokens = {
-        "bos_token_id": special.bos,
-        "eos_token_id": special.eos,
-        "pad_token_id": special.pad,
-    }
     try:
-        config = MetaLAConfig(**shape.to_hf(), architectures=["MetaLAForCausalLM"], **tokens)
+        config = MetaLAConfig(**shape.to_hf(), architectures=["MetaLAForCausalLM"], **special)
     except ValueError as error:
         raise ConvertError(f"the settings cannot be exported: {error}") from None
     config.save_pretrained(folder)
@@ -450,5 +438,5 @@ def write_config(
     # transformers 4 reads torch_dtype, transformers 5 reads dtype.
     values["torch_dtype"] = values["dtype"] = str(dtype).removeprefix("torch.")
     write_json(path, dict(sorted(values.items())))
-    GenerationConfig(**tokens).save_pretrained(folder)
+    GenerationConfig(**special).save_pretrained(folder)
     write_model_code(folder)

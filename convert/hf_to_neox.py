@@ -19,12 +19,7 @@ from typing import Any
 import torch
 import yaml
 
-from convert.command import (
-    ConvertError,
-    add_layout_arguments,
-    add_output_arguments,
-    one_line_errors,
-)
+from convert.command import ConvertError, command_parser, one_line_errors
 from convert.export_record import check_checkpoint_export, write_record
 from convert.files import check_regular, read_text
 from convert.hf_io import HFFolder
@@ -38,7 +33,7 @@ from convert.neox_writer import (
 )
 from convert.output_folder import check_target, complete_folder
 from convert.tokenizer import RunTokenizer, load_tokenizer, read_tokenizer
-from megatron_patch.commands.command_line import Parser, run_script
+from megatron_patch.commands.command_line import run_script
 
 PRECISION = {torch.float32: "fp32", torch.bfloat16: "bfloat16", torch.float16: "fp16"}
 MODEL_FILE, TRAINING_FILE = "model.yml", "training.yml"
@@ -79,12 +74,16 @@ def hf_to_neox(
     """
     check_target(output, overwrite, check_checkpoint_export)
     source = HFFolder(model)
-    if tensor_parallel >= 1:
+    rows, divisible_by = source.shape.padded_vocab_size, 1
+    if tensor_parallel >= 1:  # `check_layout` refuses others
         words = read_tokenizer(tokenizer or _tokenizer_of(model))
-        divisible_by = vocabulary_divisor(source, words, tensor_parallel)
+        if words.size > rows:
+            raise ConvertError(
+                f"{words.source} has {words.size} tokens, but the model has {rows} rows: not its "
+                "tokenizer? Give the right one by --tokenizer"
+            )
+        divisible_by = divisor_that_keeps(rows, words.size, tensor_parallel)
         rows = padded_vocabulary(words.size, divisible_by, tensor_parallel)
-    else:
-        rows, divisible_by = source.shape.padded_vocab_size, 1  # `check_layout` refuses it
     shape = replace(source.shape, padded_vocab_size=rows)
     check_layout(shape, tensor_parallel, pipeline_parallel)
     target = output.resolve()
@@ -109,23 +108,16 @@ def hf_to_neox(
         )
         shutil.copytree(folder / "global_step0/configs", folder / "configs")
         write_record(folder)
-    tell_new_rows(rows - source.shape.padded_vocab_size)
-    return NeoXCheckpoint(output)
-
-
-def vocabulary_divisor(source: HFFolder, tokenizer: RunTokenizer, tensor_parallel: int) -> int:
-    """Returns `make_vocab_size_divisible_by`, see `divisor_that_keeps`.
-
-    Raises:
-        ConvertError: the tokenizer has tokens for which the model has no rows.
-    """
-    rows = source.shape.padded_vocab_size
-    if tokenizer.size > rows:
-        raise ConvertError(
-            f"{tokenizer.source} has {tokenizer.size} tokens, but the model has {rows} rows: not "
-            "its tokenizer? Give the right one by --tokenizer"
-        )
-    return divisor_that_keeps(rows, tokenizer.size, tensor_parallel)
+    padding = rows - source.shape.padded_vocab_size
+    tell_new_rows(padding)
+    written = NeoXCheckpoint(output)
+    print(
+        f"wrote {written.step}: tensor parallel {tensor_parallel}, pipeline parallel "
+        f"{pipeline_parallel}, {rows:,} vocabulary rows, {padding} of them padding\n"
+        f"train from it: python ./deepy.py train.py -d {target / 'configs'} "
+        f"{MODEL_FILE} {TRAINING_FILE} YOURS.yml, which names data_path and save"
+    )
+    return written
 
 
 def training_settings(source: HFFolder) -> dict[str, Any]:
@@ -178,35 +170,13 @@ def _write_tokenizer(tokenizer: RunTokenizer, path: Path) -> None:
 
 @one_line_errors()
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(
-        description="Write a Hugging Face folder of a MetaLA model as a GPT-NeoX checkpoint."
+    parser = command_parser(
+        "Write a Hugging Face folder of a MetaLA model as a GPT-NeoX checkpoint.",
+        "checkpoint",
+        takes_layout=True,
     )
     parser.add_argument("--model", type=Path, required=True, help="the Hugging Face folder")
-    add_output_arguments(parser, "checkpoint")
-    add_layout_arguments(parser)
-    parser.add_argument(
-        "--tokenizer",
-        type=Path,
-        help="tokenizer.json or a tokenizer's folder, in place of the model's own",
-    )
-    options = parser.parse_args(argv)
-    written = hf_to_neox(
-        options.model,
-        options.output,
-        options.tensor_parallel,
-        options.pipeline_parallel,
-        options.tokenizer,
-        options.overwrite,
-    )
-    shape = written.shape
-    rows = HFFolder(options.model).shape.padded_vocab_size
-    print(
-        f"wrote {written.step}: tensor parallel {options.tensor_parallel}, pipeline parallel "
-        f"{options.pipeline_parallel}, {shape.padded_vocab_size:,} vocabulary rows, "
-        f"{shape.padded_vocab_size - rows} of them padding\n"
-        f"train from it: python ./deepy.py train.py -d {options.output.resolve() / 'configs'} "
-        f"{MODEL_FILE} {TRAINING_FILE} YOURS.yml, which names data_path and save"
-    )
+    hf_to_neox(**vars(parser.parse_args(argv)))
 
 
 def cli() -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
 
 from convert.command import ConvertError
+from convert.neox_reader import NeoXCheckpoint
 from convert.tensor_table import tensor_table
 from convert.verify import Comparison
 from megatron_patch.architecture import Architecture
@@ -74,14 +73,18 @@ model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 {verification}
 """
 
+NOT_VERIFIED = "Not done: exported without `--verify`."
+VERIFIED = """\
+GPT-NeoX's own layers, each tensor-parallel rank from its own files, and this model \
+computed the logits of the same random tokens in float32 on a CPU:
+{}."""
+
 
 def write_model_card(
     folder: Path,
     shape: Architecture,
-    settings: Mapping[str, Any],
+    source: NeoXCheckpoint,
     dtype: torch.dtype,
-    iteration: int,
-    samples: int | None,
     comparison: Comparison | None,
 ) -> None:
     """Writes README.md, the model card.
@@ -89,10 +92,8 @@ def write_model_card(
     Args:
         folder: where to write.
         shape: the model's shape as written.
-        settings: the run's merged YAML settings.
+        source: the checkpoint that was exported.
         dtype: the dtype of most tensors.
-        iteration: the checkpoint's iteration.
-        samples: sequences trained on until then, `None` if not known.
         comparison: the result of `--verify`, `None` without it.
     """
     from huggingface_hub import ModelCard, ModelCardData
@@ -105,6 +106,7 @@ def write_model_card(
     parameters = sum(math.prod(rule.shape) for rule in tensor_table(shape))
     rows = {"parameters": f"{parameters:,}", "dtype": str(dtype).removeprefix("torch.")}
     rows |= shape.to_hf()
+    settings, samples = source.settings, source.samples
     training = {key: settings[key] for key in TRAINING_SETTINGS if settings.get(key) is not None}
     length = settings.get("seq_length")
     known = samples is not None and isinstance(length, int)
@@ -114,23 +116,14 @@ def write_model_card(
         architecture="\n".join(
             ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())]
         ),
-        iteration=iteration,
+        iteration=source.iteration,
         tokens=f"{samples * length:,} ({samples:,} sequences of {length:,})"
         if known
         else "not recorded in the checkpoint",
         training=yaml.safe_dump(training, sort_keys=False, default_flow_style=None).strip(),
-        verification=_verification(comparison),
+        verification=NOT_VERIFIED if comparison is None else VERIFIED.format(comparison),
     )
     ModelCard(card).save(folder / "README.md")
-
-
-def _verification(comparison: Comparison | None) -> str:
-    if comparison is None:
-        return "Not done: exported without `--verify`."
-    return (
-        "GPT-NeoX's own layers, each tensor-parallel rank from its own files, and this model "
-        f"computed the logits of the same random tokens in float32 on a CPU:\n{comparison}."
-    )
 
 
 # An earlier upload may have had other shards, and from_pretrained would load those.

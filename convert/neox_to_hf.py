@@ -14,13 +14,7 @@ from pathlib import Path
 
 import torch
 
-from convert.command import (
-    ConvertError,
-    add_checkpoint_arguments,
-    add_output_arguments,
-    need_neox,
-    one_line_errors,
-)
+from convert.command import ConvertError, command_parser, need_neox, one_line_errors
 from convert.export_record import check_model_export, write_record
 from convert.hf_io import parse_size, write_config, write_weights
 from convert.hub import check_push, push_to_hub, write_model_card
@@ -31,7 +25,7 @@ from convert.tensor_table import TensorRule, tensor_table
 from convert.tokenizer import RunTokenizer, find_tokenizer, read_tokenizer
 from convert.verify import Comparison, verify
 from megatron_patch.architecture import Architecture, with_defaults
-from megatron_patch.commands.command_line import Parser, run_script
+from megatron_patch.commands.command_line import run_script
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # `--fold-norms`: the norm whose scale multiplies the input channels of a tensor, and the dimension
@@ -91,7 +85,10 @@ def neox_to_hf(
     shape = replace((folded or source).shape, padded_vocab_size=vocab_size)
     table = tensor_table(shape)
     dtypes = {rule: dtype or source.dtype(rule) for rule in table}
-    main_dtype = dtype or _commonest(dtypes)
+    numbers: Counter[torch.dtype] = Counter()
+    for rule, to in dtypes.items():
+        numbers[to] += math.prod(rule.shape)
+    main_dtype = numbers.most_common(1)[0][0]
     is_rounded = any(
         torch.promote_types(source.dtype(rule), to) != to for rule, to in dtypes.items()
     )
@@ -109,18 +106,19 @@ def neox_to_hf(
         full = partial((folded or source).full, out=memory)
         size, checksums = write_weights(folder, table, full, dtypes, max_shard_bytes)
         comparison = verify(neox, source, folder, words.size, rounded_to) if neox else None
-        write_model_card(
-            folder,
-            shape,
-            source.settings,
-            main_dtype,
-            source.iteration,
-            source.samples,
-            comparison,
-        )
+        write_model_card(folder, shape, source, main_dtype, comparison)
         write_record(folder, checksums)
 
-    print_summary(source, output, words, shape, main_dtype, size, comparison)
+    parameters = sum(numbers.values())
+    special = ", ".join(f"{key[:3]} {token}" for key, token in words.special.items())
+    print(
+        f"read     {source.step}: {source.form} checkpoint, tensor parallel "
+        f"{source.tensor_parallel}\n"
+        f"wrote    {output}: {parameters:,} parameters, {str(main_dtype)[6:]}, "
+        f"{size / 1e6:,.1f} MB\n"
+        f"tokens   {words.source}: {words.size:,}, written {vocab_size:,}; {special}\n"
+        f"verified {comparison or 'no; --verify compares with the GPT-NeoX model'}"
+    )
     return comparison
 
 
@@ -142,40 +140,6 @@ def vocabulary_to_write(source: NeoXCheckpoint, tokenizer: RunTokenizer, keep_pa
             "--tokenizer" + ("" if tokenizer.size > rows else ", or --keep-vocab-padding")
         )
     return rows if keep_padding else tokenizer.size
-
-
-def _commonest(dtypes: dict) -> torch.dtype:
-    counts: Counter[torch.dtype] = Counter()
-    for rule, dtype in dtypes.items():
-        counts[dtype] += math.prod(rule.shape)
-    return counts.most_common(1)[0][0]
-
-
-def print_summary(
-    source: NeoXCheckpoint,
-    output: Path,
-    tokenizer: RunTokenizer,
-    shape: Architecture,
-    dtype: torch.dtype,
-    size: int,
-    comparison: Comparison | None,
-) -> None:
-    """Prints what was read, written and verified."""
-    special = tokenizer.special
-    parameters = sum(math.prod(rule.shape) for rule in tensor_table(shape))
-    print(
-        f"read     {source.step}: {source.form} checkpoint, tensor parallel "
-        f"{source.tensor_parallel}"
-    )
-    print(f"wrote    {output}: {parameters:,} parameters, {str(dtype)[6:]}, {size / 1e6:,.1f} MB")
-    print(
-        f"tokens   {tokenizer.source}: {tokenizer.size:,}, written {shape.padded_vocab_size:,}; "
-        f"bos {special.bos}, eos {special.eos}, pad {special.pad}"
-    )
-    if comparison:
-        print(f"verified {comparison}")
-    else:
-        print("verified no; --verify compares with the GPT-NeoX model")
 
 
 class FoldedNorms:
@@ -240,11 +204,11 @@ class FoldedNorms:
 
 @one_line_errors()
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(
-        description="Convert a GPT-NeoX checkpoint of a MetaLA model to a Hugging Face folder."
+    parser = command_parser(
+        "Convert a GPT-NeoX checkpoint of a MetaLA model to a Hugging Face folder.",
+        "Hugging Face",
+        reads_checkpoint=True,
     )
-    add_checkpoint_arguments(parser)
-    add_output_arguments(parser, "Hugging Face")
     parser.add_argument("--dtype", choices=DTYPES, help="default: that of the training")
     parser.add_argument(
         "--verify",

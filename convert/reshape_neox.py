@@ -13,13 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from convert.command import (
-    ConvertError,
-    add_checkpoint_arguments,
-    add_layout_arguments,
-    add_output_arguments,
-    one_line_errors,
-)
+from convert.command import ConvertError, command_parser, one_line_errors
 from convert.export_record import check_checkpoint_export, write_record
 from convert.neox_reader import NeoXCheckpoint, config_texts
 from convert.neox_writer import (
@@ -33,7 +27,7 @@ from convert.neox_writer import (
 from convert.output_folder import check_target, complete_folder
 from convert.tokenizer import find_tokenizer, read_tokenizer
 from megatron_patch.architecture import with_defaults
-from megatron_patch.commands.command_line import Parser, run_script
+from megatron_patch.commands.command_line import run_script
 from megatron_patch.neox.yaml_config import merge_yaml_texts, read_yaml, settle
 
 
@@ -115,7 +109,13 @@ def reshape_neox(
             file=sys.stderr,
         )
     tell_new_rows(rows - source.shape.padded_vocab_size)
-    return NeoXCheckpoint(output)
+    written = NeoXCheckpoint(output)
+    print(
+        f"wrote {written.step}: tensor parallel {tensor_parallel}, pipeline parallel "
+        f"{pipeline_parallel}, {rows:,} vocabulary rows\n"
+        f"train from it with load: {output} and finetune: true"
+    )
+    return written
 
 
 def zero_that_loads(
@@ -147,28 +147,13 @@ def in_one_folder(texts: dict[str, str]) -> dict[str, str]:
 
 @one_line_errors()
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(
-        description="Write a GPT-NeoX checkpoint in another parallel layout (weights only)."
+    parser = command_parser(
+        "Write a GPT-NeoX checkpoint in another parallel layout (weights only).",
+        "checkpoint",
+        reads_checkpoint=True,
+        takes_layout=True,
     )
-    add_checkpoint_arguments(parser)
-    add_output_arguments(parser, "checkpoint")
-    add_layout_arguments(parser)
-    options = parser.parse_args(argv)
-    written = reshape_neox(
-        options.checkpoint,
-        options.output,
-        options.tensor_parallel,
-        options.pipeline_parallel,
-        options.iteration,
-        options.config,
-        options.tokenizer,
-        options.overwrite,
-    )
-    print(
-        f"wrote {written.step}: tensor parallel {options.tensor_parallel}, pipeline parallel "
-        f"{options.pipeline_parallel}, {written.shape.padded_vocab_size:,} vocabulary rows\n"
-        f"train from it with load: {options.output} and finetune: true"
-    )
+    reshape_neox(**vars(parser.parse_args(argv)))
 
 
 def cli() -> None:

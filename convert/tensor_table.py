@@ -8,8 +8,9 @@ and merges and splits shards (`merge`, `shard`).
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -150,102 +151,80 @@ class TensorRule:
         return torch.cat(parts, dim=self._dim, out=out)
 
 
-# GPT-NeoX's layers: 0 embedding, 1 a function that transposes, 2 to n+1 blocks, n+2 a function,
-# n+3 the last norm, n+4 the output head. Functions have no tensors, and no file in a checkpoint.
-
-
-def block_layer(block: int) -> int:
-    """Returns the layer index of a block."""
-    return block + 2
-
-
-def norm_layer(shape: Architecture) -> int:
-    """Returns the layer index of the last norm."""
-    return shape.num_layers + 3
-
-
-def head_layer(shape: Architecture) -> int:
-    """Returns the layer index of the output head, which has no tensors if weights are tied."""
-    return shape.num_layers + 4
-
-
 def module_layers(shape: Architecture) -> list[int]:
-    """Returns the indices of the layers that have a file in a layer-file checkpoint. The last norm
-    has one even if it holds no tensors."""
-    blocks = [block_layer(i) for i in range(shape.num_layers)]
-    return [0, *blocks, norm_layer(shape), *([] if shape.tied else [head_layer(shape)])]
+    """Returns the indices of the layers that have a file in a layer-file checkpoint: embedding (0),
+    blocks (from 2), last norm and head. Layers 1 and n + 2 are functions without tensors, as is
+    a tied head; the last norm has a file even if it holds no tensors."""
+    n = shape.num_layers
+    return [0, *range(2, n + 2), n + 3, *([] if shape.tied else [n + 4])]
 
 
 def tensor_table(shape: Architecture) -> list[TensorRule]:
     """Returns the rules of all tensors of a model, layer by layer."""
-    vocabulary = (shape.padded_vocab_size, shape.hidden_size)
+    n, vocabulary = shape.num_layers, (shape.padded_vocab_size, shape.hidden_size)
     embedding = {"model.embed_tokens.weight": vocabulary}
     rules = [_rule(0, "word_embeddings.weight", Split.VOCAB, embedding)]
-    for i in range(shape.num_layers):
+    for i in range(n):
         block = _attention_block if shape.is_attention(i) else _metala_block
-        rules += block(shape, block_layer(i), f"model.layers.{i}")
-    rules += _norm(shape, norm_layer(shape), "norm", "model.final_norm")
+        rules += block(shape, i + 2, f"model.layers.{i}")
+    rules += _norm(shape, n + 3, "norm", "model.final_norm")
     if not shape.tied:
         head = {"lm_head.weight": vocabulary}
-        rules.append(_rule(head_layer(shape), "final_linear.weight", Split.VOCAB, head))
+        rules.append(_rule(n + 4, "final_linear.weight", Split.VOCAB, head))
     return rules
 
 
 def _metala_block(shape: Architecture, layer: int, block: str) -> list[TensorRule]:
     """Returns the rules of `ParallelMetaLALayer`: mixer and SwiGLU MLP, each after its norm."""
-    d, f, heads = shape.hidden_size, shape.intermediate_size, shape.num_heads
-    key, value = shape.key_width, shape.value_width
+    norm, rule, linear = _builders(shape, layer)
+    d, f, heads, qk = shape.hidden_size, shape.intermediate_size, shape.num_heads, shape.key_width
     mixer, mlp = f"{block}.token_mixer", f"{block}.channel_mixer"
-    conv = {f"{mixer}.conv1d.weight": (d, 1, shape.metala.conv_width)}
     in_proj = {
-        f"{mixer}.q_proj": (heads * key, d),
-        f"{mixer}.k_gate": (heads * key, d),
+        f"{mixer}.q_proj": (heads * qk, d),
+        f"{mixer}.k_gate": (heads * qk, d),
         f"{mixer}.v_proj": (d, d),
         f"{mixer}.g_proj": (d, d),
     }
-    gate_bias, aug = {f"{mixer}.g_proj.bias": (d,)}, {f"{mixer}.aug_balance": (heads * key,)}
-    rules = [
-        *_norm(shape, layer, "input_norm", f"{block}.token_norm"),
-        _rule(layer, "mixer.conv1d.weight", Split.REPLICATED, conv),
-        *_linear(layer, "mixer.in_proj", Split.COLUMN, in_proj, groups=heads),
-        _rule(layer, "mixer.out_gate_bias", Split.COLUMN, gate_bias, (heads, value)),
-    ]
-    if shape.metala.self_augmentation:
-        rules.append(_rule(layer, "mixer.aug_balance", Split.COLUMN, aug, (heads, key)))
+    conv = {f"{mixer}.conv1d.weight": (d, 1, shape.metala.conv_width)}
+    gate_bias, aug = {f"{mixer}.g_proj.bias": (d,)}, {f"{mixer}.aug_balance": (heads * qk,)}
+    aug_rule = rule("mixer.aug_balance", Split.COLUMN, aug, (heads, qk))
     return [
-        *rules,
-        *_linear(layer, "mixer.out_proj", Split.ROW, {f"{mixer}.out_proj": (d, d)}),
-        *_norm(shape, layer, "mlp_norm", f"{block}.channel_norm"),
-        *_linear(
-            layer, "mlp.gate_up_proj", Split.COLUMN, {f"{mlp}.l1": (f, d), f"{mlp}.l2": (f, d)}
-        ),
-        *_linear(layer, "mlp.down_proj", Split.ROW, {f"{mlp}.l3": (d, f)}),
+        *norm("input_norm", f"{block}.token_norm"),
+        rule("mixer.conv1d.weight", Split.REPLICATED, conv),
+        *linear("mixer.in_proj", Split.COLUMN, in_proj, groups=heads),
+        rule("mixer.out_gate_bias", Split.COLUMN, gate_bias, (heads, shape.value_width)),
+        *([aug_rule] if shape.metala.self_augmentation else []),
+        *linear("mixer.out_proj", Split.ROW, {f"{mixer}.out_proj": (d, d)}),
+        *norm("mlp_norm", f"{block}.channel_norm"),
+        *linear("mlp.gate_up_proj", Split.COLUMN, {f"{mlp}.l1": (f, d), f"{mlp}.l2": (f, d)}),
+        *linear("mlp.down_proj", Split.ROW, {f"{mlp}.l3": (d, f)}),
     ]
 
 
 def _attention_block(shape: Architecture, layer: int, block: str) -> list[TensorRule]:
     """Returns the rules of GPT-NeoX's `ParallelTransformerLayer`: attention and SwiGLU MLP."""
+    norm, _, linear = _builders(shape, layer)
     options = shape.attention
-    d, f, kv = shape.hidden_size, options.intermediate_size, options.num_kv_heads
+    d, f, kv_heads = shape.hidden_size, options.intermediate_size, options.num_kv_heads
+    kv, bias, mlp_bias = kv_heads * shape.value_width, options.has_bias, options.mlp_has_bias
     mixer, mlp = f"{block}.token_mixer", f"{block}.channel_mixer"
     # Multi-head attention orders the rows head by head, grouped-query attention stacks q, k, v.
-    groups = kv if kv == shape.num_heads else 1
-    qkv = {
-        f"{mixer}.q_proj": (d, d),
-        f"{mixer}.k_proj": (kv * shape.value_width, d),
-        f"{mixer}.v_proj": (kv * shape.value_width, d),
-    }
-    dense, down = {f"{mixer}.out_proj": (d, d)}, {f"{mlp}.l3": (d, f)}
+    groups = kv_heads if kv_heads == shape.num_heads else 1
+    qkv = {f"{mixer}.q_proj": (d, d), f"{mixer}.k_proj": (kv, d), f"{mixer}.v_proj": (kv, d)}
     up_gate = {f"{mlp}.l2": (f, d), f"{mlp}.l1": (f, d)}  # GPT-NeoX activates the second half
-    qkv_name, bias = "attention.query_key_value", options.has_bias
     return [
-        *_norm(shape, layer, "input_layernorm", f"{block}.token_norm"),
-        *_linear(layer, qkv_name, Split.COLUMN, qkv, groups, bias),
-        *_linear(layer, "attention.dense", Split.ROW, dense, bias=bias),
-        *_norm(shape, layer, "post_attention_layernorm", f"{block}.channel_norm"),
-        *_linear(layer, "mlp.linear1", Split.COLUMN, up_gate, bias=options.mlp_has_bias),
-        *_linear(layer, "mlp.linear2", Split.ROW, down, bias=options.mlp_has_bias),
+        *norm("input_layernorm", f"{block}.token_norm"),
+        *linear("attention.query_key_value", Split.COLUMN, qkv, groups, bias),
+        *linear("attention.dense", Split.ROW, {f"{mixer}.out_proj": (d, d)}, bias=bias),
+        *norm("post_attention_layernorm", f"{block}.channel_norm"),
+        *linear("mlp.linear1", Split.COLUMN, up_gate, bias=mlp_bias),
+        *linear("mlp.linear2", Split.ROW, {f"{mlp}.l3": (d, f)}, bias=mlp_bias),
     ]
+
+
+def _builders(shape: Architecture, layer: int) -> tuple[Callable, Callable, Callable]:
+    """Returns `_norm`, `_rule` and `_linear` for one layer."""
+    return partial(_norm, shape, layer), partial(_rule, layer), partial(_linear, layer)
 
 
 def _norm(shape: Architecture, layer: int, name: str, hf: str) -> list[TensorRule]:
@@ -266,10 +245,10 @@ def _linear(
     """Returns the rules of a linear layer's weight and, if it has one, its bias. The bias of a
     row-parallel layer is replicated: it is added after the all-reduce of the partial sums."""
     weights = {f"{hf_name}.weight": size for hf_name, size in hf.items()}
-    biases = {f"{hf_name}.bias": size[:1] for hf_name, size in hf.items()}
-    bias_split = Split.COLUMN if split is Split.COLUMN else Split.REPLICATED
     rules = [_rule(layer, f"{name}.weight", split, weights, groups=groups)]
     if bias:
+        biases = {f"{hf_name}.bias": size[:1] for hf_name, size in hf.items()}
+        bias_split = Split.COLUMN if split is Split.COLUMN else Split.REPLICATED
         rules.append(_rule(layer, f"{name}.bias", bias_split, biases, groups=groups))
     return rules
 
@@ -284,12 +263,12 @@ def _rule(
 ) -> TensorRule:
     """Returns a rule, made from the shapes of its Hugging Face tensors. `shape` is only given for a
     tensor that is [heads, width] in GPT-NeoX and [heads * width] in Hugging Face."""
-    if shape:
-        pieces = tuple(Piece(hf_name, shape[0], size) for hf_name, size in hf.items())
-    else:
-        pieces = tuple(Piece(hf_name, size[0] // groups, size) for hf_name, size in hf.items())
-        shape = (sum(size[0] for size in hf.values()), *next(iter(hf.values()))[1:])
-    return TensorRule(layer, name, shape, split, pieces, groups)
+    rows = {hf_name: shape[0] if shape else size[0] // groups for hf_name, size in hf.items()}
+    pieces = tuple(Piece(hf_name, rows[hf_name], size) for hf_name, size in hf.items())
+    inner = next(iter(hf.values()))[1:]
+    return TensorRule(
+        layer, name, shape or (sum(rows.values()) * groups, *inner), split, pieces, groups
+    )
 
 
 def check_finite(tensor: torch.Tensor, name: str) -> None:

@@ -37,28 +37,19 @@ PADDING_SIDE = "left"  # most code that generates from batches expects it
 
 
 @dataclass(frozen=True)
-class SpecialTokens:
-    """The ids of the special tokens; `None` where the tokenizer has none."""
-
-    bos: int | None
-    eos: int | None
-    pad: int | None
-
-
-@dataclass(frozen=True)
 class RunTokenizer:
     """A run's tokenizer.
 
     Attributes:
         source: its tokenizer.json, or its folder.
         size: number of tokens, as GPT-NeoX counts them before padding.
-        special: ids of the special tokens.
+        special: `bos_token_id`, `eos_token_id` and `pad_token_id`; `None` if it has no such token.
         write: writes its files into a folder.
     """
 
     source: Path
     size: int
-    special: SpecialTokens
+    special: dict[str, int | None]
     write: Callable[[Path], None]
 
 
@@ -133,7 +124,7 @@ def _from_file(path: Path) -> RunTokenizer:
         write_json(folder / "tokenizer_config.json", config)
         write_json(folder / "special_tokens_map.json", names)
 
-    special = SpecialTokens(*(vocabulary.get(token) for token in chosen.values()))
+    special = {f"{key}_id": vocabulary.get(token) for key, token in chosen.items()}
     return RunTokenizer(path, _size(vocabulary), special, write)
 
 
@@ -178,8 +169,9 @@ def _from_folder(folder: Path) -> RunTokenizer:
         values = read_json(config, target) if config.is_file() else {}
         write_json(config, {**values, "padding_side": PADDING_SIDE})
 
-    ids = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
-    return RunTokenizer(folder, _size(tokenizer.get_vocab()), SpecialTokens(*ids), write)
+    keys = ("bos_token_id", "eos_token_id", "pad_token_id")
+    special = {key: getattr(tokenizer, key) for key in keys}
+    return RunTokenizer(folder, _size(tokenizer.get_vocab()), special, write)
 
 
 def _size(vocabulary: dict[str, int]) -> int:
