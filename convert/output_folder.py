@@ -65,7 +65,7 @@ def complete_folder(target: Path, overwrite: bool, check: Callable[[Path], None]
     target = target.resolve()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _settle_leftovers(target)
+        _clean_up(target)
         check_target(target, overwrite, check)
         temporary = _temporary(target, "partial")
     except OSError as error:
@@ -77,7 +77,7 @@ def complete_folder(target: Path, overwrite: bool, check: Callable[[Path], None]
             _flush(*temporary.rglob("*"), temporary)
             check_target(target, overwrite, check)
             is_current = target.exists() and target.samefile(".")
-            _take_place(temporary, target)
+            _replace(temporary, target)
             if is_current:  # the replaced folder is deleted, and relative paths start there
                 os.chdir(target)
     except OSError as error:
@@ -86,7 +86,7 @@ def complete_folder(target: Path, overwrite: bool, check: Callable[[Path], None]
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _take_place(temporary: Path, target: Path) -> None:
+def _replace(temporary: Path, target: Path) -> None:
     if not target.exists() or _is_empty_folder(target):
         os.rename(temporary, target)  # replaces an empty folder
         _flush(target.parent)
@@ -109,7 +109,7 @@ def _temporary(target: Path, kind: str) -> Path:
     return Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
 
 
-def _settle_leftovers(target: Path) -> None:
+def _clean_up(target: Path) -> None:
     """Cleans up after killed processes in the folder of `target`, and prints what it did."""
     for path in sorted(target.parent.iterdir()):
         found = LEFTOVER.fullmatch(path.name)
@@ -118,7 +118,7 @@ def _settle_leftovers(target: Path) -> None:
         is_ours = found["name"] == target.name
         try:
             if _is_dead(path, found, is_ours):
-                _settle(path, target.with_name(found["name"]), found["kind"])
+                _restore_or_remove(path, target.with_name(found["name"]), found["kind"])
             elif is_ours and not _is_empty_folder(path):
                 where = f" on {found['host']}" if found["host"] not in (None, _host()) else ""
                 print(f"note: {path} belongs to another conversion{where}", file=sys.stderr)
@@ -142,7 +142,7 @@ def _is_dead(path: Path, found: re.Match, is_ours: bool) -> bool:
         return is_locked
 
 
-def _settle(path: Path, target: Path, kind: str) -> None:
+def _restore_or_remove(path: Path, target: Path, kind: str) -> None:
     if kind == "old" and not target.exists():
         os.rename(path, target)
         print(f"note: {target} was put back after a killed conversion", file=sys.stderr)
@@ -167,7 +167,7 @@ def _is_running(pid: int) -> bool:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[bool | None]:
-    """Locks a folder, also under later names, against `_settle_leftovers` of other processes.
+    """Locks a folder, also under later names, against `_clean_up` of other processes.
 
     Yields:
         True if this process now holds the lock, False if another does, `None` if that is unknown:
