@@ -33,6 +33,7 @@ from convert.neox_writer import (
 )
 from convert.output_folder import check_target, complete_folder
 from convert.tokenizer import RunTokenizer, load_tokenizer, read_tokenizer
+from megatron_patch.architecture_neox import to_neox
 from megatron_patch.commands.command_line import run_script
 
 PRECISION = {torch.float32: "fp32", torch.bfloat16: "bfloat16", torch.float16: "fp16"}
@@ -88,7 +89,7 @@ def hf_to_neox(
     check_layout(shape, tensor_parallel, pipeline_parallel)
     target = output.resolve()
     settings = {
-        **source.shape.to_neox(),
+        **to_neox(source.shape),
         "make_vocab_size_divisible_by": divisible_by,
         "model_parallel_size": tensor_parallel,
         "pipe_parallel_size": pipeline_parallel,

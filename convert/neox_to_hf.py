@@ -24,7 +24,8 @@ from convert.output_folder import check_target, complete_folder
 from convert.tensor_table import TensorRule, tensor_table
 from convert.tokenizer import RunTokenizer, find_tokenizer, read_tokenizer
 from convert.verify import Comparison, verify
-from megatron_patch.architecture import Architecture, with_defaults
+from megatron_patch.architecture import Architecture
+from megatron_patch.architecture_neox import with_defaults
 from megatron_patch.commands.command_line import run_script
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

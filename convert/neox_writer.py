@@ -16,7 +16,8 @@ from tqdm import tqdm
 from convert.command import ConvertError
 from convert.neox_reader import LAYER_FILE_NAME, RANK_FILE_NAME, check_tensor_parallel
 from convert.tensor_table import TensorRule, check_finite, module_layers, tensor_table
-from megatron_patch.architecture import Architecture, with_defaults
+from megatron_patch.architecture import Architecture
+from megatron_patch.architecture_neox import with_defaults
 from megatron_patch.neox.yaml_config import merge_yaml_texts
 
 

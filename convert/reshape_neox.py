@@ -26,7 +26,7 @@ from convert.neox_writer import (
 )
 from convert.output_folder import check_target, complete_folder
 from convert.tokenizer import find_tokenizer, read_tokenizer
-from megatron_patch.architecture import with_defaults
+from megatron_patch.architecture_neox import with_defaults
 from megatron_patch.commands.command_line import run_script
 from megatron_patch.neox.yaml_config import merge_yaml_texts, read_yaml, settle
 

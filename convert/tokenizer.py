@@ -12,7 +12,7 @@ from typing import Any
 
 from convert.command import ConvertError, find_neox
 from convert.files import check_regular, read_json, read_text, refusing, write_json
-from megatron_patch.architecture import tokenizer_obstacles
+from megatron_patch.architecture_neox import why_tokenizer_not_exportable
 
 # The files that transformers saves for a tokenizer.
 TOKENIZER_FILES = (
@@ -66,7 +66,7 @@ def find_tokenizer(given: Path | None, args: SimpleNamespace) -> Path:
         if not _exists(given):
             raise ConvertError(f"--tokenizer {given}: no such file or folder")
         return given
-    for name, found, wanted in tokenizer_obstacles(args):
+    for name, found, wanted in why_tokenizer_not_exportable(args):
         raise ConvertError(f"{name}: found {found}, wanted {wanted}")
     path = Path(os.path.expanduser(args.vocab_file))
     if _exists(path):

@@ -25,7 +25,7 @@ import torch
 from convert.command import ROOT, ConvertError
 from convert.files import load_torch_file
 from convert.neox_reader import NeoXCheckpoint
-from megatron_patch.architecture import expand_attention_config
+from megatron_patch.architecture_neox import expand_attention_config
 
 BATCH, LENGTH = 2, 160  # two chunks of the operator and a part of a third
 # The largest difference allowed if the weights kept their dtype is TOLERANCE. Deep models amplify

@@ -41,7 +41,8 @@ from convert.hf_io import parse_size  # noqa: E402
 from convert.neox_reader import check_tensor_parallel, described_model  # noqa: E402
 from convert.neox_writer import padded_vocabulary, write_checkpoint  # noqa: E402
 from convert.tensor_table import TensorRule, tensor_table  # noqa: E402
-from megatron_patch.architecture import Architecture, with_defaults  # noqa: E402
+from megatron_patch.architecture import Architecture  # noqa: E402
+from megatron_patch.architecture_neox import with_defaults
 from megatron_patch.commands.command_line import run_script  # noqa: E402
 from megatron_patch.neox.yaml_config import merge_yaml  # noqa: E402
 

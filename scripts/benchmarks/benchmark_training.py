@@ -31,7 +31,6 @@ import torch
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
-from link_neox import MARK, entry_point  # noqa: E402
 
 from convert.command import ConvertError, need_neox  # noqa: E402
 from megatron_patch.architecture import SettingsError  # noqa: E402
@@ -42,6 +41,7 @@ from megatron_patch.commands.command_line import (  # noqa: E402
     run_script,
     whole,
 )
+from megatron_patch.commands.link_neox import MARK, entry_point  # noqa: E402
 from megatron_patch.indexed_dataset import IndexedDatasetWriter  # noqa: E402
 from megatron_patch.neox.yaml_config import merge_yaml  # noqa: E402
 

@@ -50,9 +50,7 @@ def test_many_tensors_in_one_record_are_compared_once(tmp_path, vocab_file, monk
     for (name, tensor), part in zip(list(states["module"].items()), parts, strict=True):
         states["module"][name] = part.view(tensor.shape)
     torch.save(states, file)
-    monkeypatch.setattr(
-        "convert.neox_reader.MAPPED_BYTES", 1000
-    )  # files are reopened often
+    monkeypatch.setattr("convert.neox_reader.MAPPED_BYTES", 1000)  # files are reopened often
     compared = []
     check = files.check_bytes
 

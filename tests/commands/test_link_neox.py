@@ -1,4 +1,4 @@
-"""`scripts/link_neox.py` adds its line once, takes it away without a trace, and knows GPT-NeoX."""
+"""link_neox.py adds its lines once, removes them without a trace, and knows GPT-NeoX."""
 
 import os
 import shutil
@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "link_neox.py"
+from megatron_patch.commands import link_neox
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -20,14 +22,14 @@ def checkout(tmp_path) -> Path:
     return tmp_path
 
 
-def link(*arguments, script=SCRIPT) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, script, *map(str, arguments)], capture_output=True, text=True
-    )
+@pytest.fixture
+def link(run_command):
+    """Function: runs link_neox.py in this process."""
+    return lambda *arguments: run_command("link_neox.py", *arguments)
 
 
 def contents(folder: Path) -> dict[str, tuple]:
-    """Mode, owner and content of all there is; of links where they lead to."""
+    """Returns mode, owner and content of every file, and the target of every link."""
     return {
         str(p): (
             p.lstat().st_mode,
@@ -38,7 +40,7 @@ def contents(folder: Path) -> dict[str, tuple]:
     }
 
 
-def test_links_once_and_unlinks_without_a_trace(checkout):
+def test_links_once_and_unlinks_without_a_trace(checkout, link):
     before = contents(checkout)
     assert "linked" in link(checkout).stdout
     once = contents(checkout)
@@ -52,7 +54,7 @@ def test_links_once_and_unlinks_without_a_trace(checkout):
     assert "already unlinked" in link(checkout, "--unlink").stdout
 
 
-def test_linking_again_replaces_the_line_of_an_earlier_version(checkout):
+def test_linking_again_replaces_the_line_of_an_earlier_version(checkout, link):
     init = checkout / "megatron/__init__.py"
     init.write_text("import torch  # as it was\n")
     link(checkout)
@@ -65,8 +67,8 @@ def test_linking_again_replaces_the_line_of_an_earlier_version(checkout):
     assert init.read_text() == "import torch  # as it was\n"
 
 
-def test_another_package_of_the_name_lets_neox_start(checkout, tmp_path):
-    """One line, from the first rank alone, says that and where."""
+def test_another_package_of_the_name_lets_neox_start(checkout, tmp_path, link):
+    """Only the first rank prints a line, which names the other package."""
     other = tmp_path / "other/megatron_patch"
     other.mkdir(parents=True)
     (other / "__init__.py").touch()
@@ -75,7 +77,7 @@ def test_another_package_of_the_name_lets_neox_start(checkout, tmp_path):
     said = []
     for rank in ("0", "1"):
         process = subprocess.run(
-            # without site-packages, where this package may be installed
+            # -S: without site-packages, where this package may be installed
             [sys.executable, "-S", "-c", "import megatron; print(megatron.started)"],
             cwd=checkout,
             env={**os.environ, "PYTHONPATH": str(other.parent), "RANK": rank},
@@ -90,11 +92,11 @@ def test_another_package_of_the_name_lets_neox_start(checkout, tmp_path):
     assert line.endswith(f"(megatron_patch found in {other})")
 
 
-def test_says_which_commit_it_was_tested_with(checkout):
+def test_says_which_commit_it_was_tested_with(checkout, link):
     assert "tested with ea7aefd8" in link(checkout).stdout
 
 
-def test_refuses_a_folder_that_is_not_neox(tmp_path):
+def test_refuses_a_folder_that_is_not_neox(tmp_path, link):
     process = link(tmp_path)
     assert process.returncode == 1
     assert process.stderr.strip() == (
@@ -108,8 +110,8 @@ def test_refuses_a_folder_that_is_not_neox(tmp_path):
     [b"", b"x = 1", b"x = 1\n", b"x = 1\r\n", b"x = 1\r\ny = 2", b"x = 1\n\n\n", b"x = 1\r"]
     + [b"# -*- coding: latin-1 -*-\nx = '\xe9'", b"\xef\xbb\xbfx = 1\n\x0c\ny = '\xc2\x85'\n"],
 )
-def test_every_byte_mode_and_link_is_as_before(checkout, content):
-    """Of which a linked file still runs, and may be linked twice."""
+def test_every_byte_mode_and_link_is_as_before(checkout, content, link):
+    """A linked file still compiles, and linking twice is the same as once."""
     init = checkout / "megatron/__init__.py"
     (checkout / "megatron/real.py").write_bytes(content)
     (checkout / "megatron/real.py").chmod(0o640)
@@ -124,15 +126,15 @@ def test_every_byte_mode_and_link_is_as_before(checkout, content):
     assert contents(checkout) == before
 
 
-def test_what_is_the_users_own_stays_and_is_said(checkout, tmp_path_factory):
-    """Files, links to other files, to nothing, and to what would have been linked."""
+def test_what_is_the_users_own_stays_and_is_said(checkout, tmp_path_factory, link):
+    """The user has files, links to other files, a broken link, and the very link we would make."""
     mine = tmp_path_factory.mktemp("mine")
     (mine / "metala_3b.yml").write_text("mine")
     configs = checkout / "configs"
     (configs / "metala.yml").write_text("mine")
     (configs / "metala_3b.yml").symlink_to(mine / "metala_3b.yml")
     (configs / "metala_1b.yml").symlink_to("/not/mounted/metala_1b.yml")
-    (configs / "metala_tiny.yml").symlink_to(SCRIPT.parent.parent / "configs/metala_tiny.yml")
+    (configs / "metala_tiny.yml").symlink_to(ROOT / "configs/metala_tiny.yml")
     before = contents(checkout)
     for _ in range(2):
         said = link(checkout).stdout
@@ -145,36 +147,47 @@ def test_what_is_the_users_own_stays_and_is_said(checkout, tmp_path_factory):
 
 @pytest.fixture
 def clone(tmp_path_factory) -> Path:
-    """Another clone of the plugin, with a configuration of its own."""
+    """Another clone of the plugin, with one more configuration."""
     folder = tmp_path_factory.mktemp("clone é") / "clone"
-    shutil.copytree(SCRIPT.parent, folder / "scripts", ignore=shutil.ignore_patterns("__*"))
-    shutil.copytree(SCRIPT.parent.parent / "configs", folder / "configs", symlinks=True)
+    for name in ("megatron_patch/commands", "scripts"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("__init__.py", "architecture.py"):
+        shutil.copy(ROOT / "megatron_patch" / name, folder / "megatron_patch")
+    shutil.copytree(ROOT / "configs", folder / "configs", symlinks=True)
     (folder / "configs/metala_new.yml").write_text("new")
     return folder
 
 
 @pytest.mark.parametrize("is_gone", [False, True])
-def test_a_checkout_that_another_clone_has_linked(checkout, clone, is_gone):
-    """Linked again, it has this clone's configurations; each may undo it."""
+def test_a_checkout_that_another_clone_has_linked(checkout, clone, is_gone, link):
+    """Linking again takes this clone's configurations; either clone can unlink."""
     before = contents(checkout)
     configs = checkout / "configs"
-    linker = clone / "scripts/link_neox.py"
-    for undo in (SCRIPT, SCRIPT, linker):
-        if not linker.exists():
+
+    def link_in_clone(*arguments):
+        return subprocess.run(
+            [sys.executable, clone / "scripts/link_neox.py", *arguments],
+            env={**os.environ, "PYTHONPATH": str(clone)},
+            capture_output=True,
+            text=True,
+        )
+
+    for undo in (link, link, link_in_clone):
+        if not clone.exists():
             break
-        assert link(checkout, script=linker).returncode == 0
+        assert link_in_clone(checkout).returncode == 0
         assert os.readlink(configs / "metala.yml") == str(clone / "configs/metala.yml")
         if is_gone:
             shutil.rmtree(clone)
-        if undo is SCRIPT:
+        if undo is link:
             assert ": linked" in link(checkout).stdout
-            assert (configs / "metala.yml").resolve().parent == SCRIPT.parent.parent / "configs"
+            assert (configs / "metala.yml").resolve().parent == ROOT / "configs"
             assert not os.path.lexists(configs / "metala_new.yml")
-        assert ": unlinked" in link(checkout, "--unlink", script=undo).stdout
+        assert ": unlinked" in undo(checkout, "--unlink").stdout
         assert contents(checkout) == before
 
 
-def test_links_of_an_earlier_version_are_known(checkout, clone):
+def test_links_of_an_earlier_version_are_known(checkout, clone, link):
     init, configs = checkout / "megatron/__init__.py", checkout / "configs"
     init.write_text("import torch\nold()  # MetaLA plugin, added by link_neox.py\n")
     (configs / "metala.yml").symlink_to(clone / "configs/metala.yml")
@@ -186,11 +199,8 @@ def test_links_of_an_earlier_version_are_known(checkout, clone):
 
 @pytest.mark.parametrize("part", ["lines", "links"])
 @pytest.mark.parametrize("options", [[], ["--unlink"]])
-def test_what_cannot_be_done_is_not_half_done(checkout, part, options, monkeypatch, capsys):
-    """A read-only folder, for which a failing call stands: whoever runs the tests may write."""
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))
-    from megatron_patch.commands import link_neox
-
+def test_what_cannot_be_done_is_not_half_done(checkout, part, options, monkeypatch, link):
+    """Failing calls act as a read-only folder, because root, who may run the tests, can write."""
     if options:
         link(checkout)
     before = contents(checkout)
@@ -213,7 +223,7 @@ def test_what_cannot_be_done_is_not_half_done(checkout, part, options, monkeypat
     assert contents(checkout) == before
 
 
-def test_a_checkout_without_a_folder_of_configurations(checkout):
+def test_a_checkout_without_a_folder_of_configurations(checkout, link):
     (checkout / "configs").rmdir()
     (checkout / "configs").write_text("a file")
     before = contents(checkout)

@@ -1,4 +1,4 @@
-"""Cutting a long text changes none of its tokens, or the text stays whole."""
+"""A long text that is cut keeps its tokens; where that is not sure, it is not cut."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, trainers
 from tokenizers import pre_tokenizers as pre
 
+from megatron_patch.commands.documents import Document
+from megatron_patch.commands.text_pieces import pieces, safe_cut
+
 GPT4 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# Whitespace, what looks like it, letters that normal forms take apart, and what joins across lines.
+# Whitespace and its look-alikes, letters that normal forms decompose, and what joins lines.
 ALPHABET = " \n\t\r'sé1a.,中\u00a0\u3000\u0301\x1cガ▁/\u00a8\u200b"
 TEXTS = [
     ALPHABET * 3,
@@ -64,22 +67,19 @@ CUTTING = [
     text=st.text(st.sampled_from(ALPHABET), min_size=1, max_size=40),
     size=st.integers(1, 8),
 )
-def test_pieces_have_the_tokens_of_the_whole(script_path, tokenizer, text, size):
-    from megatron_patch.commands.documents import Document
-    from megatron_patch.commands.text_pieces import pieces, safe_cut
-
-    found = list(pieces(Document(text, "x"), safe_cut(tokenizer, False), size))
+def test_pieces_have_the_tokens_of_the_whole(tokenizer, text, size):
+    parts = list(pieces(Document(text, "x"), safe_cut(tokenizer, False), size))
+    assert [is_last for _, is_last in parts] == [False] * (len(parts) - 1) + [True]
+    found = [piece for piece, _ in parts]
     assert "".join(found) == text
     ids = [i for piece in found for i in tokenizer.encode(piece, add_special_tokens=False).ids]
     assert ids == tokenizer.encode(text, add_special_tokens=False).ids, found
 
 
 @pytest.mark.parametrize("tokenizer", CUTTING[::3])
-def test_a_long_text_is_cut(script_path, tokenizer):
-    from megatron_patch.commands.documents import Document
-    from megatron_patch.commands.text_pieces import pieces, safe_cut
-
-    found = list(pieces(Document("some words " * 100, "x"), safe_cut(tokenizer, False), 50))
+def test_a_long_text_is_cut(tokenizer):
+    parts = pieces(Document("some words " * 100, "x"), safe_cut(tokenizer, False), 50)
+    found = [piece for piece, _ in parts]
     assert len(found) > 15 and max(map(len, found)) < 60
 
 
@@ -95,21 +95,16 @@ def test_a_long_text_is_cut(script_path, tokenizer):
         build(pre.ByteLevel(), None, AddedToken("<x>", rstrip=True)),
     ],
 )
-def test_where_a_cut_is_not_sure_a_text_stays_whole(script_path, tokenizer):
-    from megatron_patch.commands.documents import Document
-    from megatron_patch.commands.text_pieces import pieces, safe_cut
-
+def test_where_a_cut_is_not_sure_a_text_stays_whole(tokenizer):
     cut = safe_cut(tokenizer, False)
     assert cut is None
     document = Document("some words " * 100, "file:3")
-    assert list(pieces(document, cut, 50, longest=1100)) == [document.text]
+    assert list(pieces(document, cut, 50, longest=1100)) == [(document.text, True)]
     with pytest.raises(ValueError, match=r"^file:3: found 1,100 char.* wanted at most 1,000"):
         list(pieces(document, cut, 50, longest=1000))
 
 
-def test_special_tokens_count_where_they_are_read(script_path):
-    from megatron_patch.commands.text_pieces import safe_cut
-
+def test_special_tokens_count_where_they_are_read():
     tokenizer = build(pre.ByteLevel())
     tokenizer.add_special_tokens(["<end of text>"])
     assert safe_cut(tokenizer, special_tokens=False)

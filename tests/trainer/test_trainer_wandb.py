@@ -1,4 +1,4 @@
-"""wandb in the embedded engine, where another or a broken module has its name."""
+"""wandb in a training by the Trainer, where the module is another one or broken."""
 
 import sys
 from types import SimpleNamespace
@@ -14,7 +14,7 @@ def test_a_wandb_that_does_not_work_is_said(tmp_path, monkeypatch, text):
 
     (tmp_path / "wandb.py").write_text(text)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setitem(sys.modules, "wandb", None)  # so that afterwards all is as it was
+    monkeypatch.setitem(sys.modules, "wandb", None)  # so that monkeypatch restores it
     del sys.modules["wandb"]
     monkeypatch.delenv("WANDB_MODE", raising=False)
     with pytest.raises(

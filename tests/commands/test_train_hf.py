@@ -1,10 +1,11 @@
-"""The embedded engine trains, resumes, exports and verifies."""
+"""train_hf.py trains, resumes, exports and verifies."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+import re
 import shutil
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from accelerate.state import AcceleratorState
 from transformers import AutoTokenizer
 
+from megatron_patch.commands.train_hf import TOLERANCE, largest_difference, save
 from megatron_patch.hf import MetaLAForCausalLM
 from megatron_patch.trainer.model import build_model, load_tokenizer, model_config
 from megatron_patch.trainer.schedule import Schedule
@@ -29,17 +31,25 @@ def losses_of(folder):
 
 
 @pytest.fixture
-def train_hf(script_modules, monkeypatch, capsys):
-    """Runs train_hf.py in this process, which has loaded all that it needs; returns its output."""
-    from megatron_patch.commands import train_hf
-
+def run_train_hf(monkeypatch, run_command):
+    """Function: runs train_hf.py in this process; returns what `run_command` does."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
 
+    def run(*arguments):
+        AcceleratorState._reset_state(True)  # else the Trainer keeps the last one's precision
+        return run_command("train_hf.py", *arguments)
+
+    return run
+
+
+@pytest.fixture
+def train_hf(run_train_hf):
+    """Function: runs train_hf.py, which has to succeed; returns its output."""
+
     def train(*arguments):
-        monkeypatch.setattr("sys.argv", ["train_hf.py", *map(str, arguments)])
-        AcceleratorState._reset_state(True)  # else the precision is that of the Trainer before
-        train_hf.main()
-        return capsys.readouterr().out
+        result = run_train_hf(*arguments)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
 
     return train
 
@@ -48,7 +58,7 @@ def test_trains_saves_and_verifies(small_run, train_hf, run_script, tmp_path):
     result = run_script("train_hf.py", small_run(), "--verify")
     assert result.returncode == 0, result.stderr
     output = result.stdout
-    assert "Settings without a meaning in the embedded engine: distributed_backend" in output
+    assert "Settings without a meaning in the Hugging Face Trainer: distributed_backend" in output
     difference = float(output.split("Largest logit difference after reloading: ")[1].split()[0])
     assert difference <= 1e-4
 
@@ -76,7 +86,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(small_run, train_hf, tmp_pa
     config = small_run("stopped")
     train_hf(config)
     stopped = tmp_path / "stopped"
-    # As a run leaves it that was killed at iteration 11, while it wrote a line.
+    # The run was killed at iteration 11, while it wrote a line.
     shutil.rmtree(stopped / "checkpoint-16")
     lines = (stopped / "metrics.jsonl").read_text().splitlines(keepends=True)
     kept = [line for line in lines if json.loads(line)["iteration"] <= 11]
@@ -90,12 +100,12 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(small_run, train_hf, tmp_pa
 
 
 @pytest.fixture
-def half_done(small_run, train_hf, tmp_path):
-    """Eight iterations of sixteen are done, and `more(...)` goes on with changed settings."""
+def half_done(small_run, train_hf, run_train_hf, tmp_path):
+    """Function: goes on, with changed settings, where eight iterations of sixteen are done."""
     whole = {"lr_decay_iters": 16, "keep_last_n_checkpoints": 1}
     train_hf(small_run(**whole, train_iters=8))
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-8"]
-    return lambda **changes: train_hf(small_run(**{**whole, **changes}))
+    return lambda **changes: run_train_hf(small_run(**{**whole, **changes}))
 
 
 @pytest.mark.parametrize(
@@ -116,15 +126,16 @@ def half_done(small_run, train_hf, tmp_path):
     ],
 )
 def test_a_resumed_run_may_not_change(half_done, changes, message):
-    with pytest.raises(SystemExit, match=f"^train_hf.py: {message}"):
-        half_done(**changes)
+    result = half_done(**changes)
+    assert result.returncode == 1
+    assert re.match(f"train_hf.py: {message}", result.stderr.splitlines()[-1]), result.stderr
 
 
 @pytest.mark.parametrize("key", ["override_lr_scheduler", "use_checkpoint_lr_scheduler"])
 def test_a_changed_schedule_on_request(small_run, half_done, tmp_path, key):
-    """With `override_lr_scheduler` this run's, with the other the checkpoint's."""
+    """`override_lr_scheduler` takes this run's schedule, the other setting the checkpoint's."""
     changes = {"min_lr": 5e-3, "optimizer": {"params": {"lr": 2e-2, "betas": [0.9, 0.95]}}}
-    half_done(**changes, **{key: True})
+    assert half_done(**changes, **{key: True}).returncode == 0
     which = changes if key.startswith("override") else {}
     schedule = Schedule.from_settings(read_settings([small_run(lr_decay_iters=16, **which)])[0])
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
@@ -135,12 +146,13 @@ def test_a_changed_schedule_on_request(small_run, half_done, tmp_path, key):
 
 def test_a_resumed_run_has_its_own_batches_and_intervals(small_run, train_hf, half_done, tmp_path):
     changes = {"log_interval": 2, "eval_interval": 3, "checkpoint_factor": 5}
-    half_done(
+    result = half_done(
         train_micro_batch_size_per_gpu=2,
         gradient_accumulation_steps=2,
         keep_last_n_checkpoints=None,
         **changes,
     )
+    assert result.returncode == 0, result.stderr
     saved = sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*"))
     assert saved == ["checkpoint-10", "checkpoint-15", "checkpoint-16", "checkpoint-8"]
     train_hf(small_run("unbroken", lr_decay_iters=16, **changes))
@@ -168,7 +180,7 @@ def test_evaluation_without_iterations_or_beyond_the_end(small_run, train_hf, tm
 
 
 def test_a_loss_that_is_none_is_logged(small_run, train_hf, tmp_path, monkeypatch):
-    """The Trainer would log the mean of other losses in its place."""
+    """By default the Trainer logs the mean of other losses instead."""
     monkeypatch.setattr(
         "torch.nn.functional.cross_entropy", lambda logits, labels: logits.sum() * math.nan
     )
@@ -220,11 +232,11 @@ def test_other_options_train(small_run, train_hf, tmp_path):
     assert model.config.norm_type == "rmsnorm" and model.config.tie_word_embeddings
 
 
-def test_refusals_are_one_line(small_run, run_script):
-    result = run_script("train_hf.py", small_run(model_parallel_size=2))
+def test_refusals_are_one_line(small_run, run_train_hf):
+    result = run_train_hf(small_run(model_parallel_size=2))
     assert result.returncode == 1
     assert result.stderr.strip().splitlines()[-1] == (
-        "train_hf.py: model_parallel_size: found 2, wanted 0 or 1 in the embedded engine"
+        "train_hf.py: model_parallel_size: found 2, wanted 0 or 1 with the Hugging Face Trainer"
     )
     assert "Traceback" not in result.stderr
 
@@ -242,7 +254,7 @@ def test_wandb_is_used_with_a_key_or_offline(small_run, tmp_path, monkeypatch, c
     pytest.importorskip("wandb")
     names = ("MODE", "API_KEY", "LOCAL", "PROJECT", "BASE_URL", "RUN_GROUP", "ENTITY")
     for name in names:
-        monkeypatch.setenv(f"WANDB_{name}", "")  # so that what is set here is undone
+        monkeypatch.setenv(f"WANDB_{name}", "")  # so that monkeypatch restores it
         monkeypatch.delenv(f"WANDB_{name}")
     monkeypatch.setenv("HOME", str(tmp_path))
     settings, _ = read_settings([small_run(use_wandb=True, wandb_project="p", wandb_team="t")])
@@ -304,9 +316,7 @@ def test_initialisation_as_neox(small_run):
     assert stds(metala={"init": "authors"}) == pytest.approx([xavier, 0.02], rel=0.1)
 
 
-def test_verification_finds_a_changed_weight(small_run, script_modules, tmp_path):
-    from megatron_patch.commands.train_hf import TOLERANCE, largest_difference, save
-
+def test_verification_finds_a_changed_weight(small_run, tmp_path):
     settings, _ = read_settings([small_run()])
     model = build_model(settings, model_config(settings, load_tokenizer(settings)))
     save(model, settings, tmp_path / "hf")

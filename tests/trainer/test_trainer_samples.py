@@ -1,4 +1,4 @@
-"""The embedded engine's samples are GPT-NeoX's, in GPT-NeoX's order."""
+"""The Trainer's samples are GPT-NeoX's, in GPT-NeoX's order."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from megatron_patch.trainer.settings import read_settings
 
 
 class Documents:
-    """Documents in memory, their tokens numbered through."""
+    """Documents in memory, whose tokens are 0, 1, 2, ..."""
 
     def __init__(self, sizes):
         self.sizes = np.asarray(sizes, np.int32)
@@ -125,7 +125,7 @@ def test_a_missing_data_set_is_named(small_run):
         build_samples(settings, world_size=1)
 
 
-# What GPT2Dataset does, without its compiled helper and without torch.distributed.
+# Builds a GPT2Dataset without its compiled helper and without torch.distributed.
 NEOX_SAMPLES = """
 import sys
 import numpy as np
@@ -165,7 +165,7 @@ def test_same_samples_as_gpt_neox(neox_checkout, token_data, tmp_path, wanted):
     dataset = IndexedDataset(token_data)
     documents = split_documents(split, len(dataset))[0]
     samples = PackedSamples(dataset, documents, seq_length, wanted, seed)
-    assert len(samples) == len(expected) - 1  # as GPT-NeoX's own length
+    assert len(samples) == len(expected) - 1  # GPT-NeoX's own length
     for index in range(len(expected)):
         sample = samples[index]
         assert sample["input_ids"].tolist() == expected[index, :-1].tolist()

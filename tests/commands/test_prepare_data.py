@@ -24,9 +24,9 @@ def folder(tmp_path):
 
 
 @pytest.fixture
-def tokenizer_path(folder, tmp_path, run_script):
+def tokenizer_path(folder, tmp_path, run_command):
     path = tmp_path / "made" / "tokenizer.json"
-    result = run_script("train_tokenizer.py", folder, "--output", path, "--vocab-size", 280)
+    result = run_command("train_tokenizer.py", folder, "--output", path, "--vocab-size", 280)
     assert result.returncode == 0, result.stderr
     return path
 
@@ -42,19 +42,19 @@ def test_tokenizer_has_what_gpt_neox_looks_up(tokenizer_path):
 
 
 def test_tokenizer_is_reproducible_and_not_replaced_unasked(
-    folder, tokenizer_path, tmp_path, run_script
+    folder, tokenizer_path, tmp_path, run_command
 ):
     arguments = (folder, "--output", tokenizer_path, "--vocab-size", 280)
     before = tokenizer_path.read_bytes()
-    refused = run_script("train_tokenizer.py", *arguments)
+    refused = run_command("train_tokenizer.py", *arguments)
     assert refused.returncode == 1
     assert f"{tokenizer_path} is already there; --overwrite replaces it" in refused.stderr
-    assert run_script("train_tokenizer.py", *arguments, "--overwrite").returncode == 0
+    assert run_command("train_tokenizer.py", *arguments, "--overwrite").returncode == 0
     assert tokenizer_path.read_bytes() == before
 
 
-def test_too_small_a_vocabulary_is_refused(folder, tmp_path, run_script):
-    result = run_script(
+def test_too_small_a_vocabulary_is_refused(folder, tmp_path, run_command):
+    result = run_command(
         "train_tokenizer.py", folder, "--output", tmp_path / "t.json", "--vocab-size", 100
     )
     assert result.returncode == 2
@@ -62,9 +62,9 @@ def test_too_small_a_vocabulary_is_refused(folder, tmp_path, run_script):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_documents_in_order_each_ended(folder, tokenizer_path, tmp_path, run_script, workers):
+def test_documents_in_order_each_ended(folder, tokenizer_path, tmp_path, run_command, workers):
     prefix = tmp_path / "data" / "text_document"
-    result = run_script(
+    result = run_command(
         "prepare_data.py",
         *(folder, "--output", prefix, "--tokenizer", tokenizer_path, "--workers", workers),
     )
@@ -76,27 +76,27 @@ def test_documents_in_order_each_ended(folder, tokenizer_path, tmp_path, run_scr
     assert f"3 documents, {sum(map(len, documents)):,} tokens" in result.stdout
 
 
-def test_existing_data_is_not_replaced_unasked(folder, tokenizer_path, tmp_path, run_script):
+def test_existing_data_is_not_replaced_unasked(folder, tokenizer_path, tmp_path, run_command):
     prefix = tmp_path / "data"
     arguments = (folder / "b.txt", "--output", prefix, "--tokenizer", tokenizer_path)
-    assert run_script("prepare_data.py", *arguments).returncode == 0
-    refused = run_script("prepare_data.py", *arguments)
+    assert run_command("prepare_data.py", *arguments).returncode == 0
+    refused = run_command("prepare_data.py", *arguments)
     assert refused.returncode == 1
     assert "data.bin is already there; --overwrite replaces it" in refused.stderr
-    assert run_script("prepare_data.py", *arguments, "--overwrite").returncode == 0
+    assert run_command("prepare_data.py", *arguments, "--overwrite").returncode == 0
 
 
-def test_index_maps_go_with_the_data_they_index(folder, tokenizer_path, tmp_path, run_script):
-    """Those of this prefix alone, under GPT-NeoX's names and the plugin's."""
+def test_index_maps_go_with_the_data_they_index(folder, tokenizer_path, tmp_path, run_command):
+    """Only maps of this prefix are removed, under GPT-NeoX's names and the plugin's."""
     prefix = tmp_path / "data/text"
     arguments = (folder / "b.txt", "--output", prefix, "--tokenizer", tokenizer_path)
-    assert run_script("prepare_data.py", *arguments).returncode == 0
+    assert run_command("prepare_data.py", *arguments).returncode == 0
     end = "indexmap_4ns_64sl_1234s_packedpi_ac"
     of_others = ("text_test_train_{}_doc_idx", "text2_train_{}_doc_idx", "text_train_{}")
     for name in ("text_train_{}_doc_idx", "text_valid_0_{}_sample_idx", *of_others):
         (prefix.parent / f"{name.format(end)}.npy").touch()
     (prefix.parent / f"text_0123456789abcdef_test_{end}_shuffle_idx.npy").touch()
-    assert run_script("prepare_data.py", *arguments, "--overwrite").returncode == 0
+    assert run_command("prepare_data.py", *arguments, "--overwrite").returncode == 0
     left = {path.name for path in prefix.parent.glob("*.npy")}
     assert left == {f"{name.format(end)}.npy" for name in of_others}
 
@@ -105,20 +105,20 @@ def test_index_maps_go_with_the_data_they_index(folder, tokenizer_path, tmp_path
     ("line", "workers"), [('{"txt": "a"}', 1), ('{"text": 3}', 1), ("[1]", 1), ("{", 1), ("{", 2)]
 )
 def test_a_bad_line_is_named_and_nothing_written(
-    tokenizer_path, tmp_path, run_script, line, workers
+    tokenizer_path, tmp_path, run_command, line, workers
 ):
     bad = tmp_path / "bad.jsonl"
     bad.write_text(line)
     arguments = ("--output", tmp_path / "x", "--tokenizer", tokenizer_path, "--workers", workers)
-    result = run_script("prepare_data.py", bad, *arguments)
+    result = run_command("prepare_data.py", bad, *arguments)
     assert result.returncode == 1
     assert f"{bad}:1: wanted an object with a text under 'text'" in result.stderr
     assert not list(tmp_path.glob("x.*"))
 
 
-def test_other_bad_inputs(folder, tokenizer_path, tmp_path, run_script):
+def test_other_bad_inputs(folder, tokenizer_path, tmp_path, run_command):
     def message(*arguments):
-        result = run_script("prepare_data.py", *arguments, "--output", tmp_path / "x")
+        result = run_command("prepare_data.py", *arguments, "--output", tmp_path / "x")
         assert result.returncode == 1
         return result.stderr
 

@@ -1,5 +1,5 @@
-"""The embedded engine's numbers against computations that share nothing with the Trainer: a loop
-written out in float64, and GPT-NeoX itself."""
+"""The numbers of a training by the Hugging Face Trainer, against a loop written out in float64 and
+against GPT-NeoX itself."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ LOSS_TOLERANCE = 1e-6 if transformers.__version__ >= "5" else 5.1e-5
 @pytest.fixture(autouse=True)
 def on_the_cpu(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # the settings say more
-    AcceleratorState._reset_state(True)  # else the precision is that of another test's Trainer
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # the settings win
+    AcceleratorState._reset_state(True)  # else the Trainer keeps the last one's precision
 
 
 def run(config, dtype=torch.float32):
-    """The rows that the embedded engine logs for a model of `dtype`, its first weights, and it."""
+    """Trains a model of `dtype`; returns the rows it logs, its first weights, and the model."""
     read, _ = read_settings([config])
     model = build_model(read, model_config(read, load_tokenizer(read))).to(dtype)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -46,7 +46,7 @@ def run(config, dtype=torch.float32):
 
 
 def stream_of_shuffled_documents(data, documents, pieces, seq_length):
-    """GPT-NeoX's training samples, [pieces, seq_length + 1], for data that one epoch suffices."""
+    """Returns GPT-NeoX's training samples of one epoch, [pieces, seq_length + 1]."""
     random = np.random.RandomState(1234)
     order = documents.astype(np.int32)
     random.shuffle(order)
@@ -139,7 +139,7 @@ def test_numbers_of_a_loop_in_float64(
 
 
 def test_ten_steps_are_gpt_neoxs(neox_checkout, small_run, token_data, tokenizer_file, tmp_path):
-    """Blended data sets, accumulation, clipping, weight decay and validation, from one model."""
+    """Both train the same model with blended data, accumulation, clipping, decay and validation."""
     from convert.hf_to_neox import hf_to_neox
     from tests.neox.training import settings as neox_settings
     from tests.neox.training import train as train_in_neox
@@ -157,7 +157,7 @@ def test_ten_steps_are_gpt_neoxs(neox_checkout, small_run, token_data, tokenizer
         train_data_paths=paths,
         train_data_weights=[0.3, 0.1],
         eval_interval=4,
-        save=str(tmp_path / "embedded"),
+        save=str(tmp_path / "trainer"),
         seq_length=32,
         lr_decay_iters=None,
         warmup=0.25,

@@ -1,4 +1,4 @@
-"""prepare_data.py on text that is out of the ordinary, on full disks, and beside another run."""
+"""prepare_data.py with unusual text, on a full disk, and at the same time as another run."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
+from megatron_patch.commands import prepare_data
+from megatron_patch.commands.documents import iterate_documents, list_files
 from megatron_patch.indexed_dataset import IndexedDataset, IndexedDatasetError, IndexedDatasetWriter
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
@@ -24,13 +26,13 @@ END = "<|endoftext|>"
 
 
 @pytest.fixture
-def prepare(tmp_path, tokenizer_file, run_script):
-    """Function: runs prepare_data.py to PREFIX `out`; returns the process and the documents."""
+def prepare(tmp_path, tokenizer_file, run_command):
+    """Function: runs prepare_data.py to PREFIX `out`; returns its result and the documents."""
 
     def run(*arguments, tokenizer=tokenizer_file):
         prefix = tmp_path / "out"
         arguments = (*arguments, "--output", prefix, "--overwrite", "--tokenizer", tokenizer)
-        result = run_script("prepare_data.py", *arguments)
+        result = run_command("prepare_data.py", *arguments)
         assert "Traceback" not in result.stderr
         if result.returncode:
             assert not list(tmp_path.glob("out*"))
@@ -116,7 +118,7 @@ def test_a_byte_order_mark_is_no_text(prepare, tmp_path):
 )
 def test_a_line_that_cannot_be_read_is_named(prepare, tmp_path, line, message, tokenizer_file):
     description = json.loads(tokenizer_file.read_text())
-    description["pre_tokenizer"]["use_regex"] = False  # which allows no cut
+    description["pre_tokenizer"]["use_regex"] = False  # then no cut is safe
     (tmp_path / "tokenizer.json").write_text(json.dumps(description))
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "one"}\n' + line)
     limits = ("--max-stretch", 800, "--max-document", 1000 if b"aaa" in line else 10**6)
@@ -125,11 +127,11 @@ def test_a_line_that_cannot_be_read_is_named(prepare, tmp_path, line, message, t
     assert f"prepare_data.py: {tmp_path}/a.jsonl{message}" in result.stderr
 
 
-def test_nothing_is_left_out_unsaid(prepare, tmp_path, script_modules, monkeypatch):
+def test_nothing_is_left_out_unsaid(prepare, tmp_path, monkeypatch):
     corpus = tmp_path / "corpus"
     (corpus / "sub").mkdir(parents=True)
     (corpus / "a.txt").write_text("text")
-    (corpus / "broken.png").symlink_to("nowhere")  # not among what is wanted
+    (corpus / "broken.png").symlink_to("nowhere")  # has no wanted suffix
     (corpus / "linked").symlink_to(corpus / "sub")
     result, documents = prepare(corpus)
     assert len(documents) == 1
@@ -146,15 +148,13 @@ def test_nothing_is_left_out_unsaid(prepare, tmp_path, script_modules, monkeypat
         make()
         for source in (corpus, bad):
             if source == bad and what == "a broken link":
-                continue  # an input that is not there
+                continue  # refused earlier, as a missing input
             result, _ = prepare(source)
             assert result.returncode == 1
             assert f"{bad}: found {what}, wanted a file with text" in result.stderr
         bad.unlink()
 
-    from megatron_patch.commands.documents import list_files
-
-    def scandir(path, scan=os.scandir):  # whoever runs the tests may read everything
+    def scandir(path, scan=os.scandir):  # root, who may run the tests, can read every folder
         if str(path).endswith("sub"):
             raise PermissionError(13, "Permission denied", str(path))
         return scan(path)
@@ -172,10 +172,10 @@ def test_the_tokenizer_is_a_regular_file(prepare, tmp_path):
 
 
 def test_memory_does_not_follow_the_largest_document(prepare, tmp_path, tokenizer_file):
-    """Of 6 MB, which took over a GB at once."""
+    """6 MB took over 1 GB when they were encoded at once."""
     code = (
-        f"import resource, runpy, sys; sys.path.insert(0, {str(SCRIPTS)!r}); sys.argv[0] = 'x'\n"
-        f"runpy.run_path({str(SCRIPTS / 'prepare_data.py')!r}, run_name='__main__')\n"
+        "import resource, sys; from megatron_patch.commands.prepare_data import main\n"
+        "main(sys.argv[1:])\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
     )
 
@@ -201,7 +201,7 @@ def start(data: Path, tokenizer: Path, prefix: Path, *options: object, **how) ->
 
 @pytest.mark.parametrize("part", ["bin", "idx"])
 def test_a_full_disk_leaves_what_was_there(tmp_path, tokenizer_file, part):
-    """A limit on the size of files stands for it: writing fails late, when buffers are flushed."""
+    """A limit on file sizes acts as a full disk: writing fails late, when buffers are flushed."""
     many = part == "idx"  # documents of one token each: more index than tokens
     data = write_lines(tmp_path / "a.jsonl", *(["a"] * 4000 if many else ["many words " * 3000]))
     prefix = tmp_path / "data" / "text"
@@ -221,7 +221,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, tokenizer_file, part):
 
 @pytest.mark.parametrize("signals", [[signal.SIGTERM], [signal.SIGHUP], [signal.SIGTERM] * 2])
 def test_ended_among_its_workers_it_leaves_nothing(tmp_path, tokenizer_file, signals):
-    """Whether the main process alone is told, as by `docker stop`, or more than once."""
+    """The signal reaches the main process only, as with `docker stop`, once or twice."""
     data = write_lines(tmp_path / "a.jsonl", *["many words " * 200] * 20_000)
     prefix = tmp_path / "data" / "text"
     process = start(data, tokenizer_file, prefix, "--workers", 2)
@@ -297,17 +297,13 @@ NO_DEADLINE = settings(
 
 @NO_DEADLINE
 @given(lines=st.lists(LINES, min_size=1, max_size=3), suffix=st.sampled_from([".txt", ".jsonl"]))
-def test_any_file_is_prepared_or_refused_in_a_line(
-    script_path, tmp_path, tokenizer_file, lines, suffix
-):
-    from megatron_patch.commands.documents import iterate_documents
-    from megatron_patch.commands.prepare_data import Encoder, prepare
-
+def test_any_file_is_prepared_or_refused_in_a_line(tmp_path, tokenizer_file, lines, suffix):
     path = tmp_path / f"data{suffix}"
     path.write_bytes(b"\n".join(lines))
     try:
         documents = iterate_documents([path], max_bytes=200)
-        prepared = prepare(documents, Encoder(tokenizer_file), tmp_path / "out", max_stretch=100)
+        encoder = prepare_data.Encoder(tokenizer_file)
+        prepared = prepare_data.prepare(documents, encoder, tmp_path / "out", max_stretch=100)
     except ValueError as error:
         assert "\n" not in str(error)
         assert str(error).startswith((str(path), "inputs: found no text"))
@@ -338,7 +334,7 @@ def test_any_pair_is_read_or_refused_in_a_line(tmp_path, data):
 
 
 def test_offsets_beyond_64_bits_are_refused(tmp_path):
-    """Their sum with a size would be negative, and the document empty."""
+    """An offset plus a size would overflow to a negative number, and give an empty document."""
     with IndexedDatasetWriter(tmp_path / "pair", 512) as writer:
         writer.add_document([1, 2, 3])
     raw = bytearray((tmp_path / "pair.idx").read_bytes())
