@@ -28,6 +28,7 @@ from convert.neox_checkpoint import NeoXCheckpoint
 from convert.neox_writer import check_layout, write_checkpoint
 from convert.tokenizer_folder import RunTokenizer, load_tokenizer, read_tokenizer
 from convert.vocabulary import divisor_that_keeps, padded_vocabulary, tell_new_rows
+from megatron_patch.architecture_neox import to_neox
 
 PRECISION = {torch.float32: "fp32", torch.bfloat16: "bfloat16", torch.float16: "fp16"}
 MODEL_FILE, TRAINING_FILE = "model.yml", "training.yml"
@@ -78,7 +79,7 @@ def hf_to_neox(
     check_layout(shape, tensor_parallel, pipeline_parallel)
     target = output.resolve()
     settings = {
-        **source.shape.to_neox(),
+        **to_neox(source.shape),
         "make_vocab_size_divisible_by": divisible_by,
         "model_parallel_size": tensor_parallel,
         "pipe_parallel_size": pipeline_parallel,

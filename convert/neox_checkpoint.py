@@ -35,7 +35,8 @@ from convert.tensor_table import (
 from convert.torch_file import check_bytes, load_torch_file, plain_tensors, saved_name
 from convert.zero3_checkpoint import MODEL_FILE as ZERO3_FILE
 from convert.zero3_checkpoint import Zero3Checkpoint
-from megatron_patch.architecture import WHOLE, Architecture, export_obstacles, shown, with_defaults
+from megatron_patch.architecture import WHOLE, Architecture, shown
+from megatron_patch.architecture_neox import from_neox, why_not_exportable, with_defaults
 from megatron_patch.neox.yaml_config import SUFFIXES, merge_yaml, merge_yaml_texts
 from megatron_patch.steps import STEP, latest_step, saved_steps
 
@@ -127,8 +128,8 @@ def described_model(
         SettingsError: the settings are malformed.
     """
     args = with_defaults(settings)
-    model = Architecture.from_neox(args, padded_vocab_size)
-    for name, found, wanted in export_obstacles(args):
+    model = from_neox(args, padded_vocab_size)
+    for name, found, wanted in why_not_exportable(args):
         raise ConvertError(f"{name}: found {found}, which cannot be exported, wanted {wanted}")
     return model
 

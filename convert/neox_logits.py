@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from convert.torch_file import load_torch_file
-from megatron_patch.architecture import expand_attention_config
+from megatron_patch.architecture_neox import expand_attention_config
 
 
 def rank_tensors(step: Path, form: str, rank: int) -> dict[int, dict]:

@@ -28,7 +28,8 @@ from convert.tensor_table import tensor_table
 from convert.tokenizer_folder import RunTokenizer, find_tokenizer, read_tokenizer
 from convert.verify import Comparison, verify
 from convert.vocabulary import padded_vocabulary
-from megatron_patch.architecture import Architecture, with_defaults
+from megatron_patch.architecture import Architecture
+from megatron_patch.architecture_neox import with_defaults
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

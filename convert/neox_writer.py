@@ -15,7 +15,8 @@ from tqdm import tqdm
 from convert.command import ConvertError
 from convert.layout import check_tensor_parallel
 from convert.tensor_table import TensorRule, check_finite, module_layers, tensor_table
-from megatron_patch.architecture import Architecture, with_defaults
+from megatron_patch.architecture import Architecture
+from megatron_patch.architecture_neox import with_defaults
 from megatron_patch.neox.yaml_config import merge_yaml_texts
 
 

@@ -22,7 +22,7 @@ from convert.neox_checkpoint import NeoXCheckpoint, config_texts
 from convert.neox_writer import adapt_configs, check_layout, write_checkpoint
 from convert.tokenizer_folder import find_tokenizer, read_tokenizer
 from convert.vocabulary import divisor_that_keeps, padded_vocabulary, tell_new_rows
-from megatron_patch.architecture import with_defaults
+from megatron_patch.architecture_neox import with_defaults
 from megatron_patch.neox.yaml_config import merge_yaml_texts, read_yaml, settle
 
 

@@ -14,7 +14,7 @@ from convert.command import ConvertError
 from convert.gpt_neox import find_neox
 from convert.inputs import check_regular, read_json, read_text, refusing
 from convert.json_file import write_json
-from megatron_patch.architecture import tokenizer_obstacles
+from megatron_patch.architecture_neox import why_tokenizer_not_exportable
 
 # What transformers saves for a tokenizer.
 TOKENIZER_FILES = (
@@ -78,7 +78,7 @@ def find_tokenizer(given: Path | None, args: SimpleNamespace) -> Path:
         if not _is_there(given):
             raise ConvertError(f"--tokenizer {given}: no such file or folder")
         return given
-    for name, found, wanted in tokenizer_obstacles(args):
+    for name, found, wanted in why_tokenizer_not_exportable(args):
         raise ConvertError(f"{name}: found {found}, wanted {wanted}")
     path = Path(os.path.expanduser(args.vocab_file))
     if _is_there(path):

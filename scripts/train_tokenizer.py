@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from megatron_patch.commands.command_line import (
+    CommandError,
     Parser,
     existing,
     output_path,
@@ -22,13 +23,13 @@ from megatron_patch.commands.documents import MAX_BYTES, iterate_documents, with
 from megatron_patch.commands.prepare_data import END_OF_TEXT, refuse_existing
 from megatron_patch.commands.text_pieces import BEFORE_WHITESPACE, pieces
 
-# As END_OF_TEXT, a name that GPT-NeoX looks up.
+# GPT-NeoX looks this token up by name, as it does END_OF_TEXT.
 PADDING = "<|padding|>"
-SMALLEST = 256 + 2  # every byte, and these two
+SMALLEST = 256 + 2  # every byte, and the two special tokens
 
 
 def train(texts: Iterable[str], vocab_size: int, progress: bool = True) -> Tokenizer:
-    """A tokenizer of at most `vocab_size` entries; the same texts give the same tokenizer."""
+    """Returns a tokenizer with at most `vocab_size` tokens; the same texts give the same one."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -42,7 +43,7 @@ def train(texts: Iterable[str], vocab_size: int, progress: bool = True) -> Token
     return tokenizer
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = Parser(description=__doc__)
     parser.add_argument(
         "inputs", type=existing, nargs="+", help="text files, .jsonl files, folders"
@@ -55,11 +56,11 @@ def main() -> None:
         "--max-document", type=whole(1), default=MAX_BYTES, help="bytes of the largest document"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     try:
         refuse_existing([args.output], args.overwrite)
         documents = iterate_documents(args.inputs, args.json_key, args.suffix, args.max_document)
-        # As long texts they would take much memory; words are the same.
+        # Short pieces save memory, and have the same words as the whole text.
         texts = (
             piece
             for document in with_a_first(documents)
@@ -68,8 +69,8 @@ def main() -> None:
         tokenizer = train(texts, args.vocab_size)
         with replacing(args.output) as temporary:
             temporary.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-    except (OSError, ValueError) as error:
-        sys.exit(f"train_tokenizer.py: {told(error)}")
+    except ValueError as error:
+        raise CommandError(told(error)) from None
     print(f"{args.output}: {tokenizer.get_vocab_size()} entries")
 
 

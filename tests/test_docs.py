@@ -8,12 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_patch.architecture import (
-    GPT_NEOX_DEFAULTS,
-    MODEL_OPTIONS,
-    MetaLAOptions,
-    SettingsError,
-)
+from megatron_patch.architecture import MODEL_OPTIONS, MetaLAOptions, SettingsError
+from megatron_patch.architecture_neox import GPT_NEOX_DEFAULTS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]

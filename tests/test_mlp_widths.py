@@ -6,6 +6,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from megatron_patch.architecture import Architecture, AttentionLayers
+from megatron_patch.architecture_neox import to_neox
 
 
 def neox_widths(hidden: int, settings: dict) -> tuple[int, int] | None:
@@ -44,4 +45,4 @@ def test_whatever_widths_gpt_neox_gives_are_found_again(hidden, size, multiple):
         layer_types=("metala", "global"),
         attention=AttentionLayers(1, widths[1], True, True),
     )
-    assert neox_widths(hidden, model.to_neox()) == widths
+    assert neox_widths(hidden, to_neox(model)) == widths

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from megatron_patch.architecture import METALA, SOFTMAX_TYPES, Architecture
+from megatron_patch.architecture import METALA, SOFTMAX_TYPES
+from megatron_patch.architecture_neox import from_neox
 
 
 def forward_flops_per_token(args) -> float:
@@ -28,7 +29,7 @@ def forward_flops_per_token(args) -> float:
     A layer of another type counts by GPT-NeoX's formula for a GPT, 24 d^2 + 4 s d. The output layer
     is 2 d times the padded vocabulary; the embedding look-up costs nothing.
     """
-    model = Architecture.from_neox(args)
+    model = from_neox(args)
     d, heads = model.hidden_size, model.num_heads
     keys = heads * model.key_width
     metala = (

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from megatron.model.norms import get_norm
 from torch import nn
 
-from megatron_patch.architecture import Architecture
+from megatron_patch.architecture_neox import from_neox
 from megatron_patch.neox.mixer import MixerState, ParallelMetaLAMixer
 from megatron_patch.neox.mlp import ParallelSwiGLU
 
@@ -31,7 +31,7 @@ class ParallelMetaLALayer(nn.Module):
         layer_number: int,
     ):
         super().__init__()
-        model = Architecture.from_neox(neox_args)
+        model = from_neox(neox_args)
         if model.metala.init == "authors":
             init_method = output_layer_init_method = partial(
                 nn.init.normal_, std=neox_args.init_method_std

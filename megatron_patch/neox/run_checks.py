@@ -8,12 +8,8 @@ from typing import Any
 
 import torch
 
-from megatron_patch.architecture import (
-    METALA,
-    Architecture,
-    SettingsError,
-    expand_attention_config,
-)
+from megatron_patch.architecture import METALA, SettingsError
+from megatron_patch.architecture_neox import expand_attention_config, from_neox
 from megatron_patch.ops.backends import obstacle
 
 
@@ -63,7 +59,7 @@ def check_backend(args: Any) -> None:
     """
     if METALA not in args.attention_config:
         return
-    model = Architecture.from_neox(args)
+    model = from_neox(args)
     if model.metala.backend == "auto":
         return
     on_cpu = args.distributed_backend == "gloo" and not torch.cuda.is_available()

@@ -10,19 +10,22 @@ import re
 from typing import Any
 
 from megatron_patch.architecture import (
-    GPT_NEOX_DEFAULTS,
     METALA,
     NORM_EPSILON,
-    OTHER_BLOCKS,
     SOFTMAX_TYPES,
     WHOLE,
     Architecture,
     SettingsError,
-    expand_attention_config,
-    export_obstacles,
     optional,
     refuse,
-    tokenizer_obstacles,
+)
+from megatron_patch.architecture_neox import (
+    GPT_NEOX_DEFAULTS,
+    OTHER_BLOCKS,
+    expand_attention_config,
+    from_neox,
+    why_not_exportable,
+    why_tokenizer_not_exportable,
 )
 from megatron_patch.ops import BACKENDS
 
@@ -91,7 +94,7 @@ def check_settings(args: Any) -> Architecture | None:
             refuse(name, found, WHOLE.wanted)
     if args.intermediate_size and args.expansion_factor:
         refuse("expansion_factor", args.expansion_factor, "none, since intermediate_size is set")
-    model = Architecture.from_neox(args)
+    model = from_neox(args)
     if model.metala.backend not in BACKENDS:
         refuse("metala.backend", model.metala.backend, f"one of {', '.join(BACKENDS)}")
     for name, (wanted, why) in ONLY.items():
@@ -105,11 +108,11 @@ def check_settings(args: Any) -> Architecture | None:
 
 def export_warning(args: Any) -> str | None:
     """One line that says why a model that trains cannot be exported, `None` where it can be."""
-    obstacles = [*export_obstacles(args), *tokenizer_obstacles(args)]
-    if not obstacles:
+    reasons = [*why_not_exportable(args), *why_tokenizer_not_exportable(args)]
+    if not reasons:
         return None
-    reasons = "; ".join(f"{name}: found {found}, wanted {ok}" for name, found, ok in obstacles)
-    return f"this model trains, but cannot be exported to Hugging Face: {reasons}"
+    line = "; ".join(f"{name}: found {found}, wanted {ok}" for name, found, ok in reasons)
+    return f"this model trains, but cannot be exported to Hugging Face: {line}"
 
 
 def _has_metala_layers(args: Any) -> bool:

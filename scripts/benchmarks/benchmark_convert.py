@@ -42,7 +42,8 @@ from convert.neox_checkpoint import described_model
 from convert.neox_writer import write_checkpoint
 from convert.tensor_table import TensorRule, tensor_table
 from convert.vocabulary import padded_vocabulary
-from megatron_patch.architecture import Architecture, with_defaults
+from megatron_patch.architecture import Architecture
+from megatron_patch.architecture_neox import with_defaults
 from megatron_patch.neox.yaml_config import merge_yaml
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -21,7 +21,8 @@ from convert.hf_to_neox import hf_to_neox
 from convert.neox_to_hf import neox_to_hf
 from convert.reshape_neox import reshape_neox
 from convert.tokenizer_folder import read_tokenizer
-from megatron_patch.architecture import SettingsError, expand_attention_config
+from megatron_patch.architecture import SettingsError
+from megatron_patch.architecture_neox import expand_attention_config
 from megatron_patch.hf import MetaLAConfig
 from megatron_patch.neox.yaml_config import merge_yaml_texts
 from tests.convert.synthetic import Model, write

@@ -24,7 +24,8 @@ from convert.neox_checkpoint import NeoXCheckpoint
 from convert.neox_to_hf import neox_to_hf
 from convert.tensor_table import tensor_table
 from convert.tokenizer_folder import find_tokenizer, read_tokenizer
-from megatron_patch.architecture import SettingsError, with_defaults
+from megatron_patch.architecture import SettingsError
+from megatron_patch.architecture_neox import with_defaults
 from megatron_patch.neox.yaml_config import merge_yaml_texts
 from tests.convert.conftest import write_tokenizer
 from tests.convert.synthetic import Model, write

@@ -48,7 +48,7 @@ def test_trains_saves_and_verifies(small_run, train_hf, run_script, tmp_path):
     result = run_script("train_hf.py", small_run(), "--verify")
     assert result.returncode == 0, result.stderr
     output = result.stdout
-    assert "Settings without a meaning in the embedded engine: distributed_backend" in output
+    assert "Settings without a meaning in the Hugging Face Trainer: distributed_backend" in output
     difference = float(output.split("Largest logit difference after reloading: ")[1].split()[0])
     assert difference <= 1e-4
 
@@ -224,7 +224,7 @@ def test_refusals_are_one_line(small_run, run_script):
     result = run_script("train_hf.py", small_run(model_parallel_size=2))
     assert result.returncode == 1
     assert result.stderr.strip().splitlines()[-1] == (
-        "train_hf.py: model_parallel_size: found 2, wanted 0 or 1 in the embedded engine"
+        "train_hf.py: model_parallel_size: found 2, wanted 0 or 1 with the Hugging Face Trainer"
     )
     assert "Traceback" not in result.stderr
 

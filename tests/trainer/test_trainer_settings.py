@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_patch.architecture import SettingsError
-from megatron_patch.trainer.settings import IGNORED_SETTINGS, EmbeddedSettings, read_settings
+from megatron_patch.trainer.settings import IGNORED_SETTINGS, TrainerSettings, read_settings
 from megatron_patch.trainer.training import find_checkpoint
 
 
@@ -23,8 +23,8 @@ def test_defaults_are_gpt_neoxs(small_run):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_parallel_size": 2}, "model_parallel_size: found 2, wanted 0 or 1 in the embedded"),
-        ({"pipe_parallel_size": 2}, "pipe_parallel_size: found 2, wanted 0 or 1 in the embedded"),
+        ({"model_parallel_size": 2}, "model_parallel_size: found 2, wanted 0 or 1 with the Hugging"),
+        ({"pipe_parallel_size": 2}, "pipe_parallel_size: found 2, wanted 0 or 1 with the Hugging"),
         ({"sequence_parallel": True}, "sequence_parallel: found True, wanted False"),
         ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage: found 3, wanted 0 or 1"),
         (
@@ -33,9 +33,9 @@ def test_defaults_are_gpt_neoxs(small_run):
         ),
         ({"optimizer": {"params": {"lr": 1, "x": 2}}}, "optimizer.params.x: not a setting"),
         ({"optimizer": None}, "optimizer: found nothing, wanted a value"),
-        ({"no_such_key": 1}, "no_such_key: not a setting of the embedded engine; remove it or"),
-        ({"train_epochs": 1}, "train_epochs: not a setting of the embedded engine"),
-        ({"hidden_dropout": 0.1}, "hidden_dropout: found 0.1, wanted 0 in the embedded engine"),
+        ({"no_such_key": 1}, "no_such_key: not a setting for the Hugging Face Trainer; remove it or"),
+        ({"train_epochs": 1}, "train_epochs: not a setting for the Hugging Face Trainer"),
+        ({"hidden_dropout": 0.1}, "hidden_dropout: found 0.1, wanted 0 with the Hugging Face Trainer"),
         ({"norm": "scalenorm"}, "norm: found 'scalenorm', wanted simplermsnorm or rmsnorm or"),
         ({"pos_emb": "rotary"}, "pos_emb: found 'rotary', wanted none"),
         ({"tokenizer_type": "SPMTokenizer"}, "tokenizer_type: found 'SPMTokenizer', wanted HFTok"),
@@ -44,8 +44,8 @@ def test_defaults_are_gpt_neoxs(small_run):
         ({"warmup": 1.5}, "warmup: found 1.5, input should be less than or equal to 1"),
         ({"warmup": 1.0, "lr_decay_iters": 9}, "warmup: found 1, wanted less, since training"),
         ({"seed": 2**32}, "seed: found 4294967296, input should be less than 4294967296"),
-        ({"precision": "bf16"}, "precision: found 'bf16', wanted fp32 or bfloat16 in the embedded"),
-        ({"precision": "fp16"}, "precision: found 'fp16', wanted fp32 or bfloat16 in the embedded"),
+        ({"precision": "bf16"}, "precision: found 'bf16', wanted fp32 or bfloat16 with the Hugging"),
+        ({"precision": "fp16"}, "precision: found 'fp16', wanted fp32 or bfloat16 with the Hugging"),
         ({"precision": "BFLOAT16"}, "precision: found 'BFLOAT16', wanted fp32 or bfloat16"),
         ({"precision": "bfloat16"}, "zero_optimization.stage: found nothing, wanted 1 with prec"),
         (
@@ -56,7 +56,7 @@ def test_defaults_are_gpt_neoxs(small_run):
             {"lr_decay_style": "Cosine"},
             "lr_decay_style: found 'Cosine', input should be 'constant'",
         ),
-        ({"pos_emb": "None"}, "pos_emb: found 'None', wanted none in the embedded engine"),
+        ({"pos_emb": "None"}, "pos_emb: found 'None', wanted none with the Hugging Face Trainer"),
         ({"min_lr": "1e-6"}, "min_lr: found '1e-6', input should be a valid number: YAML reads it"),
         (
             {"optimizer": {"params": {"lr": "3E4"}}},
@@ -83,7 +83,7 @@ def test_defaults_are_gpt_neoxs(small_run):
         ({"hidden_size": 66}, "hidden_size: found 66, with metala.expand_k = 0.5"),
         (
             {"attention_config": [[["metala", "global"], 1]]},
-            "attention_config: found layers of type global, wanted metala alone in the embedded",
+            "attention_config: found layers of type global, wanted metala alone with the Hugging",
         ),
         ({"data_path": None}, "data_path: wanted either it or train_data_paths"),
         ({"train_data_paths": ["a"]}, "data_path: wanted either it or train_data_paths"),
@@ -109,7 +109,7 @@ def test_several_mistakes_are_told_at_once(small_run):
 
 
 def test_no_setting_is_both_read_and_ignored():
-    assert not IGNORED_SETTINGS & set(EmbeddedSettings.model_fields)
+    assert not IGNORED_SETTINGS & set(TrainerSettings.model_fields)
 
 
 def test_batch_settings_as_in_gpt_neox(small_run):

@@ -1,4 +1,4 @@
-"""wandb in the embedded engine, where another or a broken module has its name."""
+"""wandb with the Hugging Face Trainer, where another or a broken module has its name."""
 
 import sys
 from types import SimpleNamespace
