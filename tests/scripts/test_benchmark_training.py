@@ -46,5 +46,5 @@ def test_a_checkout_that_is_not_linked_is_refused(run_script, tmp_path):
         (tmp_path / name).touch()
     process = run_script("benchmarks/benchmark_training.py", GPT_NEOX_PATH=str(tmp_path))
     assert process.returncode == 1
-    wanted = f"benchmarks/benchmark_training.py: link it first: scripts/link_neox.py {tmp_path}\n"
+    wanted = f"benchmark_training.py: link it first: scripts/link_neox.py {tmp_path}\n"
     assert process.stderr == wanted
