@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_patch.torch_crc import damaged_record
+from megatron_patch.torch_file import damaged_record
 
 
 @contextmanager

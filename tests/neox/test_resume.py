@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from convert.command import ConvertError
-from convert.neox_checkpoint import find_step
+from convert.neox_reader import find_step
 from megatron_patch.architecture import SettingsError
 from megatron_patch.neox.resume import check_load, go_on_from_save
 from tests.neox.training import settings as training_settings

@@ -10,13 +10,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from convert.command import ConvertError
-from convert.gpt_neox import find_neox
-from convert.inputs import check_regular, read_json, read_text, refusing
-from convert.json_file import write_json
+from convert.command import ConvertError, find_neox
+from convert.files import check_regular, read_json, read_text, refusing, write_json
 from megatron_patch.architecture_neox import why_tokenizer_not_exportable
 
-# What transformers saves for a tokenizer.
+# The files that transformers saves for a tokenizer.
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -29,23 +27,13 @@ TOKENIZER_FILES = (
     "spiece.model",
     "chat_template.jinja",
 )
-# Names that tokenizer.json files give to the special tokens, the commonest first. GPT-NeoX itself
-# ends documents with <|endoftext|> and knows no token for their beginning: the end of the document
-# before is what a text starts after.
+# A tokenizer.json does not say which tokens are special in what way, so they are found by their
+# usual names. GPT-NeoX ends documents with <|endoftext|> and has no token for their beginning, so a
+# text begins after the end of the document before it.
 END = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "[EOS]")
 BEGIN = ("<|startoftext|>", "<s>", "<bos>", "<|begin_of_text|>", "[BOS]", "<|endoftext|>")
 PADDING = ("<|padding|>", "<pad>", "<|pad|>", "[PAD]")
-# As most code that continues batches takes for granted, whatever model they are for.
-PADDING_SIDE = "left"
-
-
-@dataclass(frozen=True)
-class SpecialTokens:
-    """Ids of the special tokens; `None` where the tokenizer has none."""
-
-    bos: int | None
-    eos: int | None
-    pad: int | None
+PADDING_SIDE = "left"  # most code that generates from batches expects it
 
 
 @dataclass(frozen=True)
@@ -55,36 +43,36 @@ class RunTokenizer:
     Attributes:
         source: its tokenizer.json, or its folder.
         size: number of tokens, as GPT-NeoX counts them before padding.
-        special: ids of the special tokens.
+        special: `bos_token_id`, `eos_token_id` and `pad_token_id`; `None` if it has no such token.
         write: writes its files into a folder.
     """
 
     source: Path
     size: int
-    special: SpecialTokens
+    special: dict[str, int | None]
     write: Callable[[Path], None]
 
 
 def find_tokenizer(given: Path | None, args: SimpleNamespace) -> Path:
-    """The tokenizer.json or tokenizer folder: the one given, else that of the settings.
+    """Returns the tokenizer.json or the folder that is given, else the one in the settings.
 
-    A relative `vocab_file` counts from the folder the training started in: the current one or the
-    GPT-NeoX checkout.
+    A relative `vocab_file` is looked up in the current folder and in the GPT-NeoX checkout, one of
+    which the training was started in.
 
     Raises:
         ConvertError: there is none.
     """
     if given is not None:
-        if not _is_there(given):
+        if not _exists(given):
             raise ConvertError(f"--tokenizer {given}: no such file or folder")
         return given
     for name, found, wanted in why_tokenizer_not_exportable(args):
         raise ConvertError(f"{name}: found {found}, wanted {wanted}")
     path = Path(os.path.expanduser(args.vocab_file))
-    if _is_there(path):
+    if _exists(path):
         return path
     checkout = None if path.is_absolute() else find_neox()
-    if checkout and _is_there(checkout / path):
+    if checkout and _exists(checkout / path):
         return checkout / path
     raise ConvertError(
         f"vocab_file {args.vocab_file} of the settings is not there; give the tokenizer by "
@@ -92,15 +80,15 @@ def find_tokenizer(given: Path | None, args: SimpleNamespace) -> Path:
     )
 
 
-def _is_there(path: Path) -> bool:
+def _exists(path: Path) -> bool:
     try:
         return path.exists()
-    except (OSError, ValueError):  # of a name that no file can have
+    except (OSError, ValueError):  # the name is too long, or holds NUL
         return False
 
 
 def read_tokenizer(source: Path) -> RunTokenizer:
-    """The tokenizer of a tokenizer.json or of a folder that transformers can load.
+    """Returns the tokenizer of a tokenizer.json, or of a folder that transformers can load.
 
     Raises:
         ConvertError: it cannot be read.
@@ -114,7 +102,7 @@ def _from_file(path: Path) -> RunTokenizer:
     text = read_text(path)
     try:
         tokenizer = Tokenizer.from_str(text)
-    except Exception as error:  # the library raises plain exceptions
+    except Exception as error:  # the library raises plain Exception
         raise ConvertError(f"{path}: no tokenizer.json: {error}") from None
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     chosen = {
@@ -129,24 +117,24 @@ def _from_file(path: Path) -> RunTokenizer:
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             **names,
-            "clean_up_tokenization_spaces": False,  # it would change the text
+            "clean_up_tokenization_spaces": False,  # true would change decoded text
             "padding_side": PADDING_SIDE,
             "model_input_names": ["input_ids", "attention_mask"],
         }
         write_json(folder / "tokenizer_config.json", config)
         write_json(folder / "special_tokens_map.json", names)
 
-    ids = [vocabulary.get(chosen[key]) for key in ("bos_token", "eos_token", "pad_token")]
-    return RunTokenizer(path, _size(vocabulary), SpecialTokens(*ids), write)
+    special = {f"{key}_id": vocabulary.get(token) for key, token in chosen.items()}
+    return RunTokenizer(path, _size(vocabulary), special, write)
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a folder, as transformers has it. Code of the folder does not run, and
-    nothing is read that lies elsewhere.
+    """Returns the transformers tokenizer of a folder, without running code of the folder and
+    without reading files outside of it.
 
     Raises:
         ConvertError: there is none, it needs code of its own, or an entry of the folder is no
-            regular file, or leads out of it.
+            regular file or a link out of it.
     """
     from transformers import AutoTokenizer
 
@@ -160,12 +148,12 @@ def load_tokenizer(folder: Path) -> Any:
     for key, value in values.items():
         if key == "auto_map":
             raise ConvertError(f"{config}: auto_map: the tokenizer needs code of its own")
-        # transformers 4 opens what these name, wherever it is.
-        if key.endswith("_file") and isinstance(value, str) and _is_there(folder / value):
+        # transformers 4 opens the files that these keys name, wherever they are.
+        if key.endswith("_file") and isinstance(value, str) and _exists(folder / value):
             check_regular(folder / value, folder)
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # whatever a tokenizer class raises
+    except Exception as error:  # tokenizer classes raise errors of all kinds
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ConvertError(f"{folder}: holds no tokenizer: {reason}") from None
 
@@ -181,12 +169,13 @@ def _from_folder(folder: Path) -> RunTokenizer:
         values = read_json(config, target) if config.is_file() else {}
         write_json(config, {**values, "padding_side": PADDING_SIDE})
 
-    ids = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
-    return RunTokenizer(folder, _size(tokenizer.get_vocab()), SpecialTokens(*ids), write)
+    keys = ("bos_token_id", "eos_token_id", "pad_token_id")
+    special = {key: getattr(tokenizer, key) for key in keys}
+    return RunTokenizer(folder, _size(tokenizer.get_vocab()), special, write)
 
 
 def _size(vocabulary: dict[str, int]) -> int:
-    """GPT-NeoX counts tokens; ids with gaps between them need more rows than that."""
+    """Returns the rows that the tokens need: GPT-NeoX counts tokens, but ids may have gaps."""
     return max(len(vocabulary), max(vocabulary.values(), default=-1) + 1)
 
 

@@ -1,4 +1,4 @@
-"""Output folders of processes that are killed: absent or complete, and tidied by the next run."""
+"""Output folders of killed processes: absent or complete, and cleaned up by the next run."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from convert import folder
+from convert import output_folder
 from convert.command import ConvertError
-from convert.folder import complete_folder
 from convert.neox_to_hf import neox_to_hf
+from convert.output_folder import complete_folder
 from tests.convert.synthetic import Model, write
 
 OLD = {"config.json": "old", "old.txt": "old"}
 NEW = {"config.json": "new", "weights": "new" * 1000}
-# What a process does to the file system, as Python's audit hooks name it.
+# Python's audit events for operations on the file system.
 OPERATIONS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "os.scandir"}
 
 
 def has(mark: str) -> Callable[[Path], None]:
-    """Lets a folder be replaced that holds a file of this name."""
+    """Returns a check that only lets a folder with a file of this name be replaced."""
 
     def check(folder: Path) -> None:
         if not (folder / mark).is_file():
@@ -69,8 +69,11 @@ def in_fork(action: Callable[[], None]) -> int | None:
 
 
 def killed_at(number: int, action: Callable[[], None]) -> bool:
-    """Runs `action`, killed just before its operation of this number on the file system; False if
-    it has fewer."""
+    """Runs `action` in a process that is killed just before the given operation on the file system.
+
+    Returns:
+        False if there are fewer operations.
+    """
 
     def run() -> None:
         left = number
@@ -110,14 +113,14 @@ def test_killed_at_any_operation_it_is_absent_or_complete(before, tmp_path, capf
         if not was_killed:
             assert found == NEW
             break
-        # The next run, killed too, and then one that is left in peace.
+        # The next run is killed too; the one after it is not.
         killed_at(number // 2, lambda target=target: write_new(target))
         assert contents(target) in (None, before, NEW)
         write_new(target)
         assert contents(target) == NEW
         assert [path for path in case.iterdir() if path != target] == []
         notes += capfd.readouterr().err
-    assert number > 10 and seen.count(NEW) > 1  # killed before and after the change of place
+    assert number > 10 and seen.count(NEW) > 1  # killed before and after the rename
     assert f"note: removed {tmp_path}" in notes
     if before:
         assert None in seen and "was put back after a killed conversion" in notes
@@ -139,7 +142,7 @@ def test_a_folder_being_replaced_is_put_back(tmp_path, capfd):
 
 @pytest.mark.parametrize("before", [None, OLD], ids=["absent", "overwritten"])
 def test_the_next_conversion_to_another_name_tidies_too(before, tmp_path, capfd):
-    """Whatever the operation the process was killed at, and also where it left an empty folder."""
+    """It removes every leftover, an empty folder too, whatever the operation killed at."""
     for number in range(1000):
         case = tmp_path / str(number)
         first = case / "hf0"
@@ -159,13 +162,13 @@ def test_the_next_conversion_to_another_name_tidies_too(before, tmp_path, capfd)
 
 
 def test_only_what_is_known_to_be_dead_is_removed(tmp_path, capfd, monkeypatch):
-    """Not: another host's, a running process's that has no lock (yet), an earlier version's of
-    another name, somebody else's."""
+    """Leftovers stay if they are from another host, from a running process that has no lock yet,
+    from an earlier version under another name, or from another program."""
     gone = os.fork()
     if gone == 0:
         os._exit(0)
     os.waitpid(gone, 0)
-    here = folder._host()
+    here = output_folder._host()
     left = [
         f".hf.partial-elsewhere-{gone}-abcd1234",
         f".hf0.partial-elsewhere-{gone}-abcd1234",
@@ -188,8 +191,8 @@ def test_only_what_is_known_to_be_dead_is_removed(tmp_path, capfd, monkeypatch):
         f"note: {tmp_path / 'hf0'} was put back after a killed conversion",
     ]
 
-    # Where the file system has no locks, the process alone tells.
-    monkeypatch.setattr(folder.fcntl, "flock", Mock(side_effect=OSError(37, "no locks")))
+    # Without locks in the file system, only the process id tells.
+    monkeypatch.setattr(output_folder.fcntl, "flock", Mock(side_effect=OSError(37, "no locks")))
     for name in (left[2], f".hf0.partial-{here}-{gone}-abcd1234"):
         (tmp_path / name).mkdir(exist_ok=True)
         (tmp_path / name / "file").write_text("half")
@@ -199,7 +202,7 @@ def test_only_what_is_known_to_be_dead_is_removed(tmp_path, capfd, monkeypatch):
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_the_current_folder_can_be_the_target(tmp_path, monkeypatch, overwrite):
-    """Relative paths lead where they did, though the folder is another one."""
+    """Relative paths lead into the new folder."""
     target = tmp_path / "new"
     target.mkdir()
     if overwrite:

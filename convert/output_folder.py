@@ -1,10 +1,10 @@
-"""Output folders that are either absent or complete, also where the process is killed.
+"""Output folders that are either absent or complete, even if the process is killed.
 
 A folder is written under a temporary name beside its target, `.NAME.partial-HOST-PID-…`, flushed to
-the disk and renamed. One that it replaces is called `.NAME.old-HOST-PID-…` for a moment. Whoever
-works on such a folder holds a lock on it, which ends with the process. So the next run on that
-host, whatever target it has in the same place, tells what a killed one left from what a running one
-writes: it removes the former, and puts back a folder that was being replaced.
+the disk and renamed. A folder that it replaces is called `.NAME.old-HOST-PID-…` for a moment. The
+writing process holds a file lock on both, which the kernel releases when the process ends. So the
+next conversion on the same host can tell the leftovers of a killed process: it removes partial
+folders, and puts back a folder that was being replaced.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 
 from convert.command import ConvertError
 
-# Without host and process: as earlier versions named them.
+# Earlier versions left out host and process.
 LEFTOVER = re.compile(
     r"\.(?P<name>.+)\.(?P<kind>partial|old)-(?:(?P<host>[\w.]+)-(?P<pid>\d+)-)?\w{8}"
 )
@@ -32,18 +32,18 @@ def check_target(target: Path, overwrite: bool, check: Callable[[Path], None]) -
     """Checks that `target` may be written, before any work is done.
 
     Args:
-        target: the folder to be.
-        overwrite: whether a folder that is there may be replaced.
-        check: raises a ConvertError for a folder that is somebody else's, which is never removed.
+        target: the folder to write.
+        overwrite: whether an existing folder may be replaced.
+        check: raises a ConvertError unless the existing folder was written by a conversion.
 
     Raises:
-        ConvertError: it may not.
+        ConvertError: it may not be written.
     """
     try:
         target.resolve()
         if not target.exists() or _is_empty_folder(target):
             return
-    except (OSError, RuntimeError) as error:  # names that are too long, links that lead to itself
+    except (OSError, RuntimeError) as error:  # a name that is too long, a circle of links
         raise ConvertError(f"{target}: cannot be written: {error}") from None
     if not overwrite:
         raise ConvertError(f"{target} exists already; --overwrite replaces it")
@@ -52,17 +52,20 @@ def check_target(target: Path, overwrite: bool, check: Callable[[Path], None]) -
 
 @contextmanager
 def complete_folder(target: Path, overwrite: bool, check: Callable[[Path], None]) -> Iterator[Path]:
-    """Gives a temporary folder beside `target`, which takes its place when the block ends well and
-    is removed when it does not.
+    """Yields a temporary folder, which becomes `target` when the block ends, and is removed when
+    the block raises.
+
+    Args:
+        target, overwrite, check: see `check_target`.
 
     Raises:
-        ConvertError: `target` may not be written, see `check_target`, or writing failed.
+        ConvertError: `target` may not be written, or writing failed.
     """
     check_target(target, overwrite, check)
     target = target.resolve()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _settle_leftovers(target)
+        _clean_up(target)
         check_target(target, overwrite, check)
         temporary = _temporary(target, "partial")
     except OSError as error:
@@ -74,8 +77,8 @@ def complete_folder(target: Path, overwrite: bool, check: Callable[[Path], None]
             _flush(*temporary.rglob("*"), temporary)
             check_target(target, overwrite, check)
             is_current = target.exists() and target.samefile(".")
-            _take_place(temporary, target)
-            if is_current:  # relative paths would lead nowhere from the folder that was replaced
+            _replace(temporary, target)
+            if is_current:  # the replaced folder is deleted, and relative paths start there
                 os.chdir(target)
     except OSError as error:
         raise ConvertError(f"{target}: cannot be written: {error}") from error
@@ -83,7 +86,7 @@ def complete_folder(target: Path, overwrite: bool, check: Callable[[Path], None]
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _take_place(temporary: Path, target: Path) -> None:
+def _replace(temporary: Path, target: Path) -> None:
     if not target.exists() or _is_empty_folder(target):
         os.rename(temporary, target)  # replaces an empty folder
         _flush(target.parent)
@@ -101,13 +104,13 @@ def _take_place(temporary: Path, target: Path) -> None:
 
 
 def _temporary(target: Path, kind: str) -> Path:
-    """A new folder beside `target`, whose name says what it is for, and who works on it."""
+    """Makes a folder beside `target`, whose name holds its kind, host and process."""
     prefix = f".{target.name}.{kind}-{_host()}-{os.getpid()}-"
     return Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
 
 
-def _settle_leftovers(target: Path) -> None:
-    """Clears away what killed processes left beside `target`, for whatever target, and says so."""
+def _clean_up(target: Path) -> None:
+    """Cleans up after killed processes in the folder of `target`, and prints what it did."""
     for path in sorted(target.parent.iterdir()):
         found = LEFTOVER.fullmatch(path.name)
         if not found or path.is_symlink() or not path.is_dir():
@@ -115,31 +118,31 @@ def _settle_leftovers(target: Path) -> None:
         is_ours = found["name"] == target.name
         try:
             if _is_dead(path, found, is_ours):
-                _settle(path, target.with_name(found["name"]), found["kind"])
+                _restore_or_remove(path, target.with_name(found["name"]), found["kind"])
             elif is_ours and not _is_empty_folder(path):
                 where = f" on {found['host']}" if found["host"] not in (None, _host()) else ""
                 print(f"note: {path} belongs to another conversion{where}", file=sys.stderr)
         except FileNotFoundError:
-            pass  # its conversion ended meanwhile
-        except OSError as error:  # another user's
+            pass  # its conversion has just ended
+        except OSError as error:  # it belongs to another user
             print(f"note: {path} cannot be removed: {error.strerror}", file=sys.stderr)
 
 
 def _is_dead(path: Path, found: re.Match, is_ours: bool) -> bool:
-    """Whether the process that made a leftover is known to be gone."""
+    """Returns whether the process that made a leftover is known to be gone."""
     if found["host"] is None:
         with _locked(path) as is_locked:
             return is_ours and bool(is_locked) and not _is_empty_folder(path)
     if found["host"] != _host():
         return False
     with _locked(path) as is_locked:
-        # Its maker may not have locked it yet.
+        # A new process may not have locked its folder yet.
         if is_locked is None or _is_empty_folder(path):
             return not _is_running(int(found["pid"]))
         return is_locked
 
 
-def _settle(path: Path, target: Path, kind: str) -> None:
+def _restore_or_remove(path: Path, target: Path, kind: str) -> None:
     if kind == "old" and not target.exists():
         os.rename(path, target)
         print(f"note: {target} was put back after a killed conversion", file=sys.stderr)
@@ -164,9 +167,12 @@ def _is_running(pid: int) -> bool:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[bool | None]:
-    """Locks a folder against `_settle_leftovers` of other processes, whatever its name becomes;
-    gives False where it is locked already, `None` where that cannot be known: it is another user's,
-    or the file system has no such locks."""
+    """Locks a folder, also under later names, against `_clean_up` of other processes.
+
+    Yields:
+        True if this process now holds the lock, False if another does, `None` if that is unknown:
+        the folder belongs to another user, or the file system has no locks.
+    """
     with ExitStack() as stack:
         try:
             file = os.open(folder, os.O_RDONLY)
@@ -183,7 +189,7 @@ def _locked(folder: Path) -> Iterator[bool | None]:
 
 
 def _flush(*paths: Path) -> None:
-    """Has files, and the entries of folders, written to the disk."""
+    """Writes files, and the entries of folders, to the disk."""
     for path in paths:
         file = os.open(path, os.O_RDONLY)
         try:

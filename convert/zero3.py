@@ -1,13 +1,13 @@
-"""Reading what DeepSpeed writes under ZeRO stage 3, where each rank holds a piece of every tensor.
+"""Reading DeepSpeed checkpoints of ZeRO stage 3, where each rank holds a part of every tensor.
 
-There are two files for each of n ranks:
+Each rank writes two files:
 
-    zero_pp_rank_{rank}_mp_rank_00_model_states.pt: names, shapes and dtypes of the tensors in
-        training, without their data
-    zero_pp_rank_{rank}_mp_rank_00_optim_states.pt, or bf16_zero_…: the rank's pieces in float32, in
-        "fp32_flat_groups", one after another; a group has the tensors of one of "param_shapes"
+    zero_pp_rank_{rank}_mp_rank_00_model_states.pt: the names, shapes and training dtypes of all
+        tensors, without data
+    zero_pp_rank_{rank}_mp_rank_00_optim_states.pt (or bf16_zero_…): the rank's parts in float32, in
+        "fp32_flat_groups", one flat tensor per entry of "param_shapes"
 
-A tensor is flattened, filled up to a multiple of n, and cut into n pieces of one size.
+DeepSpeed flattens each tensor, pads it to a multiple of the number of ranks, and cuts it evenly.
 """
 
 from __future__ import annotations
@@ -22,18 +22,19 @@ from typing import Any
 import torch
 
 from convert.command import ConvertError
-from convert.torch_file import DTYPES, check_bytes, load_torch_file, plain_tensors, saved_name
+from convert.files import DTYPES, check_bytes, load_torch_file, plain_tensors, saved_name
 from megatron_patch.architecture import WHOLE, shown
 
 MODEL_FILE = re.compile(r"zero_pp_rank_([0-9]+)_mp_rank_([0-9]+)_model_states\.pt")
 OPTIMIZER_FILE = re.compile(r"(?:bf16_)?zero_pp_rank_([0-9]+)_mp_rank_([0-9]+)_optim_states\.pt")
-# As in neox_checkpoint: mapped files count as this process's memory until they are closed.
+# Pages that were read from a mapped file count as this process's memory until the file is closed,
+# so files are opened again after this many bytes.
 MAPPED_BYTES = 512 * 2**20
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a tensor lies: `size` numbers from `start` on in each rank's flat group."""
+class FlatSlice:
+    """The place of a tensor: `size` numbers from `start` in each rank's flat group."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -43,14 +44,14 @@ class Place:
 
 
 class Zero3Checkpoint:
-    """The files of one iteration, checked for completeness when it is opened.
+    """The ZeRO stage 3 files of one iteration, checked when it is opened.
 
     Attributes:
         step: the `global_stepN` folder.
-        model_files: each rank's, in rank order.
+        model_files: the ranks' model files, in rank order.
 
     Raises:
-        ConvertError: a file is missing, damaged, renamed or of another number of ranks.
+        ConvertError: a file is missing, damaged, renamed, or from a run with other ranks.
     """
 
     def __init__(self, step: Path):
@@ -67,27 +68,27 @@ class Zero3Checkpoint:
             )
         self._groups: list[list[torch.Tensor]] = []
         self._bytes_read = 0
-        self._places = self._find_places(states[0])
+        self._slices = self._find_slices(states[0])
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Tensors without their data, by the names in the file's "module"."""
+        """Returns all tensors by name, on the meta device."""
         return {
-            name: torch.empty(place.shape, dtype=place.dtype, device="meta")
-            for name, place in self._places.items()
+            name: torch.empty(part.shape, dtype=part.dtype, device="meta")
+            for name, part in self._slices.items()
         }
 
     def read(self, name: str) -> torch.Tensor:
-        """A whole tensor, rounded to its dtype in training: what the model computed with."""
-        place = self._places[name]
-        pieces = [
-            groups[place.group][place.start : place.start + place.size] for groups in self._open()
+        """Returns a full tensor, rounded to the dtype that the model computed with."""
+        part = self._slices[name]
+        shards = [
+            groups[part.group][part.start : part.start + part.size] for groups in self._open()
         ]
-        self._bytes_read += sum(piece.nbytes for piece in pieces)
-        whole = torch.cat([piece.to(place.dtype) for piece in pieces])
-        return whole[: math.prod(place.shape)].view(place.shape)
+        self._bytes_read += sum(shard.nbytes for shard in shards)
+        flat = torch.cat([shard.to(part.dtype) for shard in shards])
+        return flat[: math.prod(part.shape)].view(part.shape)
 
     def _find(self, pattern: re.Pattern) -> list[Path]:
-        """The files of one kind, in rank order."""
+        """Returns the files whose names match, in rank order."""
         found: dict[int, Path] = {}
         for path in sorted(self.step.iterdir()):
             if not (match := pattern.fullmatch(path.name)):
@@ -108,8 +109,8 @@ class Zero3Checkpoint:
             found[rank] = path
         for rank in range(max(found, default=-1) + 1):
             if rank not in found:
-                beside = next(iter(found.values())).name
-                raise ConvertError(f"{self.step}: rank {rank} has no file such as {beside}")
+                example = next(iter(found.values())).name
+                raise ConvertError(f"{self.step}: rank {rank} has no file such as {example}")
         return [found[rank] for rank in sorted(found)]
 
     @staticmethod
@@ -121,7 +122,7 @@ class Zero3Checkpoint:
             )
 
     def _open(self) -> list[list[torch.Tensor]]:
-        """Each rank's flat groups, mapped and not read."""
+        """Returns each rank's flat groups, memory-mapped."""
         if not self._groups or self._bytes_read > MAPPED_BYTES:
             self._groups, self._bytes_read = [], 0
             self._groups = [self._flat_groups(file) for file in self._optimizer_files]
@@ -136,12 +137,13 @@ class Zero3Checkpoint:
         named = {f"fp32_flat_groups[{i}]": group for i, group in enumerate(groups)}
         return list(plain_tensors(named, file).values())
 
-    def _find_places(self, states: Mapping[str, Any]) -> dict[str, Place]:
+    def _find_slices(self, states: Mapping[str, Any]) -> dict[str, FlatSlice]:
+        """Returns the place of every tensor, and checks it against all flat groups."""
         file, ranks = self.model_files[0], len(self.model_files)
         module, shapes = states.get("module"), states.get("param_shapes")
         if not isinstance(module, Mapping) or not isinstance(shapes, list):
             raise ConvertError(f"{file}: holds no module and param_shapes of ZeRO stage 3")
-        places: dict[str, Place] = {}
+        slices: dict[str, FlatSlice] = {}
         sizes = []
         for group, by_name in enumerate(shapes):
             start = 0
@@ -161,10 +163,10 @@ class Zero3Checkpoint:
                 ):
                     raise ConvertError(f"{file}: param_shapes: {name} has shape {shown(shape)}")
                 size = -(-math.prod(shape) // ranks)
-                places[name] = Place(tuple(shape), tensor.dtype, group, start, size)
+                slices[name] = FlatSlice(tuple(shape), tensor.dtype, group, start, size)
                 start += size
             sizes.append(start)
-        for name in module.keys() - places.keys():
+        for name in module.keys() - slices.keys():
             raise ConvertError(f"{file}: {shown(name)} is in the module and not in param_shapes")
         for path in self._optimizer_files:
             groups = self._flat_groups(path)
@@ -175,4 +177,4 @@ class Zero3Checkpoint:
                 )
             for i, group in enumerate(groups):
                 check_bytes(path, f"fp32_flat_groups[{i}]", group)
-        return places
+        return slices
