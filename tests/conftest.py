@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from filelock import FileLock
 
 from megatron_patch.commands.command_line import run_script as run_in_terminal
 
@@ -66,6 +65,8 @@ def find_neox() -> Path | None:
 def make_once(tmp_path_factory) -> Callable[[str, Callable[[Path], None]], Path]:
     """Function: returns a folder of this name that `fill` writes once for all workers of
     pytest-xdist."""
+    from filelock import FileLock  # which a machine that runs tests/gpu alone may lack
+
     root = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         root = root.parent
@@ -144,6 +145,7 @@ def pytest_terminal_summary(terminalreporter):
         f"real GPT-NeoX from {checkout}" if checkout else "",
         "no checkout, set GPT_NEOX_PATH or run scripts/setup.sh",
     )
+    tell("Tests on a GPU", "gpu", f"{gpus} GPUs" if gpus else "", "found no CUDA device")
     tell(
         "Tests on two GPUs",
         "needs_two_gpus",

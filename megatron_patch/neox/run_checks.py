@@ -10,7 +10,7 @@ import torch
 
 from megatron_patch.architecture import METALA, SettingsError
 from megatron_patch.architecture_neox import expand_attention_config, from_neox
-from megatron_patch.ops.backends import obstacle
+from megatron_patch.ops.backends import unsupported_reason
 
 
 def program(args: Any) -> str:
@@ -66,7 +66,9 @@ def check_backend(args: Any) -> None:
     device = torch.device("cpu") if on_cpu else torch.device("cuda", args.local_rank or 0)
     dtype = {"fp16": torch.float16, "bfloat16": torch.bfloat16}.get(args.precision, torch.float32)
     sizes = {"K": model.key_width, "V": model.value_width}
-    reason = obstacle("meta_linear_attention", model.metala.backend, dtype, device, **sizes)
+    reason = unsupported_reason(
+        "meta_linear_attention", model.metala.backend, dtype, device, **sizes
+    )
     if reason is not None:
         _refuse(args, "metala.backend", f"auto or chunked: {reason}")
 

@@ -96,7 +96,7 @@ class Decoder:
             )
 
 
-def obstacle(
+def unsupported_reason(
     dtype: torch.dtype, device: torch.device, *, D: int, H: int, K: int, V: int, F: int
 ) -> str | None:
     """Why there is no kernel for such a model on a device, or `None` if there is one."""

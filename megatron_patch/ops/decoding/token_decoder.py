@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_patch.ops.backends import choose, interpreted, obstacle
+from megatron_patch.ops.backends import choose, interpreted, unsupported_reason
 
 if TYPE_CHECKING:
     from megatron_patch.ops import decoding, triton
@@ -101,7 +101,7 @@ def token_decoder(
         dtype=head.dtype, device=head.device, D=dim, H=heads, K=key_width, V=value_width, F=inner
     )
     if interpreted(head.dtype):
-        missing = obstacle("token_decoder", "triton", **call)
+        missing = unsupported_reason("token_decoder", "triton", **call)
         backend = "triton" if missing is None else "layers"
     else:
         backend = choose("token_decoder", "auto", **call)

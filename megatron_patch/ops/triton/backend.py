@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from megatron_patch.ops.checks import records_gradients
-from megatron_patch.ops.epilogue import give_state
+from megatron_patch.ops.torch_ops import give_state
 from megatron_patch.ops.triton import convolution, operator, step
 
 

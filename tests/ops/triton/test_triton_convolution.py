@@ -12,31 +12,20 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from megatron_patch.ops import short_convolution
 from megatron_patch.ops.triton import convolution
+from tests.ops import cases
+from tests.ops.cases import DEVICE
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 6e-3}
 
 
-def make(B=1, T=9, D=6, W=4, *, N=None, dtype=torch.float32, state=True):
-    generator = torch.Generator().manual_seed(0)
-    shapes = {"x": (B, T, D), "weight": (D, 1, W), "initial_state": (N or B, D, W - 1)}
-    tensors = {
-        name: torch.randn(shape, generator=generator).to(dtype).to(DEVICE)
-        for name, shape in shapes.items()
-    }
-    if not state:
-        del tensors["initial_state"]
-    return tensors
+def make(B=1, T=9, D=6, W=4, *, state=True, **how):
+    return cases.make_convolution(B, T, D, W, absent=() if state else ("initial_state",), **how)
 
 
-def evaluate(tensors, backend, dtype=None, rows=slice(None), **arguments):
-    """Results and gradients of a fixed functional of them; of y, its `rows` alone."""
-    leaves = {name: x.detach().to(dtype or x.dtype).requires_grad_() for name, x in tensors.items()}
-    y, state = short_convolution(**leaves, backend=backend, **arguments)
-    results = [y[:, rows]] if state is None else [y[:, rows], state]
-    generator = torch.Generator().manual_seed(1)
-    weights = [torch.randn(x.shape, generator=generator).bfloat16().to(x) for x in results]
-    return [*results, *torch.autograd.grad(results, list(leaves.values()), weights)]
+def evaluate(tensors, backend, dtype=None, **arguments):
+    """Returns results and gradients in order."""
+    found = cases.evaluate(short_convolution, tensors, dtype, backend=backend, **arguments)
+    return list(found.values())
 
 
 def assert_right(tensors, **arguments):

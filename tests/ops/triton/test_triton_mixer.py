@@ -12,41 +12,19 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from megatron_patch.ops import meta_linear_attention
 from megatron_patch.ops.triton.configuration import configure
 from megatron_patch.ops.triton.layout import lay_out
+from tests.ops import cases
+from tests.ops.cases import DEVICE, NAMES, make
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Relative errors (2-norm). Triton's interpreter cuts digits off where a GPU rounds to bfloat16.
 TOLERANCE = {
     torch.float32: 3e-5,
     torch.float16: 2e-3,
     torch.bfloat16: 1e-2 if DEVICE == "cuda" else 2e-2,
 }
-NAMES = ("q", "gate_logits", "v", "aug", "out_gate", "out_gate_bias", "initial_state")
-
-
-def make(B, T, H, K, V, *, N=None, dtype=torch.float32, gates=1.0, absent=(), seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    shapes = (
-        (B, T, H, K), (B, T, H, K), (B, T, H, V), (H, K), (B, T, H, V), (H, V), (N or B, H, K, V),
-    )  # fmt: skip
-    tensors = {}
-    for name, shape in zip(NAMES, shapes, strict=True):
-        x = torch.randn(shape, generator=generator, dtype=torch.float64)
-        x = x * gates if name == "gate_logits" else x
-        if name not in absent:
-            tensors[name] = x.to(torch.float32 if name == "initial_state" else dtype).to(DEVICE)
-    return tensors
 
 
 def evaluate(tensors, backend, dtype=None, **arguments):
-    """Outputs and gradients of a fixed functional of them, by name."""
-    leaves = {name: x.detach().to(dtype or x.dtype).requires_grad_() for name, x in tensors.items()}
-    out, final_state = meta_linear_attention(**leaves, backend=backend, **arguments)
-    results = {"out": out} if final_state is None else {"out": out, "final_state": final_state}
-    generator = torch.Generator().manual_seed(1)
-    weights = [torch.randn(x.shape, generator=generator).bfloat16().to(x) for x in results.values()]
-    gradients = torch.autograd.grad(list(results.values()), list(leaves.values()), weights)
-    results |= {f"d {name}": x for name, x in zip(leaves, gradients, strict=True)}
-    return {name: x.detach() for name, x in results.items()}
+    return cases.evaluate(meta_linear_attention, tensors, dtype, backend=backend, **arguments)
 
 
 def assert_right(tensors, tolerance=None, backend_of_oracle="chunked", **arguments):
@@ -297,7 +275,10 @@ def test_layout_of_packed_sequences():
 
 def test_who_looks_at_operators_finds_one():
     """`vmap` and `make_fx` on plain tensors."""
-    tensors = [make(1, 20, 1, 16, 32, absent=("initial_state",), seed=seed) for seed in range(2)]
+    generator = torch.Generator().manual_seed(0)
+    tensors = [
+        make(1, 20, 1, 16, 32, absent=("initial_state",), generator=generator) for _ in range(2)
+    ]
     stacked = [torch.stack(parts) for parts in zip(*(t.values() for t in tensors), strict=True)]
 
     def mix(*parts):
