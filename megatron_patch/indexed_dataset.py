@@ -67,7 +67,7 @@ def index_map_paths(prefix: str | Path) -> list[Path]:
     """GPT-NeoX's index maps of a data set, which it keeps beside the pair: which documents make
     which sample. A data set that replaces another has no use for them."""
     folder, start = Path(prefix).parent, re.escape(Path(prefix).name)
-    name = re.compile(  # the hash is that of `megatron_patch.neox.index_maps`
+    name = re.compile(  # the hash is that of `megatron_patch.neox.upstream_fixes.data`
         rf"{start}(_[0-9a-f]{{16}})?_(train|valid|test)(_\d+)?"
         r"_indexmap_.+_(doc|sample|shuffle)_idx\.npy"
     )

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_patch.architecture import GPT_NEOX_DEFAULTS, SettingsError
-from megatron_patch.neox.run_checks import check_backend
+from megatron_patch.neox.run_settings import check_backend
 from megatron_patch.neox.settings import check_settings, export_warning
 
 
