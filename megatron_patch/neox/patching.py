@@ -1,11 +1,13 @@
-"""The three ways in which the plugin changes an imported GPT-NeoX."""
+"""How the plugin changes an imported GPT-NeoX, and how it marks a repair of a fault upstream."""
 
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
 from megatron_patch.architecture import METALA
@@ -59,3 +61,30 @@ def swapped(owner: Any, name: str, replacement: Any) -> Iterator[None]:
         yield
     finally:
         setattr(owner, name, original)
+
+
+def repairs(name: str, place: str, faulty: str = "") -> Callable[[Callable], Callable]:
+    """Marks a function that repairs a fault upstream, in every program that calls it.
+
+    Args:
+        name: what it repairs, for the log line.
+        place: the faulty function, as "module:name", or a whole module.
+        faulty: text in the place's source that would be gone if the fault were; "" for a safety net
+            that upstream does not have at all.
+    """
+
+    def is_needed() -> bool:
+        module, _, path = place.partition(":")
+        try:
+            owner = functools.reduce(getattr, filter(None, path.split(".")), import_module(module))
+            return faulty in inspect.getsource(owner)
+        except (ImportError, AttributeError):
+            return False  # the place is gone
+        except OSError:
+            return True  # without source nothing says otherwise
+
+    def mark(function: Callable) -> Callable:
+        function.repair, function.is_needed = name, is_needed
+        return function
+
+    return mark

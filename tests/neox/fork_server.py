@@ -40,7 +40,7 @@ sys.exit(code)
 
 # The first argument after these is a name that the plugin looks for in a rank's parent.
 SERVER = """
-import json, os, runpy, selectors, signal, socket, sys
+import atexit, gc, json, os, runpy, selectors, signal, socket, sys, threading, traceback
 import deepspeed.launcher.runner, megatron.training, megatron.text_generation_utils
 import torch._dynamo  # the first optimizer imports it, which takes 2 s
 
@@ -90,6 +90,8 @@ def serve(address):
                 connection.close()
                 os.close(ended)
 
+gc.collect()
+gc.freeze()  # or collections in the forks would copy all memory
 job, output = serve(sys.argv[1])
 sys.executable = sys.argv[2]
 for target, file in zip((1, 2), output):
@@ -103,17 +105,30 @@ os.chdir(job["folder"])
 added = os.environ.get("PYTHONPATH", "").split(os.pathsep)
 sys.path[1:1] = [path for path in added if path and path not in sys.path]
 arguments = [argument for argument in job["argv"] if argument != "-u"]
-if arguments[0] in ("-m", "-c"):
-    kind, program = arguments[:2]
-    sys.path[0], sys.argv = job["folder"], arguments[1:]
-    if kind == "-m":
-        runpy.run_module(program, run_name="__main__", alter_sys=True)
+code = 0
+try:
+    if arguments[0] == "-m":
+        sys.path[0], sys.argv = job["folder"], arguments[1:]
+        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+    elif arguments[0] == "-c":
+        sys.path[0], sys.argv = job["folder"], ["-c", *arguments[2:]]
+        exec(arguments[1], {"__name__": "__main__"})
     else:
-        sys.argv[0] = "-c"
-        exec(program, {"__name__": "__main__"})
-else:
-    sys.path[0], sys.argv = os.path.dirname(os.path.abspath(arguments[0])), arguments
-    runpy.run_path(arguments[0], run_name="__main__")
+        sys.path[0], sys.argv = os.path.dirname(os.path.abspath(arguments[0])), arguments
+        runpy.run_path(arguments[0], run_name="__main__")
+except SystemExit as end:
+    code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    if isinstance(end.code, str):
+        print(end.code, file=sys.stderr)
+except BaseException:
+    traceback.print_exc()
+    code = 1
+# What Python does at its end, without freeing the memory piece by piece.
+threading._shutdown()
+atexit._run_exitfuncs()
+sys.stdout.flush()
+sys.stderr.flush()
+os._exit(code)
 """
 
 _servers: dict[Path, ForkServer] = {}

@@ -14,7 +14,7 @@ from importlib import import_module
 import torch
 
 from megatron_patch.architecture import SettingsError
-from megatron_patch.neox.patching import replace
+from megatron_patch.neox.patching import repairs, replace
 
 _CPU = torch.device("cpu")
 
@@ -24,6 +24,8 @@ def runs_on_cpu(args) -> bool:
     return args.distributed_backend == "gloo" and not torch.cuda.is_available()
 
 
+# megatron/initialize.py:44. https://github.com/EleutherAI/gpt-neox/issues/580 asks for it.
+@repairs("start without CUDA", "megatron.initialize:initialize_megatron", "Megatron requires CUDA")
 def initialize_without_cuda() -> None:
     """Tells `initialize_megatron`, which asserts CUDA, that a run on the CPU needs none."""
     from megatron import initialize, training  # noqa: F401  (both hold the function)

@@ -19,9 +19,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_patch.neox.patching import in_metala_runs, swapped
+from megatron_patch.neox.patching import in_metala_runs, repairs, swapped
 
 
+# megatron/data/gpt2_dataset.py:229, megatron/data/pairwise_dataset.py
+@repairs("index maps", "megatron.data.gpt2_dataset:_build_index_mappings", '_filename += "_{}pi"')
 def name_index_maps_after_data() -> None:
     """Makes runs with MetaLA layers build and find the index maps of their own data."""
     from megatron import training  # noqa: F401  (holds the function)

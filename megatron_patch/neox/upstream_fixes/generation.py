@@ -7,10 +7,12 @@ import functools
 import torch
 import torch.distributed as dist
 
-from megatron_patch.neox.patching import has_metala_layers, replace
+from megatron_patch.neox.patching import has_metala_layers, repairs, replace
 from megatron_patch.neox.upstream_fixes.processes import end_run
 
 
+# megatron/text_generation_utils.py:198
+@repairs("caches of earlier prompts", "megatron.text_generation_utils:stream_tokens")
 def forget_earlier_prompts() -> None:
     """Clears the caches before and after each prompt: GPT-NeoX continues the next one, or whatever
     else the model does then, with the state of the last."""
@@ -47,6 +49,12 @@ def share_random_state(group, source: int) -> None:
     torch.cuda.set_rng_state(state.cpu())
 
 
+# megatron/model/gpt2_model.py:345, megatron/model/utils.py:126
+@repairs(
+    "logits of tensor-parallel ranks",
+    "megatron.model.gpt2_model:GPT2ModelPipe._set_parallel_output",
+    "isinstance(final_layer, (ParallelLinearPipe, ParallelLinear))",
+)
 def gather_logits() -> None:
     """Lets `inference_mode` gather the logits of tied heads, and of models without a pipeline, over
     the tensor-parallel ranks. Without it each rank takes its share of the vocabulary for all."""

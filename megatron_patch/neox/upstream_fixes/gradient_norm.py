@@ -22,10 +22,16 @@ from typing import Any
 import torch
 from torch import distributed
 
-from megatron_patch.neox.patching import has_metala_layers
+from megatron_patch.neox.patching import has_metala_layers, repairs
 from megatron_patch.neox.upstream_fixes.processes import end_run
 
 
+# deepspeed/runtime/utils.py:394
+@repairs(
+    "gradient norm without ZeRO",
+    "deepspeed.runtime.utils:clip_grad_norm_",
+    "get_model_parallel_rank",
+)
 def clip_each_parameter_once() -> None:
     """Repairs the float32 clipping without ZeRO."""
     from deepspeed.runtime.pipe.engine import PipelineEngine
@@ -43,6 +49,12 @@ def clip_each_parameter_once() -> None:
     PipelineEngine.clip_fp32_gradients = clip_each_once
 
 
+# deepspeed/runtime/zero/stage_1_and_2.py:2943, deepspeed/runtime/bf16_optimizer.py:547
+@repairs(
+    "gradient norm of unequal stages",
+    "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer.scaled_global_norm",
+    "enumerate(self.bit16_groups)",
+)
 def reduce_equally_often() -> None:
     """Repairs the norms of ZeRO's and of the bfloat16 optimizer."""
     from deepspeed.runtime.bf16_optimizer import BF16_Optimizer

@@ -27,7 +27,7 @@ from typing import Any, NoReturn
 import psutil
 
 from megatron_patch.architecture import SettingsError
-from megatron_patch.neox.patching import in_metala_runs
+from megatron_patch.neox.patching import in_metala_runs, repairs
 from megatron_patch.neox.upstream_fixes.saving import HOLDER
 from megatron_patch.neox.upstream_fixes.watchdog import VARIABLE as WATCHDOG_SECONDS
 
@@ -100,6 +100,12 @@ def check_running_ranks(args) -> None:
         sys.exit(message if args.rank == 0 else 1)
 
 
+# megatron/neox_arguments/arguments.py:908
+@repairs(
+    "number of ranks",
+    "megatron.neox_arguments.arguments:NeoXArgs.calculate_derived",
+    "global_num_gpus = torch.cuda.device_count()",
+)
 def check_ranks_before_training() -> None:
     """Compares the counted ranks with the running ones at the start of `pretrain`."""
     from megatron.training import pretrain
@@ -192,6 +198,8 @@ def end_run(message: str) -> NoReturn:
     sys.exit(f"MetaLA: {message}" if os.environ.get("RANK", "0") == "0" else 1)
 
 
+# megatron/training.py:883 to 970, megatron/text_generation_utils.py:713
+@repairs("exit codes", "megatron.training", " exit()")
 def fail_where_it_failed() -> None:
     """Gives the failures of GPT-NeoX's programs exit code 1."""
     from megatron import training
@@ -268,6 +276,9 @@ def _end_with_parent(number: int = signal.SIGTERM) -> None:
         _libc.prctl(_PR_SET_PDEATHSIG, number)
 
 
+# deepspeed/launcher/runner.py:639. https://github.com/deepspeedai/DeepSpeed/issues/618 was mended
+# for failing scripts alone.
+@repairs("killed launchers", "deepspeed.launcher.runner:main", "if result.returncode > 0")
 def fail_where_launched_was_killed() -> None:
     """Lets `deepy.py` start DeepSpeed's launcher as a `ChildProcess`: DeepSpeed passes on positive
     exit codes alone."""

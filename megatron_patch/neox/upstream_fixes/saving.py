@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_patch.architecture import SettingsError
-from megatron_patch.neox.patching import in_metala_runs, swapped
+from megatron_patch.neox.patching import in_metala_runs, repairs, swapped
 from megatron_patch.neox.run_settings import program
 from megatron_patch.save_folder import held, holder, try_saving
 from megatron_patch.torch_crc import damaged_record
@@ -72,6 +72,7 @@ def check_save(args: Any) -> None:
     _end_all_if(reason)
 
 
+@repairs("locked save folder", "megatron.initialize:initialize_megatron")
 def check_save_at_start() -> None:
     """Checks the folder when GPT-NeoX has initialised torch.distributed."""
     from megatron import initialize
@@ -166,6 +167,7 @@ def _first_drifted(module: torch.nn.Module, group, source: int) -> tuple[str, li
     return list(replicated)[index], ranks
 
 
+@repairs("equal replicas", "megatron.checkpointing:save_checkpoint")
 def check_before_saving() -> None:
     """Checks the replicas, and who holds the folder, before each checkpoint."""
     from megatron import checkpointing, mpu, training  # noqa: F401  (training holds the function)
@@ -203,6 +205,12 @@ def _step(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
+# megatron/checkpointing.py:158
+@repairs(
+    "keep_last_n_checkpoints",
+    "megatron.checkpointing:delete_old_checkpoints",
+    "re.search(ckpt_dir_regex, i)",
+)
 def delete_old_checkpoints_alone() -> None:
     """Lets `save_checkpoint` delete by the function above."""
     from megatron import checkpointing, training  # noqa: F401  (training holds save_checkpoint too)
@@ -216,6 +224,12 @@ def delete_old_checkpoints_alone() -> None:
 # ---- Damaged files are not loaded
 
 
+# deepspeed/runtime/checkpoint_engine/torch_checkpoint_engine.py:37
+@repairs(
+    "damaged checkpoints",
+    "deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine:TorchCheckpointEngine.load",
+    "torch.load(",
+)
 def refuse_damaged_files() -> None:
     """Compares each file that a rank loads with the CRC-32 that it carries. `torch.load` does not,
     and takes a flipped bit for another weight.

@@ -8,9 +8,11 @@ import os
 import sys
 from types import SimpleNamespace
 
-from megatron_patch.neox.patching import replace
+from megatron_patch.neox.patching import repairs, replace
 
 
+# megatron/data/indexed_dataset.py:71
+@repairs("data_impl: infer", "megatron.data.indexed_dataset:make_dataset", 'elif impl == "cached"')
 def open_inferred_data_sets() -> None:
     """Lets `data_impl: infer`, the default, open the data set whose format it has recognised."""
     from megatron.data.indexed_dataset import infer_dataset_impl, make_dataset
@@ -24,6 +26,13 @@ def open_inferred_data_sets() -> None:
     replace(make_dataset, make_inferred_dataset)
 
 
+# megatron/training.py:544, unpacked in line 1611. Of the same kind as
+# https://github.com/EleutherAI/gpt-neox/issues/1320
+@repairs(
+    "validation in a pipeline",
+    "megatron.training:forward_step",
+    "return model.eval_batch(data_iterator",
+)
 def return_metrics_in_pipelines() -> None:
     """Lets `forward_step` return a loss and metrics with `pipe_parallel_size` >= 1 too, as its
     caller `evaluate` expects."""
@@ -37,6 +46,8 @@ def return_metrics_in_pipelines() -> None:
     replace(forward_step, forward_step_with_metrics)
 
 
+# megatron/utils.py:144, megatron/neox_arguments/arguments.py:453
+@repairs("wandb offline", "megatron.utils:get_wandb_api_key", 'if "WANDB_LOCAL" in os.environ')
 def log_to_wandb_offline() -> None:
     """Keeps wandb on without an API key under WANDB_MODE=offline, and gives back to `wandb.util`
     the function that GPT-NeoX calls there."""
@@ -56,6 +67,10 @@ def log_to_wandb_offline() -> None:
     replace(get_wandb_api_key, key_unless_offline)
 
 
+# megatron/tokenizer/tokenizer.py:160
+@repairs(
+    "GPT2BPETokenizer", "megatron.tokenizer.tokenizer:_GPT2BPETokenizer.__init__", "GPT2Tokenizer("
+)
 def repair_gpt2_tokenizer() -> None:
     """Lets `GPT2BPETokenizer` read its two files under transformers 5.
 

@@ -20,13 +20,14 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_patch.architecture import SettingsError
-from megatron_patch.neox.patching import in_metala_runs, replace
+from megatron_patch.neox.patching import in_metala_runs, repairs, replace
 
 VARIABLE = "METALA_WATCHDOG_SECONDS"
 DEFAULT_SECONDS = 1800.0
 _LEFT = 2**40  # what a rank adds to its signs of life when its work is over
 
 
+@repairs("watchdog", "megatron.training:pretrain")
 def watch_ranks() -> None:
     """Gives trainings a watchdog."""
     from megatron import training
