@@ -68,7 +68,7 @@ def index_map_paths(prefix: str | Path) -> list[Path]:
     """Returns GPT-NeoX's index maps of a data set, which say which documents make which sample.
     GPT-NeoX keeps them next to the pair, and they are wrong once the pair is replaced."""
     folder, start = Path(prefix).parent, re.escape(Path(prefix).name)
-    name = re.compile(  # the hash is that of `megatron_patch.neox.index_maps`
+    name = re.compile(  # the hash is that of `megatron_patch.neox.upstream_fixes.data`
         rf"{start}(_[0-9a-f]{{16}})?_(train|valid|test)(_\d+)?"
         r"_indexmap_.+_(doc|sample|shuffle)_idx\.npy"
     )

@@ -14,7 +14,7 @@ from megatron_patch.architecture import SettingsError
 from megatron_patch.commands.command_line import CommandError, Parser, output_folder, run_script
 from megatron_patch.hf import MetaLAForCausalLM
 from megatron_patch.hf.remote_code import write_model_code
-from megatron_patch.neox.limits import warn_of_short_warmup
+from megatron_patch.neox.run_settings import warn_of_short_warmup
 from megatron_patch.trainer.model import build_model, check_model, load_tokenizer, model_config
 from megatron_patch.trainer.samples import build_samples
 from megatron_patch.trainer.schedule import check_schedule

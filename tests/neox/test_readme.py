@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.neox.fork_server import fork_server
 from tests.neox.training import LOSS, free_port
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -90,6 +91,7 @@ def test_from_data_to_a_published_model_and_on(neox_checkout, tokenizer_file, tm
     (configs / "last.yml").write_text(yaml.safe_dump({**last, "master_port": free_port()}))
     shell = Shell(
         {
+            "python ./deepy.py": f"{fork_server(neox_checkout).python} ./deepy.py",
             "python ": f"{sys.executable} ",
             "corpus/": f"{corpus}/",
             "/data/": f"{data}/",

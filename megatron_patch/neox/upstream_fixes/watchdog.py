@@ -1,9 +1,9 @@
-"""A rank that no longer answers, or no longer trains, ends the run, and is named.
+"""A watchdog that ends a run, and names the rank, when a rank no longer answers or trains.
 
-A stopped process, a host that hangs or a file system that does not answer leave all other ranks
-waiting, and PyTorch's time limits, where there are any, name those that wait. So a thread of each
-rank counts in the store that torch.distributed keeps on rank 0 that the rank lives, and what it has
-done. Rank 0 judges the others; they judge whether rank 0 answers.
+A stopped process, a host that hangs or a file system that does not answer leaves all other ranks
+waiting. PyTorch's time limits, where there are any, name the ranks that wait. So a thread in each
+rank counts its signs of life and its work in the store that torch.distributed keeps on rank 0. Rank
+0 watches the others by these counts; the others watch whether rank 0 answers.
 """
 
 from __future__ import annotations
@@ -20,36 +20,31 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_patch.architecture import SettingsError
+from megatron_patch.neox.patching import in_metala_runs, repairs, replace
 
 VARIABLE = "METALA_WATCHDOG_SECONDS"
 DEFAULT_SECONDS = 1800.0
 _LEFT = 2**40  # what a rank adds to its signs of life when its work is over
 
 
-def watch_ranks(is_concerned: Callable[[Any], bool], replace: Callable) -> None:
-    """Gives trainings a watchdog.
-
-    Args:
-        is_concerned: whether the run of these settings is one to watch.
-        replace: function (original, replacement) that rebinds a function of GPT-NeoX.
-    """
+@repairs("watchdog", "megatron.training:pretrain")
+def watch_ranks() -> None:
+    """Gives trainings a watchdog."""
     from megatron import training
 
     watchdog: Watchdog | None = None
-    initialize, pretrain = training.initialize_megatron, training.pretrain
+    is_training = False
 
-    @functools.wraps(initialize)
-    def initialize_and_watch(neox_args, *args, **kwargs):
+    @in_metala_runs(training.initialize_megatron)
+    def initialize_and_watch(initialize, neox_args, *args, **kwargs):
         nonlocal watchdog
         result = initialize(neox_args, *args, **kwargs)
-        if is_training and is_concerned(neox_args) and (seconds := watchdog_seconds()):
+        if is_training and (seconds := watchdog_seconds()):
             watchdog = Watchdog(_connect, dist.get_rank(), dist.get_world_size(), seconds)
         return result
 
-    is_training = False
-
-    @functools.wraps(pretrain)
-    def pretrain_watched(neox_args):
+    @in_metala_runs(training.pretrain)
+    def pretrain_watched(pretrain, neox_args):
         nonlocal is_training
         is_training = True
         try:
@@ -58,26 +53,24 @@ def watch_ranks(is_concerned: Callable[[Any], bool], replace: Callable) -> None:
             if watchdog:
                 watchdog.leave()
 
-    def counted(original: Callable) -> None:
+    def count(original: Callable) -> None:
         @functools.wraps(original)
-        def count(*args, **kwargs):
+        def counted(*args, **kwargs):
             if watchdog:
                 watchdog.work()
             return original(*args, **kwargs)
 
-        replace(original, count)
+        replace(original, counted)
 
-    replace(initialize, initialize_and_watch)
-    replace(pretrain, pretrain_watched)
     for work in (training.train_step, training.forward_step, training.save_checkpoint):
-        counted(work)
+        count(work)
 
 
 def watchdog_seconds() -> float | None:
-    """The time that the environment gives, `None` for no watchdog.
+    """Returns the time limit of the environment in seconds, `None` for no watchdog.
 
     Raises:
-        SettingsError: it gives no number.
+        SettingsError: the variable holds no number of seconds.
     """
     text = os.environ.get(VARIABLE) or str(DEFAULT_SECONDS)
     try:
@@ -92,28 +85,29 @@ def watchdog_seconds() -> float | None:
 
 
 def _connect() -> dist.TCPStore:
-    """A connection of its own: one that waits for an answer lets nobody else ask."""
+    """Opens a connection of the watchdog's own. A connection that waits for an answer blocks all
+    other questions."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     return dist.TCPStore(address, port, is_master=False, wait_for_workers=False)
 
 
 class Watchdog:
     """Ends this process with exit code 1 when a rank has given no sign of life for `seconds`, or,
-    once ranks train, when none has got on for as long. A line says which, after a sixth of that
-    time, and at the end.
+    once the ranks train, when no rank has got on for as long. A line names the rank after a sixth
+    of that time, and another one at the end.
 
     Args:
-        connect: makes a connection to the store on rank 0.
-        rank, world_size: this rank's number, and how many there are.
-        seconds: how long to wait.
+        connect: opens a connection to the store on rank 0.
+        rank, world_size: this rank's number, and the number of ranks.
+        seconds: the time limit.
     """
 
     def __init__(self, connect: Callable[[], Any], rank: int, world_size: int, seconds: float):
         self._connect, self._rank, self._seconds = connect, rank, seconds
         self._pause = min(5.0, seconds / 10)
         self._done, self._is_over, self._is_said = 0, threading.Event(), False
-        self._answered = time.monotonic()  # when the store answered last
-        # By rank and kind: the last count, and when it was first seen.
+        self._answered = time.monotonic()  # when the store last answered
+        # The last count of each rank and kind, and when it was first seen.
         kinds = [(rank, kind) for rank in range(world_size) for kind in ("life", "work")]
         self._seen = {key: (0, self._answered) for key in kinds}
         self._counter = threading.Thread(target=self._count, daemon=True)
@@ -122,12 +116,12 @@ class Watchdog:
             threading.Thread(target=self._await_rank_0, daemon=True).start()
 
     def work(self) -> None:
-        """Says that something new begins: a step, a micro-batch, a checkpoint."""
+        """Counts a new piece of work: a step, a micro-batch, a checkpoint."""
         self._done += 1
 
     def leave(self) -> None:
-        """Says that this rank's work is over. Python must not end while a thread is in the store,
-        which would abort the process."""
+        """Ends the watch when this rank's work is over. It waits for the counting thread, because
+        Python aborts if it ends while a thread is in the store."""
         self._is_over.set()
         self._counter.join(timeout=60)
 
@@ -147,7 +141,7 @@ class Watchdog:
                 elif store.check(["metala/verdict"]):
                     os._exit(1)
                 self._answered = time.monotonic()
-        except RuntimeError:  # rank 0 has left, or is lost; `_await_rank_0` waits whether this ends
+        except RuntimeError:  # rank 0 has left or is lost; `_await_rank_0` finds out which
             pass
 
     def _judge(self, store: Any) -> None:
@@ -169,7 +163,7 @@ class Watchdog:
             who = [rank for rank in present if done[rank] == min(done.values())]
             what = f"no rank has got on for {age:.0f} s, behind is {_named(who, store)}"
         else:
-            age, what = 0.0, ""  # data are read; that may take any time
+            age, what = 0.0, ""  # the ranks still read data, which may take any time
         if self._is_too_long(age, what, is_speaker=True):
             store.set("metala/verdict", "")
             time.sleep(2 * self._pause)

@@ -1,15 +1,16 @@
-"""The norm by which gradients are clipped in a pipeline: every parameter of the model once.
+"""Gradient clipping in DeepSpeed's pipelines: the norm counts every parameter of the model once.
 
-DeepSpeed's pipelines get three things wrong, each repaired here for models with MetaLA layers:
+DeepSpeed gets three things wrong:
 
-- `clip_grad_norm_`, which clips without ZeRO in float32, asks for the rank within pipeline and
-  tensor parallelism together. So it leaves out what tensor-parallel ranks hold in common (norms,
-  the convolution) on all stages but the first, and counts tied embeddings once a stage.
-- ZeRO's optimizer reduces one norm a parameter group over all stages, and groups without parameters
-  were dropped. Where one stage has fewer groups than another (all its parameters decay, say), the
-  other waits for ever.
-- The bfloat16 optimizer cannot add up the norms of a stage that has nothing to count, its only
-  gradients being those of tied embeddings.
+- `clip_grad_norm_`, which clips in float32 without ZeRO, asks for the rank within pipeline and
+  tensor parallelism together. So it leaves out the parameters that tensor-parallel ranks hold in
+  common (norms, the convolution) on all stages but the first, and counts tied embeddings once for
+  each stage that holds them.
+- ZeRO's optimizer reduces one norm for each parameter group over all stages, after it has dropped
+  groups without parameters. Where one stage has fewer groups than another (because all its
+  parameters decay, say), the other waits for ever.
+- The bfloat16 optimizer cannot add up the norms of a stage whose only gradients are those of tied
+  embeddings, which another stage counts.
 """
 
 from __future__ import annotations
@@ -21,53 +22,71 @@ from typing import Any
 import torch
 from torch import distributed
 
-from megatron_patch.neox.endings import end_run
+from megatron_patch.neox.patching import has_metala_layers, repairs
+from megatron_patch.neox.upstream_fixes.processes import end_run
 
 
-def repair_gradient_norm(layer_type: str) -> None:
-    """Repairs DeepSpeed's pipelines of models that have layers of this type."""
+# deepspeed/runtime/utils.py:394
+@repairs(
+    "gradient norm without ZeRO",
+    "deepspeed.runtime.utils:clip_grad_norm_",
+    "get_model_parallel_rank",
+)
+def clip_each_parameter_once() -> None:
+    """Repairs the float32 clipping without ZeRO."""
+    from deepspeed.runtime.pipe.engine import PipelineEngine
+
+    clip = PipelineEngine.clip_fp32_gradients
+
+    @functools.wraps(clip)
+    def clip_each_once(self) -> None:
+        if has_metala_layers(self.module.neox_args):
+            parameters, max_norm = self.module.parameters(), self.gradient_clipping()
+            self._global_grad_norm = clip_gradients(parameters, max_norm, self.grid)
+        else:
+            clip(self)
+
+    PipelineEngine.clip_fp32_gradients = clip_each_once
+
+
+# deepspeed/runtime/zero/stage_1_and_2.py:2943, deepspeed/runtime/bf16_optimizer.py:547
+@repairs(
+    "gradient norm of unequal stages",
+    "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer.scaled_global_norm",
+    "enumerate(self.bit16_groups)",
+)
+def reduce_equally_often() -> None:
+    """Repairs the norms of ZeRO's and of the bfloat16 optimizer."""
     from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
     from deepspeed.runtime.pipe.engine import PipelineEngine
-    from deepspeed.runtime.utils import clip_grad_norm_
 
-    init, clip = PipelineEngine.__init__, PipelineEngine.clip_fp32_gradients
-    # A later DeepSpeed that no longer asks for this rank is left alone.
-    is_wrong = "get_model_parallel_rank" in clip_grad_norm_.__code__.co_names
+    init = PipelineEngine.__init__
 
     @functools.wraps(init)
     def init_with_equal_groups(self, *args, **kwargs) -> None:
         init(self, *args, **kwargs)
-        if self.optimizer and layer_type in self.module.neox_args.attention_config:
+        if self.optimizer and has_metala_layers(self.module.neox_args):
             _reduce_as_often(self.optimizer, self.grid.get_model_parallel_group())
             if isinstance(self.optimizer, BF16_Optimizer):
                 _allow_nothing_to_count(self.optimizer)
 
-    @functools.wraps(clip)
-    def clip_each_once(self) -> None:
-        if is_wrong and layer_type in self.module.neox_args.attention_config:
-            self._global_grad_norm = clip_gradients(
-                self.module.parameters(), self.gradient_clipping(), self.grid
-            )
-        else:
-            clip(self)
-
     PipelineEngine.__init__ = init_with_equal_groups
-    PipelineEngine.clip_fp32_gradients = clip_each_once
 
 
 @torch.no_grad()
 def clip_gradients(
     parameters: Iterable[torch.nn.Parameter], max_norm: float, grid: Any
 ) -> torch.Tensor:
-    """Scales the gradients of a pipeline's stage down to a norm of `max_norm` of the whole model.
+    """Scales a stage's gradients so that the norm of the whole model's is at most `max_norm`.
 
     Args:
-        parameters: those of this rank, their gradients reduced over data-parallel ranks and tied
-            ones over stages.
+        parameters: this rank's parameters. Their gradients are already reduced over data-parallel
+            ranks, those of tied embeddings over stages too.
+        max_norm: the largest norm.
         grid: DeepSpeed's `PipelineParallelGrid`.
 
     Returns:
-        The norm before, a float32 scalar, equal on all ranks of this model.
+        The norm before scaling, a float32 scalar, equal on all ranks of this model.
     """
     from deepspeed.runtime.utils import is_model_parallel_parameter
 
@@ -87,7 +106,7 @@ def clip_gradients(
 
 
 def _reduce_as_often(optimizer: Any, group: distributed.ProcessGroup) -> None:
-    """Lets all stages reduce as many norms as the one with the most parameter groups."""
+    """Lets every stage reduce as many norms as the stage with the most parameter groups does."""
     from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
     from deepspeed.runtime.utils import combine_grad_norm_groups
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
@@ -120,6 +139,7 @@ def _reduce_as_often(optimizer: Any, group: distributed.ProcessGroup) -> None:
 
 
 def _allow_nothing_to_count(optimizer: Any) -> None:
+    """Gives the bfloat16 optimizer a zero to add up where it has no gradient to count."""
     get_grads = optimizer.get_grads_for_norm
 
     def get_grads_for_norm(for_clipping: bool = False) -> Any:

@@ -1,32 +1,36 @@
-"""A run that was meant to go on from a checkpoint must not silently start anew, nor end in what
-DeepSpeed says of files that it does not expect."""
+"""Checks of the checkpoint that a run loads, before any rank exists.
+
+GPT-NeoX prints a line and trains from scratch where it finds no checkpoint. Where files are missing
+or belong to another layout, it and DeepSpeed end in tracebacks that name no file.
+"""
 
 from __future__ import annotations
 
 import math
 import os
+import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_patch.architecture import SettingsError
-from megatron_patch.neox.checkpoint_files import check_files
-from megatron_patch.neox.run_checks import program
+from megatron_patch.architecture import METALA, SettingsError
+from megatron_patch.neox.run_settings import program
 from megatron_patch.neox.yaml_config import SUFFIXES, merge_yaml_texts, read_yaml
 from megatron_patch.steps import latest_step, saved_steps
 from megatron_patch.torch_file import UnreadableFile, load_safely
 
 
 def go_on_from_save(args) -> None:
-    """Lets a run that was stopped go on from its own last checkpoint.
+    """Lets a stopped run go on from its own last checkpoint.
 
-    A run whose start is elsewhere than in `save` (`finetune: true`, a `load` of another folder, or
-    none) would begin there again each time it is started, and write over its checkpoints. Where
-    `save` holds steps of this very run, they are what it loads.
+    A run that does not load from `save` (because of `finetune: true`, a `load` of another folder,
+    or none) would begin again each time it is started, and write over its checkpoints. If `save`
+    holds steps of this very run, this changes the settings so that it loads the last of them.
 
     Args:
         args: GPT-NeoX's settings in the launcher, which hands them to all ranks.
 
     Raises:
-        SettingsError: `save` holds steps that began elsewhere.
+        SettingsError: `save` holds steps of a run that began elsewhere.
     """
     if not _is_training(args) or not args.save or not _saved("save", Path(args.save)):
         return
@@ -56,12 +60,11 @@ def _is_same(one: str, other: str) -> bool:
 
 
 def check_load(args) -> None:
-    """Checks that the checkpoint a run asks for by `load` is there, and can be loaded as the
-    settings say.
+    """Checks that the checkpoint of `load` exists and can be loaded as the settings say.
 
-    GPT-NeoX prints a line and trains from scratch where it is not there. Only one case is a first
-    start and not a mistake: `load` and `save` name the same folder and it holds no checkpoint yet,
-    the usual way to have one command that starts and resumes.
+    One case without a checkpoint is a first start and no mistake: `load` and `save` name the same
+    folder, and it holds no checkpoint yet. That is the usual way to have one command that starts
+    and resumes.
 
     Raises:
         SettingsError: names the folder or setting, what was found there and what was wanted.
@@ -80,7 +83,7 @@ def check_load(args) -> None:
 
 
 def _find_step(args) -> Path | None:
-    """The `global_stepN` folder, `None` at a first start."""
+    """Returns the `global_stepN` folder, `None` at a first start."""
     folder = Path(args.load)
     saved = _saved("load", folder)
     if args.iteration is not None:
@@ -99,7 +102,7 @@ def _find_step(args) -> Path | None:
 
 
 def _saved(setting: str, folder: Path) -> list[str]:
-    """The names of the iterations' folders."""
+    """Returns the names of the folders `global_stepN`."""
     try:
         return [f"global_step{step}" for step in saved_steps(folder)]
     except ValueError as error:
@@ -119,13 +122,12 @@ def _latest_step(setting: str, folder: Path) -> Path:
 
 
 def _check_states(args, step: Path, is_training: bool) -> None:
-    """By the first rank's file, which is read without running what is in it: whether its layout is
-    that of the settings, and whether it has all that will be loaded, the files of other ranks too.
-    GPT-NeoX ends with exit code 0 where it misses the random states."""
+    """Checks the layout of a checkpoint and that everything that will be loaded exists, including
+    the files of other ranks. It reads the first rank's file without running code from it."""
     if os.environ.get("RANK", "0") != "0":
         return
     if any((args.checkpoint or {}).get(f) for f in ("load_universal", "use_node_local_storage")):
-        return  # other files, or on each node its own
+        return  # the files have other names, or each node has its own
     # GPT-NeoX generates and evaluates without ZeRO, whatever the settings say.
     stage = (args.zero_optimization or {}).get("stage", 0) if is_training else 0
     whole, partitioned = (step / f"{p}mp_rank_00_model_states.pt" for p in ("", "zero_pp_rank_0_"))
@@ -143,7 +145,7 @@ def _check_states(args, step: Path, is_training: bool) -> None:
     if not is_training and file is partitioned:
         refuse("load", args.load, "a checkpoint in one file a rank, not one of ZeRO 3")
     if (stage == 3) != (file is partitioned):
-        # They have other files: DeepSpeed finds none that it could load.
+        # ZeRO 3 has files of other names: DeepSpeed would find none that it can load.
         wanted = "another one" if stage == 3 else "3"
         refuse("zero_optimization.stage", stage, f"{wanted}, as in {file}")
     another = f"as in {file}, or that checkpoint in another layout, by convert/reshape_neox.py"
@@ -163,10 +165,10 @@ def _check_states(args, step: Path, is_training: bool) -> None:
         if (found := getattr(args, name, None)) is not None and found != saved:
             refuse(name, found, f"{saved!r}, as in {file}")
     if not args.finetune:
-        _check_run(args, states, file, is_training, stage, refuse)
-    if "metala" in (args.attention_config or ()):
+        _check_going_on(args, states, file, is_training, stage, refuse)
+    if METALA in (args.attention_config or ()):
         data_ranks = _count(states.get("dp_world_size"))
-        check_files(args, step, stage, model_ranks, data_ranks)
+        _check_files(args, step, stage, model_ranks, data_ranks)
 
 
 def _mapping(value: object) -> dict:
@@ -177,8 +179,9 @@ def _count(value: object) -> int | None:
     return value if isinstance(value, int) and 0 < value < 1_000_000 else None
 
 
-def _check_run(args, states: dict, file: Path, is_training: bool, stage: int, refuse) -> None:
-    """What a run needs besides the weights to go on."""
+def _check_going_on(args, states: dict, file: Path, is_training: bool, stage: int, refuse) -> None:
+    """Checks what a run needs besides the weights to go on. Without the random states GPT-NeoX
+    ends with exit code 0."""
     random_states = args.no_load_rng or "random_rng_state" in states
     if is_training and states.get("lr_scheduler") is None:
         missing = "no optimizer states" if random_states else "no optimizer and no random states"
@@ -197,15 +200,18 @@ def _check_run(args, states: dict, file: Path, is_training: bool, stage: int, re
 
 
 def _check_optimizer(args, states: dict, file: Path, stage: int, refuse) -> None:
-    """Under ZeRO the optimizer is in files of its own, a share for each data-parallel rank, whose
-    names tell bfloat16. ZeRO 1 and 2 read each other's."""
+    """Checks that the optimizer's states fit ZeRO stage, precision and number of ranks.
+
+    ZeRO keeps them in files of their own, one for each data-parallel rank, and marks bfloat16 in
+    their names. ZeRO 1 and 2 can read each other's.
+    """
     or_else = f"as in {file}, or finetune: true, which loads the weights alone"
     optimizer = states.get("optimizer")
     if not stage:
         if not isinstance(optimizer, dict):
             saved = _mapping(_mapping(states.get("ds_config")).get("zero_optimization"))
             refuse("zero_optimization.stage", 0, f"{saved.get('stage', '1 or 2')}, {or_else}")
-        is_float32 = "param_groups" in optimizer  # else DeepSpeed wraps it
+        is_float32 = "param_groups" in optimizer  # 16-bit optimizers of DeepSpeed wrap it
         if is_float32 != (args.precision == "fp32"):
             wanted = "fp32" if is_float32 else "another one"
             refuse("precision", args.precision, f"{wanted}, {or_else}")
@@ -217,7 +223,7 @@ def _check_optimizer(args, states: dict, file: Path, stage: int, refuse) -> None
         if other.is_file():
             wanted = "another one" if is_bfloat16 else "bfloat16"
             refuse("precision", args.precision, f"{wanted}, {or_else}")
-        if optimizer is not None:  # else ZeRO's file is missing
+        if optimizer is not None:  # otherwise a file of ZeRO is missing, which `_check_files` names
             refuse("zero_optimization.stage", stage, f"0, {or_else}")
     saved = _count(states.get("dp_world_size"))
     ranks = max(args.model_parallel_size, 1) * max(args.pipe_parallel_size, 1)
@@ -230,8 +236,8 @@ def _check_optimizer(args, states: dict, file: Path, stage: int, refuse) -> None
 
 
 def _check_schedule(args, saved: dict, file: Path) -> None:
-    """GPT-NeoX asserts on every rank that the learning rate's schedule is the checkpoint's, unless
-    it is told which of the two to take."""
+    """Checks that the learning rate's schedule is the checkpoint's, which GPT-NeoX asserts on every
+    rank unless a setting says which of the two to take."""
     if args.override_lr_scheduler and args.use_checkpoint_lr_scheduler:
         raise SettingsError(
             "use_checkpoint_lr_scheduler: found true, wanted false with override_lr_scheduler: true"
@@ -242,12 +248,12 @@ def _check_schedule(args, saved: dict, file: Path) -> None:
     if steps is None and args.train_iters is not None:
         fraction = args.lr_decay_fraction
         steps = args.train_iters if fraction is None else math.floor(args.train_iters * fraction)
-    values = {  # by the scheduler's name: setting, value
+    values = {  # the scheduler's name: (setting, value)
         "start_lr": ("optimizer.params.lr", args.lr),
         "min_lr": ("min_lr", args.min_lr),
         "decay_style": ("lr_decay_style", args.lr_decay_style),
     }
-    if steps is not None:  # with `train_epochs` the data tell
+    if steps is not None:  # with `train_epochs` the data decide
         setting = "train_iters" if args.lr_decay_iters is None else "lr_decay_iters"
         values["end_iter"] = (setting, max(1, steps))
         values["warmup_iter"] = ("warmup", args.warmup * max(1, steps))
@@ -259,3 +265,83 @@ def _check_schedule(args, saved: dict, file: Path) -> None:
                 "override_lr_scheduler: true takes the settings' schedule, "
                 "use_checkpoint_lr_scheduler: true the checkpoint's"
             )
+
+
+# ---- The files of all ranks
+
+
+def _check_files(
+    args, step: Path, stage: int, model_ranks: int | None, data_ranks: int | None
+) -> None:
+    """Checks that all files exist that the settings' layout needs, and that none is cut off.
+    `torch.save` writes a zip file with its list of contents at the end, so no tensor is read.
+
+    Args:
+        args: GPT-NeoX's settings.
+        step: the `global_stepN` folder.
+        stage: the ZeRO stage, 0 for a program that does not train.
+        model_ranks, data_ranks: how many ranks wrote the checkpoint, `None` where it does not say.
+
+    Raises:
+        SettingsError: names the first file that is missing or damaged.
+    """
+    names = set()
+    for name in _names(args, stage, model_ranks, data_ranks or 1):
+        if reason := _damage(step / name):
+            raise SettingsError(f"load: {step / name}: {reason}")
+        names.add(name)
+    # DeepSpeed counts the files of each kind, and takes one too many for another layout.
+    kinds = ("mp_rank_*", "layer_*") if args.pipe_parallel_size else ("mp_rank_*",)
+    for file in sorted(file for kind in kinds for file in step.glob(f"{kind}model_states.pt")):
+        if stage != 3 and file.name not in names:
+            raise SettingsError(f"load: {file}: a file of no rank or layer of this checkpoint")
+
+
+def _names(args, stage: int, model_ranks: int | None, data_ranks: int) -> Iterator[str]:
+    """Yields the names of the files that a run with these settings loads."""
+    tensor_ranks = max(args.model_parallel_size, 1)
+    model_ranks = model_ranks or tensor_ranks * max(args.pipe_parallel_size, 1)
+    if stage == 3:
+        for rank in range(data_ranks):
+            yield f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt"
+    else:
+        for rank in range(model_ranks):
+            yield f"mp_rank_{rank:02d}_model_states.pt"
+    if args.pipe_parallel_size:
+        for layer in _layers(args):
+            for rank in range(tensor_ranks):
+                yield f"layer_{layer:02d}-model_{rank:02d}-model_states.pt"
+    if stage == 3 or (stage and not args.finetune):
+        prefix = "bf16_" if args.precision == "bfloat16" else ""
+        for data_rank in range(data_ranks):
+            for rank in range(model_ranks):
+                yield f"{prefix}zero_pp_rank_{data_rank}_mp_rank_{rank:02d}_optim_states.pt"
+
+
+def _layers(args) -> list[int]:
+    """Returns the numbers of GPT-NeoX's layers that have a file: embedding, blocks, norm, and the
+    head unless it is tied. One function without a file stands before the blocks, one after them."""
+    blocks = [2 + block for block in range(args.num_layers)]
+    head = [args.num_layers + 4] if args.no_weight_tying else []
+    return [0, *blocks, args.num_layers + 3, *head]
+
+
+def _damage(file: Path) -> str | None:
+    """Returns what is wrong with a file of `torch.save`, as far as its two ends tell."""
+    if not file.exists():
+        return "the file is missing"
+    if not file.is_file():
+        return "no regular file"
+    try:
+        with file.open("rb") as stream:
+            start = stream.read(4)
+        if start.startswith(b"\x80"):  # the format before PyTorch 1.6
+            return None
+        if start == b"PK\x03\x04":
+            with zipfile.ZipFile(file):
+                return None
+    except zipfile.BadZipFile:
+        pass
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    return "truncated or no PyTorch file"
