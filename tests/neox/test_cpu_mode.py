@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_patch.architecture import SettingsError
-from megatron_patch.neox.cpu_mode import activate_cpu_mode
+from megatron_patch.neox.upstream_fixes.cpu_mode import activate_cpu_mode
 
 
 def settings(**changes) -> SimpleNamespace:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from megatron_patch.torch_crc import damaged_record
+from megatron_patch.torch_file import damaged_record
 from tests.damage import flip_bit
 from tests.neox.training import neox, settings, train
 

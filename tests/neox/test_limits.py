@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_patch.architecture import SettingsError
-from megatron_patch.neox.limits import check_limits
+from megatron_patch.neox.run_settings import check_limits
 from tests.neox.training import neox, settings
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_patch.neox.endings import _Child
-from megatron_patch.neox.watchdog import VARIABLE
+from megatron_patch.neox.upstream_fixes.processes import ChildProcess
+from megatron_patch.neox.upstream_fixes.watchdog import VARIABLE
 from megatron_patch.save_folder import LOCK, held
 from tests.neox.training import LOSS, free_port, neox, settings, start
 
@@ -124,7 +124,7 @@ def test_a_stopped_rank_ends_the_run_and_is_named(neox_checkout, config, tmp_pat
 
 def test_a_child_takes_the_signals_of_its_parent():
     before = signal.getsignal(signal.SIGTERM)
-    with _Child(["sleep", "60"]) as child:
+    with ChildProcess(["sleep", "60"]) as child:
         signal.raise_signal(signal.SIGTERM)
         assert child.wait() == child.returncode == 143
     assert signal.getsignal(signal.SIGTERM) == before

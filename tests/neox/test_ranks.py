@@ -9,7 +9,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.launcher import runner
 
 from megatron_patch.architecture import SettingsError
-from megatron_patch.neox.ranks import check_running_ranks, count_ranks
+from megatron_patch.neox.upstream_fixes.processes import check_running_ranks, count_ranks
 
 HOSTS = "worker-0 slots=4\nworker-1 slots=2\n"
 

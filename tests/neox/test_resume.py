@@ -9,9 +9,9 @@ import torch
 import yaml
 
 from convert.command import ConvertError
-from convert.neox_checkpoint import find_step
+from convert.neox_reader import find_step
 from megatron_patch.architecture import SettingsError
-from megatron_patch.neox.resume import check_load, go_on_from_save
+from megatron_patch.neox.upstream_fixes.resume import check_load, go_on_from_save
 from tests.neox.training import settings as training_settings
 
 
@@ -360,7 +360,7 @@ answer(None)
 """
 LOAD = """
 from megatron.training import setup_model_and_optimizer
-from megatron_patch.neox.resume import check_load
+from megatron_patch.neox.upstream_fixes.resume import check_load
 refusal = error = None
 try:
     check_load(neox_args)
@@ -419,7 +419,7 @@ IN_OTHER_HANDS = """
 import json, os
 from pathlib import Path
 from megatron.training import save_checkpoint, setup_model_and_optimizer
-from megatron_patch.neox.save_lock import HOLDER, check_save
+from megatron_patch.neox.upstream_fixes.saving import HOLDER, check_save
 model, optimizer, lr_scheduler, _ = setup_model_and_optimizer(neox_args)
 save = Path(neox_args.save)
 lock = save / "run.lock"

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from megatron_patch.architecture import SettingsError
-from megatron_patch.neox.saving import check_saving, delete_old_checkpoints
+from megatron_patch.neox.run_settings import check_saving
+from megatron_patch.neox.upstream_fixes.saving import delete_old_checkpoints
 
 
 def settings(save, **changes) -> SimpleNamespace:
