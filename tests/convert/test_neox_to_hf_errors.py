@@ -143,7 +143,10 @@ def test_models_that_cannot_be_exported(settings, message, tmp_path, vocab_file)
         ({"num_layers": True}, "num_layers: found True, wanted a whole number"),
         ({"pipe_parallel_size": "1"}, "pipe_parallel_size: found '1', wanted a whole number"),
         ({"intermediate_size": None, "expansion_factor": "3"}, "expansion_factor: found '3'"),
-        ({"rms_norm_epsilon": "1e-6"}, r"rms_norm_epsilon: found '1e-6', .* \(text to YAML"),
+        (
+            {"rms_norm_epsilon": "1e-6"},
+            r"rms_norm_epsilon: found '1e-6', .* \(YAML reads it as text",
+        ),
         ({"rms_norm_epsilon": 0}, "rms_norm_epsilon: found 0, wanted a number above 0"),
         ({"init_method_std": float("nan")}, "init_method_std: found nan"),
         ({"pos_emb": "rotary", "rotary_emb_base": "big"}, "rotary_emb_base: found 'big'"),
