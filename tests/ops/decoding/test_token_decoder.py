@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from megatron_patch.hf import MetaLACache
-from megatron_patch.hf.decoding_metala import make_token_decoder
+from megatron_patch.hf.decoding_metala import _unsupported_reason, make_token_decoder
 from megatron_patch.ops import backends
 from megatron_patch.ops.decoding import LayerTensors, token_decoder
 
