@@ -6,7 +6,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from megatron_patch.ops.backends import import_failure, say
@@ -141,7 +140,7 @@ def backward(
         one_tile = in_cuda or call.k <= call.config.bwd_k
 
         def gradient_in(memory: Tensor, is_free: bool) -> Tensor:
-            """Returns memory for a gradient: what its kernel reads for the last time, if it fits."""
+            """Returns `memory`, if its last reader may write the gradient there, or else new."""
             free = is_free and memory.dtype == q.dtype
             return memory if free else call.new_output(*memory.shape)
 

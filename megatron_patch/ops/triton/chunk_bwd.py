@@ -1,5 +1,5 @@
-"""Chunked gated linear attention, backward: the gradients of q, gate logits, v and aug from those of
-y and of the states.
+"""Chunked gated linear attention, backward: the gradients of q, gate logits, v and aug from
+those of y and of the states.
 
 With qg and kg as `chunk_prepare` writes them, the scores P = qg kg^T (j <= i), the states h before
 a chunk and dh after it (`chunk_h.py`), and each token's b = aug_score = q (aug * k):

@@ -20,7 +20,7 @@ ROWS, COLUMNS = 4, 1024  # per program; a thread then loads 16 bytes per row of 
 
 @triton.jit
 def tile_indices(count, F: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Returns this program's rows [ROWS, 1], columns [1, COLUMNS] and the mask of those in range."""
+    """Returns this program's rows [ROWS, 1] and columns [1, COLUMNS], and which are in range."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     return row, column, (row < count) & (column < F)

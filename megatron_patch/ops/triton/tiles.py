@@ -1,5 +1,4 @@
-"""What the chunk kernels share: chunk indices for packed sequences, and the arithmetic of decays and
-matrix products.
+"""What the chunk kernels share: chunk indices, and the arithmetic of decays and matrix products.
 
 Tiles are [C, BK] or [C, BV]: the C tokens of a chunk times a padded width. Log decays are in base
 2, so that one `exp2` instruction applies them. Rows past the end of a sequence hold zeros and zero

@@ -14,7 +14,7 @@ import torch
 import triton
 from triton.backends import backends
 
-from megatron_patch.ops.triton import compilation
+from megatron_patch.ops.triton import launch
 
 # In a process of its own, without Triton's interpreter: the kernels are compiled for Hopper.
 DRIVER = """
@@ -26,7 +26,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from megatron_patch.ops.triton import compilation, operator
+from megatron_patch.ops.triton import chunk, launch
 
 launched, compiled, rounds, lock = [], [], [], threading.Lock()
 
@@ -51,7 +51,7 @@ triton.runtime.driver.set_active(driver)
 triton.knobs.runtime.jit_post_compile_hook = lambda *, fn, is_manual_warmup, **_: compiled.append(
     [fn.name, is_manual_warmup]
 )
-one_round = compilation._compile
+one_round = launch._compile
 
 
 def counted(run, arguments):
@@ -59,7 +59,7 @@ def counted(run, arguments):
     one_round(run, arguments)
 
 
-compilation._compile = counted
+launch._compile = counted
 
 
 def call(T, **arguments):
@@ -68,7 +68,7 @@ def call(T, **arguments):
     q, gate_logits, v, out_gate = inputs
     parameters = [torch.ones(1, w, requires_grad=True) for w in (16, 32)]
     aug, bias = parameters
-    out, _ = operator.meta_linear_attention(
+    out, _ = chunk.meta_linear_attention(
         q, gate_logits, v, aug, out_gate, out_gate_bias=bias, tau=16.0, scale=0.25, norm_eps=1e-5,
         **arguments,
     )
@@ -79,10 +79,15 @@ def call(T, **arguments):
 def answer():
     print(json.dumps([compiled, launched, rounds]))
 """
-FORWARD = ["factors", "carry", "output"]
+FORWARD = ["chunk_prepare_kernel", "chunk_h_kernel", "chunk_fwd_o_kernel"]
 BACKWARD = [
-    "output_backward", "carry", "gradients", "exact_gradients", "sum_shares", "sum_shares",
-]  # fmt: skip
+    "chunk_bwd_o_kernel",
+    "chunk_h_kernel",
+    "chunk_bwd_kernel",
+    "chunk_bwd_fallback_kernel",
+    "sum_partials_kernel",
+    "sum_partials_kernel",
+]
 
 needs_asynchronous_compilation = pytest.mark.skipif(
     not hasattr(triton, "AsyncCompileMode"), reason="Triton before 3.5"
@@ -117,9 +122,9 @@ def test_both_passes_compile_their_kernels_together_and_once(tmp_path):
     """
     compiled, launched, rounds = in_new_process(code, tmp_path)
     assert sorted(launched) == sorted(3 * (FORWARD + BACKWARD))
-    # The second `sum_shares` is compiled already, `carry` runs in two directions.
+    # The second `sum_partials` is already compiled; the inter-chunk scan runs in two directions.
     kernels = {*FORWARD, *BACKWARD}
-    assert sorted(compiled) == sorted([[kernel, True] for kernel in [*kernels, "carry"]])
+    assert sorted(compiled) == sorted([[kernel, True] for kernel in [*kernels, "chunk_h_kernel"]])
     assert rounds == ["forward"]
 
 
@@ -142,9 +147,9 @@ def test_a_compilation_that_failed_is_tried_again(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     rounds = []  # whether each is the one that compiles
 
-    @compilation.compiled_together(lambda x: x.shape)
+    @launch.compiled_together(lambda x: x.shape)
     def run(x):
-        rounds.append(compilation._compiling.get())
+        rounds.append(launch._compiling.get())
         if len(rounds) == 1:
             raise RuntimeError("no memory")
         return x + 1
@@ -167,4 +172,4 @@ def test_nothing_changes_where_nothing_can_be_compiled_together(monkeypatch, rea
     else:
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)
         monkeypatch.delattr(triton, "AsyncCompileMode", raising=False)
-    assert compilation.compiled_together(len)(print) is print
+    assert launch.compiled_together(len)(print) is print

@@ -111,7 +111,7 @@ def test_rows_behind_the_last_sequence(short_runs):
     tensors["x"][:, 13:] = math.nan
     leaves = {name: x.requires_grad_() for name, x in tensors.items()}
     # The public function refuses such boundaries where it can read them for free.
-    y, state = convolution.short_convolution(*_ordered(leaves), bounds.to(DEVICE), True, True)
+    y, state = convolution._with_gradients(*_ordered(leaves), bounds.to(DEVICE), True, True)
     assert (y[:, 13:] == 0).all()
     generator = torch.Generator().manual_seed(1)
     weights = [

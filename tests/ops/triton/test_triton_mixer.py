@@ -10,8 +10,8 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from megatron_patch.ops import meta_linear_attention
-from megatron_patch.ops.triton.configuration import configure
-from megatron_patch.ops.triton.layout import lay_out
+from megatron_patch.ops.triton.config import configure
+from megatron_patch.ops.triton.tiles import prepare_chunk_indices
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Relative errors (2-norm). Triton's interpreter cuts digits off where a GPU rounds to bfloat16.
@@ -122,7 +122,7 @@ def test_boundaries_with_gaps_in_memory():
 def test_many_segments(monkeypatch):
     segment = 128
     monkeypatch.setattr(
-        "megatron_patch.ops.triton.launches.configure",
+        "megatron_patch.ops.triton.config.configure",
         lambda *widths: configure(*widths)._replace(segment=segment),
     )
     assert_right(make(1, segment + 70, 1, 16, 16))
@@ -136,7 +136,7 @@ def test_many_segments(monkeypatch):
 )
 def test_wide_heads(K, absent, boundaries):
     """Two kernels share their gradients. Strong decays, of one sequence, go to a third."""
-    assert configure(K, 40, torch.bfloat16).gradient_k < K
+    assert configure(K, 40, torch.bfloat16).bwd_k < K
     N = 1 if boundaries is None else len(boundaries) - 1
     tensors = make(1, 70, 2, K, 40, N=N, dtype=torch.bfloat16, absent=absent)
     bounds = None
@@ -244,7 +244,7 @@ def test_state_continues_a_sequence():
 
 
 def test_operator_check():
-    from megatron_patch.ops.triton.operator import _forward
+    from megatron_patch.ops.triton.chunk import _forward
 
     for absent in ((), ("initial_state", "aug")):
         x = make(1, 5, 1, 16, 16, absent=absent)
@@ -281,18 +281,18 @@ def test_non_finite_inputs_are_not_hidden():
         assert out[0, 3].isnan().all(), name
 
 
-def test_layout_of_packed_sequences():
+def test_chunk_indices_of_packed_sequences():
     bounds = torch.tensor([0, 0, 5, 70, 200], device=DEVICE)
-    layout = lay_out(1, 200, 16, 64, bounds)
+    indices = prepare_chunk_indices(1, 200, 16, 64, bounds)
     lengths = [0, 5, 65, 130]
     wanted = [[n, i] for n, length in enumerate(lengths) for i in range(-(-length // 16))]
-    chunks = layout.chunk_table.tolist()
+    chunks = indices.chunk_indices.tolist()
     assert chunks[: len(wanted)] == wanted
     assert all(row[0] == -1 for row in chunks[len(wanted) :])
-    segments = [row for row in layout.segment_table.tolist() if row[0] >= 0]
+    segments = [row for row in indices.segment_indices.tolist() if row[0] >= 0]
     assert segments == [[1, 0], [2, 0], [2, 1], [3, 0], [3, 1], [3, 2]]
-    assert layout.chunk_bounds.tolist() == [0, 0, 1, 6, 15]
-    assert layout.segment_bounds.tolist() == [0, 0, 1, 3, 6]
+    assert indices.chunk_offsets.tolist() == [0, 0, 1, 6, 15]
+    assert indices.segment_offsets.tolist() == [0, 0, 1, 3, 6]
 
 
 def test_who_looks_at_operators_finds_one():
