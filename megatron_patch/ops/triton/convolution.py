@@ -34,18 +34,48 @@ FORWARD_ROWS, BACKWARD_ROWS = 8, 4  # rows loaded at once, as many as fit in reg
 
 
 @triton.jit
-def sequence_of(t, cu_seqlens, sequences):
-    """Returns the packed sequence that token t lies in (the last one for tokens behind them all),
-    by binary search."""
-    low = 0
-    high = sequences
-    while low + 1 < high:
-        middle = (low + high) // 2
-        if tl.load(cu_seqlens + middle).to(tl.int32) <= t:
-            low = middle
-        else:
-            high = middle
-    return low
+def bounds_of(n, cu_seqlens, T):
+    """Returns the first token of sequence n and the end of its last."""
+    start = 0
+    end = T
+    if cu_seqlens is not None:
+        start = tl.load(cu_seqlens + n).to(tl.int32)
+        end = tl.load(cu_seqlens + n + 1).to(tl.int32)
+    return start, end
+
+
+@triton.jit
+def sequence_of(t, n, cu_seqlens, sequences, T):
+    """Returns (start, end, index) of the sequence that token t lies in: found by binary search if
+    sequences are packed (the last one for tokens behind them all), or else batch entry n."""
+    start = 0
+    end = T
+    n = n.to(tl.int64)
+    if cu_seqlens is not None:
+        low = 0
+        high = sequences
+        while low + 1 < high:
+            middle = (low + high) // 2
+            if tl.load(cu_seqlens + middle).to(tl.int32) <= t:
+                low = middle
+            else:
+                high = middle
+        n = low.to(tl.int64)
+        start = tl.load(cu_seqlens + n).to(tl.int32)
+        end = tl.load(cu_seqlens + n + 1).to(tl.int32)
+    return start, end, n
+
+
+@triton.jit
+def step_back(t, start, end, n, cu_seqlens):
+    """Returns (start, end, index) of the sequence that token t lies in, from those of a later
+    one."""
+    if cu_seqlens is not None:
+        while (t < start) & (n > 0):
+            n -= 1
+            end = start
+            start = tl.load(cu_seqlens + n).to(tl.int32)
+    return start, end, n
 
 
 @triton.jit
@@ -77,16 +107,7 @@ def load_weights(weight, columns, D: tl.constexpr, W: tl.constexpr):
 
 @triton.jit
 def input_at(
-    row,
-    t,
-    start,
-    end,
-    state,
-    n,
-    columns,
-    D: tl.constexpr,
-    W: tl.constexpr,
-    IS_VARLEN: tl.constexpr,
+    row, t, start, end, state, n, columns, D: tl.constexpr, W: tl.constexpr, IS_VARLEN: tl.constexpr
 ):
     """Returns input t of the sequence start .. end - 1 in float32: `row`, or for t < start the
     entry of state n [N, D, W - 1]. Zero from `end` on, where `row` may hold anything."""
@@ -101,18 +122,9 @@ def input_at(
 
 @triton.jit
 def inputs_of(
-    rows,
-    t,
-    start,
-    end,
-    state,
-    n,
-    columns,
-    D: tl.constexpr,
-    W: tl.constexpr,
-    FIRST: tl.constexpr,
-    IS_VARLEN: tl.constexpr,
-):
+    rows, t, start, end, state, n, columns, D: tl.constexpr, W: tl.constexpr,
+    FIRST: tl.constexpr, IS_VARLEN: tl.constexpr,
+):  # fmt: skip
     """Returns the W inputs of token t, of which the first is rows[FIRST]."""
     inputs = ()
     for i in tl.static_range(W):
@@ -128,23 +140,10 @@ def inputs_of(
 
 @triton.jit(do_not_specialize=["T", "sequences"])
 def convolution_fwd_kernel(
-    x,
-    weight,
-    state,
-    y,
-    final_state,
-    cu_seqlens,
-    T,
-    sequences,
-    x_strides,
-    y_strides,
-    D: tl.constexpr,
-    W: tl.constexpr,
-    RUN: tl.constexpr,
-    R: tl.constexpr,
-    BD: tl.constexpr,
+    x, weight, state, y, final_state, cu_seqlens, T, sequences, x_strides, y_strides,
+    D: tl.constexpr, W: tl.constexpr, RUN: tl.constexpr, R: tl.constexpr, BD: tl.constexpr,
     SILU: tl.constexpr,
-):
+):  # fmt: skip
     """y = silu(convolution of x). Grid: (runs, plus sequences to write final states; channels).
 
     state [N, D, W - 1] and cu_seqlens [N + 1] may be `None`. Strides are those of (batch, time).
@@ -162,12 +161,8 @@ def convolution_fwd_kernel(
 
     if program >= all_runs:
         n = (program - all_runs).to(tl.int64)
-        start = 0
-        end = T
-        if IS_VARLEN:
-            start = tl.load(cu_seqlens + n).to(tl.int32)
-            end = tl.load(cu_seqlens + n + 1).to(tl.int32)
-        else:
+        start, end = bounds_of(n, cu_seqlens, T)
+        if not IS_VARLEN:
             x += n * x_b
         final_state += n * (D * (W - 1))
         first = end - (W - 1)
@@ -179,14 +174,8 @@ def convolution_fwd_kernel(
         return
 
     first = (program % runs) * RUN
-    start = 0
-    end = T
-    n = (program // runs).to(tl.int64)
-    if IS_VARLEN:
-        n = sequence_of(first, cu_seqlens, sequences).to(tl.int64)
-        start = tl.load(cu_seqlens + n).to(tl.int32)
-        end = tl.load(cu_seqlens + n + 1).to(tl.int32)
-    else:
+    start, end, n = sequence_of(first, program // runs, cu_seqlens, sequences, T)
+    if not IS_VARLEN:
         x += n * x_b
         y += n * y_b
     weights = load_weights(weight, columns, D, W)
@@ -239,27 +228,11 @@ def zero_if(condition, x, IS_VARLEN: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T", "sequences"])
 def convolution_bwd_kernel(
-    x,
-    weight,
-    state,
-    d_y,
-    d_final_state,
-    d_x,
-    d_weight,
-    d_state,
-    cu_seqlens,
-    T,
-    sequences,
-    x_strides,
-    d_y_strides,
-    d_x_strides,
-    D: tl.constexpr,
-    W: tl.constexpr,
-    RUN: tl.constexpr,
-    R: tl.constexpr,
-    BD: tl.constexpr,
+    x, weight, state, d_y, d_final_state, d_x, d_weight, d_state, cu_seqlens, T, sequences,
+    x_strides, d_y_strides, d_x_strides,
+    D: tl.constexpr, W: tl.constexpr, RUN: tl.constexpr, R: tl.constexpr, BD: tl.constexpr,
     SILU: tl.constexpr,
-):
+):  # fmt: skip
     """Writes the gradients of x and of the initial state, and the partial sum of the weight's
     gradient of each run, d_weight [runs, W, D] float32. d_final_state may be `None`.
 
@@ -280,12 +253,8 @@ def convolution_bwd_kernel(
 
     if program >= all_runs:
         n = (program - all_runs).to(tl.int64)
-        start = 0
-        end = T
-        if IS_VARLEN:
-            start = tl.load(cu_seqlens + n).to(tl.int32)
-            end = tl.load(cu_seqlens + n + 1).to(tl.int32)
-        else:
+        start, end = bounds_of(n, cu_seqlens, T)
+        if not IS_VARLEN:
             x += n * x_b
             d_y += n * d_y_b
         own = n * (D * (W - 1)) + columns * (W - 1)
@@ -310,14 +279,9 @@ def convolution_bwd_kernel(
 
     first = (program % runs) * RUN
     last = first + tl.cdiv(tl.minimum(RUN, T - first), R) * R  # tokens from T on count as zeros
-    start = 0
-    end = T
-    n = (program // runs).to(tl.int64)
-    if IS_VARLEN:
-        n = sequence_of(tl.minimum(last + W - 2, T - 1), cu_seqlens, sequences).to(tl.int64)
-        start = tl.load(cu_seqlens + n).to(tl.int32)
-        end = tl.load(cu_seqlens + n + 1).to(tl.int32)
-    else:
+    behind = tl.minimum(last + W - 2, T - 1)
+    start, end, n = sequence_of(behind, program // runs, cu_seqlens, sequences, T)
+    if not IS_VARLEN:
         x += n * x_b
         d_y += n * d_y_b
         d_x += n * d_x_b
@@ -332,17 +296,13 @@ def convolution_bwd_kernel(
         d_weights = d_weights + (tl.zeros([BD], tl.float32),)
     for back in tl.static_range(W - 1):
         t = last + (W - 2 - back)
-        if IS_VARLEN:
-            while (t < start) & (n > 0):
-                n -= 1
-                end = start
-                start = tl.load(cu_seqlens + n).to(tl.int32)
+        start, end, n = step_back(t, start, end, n, cu_seqlens)
         inputs = inputs_of(halo, t, start, end, state, n, columns, D, W, W - 2 - back, IS_VARLEN)
         gradient = sum_gradient(d_halo[W - 2 - back], inputs, weights, t < end, W, SILU)
-        behind = ()
+        reaching = ()
         for i in tl.static_range(W - 2):
-            behind = behind + (zero_if(t == end - 1, later[i], IS_VARLEN),)
-        later = (gradient,) + behind
+            reaching = reaching + (zero_if(t == end - 1, later[i], IS_VARLEN),)
+        later = (gradient,) + reaching
     after = halo[: W - 1]
 
     for step in range(0, last - first, R):
@@ -351,11 +311,7 @@ def convolution_bwd_kernel(
         d_rows = load_rows(d_y, block, T, d_y_t, columns, D, R)
         for back in tl.static_range(R):
             t = block + (R - 1 - back)
-            if IS_VARLEN:
-                while (t < start) & (n > 0):
-                    n -= 1
-                    end = start
-                    start = tl.load(cu_seqlens + n).to(tl.int32)
+            start, end, n = step_back(t, start, end, n, cu_seqlens)
             inputs = inputs_of(
                 rows, t, start, end, state, n, columns, D, W, R - 1 - back, IS_VARLEN
             )
