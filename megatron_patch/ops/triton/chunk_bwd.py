@@ -21,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-from megatron_patch.ops.triton.config import power_of_two
+from megatron_patch.ops.triton.config import ChunkCall, power_of_two
 from megatron_patch.ops.triton.launch import launcher
 from megatron_patch.ops.triton.tiles import (
     chunk_and_head,
@@ -254,8 +254,8 @@ def chunk_bwd_kernel(
     d_qg += matmul(dp, kg_tile, PRECISION)
     dk = matmul(tl.trans(dp), qg_tile, PRECISION)
     kg_float = convert_layout_like(kg_tile, dk)
-    # What a token adds to the state is decayed after it: `edge` holds the sum over all tokens, and
-    # the cumulative sum below takes away the tokens from t on.
+    # A token's part of the state is decayed by the log decays after it. `edge` holds the sum over
+    # all tokens; the reverse cumulative sum below removes those from t on.
     from_state = kg_float * d_kg
     edge += tl.sum(from_state, 0)
     dk += d_kg
@@ -312,7 +312,7 @@ def sum_partials_kernel(
     tl.store(total + columns, tl.sum(sums, 0).to(total.dtype.element_ty), mask=columns < width)
 
 
-def chunk_bwd_dv(call, d_y, prepared, d_v, dh) -> tuple[torch.Tensor, torch.Tensor]:
+def chunk_bwd_dv(call: ChunkCall, d_y, prepared, d_v, dh) -> tuple[torch.Tensor, torch.Tensor]:
     """Writes d_v; returns d_scores and d_aug_score, see `chunk_bwd_dv_kernel`."""
     config = call.config
     results = call.new_scores(), torch.empty_like(prepared.aug_score)
@@ -325,7 +325,7 @@ def chunk_bwd_dv(call, d_y, prepared, d_v, dh) -> tuple[torch.Tensor, torch.Tens
     return results
 
 
-def chunk_bwd(call, d_y, prepared, dv_results, h, dh, gradients) -> None:
+def chunk_bwd(call: ChunkCall, d_y, prepared, dv_results, h, dh, gradients) -> None:
     """Writes the gradients of q, gate logits, v and aug; see `chunk_bwd_kernel`."""
     config = call.config
     launcher(chunk_bwd_kernel, (call.grid[0] * triton.cdiv(call.k, config.bwd_k),))(

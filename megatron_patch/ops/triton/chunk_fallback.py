@@ -9,7 +9,7 @@ tiles of channels, because a rare path should cost neither registers nor compile
 import triton
 import triton.language as tl
 
-from megatron_patch.ops.triton.config import power_of_two
+from megatron_patch.ops.triton.config import ChunkCall, power_of_two
 from megatron_patch.ops.triton.launch import launcher
 from megatron_patch.ops.triton.tiles import (
     key,
@@ -302,7 +302,7 @@ def chunk_bwd_fallback_kernel(
             tl.debug_barrier()  # before the next chunk's d_scores
 
 
-def chunk_bwd_fallback(call, d_y, prepared, h, dh, gradients) -> None:
+def chunk_bwd_fallback(call: ChunkCall, d_y, prepared, h, dh, gradients) -> None:
     """Writes the gradients of the fallback chunks; see `chunk_bwd`."""
     chunk, programs = call.config.chunk, min(call.grid[0], PROGRAMS)
     launcher(chunk_bwd_fallback_kernel, (programs,))(

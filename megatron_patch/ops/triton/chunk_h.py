@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from megatron_patch.ops.triton.config import power_of_two
+from megatron_patch.ops.triton.config import ChunkCall, power_of_two
 from megatron_patch.ops.triton.launch import contiguous, launcher
 from megatron_patch.ops.triton.tiles import chunk_and_head, exp2, locate, matmul
 
@@ -169,7 +169,9 @@ def segment_scan_kernel(
     tl.store(ht + own, state, mask=mask)
 
 
-def _chunk_h(call, x, y, y_strides, prepared, h0, reverse) -> tuple[torch.Tensor, torch.Tensor]:
+def _chunk_h(
+    call: ChunkCall, x, y, y_strides, prepared, h0, reverse
+) -> tuple[torch.Tensor, torch.Tensor]:
     config, indices = call.config, call.indices
     heads, k, width = call.heads, call.k, call.width
     h0 = contiguous(h0)
@@ -203,13 +205,13 @@ def _chunk_h(call, x, y, y_strides, prepared, h0, reverse) -> tuple[torch.Tensor
     return h, ht
 
 
-def chunk_fwd_h(call, prepared, h0) -> tuple[torch.Tensor, torch.Tensor]:
+def chunk_fwd_h(call: ChunkCall, prepared, h0) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns 2^m times the state before each chunk, [chunks, H, K, V], and the state after the
     last token of each sequence, [N, H, K, V] float32."""
     return _chunk_h(call, prepared.kg, call.v, call.v_strides, prepared, h0, reverse=False)
 
 
-def chunk_bwd_dh(call, prepared, d_y, d_ht) -> tuple[torch.Tensor, torch.Tensor]:
+def chunk_bwd_dh(call: ChunkCall, prepared, d_y, d_ht) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns 2^m times the gradient of the state after each chunk, [chunks, H, K, V], and the
     gradient of the initial state, [N, H, K, V] float32. d_y is contiguous."""
     return _chunk_h(call, prepared.qg, d_y, d_y.stride()[:3], prepared, d_ht, reverse=True)

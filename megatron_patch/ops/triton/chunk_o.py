@@ -7,6 +7,7 @@ A program holds all V entries of a head, because LayerNorm needs them.
 import triton
 import triton.language as tl
 
+from megatron_patch.ops.triton.config import ChunkCall
 from megatron_patch.ops.triton.launch import launcher
 from megatron_patch.ops.triton.tiles import (
     chunk_and_head,
@@ -187,7 +188,7 @@ def chunk_bwd_o_kernel(
         tl.store(d_bias + bias_at, tl.sum(d_bias_tile, 0), mask=v_mask)
 
 
-def chunk_fwd_o(call, prepared, scores, h, out, x_hat, rstd, norm_eps: float) -> None:
+def chunk_fwd_o(call: ChunkCall, prepared, scores, h, out, x_hat, rstd, norm_eps: float) -> None:
     """Writes out, and x_hat and rstd unless they are `None`."""
     config = call.config
     launcher(chunk_fwd_o_kernel, call.grid)(
@@ -199,7 +200,7 @@ def chunk_fwd_o(call, prepared, scores, h, out, x_hat, rstd, norm_eps: float) ->
     )  # fmt: skip
 
 
-def chunk_bwd_o(call, x_hat, rstd, d_out, d_y, d_out_gate, d_bias) -> None:
+def chunk_bwd_o(call: ChunkCall, x_hat, rstd, d_out, d_y, d_out_gate, d_bias) -> None:
     """Writes d_y, d_out_gate and d_bias; see `chunk_bwd_o_kernel`."""
     config = call.config
     launcher(chunk_bwd_o_kernel, call.grid)(

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from megatron_patch.ops.triton.chunk_fallback import fallback_factors, fallback_scores
-from megatron_patch.ops.triton.config import power_of_two
+from megatron_patch.ops.triton.config import ChunkCall, power_of_two
 from megatron_patch.ops.triton.launch import launcher
 from megatron_patch.ops.triton.tiles import (
     FACTOR_LIMIT,
@@ -36,7 +36,7 @@ from megatron_patch.ops.triton.tiles import (
 
 
 class Prepared(NamedTuple):
-    """What `chunk_prepare` computes for the other kernels.
+    """The results of `chunk_prepare`, which the other kernels read.
 
     qg, kg: [B, T, H, K], the scaled factors.
     g_last: [chunks, H, K] float32, the log decay of whole chunks.
@@ -151,8 +151,8 @@ def chunk_prepare_kernel(
         tl.store(scores + pair, weights.to(scores.dtype.element_ty), mask=i < length)
 
 
-def chunk_prepare(call) -> tuple[Prepared, torch.Tensor]:
-    """Returns the factors, and the scores of fallback chunks, for a `ChunkCall`."""
+def chunk_prepare(call: ChunkCall) -> tuple[Prepared, torch.Tensor]:
+    """Returns the factors, and the scores of fallback chunks."""
     shape = call.v.shape[:3]
     chunks = call.indices.chunk_count, call.heads
     prepared = Prepared(

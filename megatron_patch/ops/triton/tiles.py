@@ -1,4 +1,4 @@
-"""What the chunk kernels share: chunk indices, and the arithmetic of decays and matrix products.
+"""Building blocks of the chunk kernels: chunk indices, decays and matrix products.
 
 Tiles are [C, BK] or [C, BV]: the C tokens of a chunk times a padded width. Log decays are in base
 2, so that one `exp2` instruction applies them. Rows past the end of a sequence hold zeros and zero
@@ -26,7 +26,7 @@ LOWEST_LOG_DECAY = tl.constexpr(-300.0)
 
 
 class ChunkIndices(NamedTuple):
-    """Which chunks and segments the sequences of a call have, numbered across all sequences.
+    """The chunks and segments of a call, numbered across all its sequences.
 
     A segment is the run of chunks that one program of the inter-chunk scan walks.
 

@@ -1,4 +1,5 @@
-"""What the first call compiles, and when: by a driver that launches nothing, on any machine."""
+"""Which kernels the first call compiles, and when. A fake driver, which launches nothing, lets this
+run on any machine."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from triton.backends import backends
 
 from megatron_patch.ops.triton import launch
 
-# In a process of its own, without Triton's interpreter: the kernels are compiled for Hopper.
+# Runs in a process of its own, without Triton's interpreter. Compiles for Hopper.
 DRIVER = """
 import json
 import threading
@@ -31,7 +32,7 @@ from megatron_patch.ops.triton import chunk, launch
 launched, compiled, rounds, lock = [], [], [], threading.Lock()
 
 
-def launcher(source, metadata):  # stands for the one that Triton makes of the kernel's signature
+def launcher(source, metadata):  # replaces the one that Triton generates for a signature
     return lambda *arguments: launched.append(source.name)
 
 
@@ -47,7 +48,7 @@ driver = SimpleNamespace(
     utils=utils,
 )
 triton.runtime.driver.set_active(driver)
-# `is_manual_warmup`: before the launch, and not by it.
+# `is_manual_warmup` is true for kernels compiled ahead of their launch.
 triton.knobs.runtime.jit_post_compile_hook = lambda *, fn, is_manual_warmup, **_: compiled.append(
     [fn.name, is_manual_warmup]
 )
@@ -110,8 +111,8 @@ def in_new_process(code: str, folder) -> list:
 @pytest.mark.skipif("nvidia" not in backends, reason="this Triton compiles for no NVIDIA GPU")
 @needs_asynchronous_compilation
 def test_both_passes_compile_their_kernels_together_and_once(tmp_path):
-    """Nothing is left for the launches to compile, from two threads at once; a second call, of
-    another length, compiles nothing, and looks for nothing to compile."""
+    """Two threads call at once, and the launches themselves compile nothing. A later call of
+    another length neither compiles nor starts a compile pass."""
     code = """
     threads = [threading.Thread(target=call, args=[length]) for length in (40, 40)]
     for thread in threads:
@@ -143,9 +144,9 @@ def test_without_gradients_only_the_forward_pass_is_compiled(tmp_path):
 
 @needs_asynchronous_compilation
 def test_a_compilation_that_failed_is_tried_again(monkeypatch):
-    """Also where the caller compiles asynchronously himself."""
+    """Even where the caller uses AsyncCompileMode as well."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    rounds = []  # whether each is the one that compiles
+    rounds = []  # per run, whether it was a compile pass
 
     @launch.compiled_together(lambda x: x.shape)
     def run(x):

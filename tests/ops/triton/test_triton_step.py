@@ -40,10 +40,11 @@ def make_convolution(B=2, D=10, W=4, dtype=torch.float32):
     }
 
 
-def assert_right(operator, tensors, judge, tolerance, **arguments):
-    """Both forms of the step against float64, and each other; only the state may change."""
+def assert_right(operator, tensors, oracle, tolerance, **arguments):
+    """Compares the step, out of place and in place, with float64 and with each other, and checks
+    that only the state changes."""
     exact = {name: x.double() for name, x in tensors.items()}
-    wanted = operator(**exact, output_final_state=True, backend=judge, **arguments)
+    wanted = operator(**exact, output_final_state=True, backend=oracle, **arguments)
     kept = {name: x.clone() for name, x in tensors.items()}
     found = operator(**tensors, output_final_state=True, backend="triton", **arguments)
     assert all(torch.equal(kept[name], x) for name, x in tensors.items())
