@@ -1,5 +1,5 @@
-"""Tensors on the second GPU while the first is the current one: kernels must be launched where the
-tensors are. Against float64, as in the tests of one GPU."""
+"""Kernels launch on the tensors' GPU, the second, while the first is the current one. Results are
+compared with float64, as in the tests on one GPU."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_patch.ops import meta_linear_attention, short_convolution
-from megatron_patch.ops.triton import step
+from megatron_patch.ops.triton import fused_recurrent
 from tests.ops import cases
 from tests.ops.cases import NAMES
 from tests.ops.cases import assert_step_right as assert_right
@@ -123,11 +123,11 @@ def test_operator_check():
     for absent in ((), ("aug", "out_gate_bias")):
         x = make(1, 1, absent=absent)
         arguments = (*(x.get(name) for name in NAMES), 16.0, 0.25, 1e-5)
-        torch.library.opcheck(step.attention, arguments)
-        torch.library.opcheck(step.attention_, arguments)
+        torch.library.opcheck(fused_recurrent.attention, arguments)
+        torch.library.opcheck(fused_recurrent.attention_, arguments)
     arguments = (*make_convolution(1).values(), True)
-    torch.library.opcheck(step.convolution, arguments)
-    torch.library.opcheck(step.convolution_, arguments)
+    torch.library.opcheck(fused_recurrent.convolution, arguments)
+    torch.library.opcheck(fused_recurrent.convolution_, arguments)
 
 
 @pytest.mark.parametrize("inplace", [False, True])
