@@ -1,5 +1,6 @@
-"""The commands of README's chapters, from data to a published model and on from there, as they are
-written: the paths alone are changed, and a last YAML file makes the model small."""
+"""Runs README's commands as they are written, from data to a published model and on from there.
+
+Only the paths are changed, and a last YAML file makes the model small."""
 
 from __future__ import annotations
 
