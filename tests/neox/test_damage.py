@@ -1,4 +1,4 @@
-"""One bit that a disk has lost: the checkpoint does not go on as another one."""
+"""A flipped bit in a checkpoint is found before the checkpoint is loaded."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ from megatron_patch.architecture import SettingsError
 from megatron_patch.neox.upstream_fixes import processes
 from megatron_patch.neox.upstream_fixes.cpu_mode import local_ranks
 from megatron_patch.neox.upstream_fixes.processes import check_launcher, name_rank
+from tests.neox.training import stand_in
 
 SLURM = {
     "SLURM_PROCID": "0",
@@ -23,7 +24,7 @@ SLURM = {
 
 def settings(**changes) -> SimpleNamespace:
     values = dict(launcher="pdsh", force_multi=False, deepspeed_slurm=False, deepspeed_mpi=False)
-    return SimpleNamespace(**{**values, **changes})
+    return stand_in(values, **changes)
 
 
 @pytest.fixture(autouse=True)

@@ -20,7 +20,7 @@ from tests.neox.training import LOSS, free_port, neox, settings, start
 
 @pytest.fixture
 def config(token_data, tokenizer_file, tmp_path) -> dict:
-    """Of a run of two ranks without an end."""
+    """Returns the settings of a run of two ranks that does not end by itself."""
     return settings(
         token_data,
         tokenizer_file,
@@ -34,8 +34,8 @@ def config(token_data, tokenizer_file, tmp_path) -> dict:
 
 
 class Training:
-    """A run that trains, and its processes: DeepSpeed's launcher and the ranks. Killed at the end
-    of a `with`."""
+    """A run that trains, with its processes: DeepSpeed's launcher and the ranks. Leaving the
+    context kills them."""
 
     def __init__(self, checkout: Path, config: dict, folder: Path, **environment: str):
         self.deepy = start(checkout, "train.py", config, folder, **environment)

@@ -1,4 +1,4 @@
-"""What a run cannot do is refused in one line; what fails later does not end with exit code 0."""
+"""Runs that GPT-NeoX cannot do are refused in one line, and failures have exit code 1."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ from convert.neox_reader import find_step
 from megatron_patch.architecture import SettingsError
 from megatron_patch.neox.upstream_fixes.resume import check_load, go_on_from_save
 from tests.neox.training import settings as training_settings
+from tests.neox.training import stand_in
 
 
 def settings(load, **changes) -> SimpleNamespace:
@@ -43,7 +44,7 @@ def settings(load, **changes) -> SimpleNamespace:
         override_lr_scheduler=False,
         use_checkpoint_lr_scheduler=False,
     )
-    return SimpleNamespace(load=load, **{**values, **changes})
+    return stand_in(values, load=load, **changes)
 
 
 def save_step(folder, step: int, latest: bool = True) -> None:

@@ -1,4 +1,4 @@
-"""Ranks that are stopped or stuck are named, and end the run."""
+"""The watchdog names stopped and stuck ranks, and ends the run."""
 
 from __future__ import annotations
 

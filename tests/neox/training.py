@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import yaml
 
@@ -144,3 +145,8 @@ def train(checkout: Path, config: dict, folder: Path, **environment: str) -> Run
     run = neox(checkout, "train.py", config, folder, **environment)
     assert run.returncode == 0, run.output[-6000:]
     return run
+
+
+def stand_in(defaults: dict, **changes) -> SimpleNamespace:
+    """Returns attributes that stand for GPT-NeoX's settings, for checks that read only a few."""
+    return SimpleNamespace(**{**defaults, **changes})
