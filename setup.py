@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "megatron_patch/__init__.py").read_text())[1]
 
 EXTRAS = {
-    # What GPT-NeoX imports, beside itself: its own pins are older than needed (README, "Versions").
+    # What GPT-NeoX imports. Its own pins are older than it needs.
     "neox": [
         "deepspeed>=0.16",
         "ftfy",  # its tools/datasets/preprocess_data.py imports this and lm_dataformat
@@ -24,9 +24,9 @@ EXTRAS = {
         "transformers>=4.46",
     ],
     "hf": ["accelerate>=1.0", "safetensors", "tokenizers", "tqdm", "transformers>=4.46"],
-    # torch brings cuda-bindings itself from 2.11 on.
+    # torch 2.11 and later depend on cuda-bindings themselves.
     "gpu": ["triton>=3.4", "flash-linear-attention>=0.4", "cuda-bindings>=12.9"],
-    "mpi": ["mpi4py"],  # where MPI starts GPT-NeoX's ranks
+    "mpi": ["mpi4py"],  # for launchers that start GPT-NeoX's ranks through MPI
     "tensorboard": ["tensorboard"],
     "wandb": ["wandb"],
     "eval": ["lm_eval>=0.4.5,<0.5"],
@@ -41,12 +41,21 @@ TOOLS = [
     "pytest-xdist",
     "ruff",
 ]
-# Triton's interpreter runs its kernels on the CPU; NVIDIA's compiler shows that the others compile.
+# The tests run Triton kernels in its interpreter, and compile the CUDA C++ kernels without a GPU.
 TOOLS += [
     f'{name}; platform_system == "Linux"'
     for name in ("triton>=3.4", "cuda-bindings>=13,<14", "nvidia-cuda-nvrtc>=13,<14")
 ]
 EXTRAS["dev"] = sorted({*EXTRAS["hf"], *TOOLS})
+
+COMMANDS = {
+    "link": "megatron_patch.commands.link_neox",
+    "prepare-data": "megatron_patch.commands.prepare_data",
+    "train": "megatron_patch.commands.train_hf",
+    "convert": "convert.neox_to_hf",
+    "import": "convert.hf_to_neox",
+    "reshape": "convert.reshape_neox",
+}
 
 setup(
     name="metala-neox",
@@ -56,9 +65,17 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=find_packages(include=["megatron_patch*", "convert*"]),
+    packages=[*find_packages(include=["megatron_patch*", "convert*"]), "megatron_patch.configs"],
+    # metala-link links these files into a GPT-NeoX checkout.
+    package_dir={"megatron_patch.configs": "configs"},
     package_data={
-        f"megatron_patch.ops.{room}": ["*.cu", "*.cuh"] for room in ("hopper", "decoding")
+        "megatron_patch.configs": ["*.yml"],
+        **{f"megatron_patch.ops.{room}": ["*.cu", "*.cuh"] for room in ("hopper", "decoding")},
+    },
+    entry_points={
+        "console_scripts": [
+            f"metala-{command} = {module}:cli" for command, module in COMMANDS.items()
+        ]
     },
     install_requires=["torch>=2.4", "numpy", "pydantic>=2", "pyyaml"],
     extras_require=EXTRAS,

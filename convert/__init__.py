@@ -1,1 +1,1 @@
-"""GPT-NeoX checkpoints to Hugging Face folders, and between GPT-NeoX's own layouts."""
+"""Converting checkpoints: GPT-NeoX to Hugging Face and back, and between parallel layouts."""

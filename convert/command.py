@@ -1,33 +1,91 @@
-"""What the commands of this folder share: how they fail, and how they are run."""
+"""What the commands of this folder share: errors, arguments, and the GPT-NeoX checkout."""
 
 from __future__ import annotations
 
-import signal
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 from megatron_patch.architecture import SettingsError, one_line
+from megatron_patch.commands.command_line import CommandError, Parser, told
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
-class ConvertError(Exception):
-    """Something the user can act on: one line that names the file, tensor or setting."""
+class ConvertError(CommandError):
+    """An error that the user can act on: one line that names the file, tensor or setting."""
 
     def __init__(self, line: str):
         super().__init__(one_line(line))
 
 
-def run(main: Callable[[], None]) -> None:
-    """Runs a command; what the user can act on ends it with one line and exit code 1.
-
-    A terminated command cleans up as an interrupted one does.
-    """
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Exits with code 1 and one line, `error: ...`, where a command cannot go on."""
     try:
-        main()
-    except (ConvertError, SettingsError) as error:
-        sys.exit(f"error: {error}")
-    except OSError as error:
-        where = error.filename if error.filename is not None else "the system"
-        sys.exit(f"error: {one_line(f'{where}: {error.strerror or error}')}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted")
+        yield
+    except (ConvertError, SettingsError, OSError) as error:
+        sys.exit(f"error: {one_line(told(error))}")
+
+
+def command_parser(
+    description: str, output: str, reads_checkpoint: bool = False, takes_layout: bool = False
+) -> Parser:
+    """Returns a parser with the arguments that commands share.
+
+    Args:
+        description: what the command does.
+        output: the kind of folder that it writes.
+        reads_checkpoint: whether it reads a GPT-NeoX checkpoint.
+        takes_layout: whether it writes for a given parallel layout.
+    """
+    parser = Parser(description=description)
+    add = parser.add_argument
+    if reads_checkpoint:
+        saved = "the folder that GPT-NeoX's `save` named"
+        add("--checkpoint", type=Path, required=True, help=saved)
+        add("--iteration", type=int, help="default: the latest")
+        config = "the run's settings, in place of those inside the checkpoint"
+        add("--config", type=Path, nargs="+", metavar="YML", help=config)
+    owner = "the settings' vocab_file" if reads_checkpoint else "the model's own"
+    tokenizer = f"tokenizer.json or a tokenizer's folder, in place of {owner}"
+    add("--tokenizer", type=Path, help=tokenizer)
+    add("--output", type=Path, required=True, help="the folder to write")
+    add("--overwrite", action="store_true", help=f"replace a {output} folder that is there")
+    if takes_layout:
+        stages = "0 for mp_rank files, without a pipeline"
+        add("--tensor-parallel", type=int, required=True, metavar="N")
+        add("--pipeline-parallel", type=int, required=True, metavar="M", help=stages)
+    return parser
+
+
+def find_neox() -> Path | None:
+    """Returns the checkout that `GPT_NEOX_PATH` names, else the one in third_party, else `None`.
+
+    Raises:
+        ConvertError: `GPT_NEOX_PATH` names a folder that is no GPT-NeoX checkout.
+    """
+    given = os.environ.get("GPT_NEOX_PATH")
+    path = Path(given).resolve() if given else ROOT / "third_party" / "gpt-neox"
+    if (path / "megatron" / "__init__.py").is_file():
+        return path
+    if given:
+        raise ConvertError(f"GPT_NEOX_PATH={given} is no GPT-NeoX checkout")
+    return None
+
+
+def need_neox() -> Path:
+    """Returns the GPT-NeoX checkout, as `find_neox` does.
+
+    Raises:
+        ConvertError: there is none.
+    """
+    path = find_neox()
+    if path is None:
+        raise ConvertError(
+            "this needs GPT-NeoX: set GPT_NEOX_PATH to a checkout, or let scripts/setup.sh clone "
+            f"one to {ROOT / 'third_party' / 'gpt-neox'}"
+        )
+    return path

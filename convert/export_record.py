@@ -1,11 +1,11 @@
-"""What an export wrote: SHA256SUMS, with a checksum of each file, in the form of `sha256sum`.
+"""The record of an export: SHA256SUMS, a checksum of each file in the format of `sha256sum`.
 
-Inside a folder `sha256sum --check SHA256SUMS` tells whether it is as it was written, and so does
+Both of these tell whether a folder has changed since it was written:
 
+    sha256sum --check SHA256SUMS  (inside the folder)
     python -m convert.export_record FOLDER
 
-By the record `--overwrite` knows what it may remove: a folder that holds what an export wrote, and
-nothing else.
+`--overwrite` replaces a folder only if all its files are in the record.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from convert.command import ConvertError, run
-from convert.inputs import check_regular, read_json, read_text, refusing
-from convert.torch_file import load_torch_file
+from convert.command import ConvertError, one_line_errors
+from convert.files import check_regular, load_torch_file, read_json, read_text, refusing
+from convert.tokenizer import TOKENIZER_FILES
+from megatron_patch.commands.command_line import run_script
 
 RECORD = "SHA256SUMS"
 HEAD = "# Written by metala-neox. Whether a file has changed: sha256sum --check SHA256SUMS\n"
@@ -28,7 +29,7 @@ PIECE_BYTES = 4 * 2**20
 
 
 def write_record(folder: Path, known: Mapping[str, str] | None = None) -> None:
-    """Writes SHA256SUMS of all files in a folder; those that are `known` are not read again."""
+    """Writes the checksums of all files in a folder, reading those that are not `known`."""
     known = known or {}
     names = sorted(_files(folder))
     with ThreadPoolExecutor(4) as pool:
@@ -38,7 +39,7 @@ def write_record(folder: Path, known: Mapping[str, str] | None = None) -> None:
 
 
 def read_record(folder: Path) -> dict[str, str]:
-    """Checksums by file name; none where the folder has no record of ours."""
+    """Returns checksums by file name, an empty dict if the folder has no record of ours."""
     path = folder / RECORD
     if not path.is_file():
         return {}
@@ -52,17 +53,17 @@ def read_record(folder: Path) -> dict[str, str]:
 
 
 def check_record(folder: Path, names: Iterable[str] | None = None) -> int:
-    """Compares files with the record of the export that wrote them, if the folder has one.
+    """Compares the files of a folder with its record, if it has one.
 
     Args:
-        folder: where they are.
-        names: which ones; by default all of the record.
+        folder: the folder.
+        names: the files to compare, by default all.
 
     Returns:
-        how many were compared.
+        the number of files compared.
 
     Raises:
-        ConvertError: one is missing, or not what was written.
+        ConvertError: a file is missing or has changed.
     """
     record = read_record(folder)
     chosen = [name for name in (record if names is None else names) if name in record]
@@ -77,17 +78,17 @@ def check_record(folder: Path, names: Iterable[str] | None = None) -> int:
 
 
 def check_model_export(folder: Path) -> None:
-    """Checks that a folder holds a Hugging Face model as an export of ours wrote it, and nothing
-    else, so that it may be removed.
+    """Checks that a folder holds an exported Hugging Face model and nothing else, so that it may
+    be removed.
 
     Raises:
-        ConvertError: it does not.
+        ConvertError: it holds something else.
     """
     _check_export(folder, "config.json", _is_earlier_model)
 
 
 def check_checkpoint_export(folder: Path) -> None:
-    """The same of a GPT-NeoX checkpoint. One that a training wrote is none."""
+    """Checks the same for a GPT-NeoX checkpoint of this converter; a training's is refused."""
     _check_export(folder, "latest", _is_earlier_checkpoint)
 
 
@@ -108,7 +109,7 @@ def _check_export(folder: Path, mark: str, is_earlier: Callable[[Path], bool]) -
 
 
 def _files(folder: Path) -> set[str]:
-    """All that is in a folder and its subfolders and is no folder, by its path from there."""
+    """Returns the relative paths of all files and links below a folder."""
     return {
         str(path.relative_to(folder))
         for path in folder.rglob("*")
@@ -124,7 +125,7 @@ def _checksum(path: Path) -> str:
     return found.hexdigest()
 
 
-# ---- What versions without a record wrote
+# ---- Exports of earlier versions, which wrote no record
 
 MODEL_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 CARD = "[GPT-NeoX](https://github.com/EleutherAI/gpt-neox)."
@@ -136,8 +137,7 @@ STATES = {
 
 
 def _is_earlier_model(folder: Path) -> bool:
-    """By its model card, and that each file is one that those versions wrote."""
-    from convert.tokenizer_folder import TOKENIZER_FILES
+    """Recognises an earlier export by its model card and the names of its files."""
     from megatron_patch.hf import remote_code
 
     known = {"config.json", "generation_config.json", "README.md", *TOKENIZER_FILES}
@@ -152,7 +152,8 @@ def _is_earlier_model(folder: Path) -> bool:
 
 
 def _is_earlier_checkpoint(folder: Path) -> bool:
-    """By the states in its files: a training saves others too, the optimizer's among them."""
+    """Recognises an earlier export by the states in its files; a training saves more, among them
+    an optimizer's."""
     try:
         step = read_text(folder / "latest", folder).strip()
         names = _files(folder) - {"latest", "tokenizer.json"}
@@ -166,8 +167,9 @@ def _is_earlier_checkpoint(folder: Path) -> bool:
         return False
 
 
-def main() -> None:
-    folders = [Path(name) for name in sys.argv[1:]]
+@one_line_errors()
+def main(argv: list[str] | None = None) -> None:
+    folders = [Path(name) for name in (sys.argv[1:] if argv is None else argv)]
     if not folders or not all(map(Path.is_dir, folders)):
         sys.exit("usage: python -m convert.export_record FOLDER...")
     for folder in folders:
@@ -177,4 +179,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

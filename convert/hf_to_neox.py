@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
-"""A Hugging Face folder of a MetaLA model, the authors' or ours, as a GPT-NeoX checkpoint of any
-parallel layout, with the YAML to go on training it:
+"""Imports a Hugging Face folder of a MetaLA model, the authors' or ours, into GPT-NeoX.
+
+Writes a checkpoint of any parallel layout, and the YAML files to go on training it:
 
 python convert/hf_to_neox.py --model FOLDER --output CHECKPOINT --tensor-parallel 2 \\
     --pipeline-parallel 0
@@ -8,7 +9,6 @@ python convert/hf_to_neox.py --model FOLDER --output CHECKPOINT --tensor-paralle
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 from collections import Counter
@@ -19,15 +19,22 @@ from typing import Any
 import torch
 import yaml
 
-from convert.command import ConvertError, run
+from convert.command import ConvertError, command_parser, one_line_errors
 from convert.export_record import check_checkpoint_export, write_record
-from convert.folder import check_target, complete_folder
-from convert.hf_reader import HFFolder
-from convert.inputs import check_regular, read_text
-from convert.neox_checkpoint import NeoXCheckpoint
-from convert.neox_writer import check_layout, write_checkpoint
-from convert.tokenizer_folder import RunTokenizer, load_tokenizer, read_tokenizer
-from convert.vocabulary import divisor_that_keeps, padded_vocabulary, tell_new_rows
+from convert.files import check_regular, read_text
+from convert.hf_io import HFFolder
+from convert.neox_reader import NeoXCheckpoint
+from convert.neox_writer import (
+    check_layout,
+    divisor_that_keeps,
+    padded_vocabulary,
+    tell_new_rows,
+    write_checkpoint,
+)
+from convert.output_folder import check_target, complete_folder
+from convert.tokenizer import RunTokenizer, load_tokenizer, read_tokenizer
+from megatron_patch.architecture_neox import to_neox
+from megatron_patch.commands.command_line import run_script
 
 PRECISION = {torch.float32: "fp32", torch.bfloat16: "bfloat16", torch.float16: "fp16"}
 MODEL_FILE, TRAINING_FILE = "model.yml", "training.yml"
@@ -49,14 +56,14 @@ def hf_to_neox(
     tokenizer: Path | None = None,
     overwrite: bool = False,
 ) -> NeoXCheckpoint:
-    """Writes `output`, a folder for GPT-NeoX's `load`, complete or not at all.
+    """Writes `output`, a folder for GPT-NeoX's `load`. If anything fails, it is as it was before.
 
-    It holds the checkpoint, as iteration 0, `tokenizer.json`, and `configs` with the YAML.
+    The folder holds the checkpoint, as iteration 0, `tokenizer.json`, and `configs` with the YAML.
 
     Args:
         model: the Hugging Face folder.
         output: the folder to write.
-        tensor_parallel, pipeline_parallel: the layout; 0 is the form without a pipeline.
+        tensor_parallel, pipeline_parallel: the layout; 0 stages write mp_rank files.
         tokenizer: tokenizer.json or a tokenizer's folder, in place of the model's own.
         overwrite: whether to replace a checkpoint folder that is there.
 
@@ -64,21 +71,25 @@ def hf_to_neox(
         the checkpoint written, opened.
 
     Raises:
-        ConvertError: something is missing, damaged or impossible; see the line.
+        ConvertError: something is missing, damaged or impossible; the line says what.
     """
     check_target(output, overwrite, check_checkpoint_export)
     source = HFFolder(model)
-    if tensor_parallel >= 1:
+    rows, divisible_by = source.shape.padded_vocab_size, 1
+    if tensor_parallel >= 1:  # `check_layout` refuses others
         words = read_tokenizer(tokenizer or _tokenizer_of(model))
-        divisible_by = vocabulary_divisor(source, words, tensor_parallel)
+        if words.size > rows:
+            raise ConvertError(
+                f"{words.source} has {words.size} tokens, but the model has {rows} rows: not its "
+                "tokenizer? Give the right one by --tokenizer"
+            )
+        divisible_by = divisor_that_keeps(rows, words.size, tensor_parallel)
         rows = padded_vocabulary(words.size, divisible_by, tensor_parallel)
-    else:
-        rows, divisible_by = source.shape.padded_vocab_size, 1  # refused below
     shape = replace(source.shape, padded_vocab_size=rows)
     check_layout(shape, tensor_parallel, pipeline_parallel)
     target = output.resolve()
     settings = {
-        **source.shape.to_neox(),
+        **to_neox(source.shape),
         "make_vocab_size_divisible_by": divisible_by,
         "model_parallel_size": tensor_parallel,
         "pipe_parallel_size": pipeline_parallel,
@@ -98,27 +109,20 @@ def hf_to_neox(
         )
         shutil.copytree(folder / "global_step0/configs", folder / "configs")
         write_record(folder)
-    tell_new_rows(rows - source.shape.padded_vocab_size)
-    return NeoXCheckpoint(output)
-
-
-def vocabulary_divisor(source: HFFolder, tokenizer: RunTokenizer, tensor_parallel: int) -> int:
-    """`make_vocab_size_divisible_by`, see `divisor_that_keeps`.
-
-    Raises:
-        ConvertError: the tokenizer has tokens for which the model has no rows.
-    """
-    rows = source.shape.padded_vocab_size
-    if tokenizer.size > rows:
-        raise ConvertError(
-            f"{tokenizer.source} has {tokenizer.size} tokens, but the model has {rows} rows: not "
-            "its tokenizer? Give the right one by --tokenizer"
-        )
-    return divisor_that_keeps(rows, tokenizer.size, tensor_parallel)
+    padding = rows - source.shape.padded_vocab_size
+    tell_new_rows(padding)
+    written = NeoXCheckpoint(output)
+    print(
+        f"wrote {written.step}: tensor parallel {tensor_parallel}, pipeline parallel "
+        f"{pipeline_parallel}, {rows:,} vocabulary rows, {padding} of them padding\n"
+        f"train from it: python ./deepy.py train.py -d {target / 'configs'} "
+        f"{MODEL_FILE} {TRAINING_FILE} YOURS.yml, which names data_path and save"
+    )
+    return written
 
 
 def training_settings(source: HFFolder) -> dict[str, Any]:
-    """Settings with which training goes on, in the precision of most of the weights."""
+    """Returns settings to go on training with, in the precision of most of the weights."""
     dtype = Counter(source.dtypes.values()).most_common(1)[0][0]
     return {
         "seq_length": 2048,
@@ -144,13 +148,13 @@ def training_settings(source: HFFolder) -> dict[str, Any]:
 
 
 def _tokenizer_of(model: Path) -> Path:
-    """Its tokenizer.json, which GPT-NeoX reads, else what transformers can make one of."""
+    """Returns the model's tokenizer.json if it has one, else its folder."""
     path = model / "tokenizer.json"
     return check_regular(path, model) if os.path.lexists(path) else model
 
 
 def _write_tokenizer(tokenizer: RunTokenizer, path: Path) -> None:
-    """The tokenizer as a tokenizer.json, the one form that GPT-NeoX's HFTokenizer reads."""
+    """Writes the tokenizer as a tokenizer.json, the only format of GPT-NeoX's HFTokenizer."""
     source = tokenizer.source
     file = source / "tokenizer.json" if source.is_dir() else source
     if file.is_file():
@@ -165,47 +169,20 @@ def _write_tokenizer(tokenizer: RunTokenizer, path: Path) -> None:
     loaded.backend_tokenizer.save(str(path))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="Write a Hugging Face folder of a MetaLA model as a GPT-NeoX checkpoint."
+@one_line_errors()
+def main(argv: list[str] | None = None) -> None:
+    parser = command_parser(
+        "Write a Hugging Face folder of a MetaLA model as a GPT-NeoX checkpoint.",
+        "checkpoint",
+        takes_layout=True,
     )
     parser.add_argument("--model", type=Path, required=True, help="the Hugging Face folder")
-    parser.add_argument("--output", type=Path, required=True, help="the folder to write")
-    parser.add_argument("--tensor-parallel", type=int, required=True, metavar="N")
-    parser.add_argument(
-        "--pipeline-parallel",
-        type=int,
-        required=True,
-        metavar="M",
-        help="0 for the form without a pipeline",
-    )
-    parser.add_argument(
-        "--tokenizer",
-        type=Path,
-        help="tokenizer.json or a tokenizer's folder, in place of the model's own",
-    )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace a checkpoint folder that is there"
-    )
-    options = parser.parse_args()
-    written = hf_to_neox(
-        options.model,
-        options.output,
-        options.tensor_parallel,
-        options.pipeline_parallel,
-        options.tokenizer,
-        options.overwrite,
-    )
-    shape = written.shape
-    rows = HFFolder(options.model).shape.padded_vocab_size
-    print(
-        f"wrote {written.step}: tensor parallel {options.tensor_parallel}, pipeline parallel "
-        f"{options.pipeline_parallel}, {shape.padded_vocab_size:,} vocabulary rows, "
-        f"{shape.padded_vocab_size - rows} of them padding\n"
-        f"train from it: python ./deepy.py train.py -d {options.output.resolve() / 'configs'} "
-        f"{MODEL_FILE} {TRAINING_FILE} YOURS.yml, which names data_path and save"
-    )
+    hf_to_neox(**vars(parser.parse_args(argv)))
+
+
+def cli() -> None:
+    run_script(main)
 
 
 if __name__ == "__main__":
-    run(main)
+    cli()

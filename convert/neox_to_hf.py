@@ -1,12 +1,11 @@
 #!/usr/bin/env python3
-"""A GPT-NeoX checkpoint of a MetaLA model, in any parallel layout, as a Hugging Face folder:
+"""Exports a GPT-NeoX checkpoint of a MetaLA model, of any parallel layout, to Hugging Face.
 
 python convert/neox_to_hf.py --checkpoint CHECKPOINTS --output FOLDER --verify
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections import Counter
 from dataclasses import replace
@@ -15,22 +14,30 @@ from pathlib import Path
 
 import torch
 
-from convert.command import ConvertError, run
+from convert.command import ConvertError, command_parser, need_neox, one_line_errors
 from convert.export_record import check_model_export, write_record
-from convert.fold_norms import FoldedNorms
-from convert.folder import check_target, complete_folder
-from convert.gpt_neox import need_neox
-from convert.hf_folder import parse_size, write_config, write_weights
-from convert.model_card import write_model_card
-from convert.neox_checkpoint import NeoXCheckpoint
-from convert.push_to_hub import check_push, push_to_hub
-from convert.tensor_table import tensor_table
-from convert.tokenizer_folder import RunTokenizer, find_tokenizer, read_tokenizer
+from convert.hf_io import parse_size, write_config, write_weights
+from convert.hub import check_push, push_to_hub, write_model_card
+from convert.neox_reader import NeoXCheckpoint
+from convert.neox_writer import padded_vocabulary
+from convert.output_folder import check_target, complete_folder
+from convert.tensor_table import TensorRule, tensor_table
+from convert.tokenizer import RunTokenizer, find_tokenizer, read_tokenizer
 from convert.verify import Comparison, verify
-from convert.vocabulary import padded_vocabulary
-from megatron_patch.architecture import Architecture, with_defaults
+from megatron_patch.architecture import Architecture
+from megatron_patch.architecture_neox import with_defaults
+from megatron_patch.commands.command_line import run_script
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# `--fold-norms`: the norm whose scale multiplies the input channels of a tensor, and the dimension
+# of those channels. In a mixer the depthwise convolution, which has no bias, comes first.
+FOLDED_INTO = {
+    "mixer.conv1d.weight": ("input_norm.scale", 0),
+    "mlp.gate_up_proj.weight": ("mlp_norm.scale", 1),
+    "attention.query_key_value.weight": ("input_layernorm.scale", 1),
+    "mlp.linear1.weight": ("post_attention_layernorm.scale", 1),
+    "final_linear.weight": ("norm.scale", 1),
+}
 
 
 def neox_to_hf(
@@ -46,27 +53,27 @@ def neox_to_hf(
     max_shard_bytes: int = 5 * 10**9,
     fold_norms: bool = False,
 ) -> Comparison | None:
-    """Converts a checkpoint; `output` is then complete, or as it was before if anything fails.
+    """Converts a checkpoint. If anything fails, `output` is as it was before.
 
     Args:
         checkpoint: the folder that GPT-NeoX's `save` named.
         output: the folder to write.
-        iteration: which one to read, by default the latest.
+        iteration: the iteration to read, by default the latest.
         config: YAML files of the run, in place of those inside the checkpoint.
         tokenizer: tokenizer.json or a tokenizer's folder, in place of the settings' `vocab_file`.
-        dtype: of the tensors written, by default the one that each had in training (float32 under
-            ZeRO stage 3 is rounded to it).
+        dtype: the dtype to write, by default each tensor's dtype in training (to which the float32
+            weights of ZeRO stage 3 are rounded).
         check: whether to compare the result with the GPT-NeoX model.
         keep_vocab_padding: whether to keep the vocabulary's padding rows.
         overwrite: whether to replace a Hugging Face folder that is there.
-        max_shard_bytes: size of one safetensors file.
+        max_shard_bytes: largest size of a safetensors file.
         fold_norms: whether to fold the scales of norms into the weights that follow.
 
     Returns:
-        what `check` found.
+        the result of the comparison, `None` without `check`.
 
     Raises:
-        ConvertError: something is missing, damaged, ambiguous or not equal; see the line.
+        ConvertError: something is missing, damaged, ambiguous or not equal; the line says what.
         SettingsError: the settings are malformed.
     """
     check_target(output, overwrite, check_model_export)
@@ -79,13 +86,16 @@ def neox_to_hf(
     shape = replace((folded or source).shape, padded_vocab_size=vocab_size)
     table = tensor_table(shape)
     dtypes = {rule: dtype or source.dtype(rule) for rule in table}
-    main_dtype = dtype or _commonest(dtypes)
+    numbers: Counter[torch.dtype] = Counter()
+    for rule, to in dtypes.items():
+        numbers[to] += math.prod(rule.shape)
+    main_dtype = numbers.most_common(1)[0][0]
     is_rounded = any(
         torch.promote_types(source.dtype(rule), to) != to for rule, to in dtypes.items()
     )
     rounded_to = dtype if is_rounded else None
     if folded and rounded_to is None:
-        # Products with the scales are rounded to the dtype that they are written in.
+        # Products of weights and scales are computed in float32 and rounded to the dtype written.
         products = {to for rule, to in dtypes.items() if folded.is_folded(rule)}
         rounded_to = next((to for to in products if to.itemsize < 4), None)
 
@@ -97,26 +107,27 @@ def neox_to_hf(
         full = partial((folded or source).full, out=memory)
         size, checksums = write_weights(folder, table, full, dtypes, max_shard_bytes)
         comparison = verify(neox, source, folder, words.size, rounded_to) if neox else None
-        write_model_card(
-            folder,
-            shape,
-            source.settings,
-            main_dtype,
-            source.iteration,
-            source.samples,
-            comparison,
-        )
+        write_model_card(folder, shape, source, main_dtype, comparison)
         write_record(folder, checksums)
 
-    print_summary(source, output, words, shape, main_dtype, size, comparison)
+    parameters = sum(numbers.values())
+    special = ", ".join(f"{key[:3]} {token}" for key, token in words.special.items())
+    print(
+        f"read     {source.step}: {source.form} checkpoint, tensor parallel "
+        f"{source.tensor_parallel}\n"
+        f"wrote    {output}: {parameters:,} parameters, {str(main_dtype)[6:]}, "
+        f"{size / 1e6:,.1f} MB\n"
+        f"tokens   {words.source}: {words.size:,}, written {vocab_size:,}; {special}\n"
+        f"verified {comparison or 'no; --verify compares with the GPT-NeoX model'}"
+    )
     return comparison
 
 
 def vocabulary_to_write(source: NeoXCheckpoint, tokenizer: RunTokenizer, keep_padding: bool) -> int:
-    """Rows of the vocabulary to export: the tokenizer's tokens, or all.
+    """Returns the rows of the vocabulary to export: the tokenizer's tokens, or all.
 
     Raises:
-        ConvertError: the tokenizer is not that of the training.
+        ConvertError: the tokenizer does not fit the checkpoint.
     """
     rows = source.shape.padded_vocab_size
     args = with_defaults(source.settings)
@@ -132,57 +143,72 @@ def vocabulary_to_write(source: NeoXCheckpoint, tokenizer: RunTokenizer, keep_pa
     return rows if keep_padding else tokenizer.size
 
 
-def _commonest(dtypes: dict) -> torch.dtype:
-    counts: Counter[torch.dtype] = Counter()
-    for rule, dtype in dtypes.items():
-        counts[dtype] += math.prod(rule.shape)
-    return counts.most_common(1)[0][0]
+class FoldedNorms:
+    """A checkpoint with weighted RMS norms as the same model with the authors' parameter-free ones.
+
+    Each norm's scale is folded, channel by channel, into the weights that follow the norm.
+
+    Attributes:
+        shape: the model's shape, with parameter-free norms.
+
+    Raises:
+        ConvertError: the norm has a mean to subtract, or the head is tied to the embedding, so that
+            no weights follow the last norm alone.
+    """
+
+    def __init__(self, source: NeoXCheckpoint):
+        if source.shape.norm == "layernorm":
+            raise ConvertError(
+                "--fold-norms: norm: found 'layernorm', whose mean no weights can take away, "
+                "wanted rmsnorm"
+            )
+        if source.shape.norm == "rmsnorm" and source.shape.tied:
+            raise ConvertError(
+                "--fold-norms: no_weight_tying is false: the last norm's scale cannot go into the "
+                "embedding, which the head shares"
+            )
+        self._source = source
+        scales = {scale for scale, _ in FOLDED_INTO.values()}
+        # Keyed by the layer of the tensor to fold into; the head is one layer after the last norm.
+        self._scales = {
+            (rule.layer + (rule.name == "norm.scale"), rule.name): rule
+            for rule in source.table
+            if rule.name in scales
+        }
+        folded = {self._scale_rule(rule) for rule in source.table}
+        for rule in source.table:
+            if rule.name.endswith(".scale") and rule not in folded:
+                raise ConvertError(f"--fold-norms: layer {rule.layer}: no place for {rule.name}")
+        self.shape: Architecture = replace(source.shape, norm="simplermsnorm")
+
+    def is_folded(self, rule: TensorRule) -> bool:
+        """Returns whether a scale is folded into the tensor."""
+        return self._scale_rule(rule) is not None
+
+    def full(self, rule: TensorRule, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Returns a tensor as `NeoXCheckpoint.full` does; in float32, for a single rounding, if a
+        scale is folded into it."""
+        tensor = self._source.full(rule, out)
+        scale_rule = self._scale_rule(rule)
+        if scale_rule is None:
+            return tensor
+        scale = self._source.full(scale_rule).float()
+        shape = [1] * tensor.ndim
+        shape[FOLDED_INTO[rule.name][1]] = -1
+        return tensor.float() * scale.view(shape)
+
+    def _scale_rule(self, rule: TensorRule) -> TensorRule | None:
+        if rule.name not in FOLDED_INTO:
+            return None
+        return self._scales.get((rule.layer, FOLDED_INTO[rule.name][0]))
 
 
-def print_summary(
-    source: NeoXCheckpoint,
-    output: Path,
-    tokenizer: RunTokenizer,
-    shape: Architecture,
-    dtype: torch.dtype,
-    size: int,
-    comparison: Comparison | None,
-) -> None:
-    """Says what was read, written and found."""
-    special = tokenizer.special
-    parameters = sum(math.prod(rule.shape) for rule in tensor_table(shape))
-    print(f"read     {source.step}: {source.form} form, tensor parallel {source.tensor_parallel}")
-    print(f"wrote    {output}: {parameters:,} parameters, {str(dtype)[6:]}, {size / 1e6:,.1f} MB")
-    print(
-        f"tokens   {tokenizer.source}: {tokenizer.size:,}, written {shape.padded_vocab_size:,}; "
-        f"bos {special.bos}, eos {special.eos}, pad {special.pad}"
-    )
-    if comparison:
-        print(f"verified {comparison}")
-    else:
-        print("verified no; --verify compares with the GPT-NeoX model")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="Convert a GPT-NeoX checkpoint of a MetaLA model to a Hugging Face folder."
-    )
-    parser.add_argument(
-        "--checkpoint", type=Path, required=True, help="the folder that GPT-NeoX's `save` named"
-    )
-    parser.add_argument("--iteration", type=int, help="default: the latest")
-    parser.add_argument("--output", type=Path, required=True, help="the folder to write")
-    parser.add_argument(
-        "--config",
-        type=Path,
-        nargs="+",
-        metavar="YML",
-        help="the run's settings, in place of those inside the checkpoint",
-    )
-    parser.add_argument(
-        "--tokenizer",
-        type=Path,
-        help="tokenizer.json or a tokenizer's folder, in place of the settings' vocab_file",
+@one_line_errors()
+def main(argv: list[str] | None = None) -> None:
+    parser = command_parser(
+        "Convert a GPT-NeoX checkpoint of a MetaLA model to a Hugging Face folder.",
+        "Hugging Face",
+        reads_checkpoint=True,
     )
     parser.add_argument("--dtype", choices=DTYPES, help="default: that of the training")
     parser.add_argument(
@@ -204,9 +230,6 @@ def main() -> None:
         "--max-shard-size", default="5GB", metavar="SIZE", help="of one file, default: 5GB"
     )
     parser.add_argument(
-        "--overwrite", action="store_true", help="replace a Hugging Face folder that is there"
-    )
-    parser.add_argument(
         "--push-to-hub",
         metavar="REPO",
         help="upload the folder to this repository of the Hugging Face Hub, made if there is none",
@@ -214,7 +237,7 @@ def main() -> None:
     parser.add_argument(
         "--private", action="store_true", help="with --push-to-hub: make a private repository"
     )
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     try:
         max_shard_bytes = parse_size(options.max_shard_size)
     except ValueError as error:
@@ -242,5 +265,9 @@ def main() -> None:
         print(f"uploaded to {address}")
 
 
+def cli() -> None:
+    run_script(main)
+
+
 if __name__ == "__main__":
-    run(main)
+    cli()

@@ -1,8 +1,9 @@
-"""Writing GPT-NeoX checkpoints of a MetaLA model, weights only, for any layout."""
+"""Writing GPT-NeoX checkpoints (weights only) and their settings, for any parallel layout."""
 
 from __future__ import annotations
 
 import re
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,9 +14,10 @@ import yaml
 from tqdm import tqdm
 
 from convert.command import ConvertError
-from convert.layout import check_tensor_parallel
+from convert.neox_reader import LAYER_FILE_NAME, RANK_FILE_NAME, check_tensor_parallel
 from convert.tensor_table import TensorRule, check_finite, module_layers, tensor_table
-from megatron_patch.architecture import Architecture, with_defaults
+from megatron_patch.architecture import Architecture
+from megatron_patch.architecture_neox import with_defaults
 from megatron_patch.neox.yaml_config import merge_yaml_texts
 
 
@@ -43,13 +45,13 @@ def write_checkpoint(
     """Writes a checkpoint that GPT-NeoX loads with `finetune: true`.
 
     Args:
-        folder: what GPT-NeoX's `load` will name; exists and is empty.
-        shape: the model's, its padded vocabulary that of the new layout.
-        full: gives a tensor over all ranks, by the rule of `tensor_table(shape)`.
-        tensor_parallel, pipeline_parallel: the new layout; 0 is the form without a pipeline.
-        iteration: number of the iteration.
-        settings: merged settings of the new layout.
-        configs: its YAML files by name.
+        folder: an empty folder, for GPT-NeoX's `load`.
+        shape: the model's shape, with the padded vocabulary of the new layout.
+        full: returns a tensor over all ranks for a rule of `tensor_table(shape)`.
+        tensor_parallel, pipeline_parallel: the new layout; 0 stages write mp_rank files.
+        iteration: the iteration's number.
+        settings: the merged settings of the new layout.
+        configs: its YAML files, text by name.
     """
     step = folder / f"global_step{iteration}"
     (step / "configs").mkdir(parents=True)
@@ -63,16 +65,16 @@ def write_checkpoint(
         if pipeline_parallel:
             _write_layers(step, shape, table, full, tensor_parallel, bar)
             for rank in range(tensor_parallel * pipeline_parallel):
-                torch.save({"module": None, **states}, _rank_file(step, rank))
+                torch.save({"module": None, **states}, step / RANK_FILE_NAME.format(rank))
         else:
+            # Rank by rank: all ranks at once would take the memory of the whole model.
             for rank in range(tensor_parallel):
-                # All ranks at once would need the memory of the whole model.
                 module = OrderedDict()
                 for rule in table:
                     shard = rule.shard(full(rule), tensor_parallel, rank)
-                    module[f"sequential.{rule.layer}.{rule.name}"] = _own(shard, rule)
+                    module[f"sequential.{rule.layer}.{rule.name}"] = _copy(shard, rule)
                     bar.update()
-                torch.save({"module": module, **states}, _rank_file(step, rank))
+                torch.save({"module": module, **states}, step / RANK_FILE_NAME.format(rank))
     (folder / "latest").write_text(step.name)
 
 
@@ -84,30 +86,26 @@ def _write_layers(
     tensor_parallel: int,
     bar: tqdm,
 ) -> None:
-    """One file for each layer and rank. Layers without tensors have one too: DeepSpeed wants it."""
+    """Writes a file for each layer and rank. DeepSpeed wants one for layers without tensors too."""
     for layer in module_layers(shape):
         shards: list[OrderedDict] = [OrderedDict() for _ in range(tensor_parallel)]
         for rule in (rule for rule in table if rule.layer == layer):
             tensor = full(rule)
             for rank, tensors in enumerate(shards):
-                tensors[rule.name] = _own(rule.shard(tensor, tensor_parallel, rank), rule)
+                tensors[rule.name] = _copy(rule.shard(tensor, tensor_parallel, rank), rule)
             bar.update()
         for rank, tensors in enumerate(shards):
-            torch.save(tensors, step / f"layer_{layer:02d}-model_{rank:02d}-model_states.pt")
+            torch.save(tensors, step / LAYER_FILE_NAME.format(layer, rank))
 
 
-def _own(shard: torch.Tensor, rule: TensorRule) -> torch.Tensor:
-    """A copy: `torch.save` would write the whole tensor that a view belongs to.
+def _copy(shard: torch.Tensor, rule: TensorRule) -> torch.Tensor:
+    """Returns a copy, since `torch.save` would write the whole tensor that a view belongs to.
 
     Raises:
         ConvertError: a number is not finite.
     """
     check_finite(shard, f"layer {rule.layer}: {rule.name}")
     return shard.clone(memory_format=torch.contiguous_format)
-
-
-def _rank_file(step: Path, rank: int) -> Path:
-    return step / f"mp_rank_{rank:02d}_model_states.pt"
 
 
 def _states(
@@ -117,7 +115,7 @@ def _states(
     iteration: int,
     settings: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """What DeepSpeed's `load_checkpoint` and GPT-NeoX's checks read beside the tensors."""
+    """Returns what DeepSpeed's `load_checkpoint` and GPT-NeoX's checks read besides tensors."""
     args = with_defaults(settings)
     return {
         "buffer_names": [],
@@ -126,7 +124,7 @@ def _states(
         "skipped_steps": 0,
         "global_steps": iteration,
         "dp_world_size": 1,
-        # DeepSpeed counts the files of all ranks but those of data parallelism.
+        # DeepSpeed counts all ranks but those of data parallelism.
         "mp_world_size": tensor_parallel * max(pipeline_parallel, 1),
         "iteration": iteration,
         "args": {
@@ -146,15 +144,15 @@ def adapt_configs(
     pipeline_parallel: int,
     others: Mapping[str, Any] | None = None,
 ) -> dict[str, str]:
-    """The YAML files of a run, changed to another layout; comments and the rest stay.
+    """Returns a run's YAML files with the settings of another layout; comments stay.
 
-    A key that no file has is added to the first one. Where a file is written too unusually to be
-    changed in place, it is written anew, without its comments.
+    A key that no file has is added to the first file. A file in which a value cannot be replaced
+    in place is dumped again, without its comments.
 
     Args:
         configs: the files' texts by name.
         tensor_parallel, pipeline_parallel: the new layout.
-        others: further settings to change; a number, or a mapping whose `stage` is another.
+        others: further settings to change: numbers, or a mapping with another `stage`.
     """
     changed = dict(configs)
     wanted = {
@@ -179,3 +177,44 @@ def adapt_configs(
             text = yaml.safe_dump(settings, sort_keys=False)
         changed[name] = text
     return changed
+
+
+# GPT-NeoX pads the vocabulary to a multiple of `make_vocab_size_divisible_by` times the number of
+# tensor-parallel ranks, so that a new layout may change its rows.
+
+
+def padded_vocabulary(tokens: int, divisible_by: int, tensor_parallel: int) -> int:
+    """Returns the rows that GPT-NeoX gives the embedding for a tokenizer of `tokens` tokens."""
+    multiple = divisible_by * tensor_parallel
+    return -(-tokens // multiple) * multiple
+
+
+def divisor_that_keeps(rows: int, tokens: int, tensor_parallel: int, preferred: int = 128) -> int:
+    """Returns the `make_vocab_size_divisible_by` that keeps all rows and adds the fewest.
+
+    The number of rows is part of the model: the head has no bias, so that a new row of zeros has
+    the logit 0, which counts in the loss; and the padding rows that are there were trained.
+
+    Args:
+        rows: rows of the model, at least `tokens`.
+        tokens: number of tokens of the tokenizer.
+        tensor_parallel: number of ranks of the new layout.
+        preferred: the divisor to take among equally good ones.
+    """
+    powers = [128, 64, 32, 16, 8, 4, 2, 1]
+    candidates = [preferred, *powers, -(-rows // tensor_parallel)]
+
+    def padded(divisible_by: int) -> int:
+        return padded_vocabulary(tokens, divisible_by, tensor_parallel)
+
+    return min((n for n in candidates if padded(n) >= rows), key=padded)
+
+
+def tell_new_rows(added: int) -> None:
+    """Prints a note if rows had to be added to the vocabulary."""
+    if added:
+        print(
+            f"note: {added} new vocabulary rows of zeros, since the ranks must have equal shares: "
+            "their logits are 0 and count in the loss",
+            file=sys.stderr,
+        )

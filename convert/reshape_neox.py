@@ -1,6 +1,5 @@
 #!/usr/bin/env python3
-"""A GPT-NeoX checkpoint of a MetaLA model in another layout of tensor- and pipeline-parallel ranks,
-weights only:
+"""Writes a GPT-NeoX checkpoint of a MetaLA model in another parallel layout, weights only.
 
 python convert/reshape_neox.py --checkpoint CHECKPOINTS --output FOLDER --tensor-parallel 2 \\
     --pipeline-parallel 1
@@ -8,21 +7,27 @@ python convert/reshape_neox.py --checkpoint CHECKPOINTS --output FOLDER --tensor
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from convert.command import ConvertError, run
+from convert.command import ConvertError, command_parser, one_line_errors
 from convert.export_record import check_checkpoint_export, write_record
-from convert.folder import check_target, complete_folder
-from convert.neox_checkpoint import NeoXCheckpoint, config_texts
-from convert.neox_writer import adapt_configs, check_layout, write_checkpoint
-from convert.tokenizer_folder import find_tokenizer, read_tokenizer
-from convert.vocabulary import divisor_that_keeps, padded_vocabulary, tell_new_rows
-from megatron_patch.architecture import with_defaults
+from convert.neox_reader import NeoXCheckpoint, config_texts
+from convert.neox_writer import (
+    adapt_configs,
+    check_layout,
+    divisor_that_keeps,
+    padded_vocabulary,
+    tell_new_rows,
+    write_checkpoint,
+)
+from convert.output_folder import check_target, complete_folder
+from convert.tokenizer import find_tokenizer, read_tokenizer
+from megatron_patch.architecture_neox import with_defaults
+from megatron_patch.commands.command_line import run_script
 from megatron_patch.neox.yaml_config import merge_yaml_texts, read_yaml, settle
 
 
@@ -36,27 +41,28 @@ def reshape_neox(
     tokenizer: Path | None = None,
     overwrite: bool = False,
 ) -> NeoXCheckpoint:
-    """Writes `output`, a folder for GPT-NeoX's `load`, complete or not at all.
+    """Writes `output`, a folder for GPT-NeoX's `load`. If anything fails, it is as it was before.
 
-    The vocabulary keeps its rows: `make_vocab_size_divisible_by` is changed where GPT-NeoX would
-    pad otherwise in the new layout. Where the ranks cannot have equal shares of them, rows of zeros
-    are added, as few as possible. What is changed in the settings, and new rows, are told.
+    The vocabulary keeps its rows: `make_vocab_size_divisible_by` changes if GPT-NeoX would pad to
+    other rows in the new layout. If the ranks cannot have equal parts of the rows, the fewest
+    possible rows of zeros are added. Notes on stderr say which settings changed and how many rows
+    are new.
 
     Args:
         checkpoint: the folder that GPT-NeoX's `save` named.
         output: the folder to write.
-        tensor_parallel, pipeline_parallel: the new layout; 0 is the form without a pipeline.
-        iteration: which one to read, by default the latest.
+        tensor_parallel, pipeline_parallel: the new layout; 0 stages write mp_rank files.
+        iteration: the iteration to read, by default the latest.
         config: YAML files of the run, in place of those inside the checkpoint.
         tokenizer: tokenizer.json or a tokenizer's folder, in place of the settings' `vocab_file`;
-            read only where the padding could change.
+            read only if `tensor_parallel` changes.
         overwrite: whether to replace a checkpoint folder that is there.
 
     Returns:
         the checkpoint written, opened.
 
     Raises:
-        ConvertError: something is missing, damaged or impossible; see the line.
+        ConvertError: something is missing, damaged or impossible; the line says what.
         SettingsError: the settings are malformed.
     """
     check_target(output, overwrite, check_checkpoint_export)
@@ -103,14 +109,21 @@ def reshape_neox(
             file=sys.stderr,
         )
     tell_new_rows(rows - source.shape.padded_vocab_size)
-    return NeoXCheckpoint(output)
+    written = NeoXCheckpoint(output)
+    print(
+        f"wrote {written.step}: tensor parallel {tensor_parallel}, pipeline parallel "
+        f"{pipeline_parallel}, {rows:,} vocabulary rows\n"
+        f"train from it with load: {output} and finetune: true"
+    )
+    return written
 
 
 def zero_that_loads(
     settings: Mapping[str, Any], tensor_parallel: int, pipeline_parallel: int
 ) -> dict[str, Any]:
-    """`zero_optimization` with stage 1, where the run's stage cannot load the new layout: stage 3
-    reads files of its own, and GPT-NeoX has 2 and 3 on one rank without a pipeline alone."""
+    """Returns `zero_optimization` with stage 1 if the run's stage cannot load the new layout, else
+    an empty dict. Stage 3 reads only its own files, and GPT-NeoX has neither stage 2 nor 3 with
+    tensor or pipeline parallelism."""
     zero = settings.get("zero_optimization")
     stage = zero.get("stage") if isinstance(zero, Mapping) else None
     is_split = tensor_parallel > 1 or pipeline_parallel > 0
@@ -120,7 +133,7 @@ def zero_that_loads(
 
 
 def in_one_folder(texts: dict[str, str]) -> dict[str, str]:
-    """Texts by the names that their files have inside a checkpoint, in one folder."""
+    """Returns the texts by file name without folder, as a checkpoint holds them."""
     by_name: dict[str, str] = {}
     for path, text in texts.items():
         if (name := Path(path).name) in by_name:
@@ -132,55 +145,20 @@ def in_one_folder(texts: dict[str, str]) -> dict[str, str]:
     return by_name
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="Write a GPT-NeoX checkpoint in another parallel layout (weights only)."
+@one_line_errors()
+def main(argv: list[str] | None = None) -> None:
+    parser = command_parser(
+        "Write a GPT-NeoX checkpoint in another parallel layout (weights only).",
+        "checkpoint",
+        reads_checkpoint=True,
+        takes_layout=True,
     )
-    parser.add_argument(
-        "--checkpoint", type=Path, required=True, help="the folder that GPT-NeoX's `save` named"
-    )
-    parser.add_argument("--iteration", type=int, help="default: the latest")
-    parser.add_argument("--output", type=Path, required=True, help="the folder to write")
-    parser.add_argument("--tensor-parallel", type=int, required=True, metavar="N")
-    parser.add_argument(
-        "--pipeline-parallel",
-        type=int,
-        required=True,
-        metavar="M",
-        help="0 for the form without a pipeline",
-    )
-    parser.add_argument(
-        "--config",
-        type=Path,
-        nargs="+",
-        metavar="YML",
-        help="the run's settings, in place of those inside the checkpoint",
-    )
-    parser.add_argument(
-        "--tokenizer",
-        type=Path,
-        help="tokenizer.json or a tokenizer's folder, in place of the settings' vocab_file",
-    )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace a checkpoint folder that is there"
-    )
-    options = parser.parse_args()
-    written = reshape_neox(
-        options.checkpoint,
-        options.output,
-        options.tensor_parallel,
-        options.pipeline_parallel,
-        options.iteration,
-        options.config,
-        options.tokenizer,
-        options.overwrite,
-    )
-    print(
-        f"wrote {written.step}: tensor parallel {options.tensor_parallel}, pipeline parallel "
-        f"{options.pipeline_parallel}, {written.shape.padded_vocab_size:,} vocabulary rows\n"
-        f"train from it with load: {options.output} and finetune: true"
-    )
+    reshape_neox(**vars(parser.parse_args(argv)))
+
+
+def cli() -> None:
+    run_script(main)
 
 
 if __name__ == "__main__":
-    run(main)
+    cli()

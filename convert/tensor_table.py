@@ -1,22 +1,23 @@
-"""The one table of a MetaLA model's tensors: name and shape in GPT-NeoX, how each is split over
-tensor-parallel ranks, and what it is in Hugging Face.
+"""The tensors of a MetaLA model in GPT-NeoX and in Hugging Face.
 
-Merging, splitting, exporting and importing all read this table, so they cannot disagree.
+`tensor_table` names every tensor once: its GPT-NeoX name and shape, how tensor parallelism splits
+it, and the Hugging Face tensors inside it. A `TensorRule` converts both ways (`to_hf`, `from_hf`),
+and merges and splits shards (`merge`, `shard`).
 """
 
 from __future__ import annotations
 
 import enum
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from convert.command import ConvertError
-from megatron_patch.architecture import Architecture, AttentionLayers
+from megatron_patch.architecture import Architecture
 
-# The tensors of a norm, by GPT-NeoX's names, and what each is in Hugging Face.
+# The tensors of each norm: GPT-NeoX's name and the Hugging Face name.
 NORM_TENSORS: dict[str, dict[str, str]] = {
     "simplermsnorm": {},
     "rmsnorm": {"scale": "weight"},
@@ -25,17 +26,17 @@ NORM_TENSORS: dict[str, dict[str, str]] = {
 
 
 class Split(enum.Enum):
-    """How a tensor lies on the tensor-parallel ranks."""
+    """How tensor parallelism splits a tensor."""
 
-    REPLICATED = "replicated"  # the same on every rank
-    COLUMN = "column"  # rows of a column-parallel matrix: dim 0, see `TensorRule.groups`
-    ROW = "row"  # columns of a row-parallel matrix: dim 1
-    VOCAB = "vocabulary"  # tokens: dim 0, padding rows at the end
+    REPLICATED = "replicated"  # a copy on every rank
+    COLUMN = "column"  # column-parallel: dim 0, see `TensorRule.groups`
+    ROW = "row"  # row-parallel: dim 1
+    VOCAB = "vocabulary"  # dim 0, padding rows at the end
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A Hugging Face tensor inside a GPT-NeoX one: `rows` consecutive rows of each group."""
+    """A Hugging Face tensor inside a GPT-NeoX tensor: `rows` consecutive rows of each group."""
 
     name: str
     rows: int
@@ -44,17 +45,18 @@ class Piece:
 
 @dataclass(frozen=True)
 class TensorRule:
-    """One tensor of the model.
+    """One GPT-NeoX tensor.
 
     Attributes:
-        layer: index of GPT-NeoX's layer, as in `layer_{index}-…` and `sequential.{index}.…`.
-        name: the tensor's name inside that layer.
-        shape: its full shape, over all ranks.
-        split: how it is divided.
+        layer: index of its layer, as in `layer_{index}-…` and `sequential.{index}.…`.
+        name: its name inside that layer.
+        shape: its shape over all ranks.
+        split: how tensor parallelism splits it.
         pieces: the Hugging Face tensors, in their order inside a group.
-        groups: dim 0 is this many groups of equal size, heads say, each of which holds rows of all
-            `pieces`; a rank of a COLUMN split has whole groups. Where there is but one, the pieces
-            lie one after another, and each rank has its share of each.
+        groups: the number of equal groups (for `mixer.in_proj`, heads) along dim 0. Each group
+            holds rows of every piece, and a column split gives each rank whole groups. With one
+            group the pieces are stacked (`mlp.gate_up_proj`), and each rank holds its part of
+            every piece.
     """
 
     layer: int
@@ -66,20 +68,46 @@ class TensorRule:
 
     @property
     def _dim(self) -> int:
-        """The dimension that is split."""
+        """Returns the dimension that is split."""
         return 1 if self.split is Split.ROW else 0
 
     @property
     def _is_stacked(self) -> bool:
-        """Whether each rank has its share of every piece, one after another."""
+        """Returns whether each rank holds a part of every piece, stacked."""
         return self.split is Split.COLUMN and self.groups == 1 and len(self.pieces) > 1
 
+    def to_hf(self, full: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Returns the Hugging Face tensors by name, as views of `full` where possible."""
+        grouped = full.unflatten(0, (self.groups, -1))
+        parts = grouped.split([piece.rows for piece in self.pieces], dim=1)
+        return {
+            piece.name: part.reshape(piece.shape)
+            for piece, part in zip(self.pieces, parts, strict=True)
+        }
+
+    def from_hf(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Returns the GPT-NeoX tensor; the inverse of `to_hf`."""
+        parts = [
+            tensors[piece.name].reshape(self.groups, piece.rows, *self.shape[1:])
+            for piece in self.pieces
+        ]
+        return torch.cat(parts, dim=1).reshape(self.shape)
+
     def shard_shape(self, degree: int) -> tuple[int, ...]:
-        """Shape on one of `degree` ranks."""
+        """Returns the shape on one of `degree` ranks."""
         shape = list(self.shape)
         if self.split is not Split.REPLICATED:
             shape[self._dim] //= degree
         return tuple(shape)
+
+    def shard(self, full: torch.Tensor, degree: int, rank: int) -> torch.Tensor:
+        """Returns the shard of `rank` out of `degree`, possibly a view of `full`."""
+        if self.split is Split.REPLICATED:
+            return full
+        if not self._is_stacked:
+            return full.chunk(degree, dim=self._dim)[rank]
+        pieces = full.split([piece.rows for piece in self.pieces])
+        return torch.cat([piece.chunk(degree)[rank] for piece in pieces])
 
     def merge(
         self,
@@ -87,17 +115,16 @@ class TensorRule:
         files: Sequence[object],
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The full tensor from those of all ranks, in rank order.
+        """Returns the full tensor; the inverse of `shard`.
 
         Args:
-            shards: the ranks' tensors.
+            shards: the shards in rank order.
             files: each rank's file, for the error.
-            out: uint8, memory for the result, which is then valid until `out` is used again. New
-                memory costs more time than the merging.
+            out: uint8 memory for the result, which stays valid until `out` is used again.
+                Allocating new memory for each tensor takes longer than merging.
 
         Raises:
-            ConvertError: replicated copies differ in any bit; the line names tensor, ranks and
-                files.
+            ConvertError: replicated copies differ in any bit.
         """
         if self.split is Split.REPLICATED:
             for rank, copy in enumerate(shards):
@@ -111,12 +138,11 @@ class TensorRule:
             return shards[0]
         if len(shards) == 1:
             return shards[0]
+        parts = list(shards)
         if self._is_stacked:
             rows = [piece.rows // len(shards) for piece in self.pieces]
-            by_rank = [shard.split(rows) for shard in shards]
-            parts = [share for piece in zip(*by_rank, strict=True) for share in piece]
-        else:
-            parts = list(shards)
+            by_piece = zip(*(shard.split(rows) for shard in shards), strict=True)
+            parts = [part for piece in by_piece for part in piece]
         if out is not None:
             shape = list(parts[0].shape)
             shape[self._dim] = sum(part.shape[self._dim] for part in parts)
@@ -124,145 +150,132 @@ class TensorRule:
             out = out[:size].view(parts[0].dtype).view(shape)
         return torch.cat(parts, dim=self._dim, out=out)
 
-    def shard(self, full: torch.Tensor, degree: int, rank: int) -> torch.Tensor:
-        """What `rank` of `degree` holds of the full tensor; may be a view of it."""
-        if self.split is Split.REPLICATED:
-            return full
-        if not self._is_stacked:
-            return full.chunk(degree, dim=self._dim)[rank]
-        pieces = full.split([piece.rows for piece in self.pieces])
-        return torch.cat([piece.chunk(degree)[rank] for piece in pieces])
-
-    def to_hf(self, full: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The Hugging Face tensors by name, views of `full` where possible."""
-        grouped = full.unflatten(0, (self.groups, -1))
-        parts = grouped.split([piece.rows for piece in self.pieces], dim=1)
-        return {
-            piece.name: part.reshape(piece.shape)
-            for piece, part in zip(self.pieces, parts, strict=True)
-        }
-
-    def from_hf(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """The full tensor from its Hugging Face pieces: the inverse of `to_hf`."""
-        parts = [
-            tensors[piece.name].reshape(self.groups, piece.rows, *self.shape[1:])
-            for piece in self.pieces
-        ]
-        return torch.cat(parts, dim=1).reshape(self.shape)
-
-
-def embedding_layer() -> int:
-    """Index of the embedding among GPT-NeoX's layers."""
-    return 0
-
-
-def block_layer(block: int) -> int:
-    """Index of a block; layer 1 is a function that transposes, without tensors."""
-    return block + 2
-
-
-def norm_layer(shape: Architecture) -> int:
-    """Index of the last norm, which follows another function without tensors."""
-    return shape.num_layers + 3
-
-
-def head_layer(shape: Architecture) -> int:
-    """Index of the output layer; tied weights leave it without tensors of its own."""
-    return shape.num_layers + 4
-
 
 def module_layers(shape: Architecture) -> list[int]:
-    """Indices of the layers that are modules: each has a file in a pipeline-form checkpoint, be it
-    empty."""
-    blocks = [block_layer(i) for i in range(shape.num_layers)]
-    head = [] if shape.tied else [head_layer(shape)]
-    return [embedding_layer(), *blocks, norm_layer(shape), *head]
+    """Returns the indices of the layers that have a file in a layer-file checkpoint: embedding (0),
+    blocks (from 2), last norm and head. Layers 1 and n + 2 are functions without tensors, as is
+    a tied head; the last norm has a file even if it holds no tensors."""
+    n = shape.num_layers
+    return [0, *range(2, n + 2), n + 3, *([] if shape.tied else [n + 4])]
 
 
 def tensor_table(shape: Architecture) -> list[TensorRule]:
-    """All tensors of a model, layer by layer."""
-    d, vocabulary = shape.hidden_size, shape.padded_vocab_size
-    heads, key, value = shape.num_heads, shape.key_width, shape.value_width
-    rules: list[TensorRule] = []
-
-    def add(layer: int, name: str, size: tuple[int, ...], split: Split, *hf: Piece, **options):
-        rules.append(TensorRule(layer, name, size, split, hf, **options))
-
-    def whole(name: str, size: tuple[int, ...], flat: bool = False) -> Piece:
-        return Piece(name, size[0], (math.prod(size),) if flat else size)
-
-    def plain(layer: int, name: str, size: tuple[int, ...], split: Split, hf: str, **hf_options):
-        add(layer, name, size, split, whole(hf, size, **hf_options))
-
-    def norm(layer: int, name: str, hf: str) -> None:
-        for neox, kind in NORM_TENSORS[shape.norm].items():
-            plain(layer, f"{name}.{neox}", (d,), Split.REPLICATED, f"{hf}.{kind}")
-
-    def column(layer: int, name: str, hf: dict[str, int], groups: int = 1, bias: bool = False):
-        """A column-parallel matrix, of Hugging Face matrices by name and rows; and its bias."""
-        for kind, columns in [("weight", (d,)), ("bias", ())][: 1 + bias]:
-            pieces = [
-                Piece(f"{n}.{kind}", rows // groups, (rows, *columns)) for n, rows in hf.items()
-            ]
-            size = (sum(hf.values()), *columns)
-            add(layer, f"{name}.{kind}", size, Split.COLUMN, *pieces, groups=groups)
-
-    def row(layer: int, name: str, hf: str, columns: int, bias: bool = False) -> None:
-        """A row-parallel matrix, and its bias, which is added once the ranks' shares are summed."""
-        plain(layer, f"{name}.weight", (d, columns), Split.ROW, f"{hf}.weight")
-        if bias:
-            plain(layer, f"{name}.bias", (d,), Split.REPLICATED, f"{hf}.bias")
-
-    def metala(layer: int, block: str) -> None:
-        mixer, mlp, f = f"{block}.token_mixer", f"{block}.channel_mixer", shape.intermediate_size
-        norm(layer, "input_norm", f"{block}.token_norm")
-        conv = (d, 1, shape.metala.conv_width)
-        plain(layer, "mixer.conv1d.weight", conv, Split.REPLICATED, f"{mixer}.conv1d.weight")
-        widths = {"q_proj": heads * key, "k_gate": heads * key, "v_proj": d, "g_proj": d}
-        by_head = {f"{mixer}.{name}": width for name, width in widths.items()}
-        column(layer, "mixer.in_proj", by_head, groups=heads)
-        bias, aug = (heads, value), (heads, key)
-        plain(layer, "mixer.out_gate_bias", bias, Split.COLUMN, f"{mixer}.g_proj.bias", flat=True)
-        if shape.metala.self_augmentation:
-            plain(layer, "mixer.aug_balance", aug, Split.COLUMN, f"{mixer}.aug_balance", flat=True)
-        row(layer, "mixer.out_proj", f"{mixer}.out_proj", d)
-        norm(layer, "mlp_norm", f"{block}.channel_norm")
-        column(layer, "mlp.gate_up_proj", {f"{mlp}.l1": f, f"{mlp}.l2": f})
-        row(layer, "mlp.down_proj", f"{mlp}.l3", f)
-
-    def attention(layer: int, block: str, of: AttentionLayers) -> None:
-        mixer, mlp, f = f"{block}.token_mixer", f"{block}.channel_mixer", of.intermediate_size
-        norm(layer, "input_layernorm", f"{block}.token_norm")
-        # Head by head where each has its own key; else all queries, all keys, all values.
-        groups = heads if of.num_kv_heads == heads else 1
-        widths = {"q_proj": d, "k_proj": of.num_kv_heads * value, "v_proj": of.num_kv_heads * value}
-        qkv = {f"{mixer}.{name}": width for name, width in widths.items()}
-        column(layer, "attention.query_key_value", qkv, groups, of.has_bias)
-        row(layer, "attention.dense", f"{mixer}.out_proj", d, of.has_bias)
-        norm(layer, "post_attention_layernorm", f"{block}.channel_norm")
-        # GPT-NeoX activates the second half of its rows.
-        column(layer, "mlp.linear1", {f"{mlp}.l2": f, f"{mlp}.l1": f}, bias=of.mlp_has_bias)
-        row(layer, "mlp.linear2", f"{mlp}.l3", f, of.mlp_has_bias)
-
-    embedding = (vocabulary, d)
-    plain(0, "word_embeddings.weight", embedding, Split.VOCAB, "model.embed_tokens.weight")
-    for i in range(shape.num_layers):
-        if shape.is_attention(i):
-            attention(block_layer(i), f"model.layers.{i}", shape.attention)
-        else:
-            metala(block_layer(i), f"model.layers.{i}")
-    norm(norm_layer(shape), "norm", "model.final_norm")
+    """Returns the rules of all tensors of a model, layer by layer."""
+    n, vocabulary = shape.num_layers, (shape.padded_vocab_size, shape.hidden_size)
+    embedding = {"model.embed_tokens.weight": vocabulary}
+    rules = [_rule(0, "word_embeddings.weight", Split.VOCAB, embedding)]
+    for i in range(n):
+        block = _attention_block if shape.is_attention(i) else _metala_block
+        rules += block(shape, i + 2, f"model.layers.{i}")
+    rules += _norm(shape, n + 3, "norm", "model.final_norm")
     if not shape.tied:
-        head = head_layer(shape)
-        plain(head, "final_linear.weight", embedding, Split.VOCAB, "lm_head.weight")
+        head = {"lm_head.weight": vocabulary}
+        rules.append(_rule(n + 4, "final_linear.weight", Split.VOCAB, head))
     return rules
 
 
+def _metala_block(shape: Architecture, layer: int, block: str) -> list[TensorRule]:
+    """Returns the rules of `ParallelMetaLALayer`: mixer and SwiGLU MLP, each after its norm."""
+    norm, rule, linear = _builders(shape, layer)
+    d, f, heads, qk = shape.hidden_size, shape.intermediate_size, shape.num_heads, shape.key_width
+    mixer, mlp = f"{block}.token_mixer", f"{block}.channel_mixer"
+    in_proj = {
+        f"{mixer}.q_proj": (heads * qk, d),
+        f"{mixer}.k_gate": (heads * qk, d),
+        f"{mixer}.v_proj": (d, d),
+        f"{mixer}.g_proj": (d, d),
+    }
+    conv = {f"{mixer}.conv1d.weight": (d, 1, shape.metala.conv_width)}
+    gate_bias, aug = {f"{mixer}.g_proj.bias": (d,)}, {f"{mixer}.aug_balance": (heads * qk,)}
+    aug_rule = rule("mixer.aug_balance", Split.COLUMN, aug, (heads, qk))
+    return [
+        *norm("input_norm", f"{block}.token_norm"),
+        rule("mixer.conv1d.weight", Split.REPLICATED, conv),
+        *linear("mixer.in_proj", Split.COLUMN, in_proj, groups=heads),
+        rule("mixer.out_gate_bias", Split.COLUMN, gate_bias, (heads, shape.value_width)),
+        *([aug_rule] if shape.metala.self_augmentation else []),
+        *linear("mixer.out_proj", Split.ROW, {f"{mixer}.out_proj": (d, d)}),
+        *norm("mlp_norm", f"{block}.channel_norm"),
+        *linear("mlp.gate_up_proj", Split.COLUMN, {f"{mlp}.l1": (f, d), f"{mlp}.l2": (f, d)}),
+        *linear("mlp.down_proj", Split.ROW, {f"{mlp}.l3": (d, f)}),
+    ]
+
+
+def _attention_block(shape: Architecture, layer: int, block: str) -> list[TensorRule]:
+    """Returns the rules of GPT-NeoX's `ParallelTransformerLayer`: attention and SwiGLU MLP."""
+    norm, _, linear = _builders(shape, layer)
+    options = shape.attention
+    d, f, kv_heads = shape.hidden_size, options.intermediate_size, options.num_kv_heads
+    kv, bias, mlp_bias = kv_heads * shape.value_width, options.has_bias, options.mlp_has_bias
+    mixer, mlp = f"{block}.token_mixer", f"{block}.channel_mixer"
+    # Multi-head attention orders the rows head by head, grouped-query attention stacks q, k, v.
+    groups = kv_heads if kv_heads == shape.num_heads else 1
+    qkv = {f"{mixer}.q_proj": (d, d), f"{mixer}.k_proj": (kv, d), f"{mixer}.v_proj": (kv, d)}
+    up_gate = {f"{mlp}.l2": (f, d), f"{mlp}.l1": (f, d)}  # GPT-NeoX activates the second half
+    return [
+        *norm("input_layernorm", f"{block}.token_norm"),
+        *linear("attention.query_key_value", Split.COLUMN, qkv, groups, bias),
+        *linear("attention.dense", Split.ROW, {f"{mixer}.out_proj": (d, d)}, bias=bias),
+        *norm("post_attention_layernorm", f"{block}.channel_norm"),
+        *linear("mlp.linear1", Split.COLUMN, up_gate, bias=mlp_bias),
+        *linear("mlp.linear2", Split.ROW, {f"{mlp}.l3": (d, f)}, bias=mlp_bias),
+    ]
+
+
+def _builders(shape: Architecture, layer: int) -> tuple[Callable, Callable, Callable]:
+    """Returns `_norm`, `_rule` and `_linear` for one layer."""
+    return partial(_norm, shape, layer), partial(_rule, layer), partial(_linear, layer)
+
+
+def _norm(shape: Architecture, layer: int, name: str, hf: str) -> list[TensorRule]:
+    return [
+        _rule(layer, f"{name}.{own}", Split.REPLICATED, {f"{hf}.{theirs}": (shape.hidden_size,)})
+        for own, theirs in NORM_TENSORS[shape.norm].items()
+    ]
+
+
+def _linear(
+    layer: int,
+    name: str,
+    split: Split,
+    hf: Mapping[str, tuple[int, int]],
+    groups: int = 1,
+    bias: bool = False,
+) -> list[TensorRule]:
+    """Returns the rules of a linear layer's weight and, if it has one, its bias. The bias of a
+    row-parallel layer is replicated: it is added after the all-reduce of the partial sums."""
+    weights = {f"{hf_name}.weight": size for hf_name, size in hf.items()}
+    rules = [_rule(layer, f"{name}.weight", split, weights, groups=groups)]
+    if bias:
+        biases = {f"{hf_name}.bias": size[:1] for hf_name, size in hf.items()}
+        bias_split = Split.COLUMN if split is Split.COLUMN else Split.REPLICATED
+        rules.append(_rule(layer, f"{name}.bias", bias_split, biases, groups=groups))
+    return rules
+
+
+def _rule(
+    layer: int,
+    name: str,
+    split: Split,
+    hf: Mapping[str, tuple[int, ...]],
+    shape: tuple[int, ...] | None = None,
+    groups: int = 1,
+) -> TensorRule:
+    """Returns a rule, made from the shapes of its Hugging Face tensors. `shape` is only given for a
+    tensor that is [heads, width] in GPT-NeoX and [heads * width] in Hugging Face."""
+    rows = {hf_name: shape[0] if shape else size[0] // groups for hf_name, size in hf.items()}
+    pieces = tuple(Piece(hf_name, rows[hf_name], size) for hf_name, size in hf.items())
+    inner = next(iter(hf.values()))[1:]
+    return TensorRule(
+        layer, name, shape or (sum(rows.values()) * groups, *inner), split, pieces, groups
+    )
+
+
 def check_finite(tensor: torch.Tensor, name: str) -> None:
-    """Raises a ConvertError if a weight is NaN or infinite: the training had diverged."""
+    """Raises a ConvertError if a weight is NaN or infinite, as after a training that diverged."""
     if not tensor.numel():
         return
-    low, high = torch.aminmax(tensor)  # NaN where there is one, in one pass without a copy
+    low, high = torch.aminmax(tensor)  # propagates NaN; one pass without a copy
     if not (low.isfinite() and high.isfinite()):
         bad = tensor.numel() - int(tensor.isfinite().sum())
         raise ConvertError(
@@ -272,7 +285,7 @@ def check_finite(tensor: torch.Tensor, name: str) -> None:
 
 
 def fit_vocabulary(tensor: torch.Tensor, rows: int) -> torch.Tensor:
-    """A vocabulary tensor cut to `rows`, or filled up to them with zeros."""
+    """Returns a vocabulary tensor cut to `rows`, or padded to them with zeros."""
     if rows <= tensor.shape[0]:
         return tensor[:rows]
     padding = tensor.new_zeros(rows - tensor.shape[0], *tensor.shape[1:])
@@ -280,5 +293,5 @@ def fit_vocabulary(tensor: torch.Tensor, rows: int) -> torch.Tensor:
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    """Equal tensors have equal bytes, also where they hold NaN."""
+    """Returns the bytes of a tensor, which compare equal also where both hold the same NaN."""
     return tensor.contiguous().view(torch.uint8)

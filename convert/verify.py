@@ -1,11 +1,11 @@
-"""Proof that an exported folder is the model that was trained: GPT-NeoX's own layers and the
-Hugging Face model, run on the same tokens.
+"""Verifying an export: the logits of GPT-NeoX's own model and of the Hugging Face model.
 
-The GPT-NeoX side shares nothing with the converter's merging. One process for each tensor-parallel
-rank builds the tensor-parallel model and loads its own rank's files, as in training; the stages of
-a pipeline run in one process, and DeepSpeed's own code joins the pieces of ZeRO stage 3. Both sides
-compute in float32 on the CPU whatever the weights' dtype is, so that a conversion which keeps the
-dtype must agree to float32's accuracy.
+The GPT-NeoX model is the oracle, and shares no code with the converter's merging. Each
+tensor-parallel rank is a process (`python -m convert.verify WORK_FOLDER`, with GPT-NeoX on the
+path) that builds the tensor-parallel model and loads its own files, as in training. Pipeline stages
+run one after the other in that process, and DeepSpeed's own code joins ZeRO stage 3. Both models
+compute in float32 on the CPU, so that an export which keeps the weights' dtype must agree to
+float32's accuracy.
 """
 
 from __future__ import annotations
@@ -22,24 +22,33 @@ from pathlib import Path
 
 import torch
 
-from convert.command import ConvertError
-from convert.gpt_neox import ROOT
-from convert.neox_checkpoint import NeoXCheckpoint
+from convert.command import ROOT, ConvertError
+from convert.files import load_torch_file
+from convert.neox_reader import NeoXCheckpoint
+from megatron_patch.architecture_neox import expand_attention_config
 
-BATCH, LENGTH = 2, 160  # more than two chunks of the operator, and a rest
-# Largest difference allowed where all weights were written as they are: TOLERANCE. Deep models
-# amplify rounding beyond that (a new one of 0.38B moves by 2e-4 when the last bits of its embedding
-# change), so it is at least TIMES_ROUNDING times what the last bits do to this very model, but no
-# more than a share of the largest logit; wrong weights move the logits by far more.
+BATCH, LENGTH = 2, 160  # two chunks of the operator and a part of a third
+# The largest difference allowed if the weights kept their dtype is TOLERANCE. Deep models amplify
+# rounding beyond that: the logits of a new 0.38B model move by 2e-4 when the last bits of its
+# embedding change. So the limit rises to TIMES_ROUNDING times the effect of those bits on this very
+# model, but at most to ROUNDING_SHARE of the largest logit. Wrong weights change far more.
 TOLERANCE = 1e-4
 TIMES_ROUNDING, ROUNDING_SHARE = 4, 1e-2
-# Weights rounded to a smaller dtype move the logits by more: this share of the largest.
+# The limit if the weights were rounded to a smaller dtype, as a share of the largest logit.
 SHARE_OF_LARGEST_LOGIT = {torch.float16: 2e-2, torch.bfloat16: 1e-1}
+# Fused kernels that only run on GPUs; the model computes the same without them.
+GPU_FUSIONS = (
+    "rmsnorm_fusion",
+    "rope_fusion",
+    "scaled_masked_softmax_fusion",
+    "scaled_upper_triang_masked_softmax_fusion",
+    "use_flashattn_swiglu",
+)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Result of a verification."""
+    """The result of a verification."""
 
     largest_difference: float
     tolerance: float
@@ -65,14 +74,14 @@ def verify(
     tokens: int,
     rounded_to: torch.dtype | None,
 ) -> Comparison:
-    """Compares a folder with the checkpoint it was made from.
+    """Compares a folder with the checkpoint that it was exported from.
 
     Args:
         neox: the GPT-NeoX checkout, linked to the plugin or not.
-        source: the checkpoint; only its settings and where its files are is used.
+        source: the checkpoint; only its settings and the place of its files are used.
         folder: the Hugging Face folder.
         tokens: number of tokens of the tokenizer.
-        rounded_to: the dtype that weights were rounded to, `None` if they were written as they are.
+        rounded_to: the dtype that weights were rounded to, `None` if they kept theirs.
 
     Raises:
         ConvertError: the two differ, or one of them cannot be run.
@@ -91,11 +100,11 @@ def verify(
 def compare(
     expected: torch.Tensor, found: torch.Tensor, rounding: float, rounded_to: torch.dtype | None
 ) -> Comparison:
-    """The largest difference between two models' logits, [batch, time, vocabulary].
+    """Compares the logits of two models.
 
     Args:
-        expected, found: the logits.
-        rounding: how far the last bit of the embedding moves them.
+        expected, found: the logits, [batch, time, vocabulary].
+        rounding: how far the last bits of the embedding move the logits.
         rounded_to: see `verify`.
     """
     largest = expected.abs().max().item()
@@ -112,7 +121,8 @@ def compare(
 
 
 def _hf_logits(folder: Path, token_ids: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """Logits of the Hugging Face model, and how far the last bit of its embedding moves them."""
+    """Returns the logits of the Hugging Face model, and how far the last bits of its embedding
+    move them."""
     from megatron_patch.hf import MetaLAForCausalLM
 
     model, loading = MetaLAForCausalLM.from_pretrained(folder, output_loading_info=True)
@@ -133,7 +143,8 @@ def _hf_logits(folder: Path, token_ids: torch.Tensor) -> tuple[torch.Tensor, flo
 def _neox_logits(
     neox: Path, source: NeoXCheckpoint, token_ids: torch.Tensor, work: Path
 ) -> torch.Tensor:
-    """Logits [batch, time, padded vocabulary] of the tensor-parallel GPT-NeoX model."""
+    """Returns the logits, [batch, time, padded vocabulary], of the tensor-parallel GPT-NeoX
+    model."""
     ranks = source.tensor_parallel
     torch.save(token_ids, work / "tokens.pt")
     job = {
@@ -160,7 +171,7 @@ def _neox_logits(
             logs.append((work / f"rank{rank}.log").open("w+"))
             processes.append(
                 subprocess.Popen(
-                    [sys.executable, "-m", "convert.neox_logits", str(work)],
+                    [sys.executable, "-m", "convert.verify", str(work)],
                     env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
                     cwd=work,
                     stdout=logs[-1],
@@ -188,7 +199,8 @@ def _neox_logits(
 
 
 def _wait(processes: list[subprocess.Popen]) -> int | None:
-    """Waits for all, or until one fails, whose index it returns: the others would wait for it."""
+    """Waits for all processes and returns `None`, or returns the index of the first that fails,
+    since the others would wait for it forever."""
     while True:
         codes = [process.poll() for process in processes]
         failed = [i for i, code in enumerate(codes) if code]
@@ -197,3 +209,160 @@ def _wait(processes: list[subprocess.Popen]) -> int | None:
         if None not in codes:
             return None
         time.sleep(0.05)
+
+
+# ---- One rank of the GPT-NeoX model, in a process of its own
+
+
+def rank_tensors(step: Path, form: str, rank: int) -> dict[int, dict]:
+    """Returns the tensors of each layer on a rank, by layer index, from the rank's own files."""
+    if form == "layer-file":
+        files = step.glob(f"layer_*-model_{rank:02d}-model_states.pt")
+        return {int(re.match(r"layer_(\d+)", f.name)[1]): load_torch_file(f) for f in files}
+    if form == "ZeRO 3":
+        module = zero3_tensors(step)
+    else:
+        module = load_torch_file(step / f"mp_rank_{rank:02d}_model_states.pt")["module"]
+    layers: dict[int, dict] = {}
+    for name, tensor in module.items():
+        _, layer, rest = name.split(".", 2)
+        layers.setdefault(int(layer), {})[rest] = tensor
+    return layers
+
+
+def zero3_tensors(step: Path) -> dict[str, torch.Tensor]:
+    """Returns all tensors of a ZeRO stage 3 checkpoint in their training dtypes, joined by
+    DeepSpeed's own code. DeepSpeed does not open the files: it would run code that they hold."""
+    from deepspeed.utils import zero_to_fp32
+
+    def of_all_ranks(kind: str) -> list:
+        files = step.glob(f"*zero_pp_rank_*_mp_rank_00_{kind}_states.pt")
+        in_order = sorted(files, key=lambda file: int(re.search(r"pp_rank_(\d+)", file.name)[1]))
+        return [load_torch_file(file) for file in in_order]
+
+    states = of_all_ranks("model")
+    flat = [held["optimizer_state_dict"]["fp32_flat_groups"] for held in of_all_ranks("optim")]
+    described = [
+        zero_to_fp32.zero_model_state(
+            buffers={},
+            param_shapes=held["param_shapes"],
+            shared_params=[],
+            ds_version=held["ds_version"],
+            frozen_param_shapes=None,
+            frozen_param_fragments=None,
+        )
+        for held in states
+    ]
+    joined = zero_to_fp32._get_fp32_state_dict_from_zero3_checkpoint(
+        len(states), flat, described, exclude_frozen_parameters=True
+    )
+    dtypes = {name: tensor.dtype for name, tensor in states[0]["module"].items()}
+    return {name: tensor.contiguous().detach().to(dtypes[name]) for name, tensor in joined.items()}
+
+
+def build_model(settings: dict, ranks: int, padded_vocab_size: int, length: int) -> torch.nn.Module:
+    """Builds the run's GPT-NeoX model on this rank, in float32, with all pipeline stages.
+
+    Args:
+        settings: the run's settings; those that describe a model are used.
+        ranks: number of tensor-parallel ranks.
+        padded_vocab_size: rows of the embedding over all ranks.
+        length: sequence length.
+    """
+    import megatron  # noqa: F401  (a linked checkout registers MetaLA here)
+
+    import megatron_patch.neox
+
+    megatron_patch.neox.register()
+
+    import deepspeed
+    from megatron import mpu
+    from megatron.initialize import initialize_megatron
+    from megatron.model.gpt2_model import GPT2ModelPipe
+    from megatron.neox_arguments import NeoXArgs
+    from megatron.neox_arguments.neox_args import NeoXArgsModel
+
+    of_model = {
+        key: value
+        for key, value in settings.items()
+        if key in NeoXArgsModel.__dataclass_fields__ and value is not None
+    }
+    # Operator and attention must run on the CPU.
+    metala = {**(settings.get("metala") or {}), "backend": "auto"}
+    layer_types = expand_attention_config(settings["attention_config"], settings["num_layers"])
+    attention_config = ["global" if kind == "flash" else kind for kind in layer_types]
+    neox_args = NeoXArgs(
+        **{
+            **of_model,
+            "metala": metala,
+            "attention_config": attention_config,
+            **dict.fromkeys(GPU_FUSIONS, False),
+            "precision": "fp32",
+            "seq_length": length,
+            "max_position_embeddings": length,
+            "model_parallel_size": ranks,
+            "pipe_parallel_size": 0,
+            "global_num_gpus": ranks,
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,
+            "train_iters": 1,
+            "optimizer": {"type": "cpu_torch_adam", "params": {"lr": 1e-4}},
+            "distributed_backend": "gloo",
+            "use_wandb": False,
+            "lazy_mpu_init": True,  # does not compile the data set helper
+        }
+    )
+    neox_args.padded_vocab_size = padded_vocab_size
+    deepspeed.init_distributed(dist_backend="gloo")
+    neox_args.configure_distributed_args()
+    initialize_megatron(neox_args, allow_no_cuda=True)()
+    neox_args.use_cpu_initialization = False  # `lazy_mpu_init` set it; it takes more memory
+    return GPT2ModelPipe(neox_args, parallel_output=False, topology=mpu.get_topology())
+
+
+def load(model: torch.nn.Module, layers: dict[int, dict]) -> None:
+    """Loads the tensors of each layer strictly.
+
+    Raises:
+        RuntimeError: a tensor is missing, unexpected or of another shape.
+    """
+    for index, module in enumerate(model.forward_funcs):
+        state = layers.pop(index, {})
+        if isinstance(module, torch.nn.Module):
+            module.load_state_dict(state, strict=True)
+        elif state:
+            raise RuntimeError(f"layer {index} has no tensors in GPT-NeoX, found {sorted(state)}")
+    if layers:
+        raise RuntimeError(f"GPT-NeoX's model has no layers {sorted(layers)}")
+
+
+def main() -> None:
+    """Writes the logits of the tokens in a work folder; `_neox_logits` starts this on each rank."""
+    work = Path(sys.argv[1])
+    job = json.loads((work / "job.json").read_text())
+    rank, ranks = int(os.environ["RANK"]), job["ranks"]
+    # Ranks that meet at a file need no port, which another run might take.
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{work / 'meeting'}", rank=rank, world_size=ranks
+    )
+    layers = rank_tensors(Path(job["step"]), job["form"], rank)
+    vocabulary = layers[0]["word_embeddings.weight"].shape[0] * ranks
+    tokens = torch.load(work / "tokens.pt", weights_only=True)
+    model = build_model(job["settings"], ranks, vocabulary, tokens.shape[1])
+    load(model, layers)
+
+    from megatron.utils import get_ltor_masks_and_position_ids
+
+    mask, _, positions = get_ltor_masks_and_position_ids(
+        tokens, eod_token=0, eod_mask_loss=False, sliding_window_width=None
+    )
+    model.eval()
+    with torch.no_grad():
+        logits = model((tokens, positions, mask))
+    if rank == 0:
+        torch.save(logits, work / "logits.pt")
+    torch.distributed.barrier()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,12 +1,12 @@
-"""Opening files that somebody else may have made: regular ones alone, since a FIFO or a device has
-no end, and of a folder only what lies in it, since a link may lead to anything."""
+"""Opening files of others: only regular files, since a FIFO or a device has no end, and only inside
+a given folder, since a link may lead anywhere."""
 
 from __future__ import annotations
 
 import errno
 from pathlib import Path
 
-MAX_TEXT_BYTES = 128 * 2**20  # the largest tokenizer.json have 30 MB
+MAX_TEXT_BYTES = 128 * 2**20  # the largest tokenizer.json files have 30 MB
 
 
 def check_regular(path: Path, inside: Path | None = None) -> None:
@@ -14,11 +14,11 @@ def check_regular(path: Path, inside: Path | None = None) -> None:
 
     Args:
         path: the file.
-        inside: the folder that it must really lie in. Of a snapshot in Hugging Face's cache, whose
-            files are links, the cache's `blobs` count too.
+        inside: a folder that the file, with links resolved, must lie in. The files of a snapshot in
+            Hugging Face's cache are links, which may lead to the cache's `blobs`.
 
     Raises:
-        OSError: it is not; `filename` and `strerror` say what is the matter.
+        OSError: it is not; `filename` and `strerror` say why.
     """
     try:
         real = path.resolve(strict=True)
@@ -39,14 +39,14 @@ def check_regular(path: Path, inside: Path | None = None) -> None:
 
 
 def read_text(path: Path, inside: Path | None = None, max_bytes: int = MAX_TEXT_BYTES) -> str:
-    """The text of a regular file in UTF-8.
+    """Returns the UTF-8 text of a regular file.
 
     Args:
         path, inside: see `check_regular`.
-        max_bytes: a larger file is refused.
+        max_bytes: the largest size allowed.
 
     Raises:
-        OSError: it cannot be had; `filename` and `strerror` say why.
+        OSError: it cannot be read; `filename` and `strerror` say why.
     """
     check_regular(path, inside)
     with path.open("rb") as file:

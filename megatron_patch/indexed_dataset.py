@@ -45,29 +45,30 @@ _DTYPES = {
     }.items()
 }
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
-# Where GPT-NeoX and Megatron change from two bytes a token to four.
+# From this size on GPT-NeoX and Megatron use four bytes per token instead of two.
 _FIRST_LARGE_VOCABULARY = 65500
 
 
 class IndexedDatasetError(ValueError):
-    """A `.bin` / `.idx` pair that is not what it should be, or a document that does not fit it."""
+    """An error in a `.bin` / `.idx` pair, or in a document to be written to one."""
 
 
 def bin_path(prefix: str | Path) -> Path:
-    """The token file of a data set; `prefix` as in GPT-NeoX's `data_path`, without an ending."""
+    """Returns the token file of a data set; `prefix` is GPT-NeoX's `data_path`, without an
+    ending."""
     return Path(f"{prefix}.bin")
 
 
 def idx_path(prefix: str | Path) -> Path:
-    """The index file of a data set."""
+    """Returns the index file of a data set."""
     return Path(f"{prefix}.idx")
 
 
 def index_map_paths(prefix: str | Path) -> list[Path]:
-    """GPT-NeoX's index maps of a data set, which it keeps beside the pair: which documents make
-    which sample. A data set that replaces another has no use for them."""
+    """Returns GPT-NeoX's index maps of a data set, which say which documents make which sample.
+    GPT-NeoX keeps them next to the pair, and they are wrong once the pair is replaced."""
     folder, start = Path(prefix).parent, re.escape(Path(prefix).name)
-    name = re.compile(  # the hash is that of `megatron_patch.neox.index_maps`
+    name = re.compile(  # the hash is that of `megatron_patch.neox.upstream_fixes.data`
         rf"{start}(_[0-9a-f]{{16}})?_(train|valid|test)(_\d+)?"
         r"_indexmap_.+_(doc|sample|shuffle)_idx\.npy"
     )
@@ -75,19 +76,20 @@ def index_map_paths(prefix: str | Path) -> list[Path]:
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """The token type that GPT-NeoX chooses for a vocabulary: uint16 while it fits, else int32."""
+    """Returns the token type that GPT-NeoX chooses for a vocabulary: uint16 if it fits, else
+    int32."""
     return np.dtype("<u2" if vocab_size < _FIRST_LARGE_VOCABULARY else "<i4")
 
 
 class IndexedDataset:
-    """Documents of a `.bin` / `.idx` pair, read where they lie on disk.
+    """The documents of a `.bin` / `.idx` pair, memory-mapped.
 
     Args:
         prefix: path of the pair without the ending.
 
     Raises:
         FileNotFoundError: one of the two files is not there.
-        IndexedDatasetError: not such a file, or shorter than its header or index says.
+        IndexedDatasetError: the pair is damaged, or shorter than its header or index says.
     """
 
     def __init__(self, prefix: str | Path):
@@ -100,12 +102,12 @@ class IndexedDataset:
         self._read_index(idx_path(prefix))
         tokens = bin_path(prefix)
         lengths = self.sizes * np.int64(self.dtype.itemsize)
-        # Of an offset so large that the sum has more than 64 bits, the offset itself is too large.
+        # If the sum overflows, the offset alone is already larger than the file.
         ends = np.maximum(self._offsets, self._offsets + lengths)
         wanted = int(ends.max(initial=0))
         if (found := tokens.stat().st_size) < wanted:
             raise IndexedDatasetError(f"{tokens}: truncated: found {found} bytes, wanted {wanted}")
-        # An empty file cannot be mapped.
+        # memmap does not take an empty file.
         self._bin = np.memmap(tokens, mode="r") if wanted else np.empty(0, np.uint8)
 
     def _read_index(self, path: Path) -> None:
@@ -140,14 +142,14 @@ class IndexedDataset:
         return len(self.sizes)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        """All tokens of one document, read-only, in the file's type."""
+        """Returns all tokens of one document, read-only, in the file's token type."""
         return self.get(index)
 
     def __iter__(self) -> Iterator[np.ndarray]:
         return (self.get(index) for index in range(len(self)))
 
     def get(self, index: int, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Tokens `start` to `stop` (its end by default) of one document."""
+        """Returns tokens `start` to `stop` (by default the end) of one document."""
         size = int(self.sizes[index])
         start, stop, _ = slice(start, stop).indices(size)
         first = int(self._offsets[index]) + start * self.dtype.itemsize
@@ -156,17 +158,17 @@ class IndexedDataset:
 
 
 def _open_alone(path: Path) -> BinaryIO:
-    """Opens a file to be written from its start, unless another process is writing it."""
-    file = open(path, "ab")  # which keeps what is there: it may be another's
+    """Opens and empties a file, unless another process is writing it."""
+    file = open(path, "ab")  # does not empty it yet: it may belong to another process
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if not (path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())):
-            raise BlockingIOError  # the other has just finished, and renamed it
+            raise BlockingIOError  # another process has just finished, and renamed it
     except BlockingIOError:
         file.close()
         raise IndexedDatasetError(f"{path}: another process is writing this data set") from None
     except OSError as error:
-        # File systems without locks: written without one.
+        # On a file system without locks the file is written without one.
         if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
             raise
     file.truncate(0)
@@ -176,15 +178,16 @@ def _open_alone(path: Path) -> BinaryIO:
 class IndexedDatasetWriter:
     """Writes a `.bin` / `.idx` pair, one document at a time.
 
-    The files have temporary names until `close`, and an exception inside `with` removes them: a
-    pair under its own name is always whole. What a killed process has left is written over.
+    The files have temporary names until `close`, and an exception inside `with` removes them, so
+    that a pair under its own name is always complete. Files that a killed process left are
+    overwritten.
 
     Args:
         prefix: path of the pair without the ending; its folder is made, an existing pair replaced.
-        vocab_size: tokens must be below it; also decides on two or four bytes a token.
+        vocab_size: limit of the token ids, which also decides on two or four bytes per token.
 
     Attributes:
-        paths: of the two files.
+        paths: the paths of the two files.
 
     Raises:
         IndexedDatasetError: another process is writing this pair.
@@ -203,8 +206,8 @@ class IndexedDatasetWriter:
         """Appends one document.
 
         Raises:
-            IndexedDatasetError: a token is negative or not below `vocab_size`, or there are more
-                than an index can count.
+            IndexedDatasetError: a token is negative or not below `vocab_size`, or the document has
+                2^31 tokens or more.
         """
         tokens = np.asarray(tokens).reshape(-1)
         if tokens.size >= 2**31:
@@ -222,21 +225,21 @@ class IndexedDatasetWriter:
         self._sizes.append(tokens.size)
 
     def close(self) -> None:
-        """Completes the pair and gives it its name.
+        """Completes the pair and renames it to its own name.
 
         Raises:
-            IndexedDatasetError: not one token was written; GPT-NeoX could not map such a file.
+            IndexedDatasetError: no token was written, and GPT-NeoX could not map an empty file.
         """
         try:
             self._file.flush()
             if not sum(self._sizes):
                 raise IndexedDatasetError(f"{self.paths[0]}: no tokens to write")
             self._write_index(self._temporary[1])
-            # The index comes last and goes first: without one there is no data set.
+            # The index is removed first and renamed last: without one there is no data set.
             self.paths[1].unlink(missing_ok=True)
             for temporary, path in zip(self._temporary, self.paths, strict=True):
                 temporary.replace(path)
-            self._file.close()  # ends the lock
+            self._file.close()  # releases the lock
         except BaseException:
             self.discard()
             raise
@@ -252,10 +255,10 @@ class IndexedDatasetWriter:
             file.write(np.arange(count + 1, dtype="<i8").tobytes())
 
     def discard(self) -> None:
-        """Removes what was written."""
+        """Removes the unfinished files."""
         for path in self._temporary:
             path.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # of a full disk, where the rest cannot be written
+        with contextlib.suppress(OSError):  # a full disk does not take the buffered rest
             self._file.close()
 
     def __enter__(self) -> IndexedDatasetWriter:

@@ -1,8 +1,8 @@
-"""The folder that a run saves to: tried before the run starts, and held by one run at a time.
+"""The folder that a run saves to: tested before the run starts, and locked by one run at a time.
 
-The holder keeps a lock of the system's on the file `run.lock`, which ends with its process. Where a
-file system gives such locks to one machine alone, or to none, the file's age tells: the holder
-touches it twice a minute.
+The run holds a file lock on `run.lock`, which the kernel releases when its process ends. On a file
+system that does not share locks between hosts, or has none, the age of the file decides instead:
+the run touches it twice a minute.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ JOB_VARIABLES = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "JOB_ID")
 
 
 def try_saving(save: str) -> float:
-    """Makes the folder if it is not there, and writes a file to it, which is removed again.
+    """Makes the folder if needed, and writes a file to it, which is removed again.
 
     Returns:
-        the time by the clock of the folder's file system, in seconds.
+        the time in seconds by the clock of the folder's file system.
 
     Raises:
         SettingsError: nothing can be saved there; the line says why.
@@ -60,10 +60,10 @@ def try_saving(save: str) -> float:
 
 @contextmanager
 def held(save: str) -> Iterator[str]:
-    """Keeps other runs from saving to the folder.
+    """Locks the folder against other runs.
 
     Yields:
-        a text that names this run, see `holder`.
+        the name of this run, as `holder` returns it.
 
     Raises:
         SettingsError: nothing can be saved there, or another run holds it.
@@ -94,6 +94,7 @@ def held(save: str) -> Iterator[str]:
 
 
 def _take(path: Path, own: dict) -> int:
+    """Returns the descriptor of the lock file, locked."""
     while True:
         try:
             descriptor = os.open(
@@ -104,7 +105,7 @@ def _take(path: Path, own: dict) -> int:
         _check_free(path, descriptor, own)
         if _is(path, descriptor):
             return descriptor
-        os.close(descriptor)  # a run that ended in between has removed this file
+        os.close(descriptor)  # a run that ended in the meantime has removed this file
 
 
 def _is(path: Path, descriptor: int) -> bool:
@@ -115,7 +116,8 @@ def _is(path: Path, descriptor: int) -> bool:
 
 
 def _check_free(path: Path, descriptor: int, own: dict) -> None:
-    """Takes the system's lock, if there is one, and refuses a folder that another run holds."""
+    """Takes the file lock, if the file system has locks, and refuses a folder that another run
+    holds."""
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode):
         raise SettingsError(f"save: {path}: found no regular file, wanted that of a run, or none")
@@ -148,7 +150,7 @@ def _beat(descriptor: int, is_over: threading.Event) -> None:
     while not is_over.wait(BEAT_SECONDS):
         try:
             os.utime(descriptor)
-        except OSError:  # the file system is away for a moment, or the file was removed
+        except OSError:  # the file system is not reachable, or the file was removed
             pass
 
 
@@ -161,7 +163,7 @@ def _read(text: bytes) -> dict:
 
 
 def holder(save: str) -> str | None:
-    """What `held` gave to the run that holds the folder, `None` where that is not known."""
+    """Returns the name of the run that holds the folder, `None` if it is not known."""
     try:
         with (Path(save) / LOCK).open("rb") as file:
             return _read(file.read(4096)).get("run")

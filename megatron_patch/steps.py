@@ -1,4 +1,4 @@
-"""The iterations in a folder of GPT-NeoX checkpoints, and which of them the file `latest` names."""
+"""The iterations in a folder of GPT-NeoX checkpoints."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ STEP = re.compile(r"global_step(0|[1-9][0-9]*)")
 
 
 def saved_steps(folder: Path) -> list[int]:
-    """The iterations N that have a folder `global_stepN`, in order; none where `folder` is none.
+    """Returns the sorted iterations N that have a folder `global_stepN`; an empty list if `folder`
+    does not exist.
 
     Raises:
         ValueError: the folder cannot be read.
@@ -22,10 +23,10 @@ def saved_steps(folder: Path) -> list[int]:
 
 
 def latest_step(folder: Path) -> Path:
-    """The folder of the iteration that the file `latest` names.
+    """Returns the folder of the iteration that the file `latest` names.
 
     Raises:
-        ValueError: there is no such file, or it names anything but an iteration that is there.
+        ValueError: there is no such file, or no such iteration.
     """
     latest = folder / "latest"
     if not latest.is_file():

@@ -1,29 +1,33 @@
-"""Reading PyTorch files without running what is in them."""
+"""Reading PyTorch files without running code that they hold, and checking their CRC-32."""
 
 from __future__ import annotations
 
 import pickle
 import re
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+PIECE_BYTES = 4 * 2**20
+
 
 class UnreadableFile(ValueError):
-    """One line that names the file, and says why it cannot be read."""
+    """An error of one line, which names the file and says why it cannot be read."""
 
 
 def _allow_numpy_states() -> None:
-    """GPT-NeoX stores NumPy's random state, an array of uint32, beside the weights, and schedules
-    may hold NumPy's numbers."""
+    """Allows NumPy arrays and numbers: GPT-NeoX stores NumPy's random state with the weights, and
+    schedules may hold NumPy's numbers."""
     types = [np.ndarray, np.dtype, *(type(np.dtype(t)) for t in ("u4", "i8", "f4", "f8"))]
     torch.serialization.add_safe_globals(types)
     for value in (np.array([0], dtype=np.uint32), np.float64(0)):
         reconstruct = value.__reduce__()[0]
         torch.serialization.add_safe_globals([reconstruct])
-        # NumPy 1 and 2 name the function's module differently, in files too.
+        # NumPy 1 and 2 pickle the function under different module names.
         other = {
             "numpy.core.multiarray": "numpy._core.multiarray",
             "numpy._core.multiarray": "numpy.core.multiarray",
@@ -31,13 +35,13 @@ def _allow_numpy_states() -> None:
         try:
             named = (reconstruct, f"{other}.{reconstruct.__name__}")
             torch.serialization.add_safe_globals([named])
-        except (TypeError, ValueError, AttributeError):  # before torch 2.6
+        except (TypeError, ValueError, AttributeError):  # torch before 2.6 takes no names
             pass
 
 
 def _allow_deepspeed_states() -> None:
-    """DeepSpeed stores two objects of its own beside ZeRO's weights. They are read as inert
-    stand-ins of the same names: DeepSpeed is not needed, and none of its code runs."""
+    """Reads the objects that DeepSpeed stores with ZeRO's weights as empty classes of the same
+    names, so that DeepSpeed is not needed and none of its code runs."""
     for module, name, kind in (
         ("deepspeed.runtime.zero.config", "ZeroStageEnum", int),
         ("deepspeed.runtime.fp16.loss_scaler", "LossScaler", object),
@@ -52,17 +56,17 @@ _allow_deepspeed_states()
 
 
 def load_safely(path: Path) -> Any:
-    """What `torch.save` wrote to `path`; tensors are read from the disk when they are used.
+    """Returns what `torch.save` wrote to `path`, with memory-mapped tensors.
 
     Raises:
         UnreadableFile: the file is absent, damaged, or holds more than tensors and plain data.
     """
-    for mmap in (True, False):  # files in the format before PyTorch 1.6 cannot be mapped
+    for mmap in (True, False):  # a file in the format before PyTorch 1.6 cannot be mapped
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         except pickle.UnpicklingError as error:
             found = re.search(r"GLOBAL ([\w.]+)", str(error))
-            # an unknown opcode: no pickle that torch.save writes
+            # "Unsupported operand" is an unknown opcode: torch.save writes no such pickle.
             if found or "Unsupported operand" not in str(error):
                 what = found[1] if found else "more than tensors"
                 raise UnreadableFile(
@@ -73,7 +77,45 @@ def load_safely(path: Path) -> Any:
             raise UnreadableFile(f"{path}: the file is missing") from None
         except PermissionError as error:
             raise UnreadableFile(f"{path}: cannot be read: {error.strerror}") from None
-        except Exception as error:  # a damaged file fails in many ways
+        except Exception as error:  # damaged files raise errors of many kinds
             if not (mmap and "mmap can only be used" in str(error)):
                 raise UnreadableFile(f"{path}: truncated or no PyTorch file") from None
     raise AssertionError("the second pass returns or raises")
+
+
+def records_with_crc(path: Path) -> list[zipfile.ZipInfo]:
+    """Returns the records of a file with the CRC-32 that `torch.save` stored for them. The list is
+    empty for a file in the format before PyTorch 1.6, and for one that was written with
+    `torch.serialization.set_crc32_options(False)`.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    try:
+        with zipfile.ZipFile(path) as file:
+            records = file.infolist()
+    except (zipfile.BadZipFile, NotImplementedError, ValueError):
+        return []
+    return records if any(record.CRC for record in records) else []
+
+
+def damaged_record(path: Path) -> str | None:
+    """Returns the name of the first record whose CRC-32 is wrong, `None` if all are right or none
+    is stored. `torch.load` does not compare them, so that damage passes as other weights. Reads the
+    whole file, in pieces.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    stored = records_with_crc(path)
+    if not stored:
+        return None
+    with zipfile.ZipFile(path) as file:
+        for record in stored:
+            try:
+                with file.open(record) as stream:
+                    while stream.read(PIECE_BYTES):  # zipfile compares at the end
+                        pass
+            except (zipfile.BadZipFile, NotImplementedError, EOFError, zlib.error):
+                return record.filename
+    return None

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Talks with a MetaLA model, or lets it continue text. The model's state is carried from turn to
-turn: each one reads the new words alone, however long the conversation has become.
+"""Chats with a MetaLA model, or lets it continue text. The model keeps its state between turns, so
+each turn reads only the new words, however long the conversation is.
 
-If the tokenizer has a chat template, a line that is typed is a message of the user. Otherwise, and
-with --plain, it is text that the model continues. Ctrl-C ends an answer early.
+If the tokenizer has a chat template, each line you type is a message. Otherwise, and with --plain,
+the model continues it as text. Ctrl-C ends an answer early.
 
     /reset       forget everything
-    /save FILE   keep the conversation, as the model remembers it
-    /load FILE   go on with a conversation that was kept
+    /save FILE   save the conversation with the model's state
+    /load FILE   go on with a saved conversation
     /quit        end (or Ctrl-D)
 """
 
@@ -52,23 +52,24 @@ from megatron_patch.commands.command_line import (
 from megatron_patch.commands.special_tokens import Typed
 from megatron_patch.hf import MetaLACache, MetaLAForCausalLM
 
-TOKENS_AT_ONCE = 4096  # of a long text, so that reading it takes bounded memory
+TOKENS_AT_ONCE = 4096  # a long text is read in pieces of this size, to bound the memory
 COMMANDS = ("/reset", "/save", "/load", "/quit")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DTYPE_KEY = "torch_dtype" if transformers.__version__.startswith("4.") else "dtype"
 
 
 class ChatError(Exception):
-    """Something that the user can mend; the message says what."""
+    """An error that the user can mend. The message says what is wrong; the chat goes on."""
 
 
 @dataclass
 class Turn:
-    """What one answer took.
+    """Statistics of one turn.
 
-    tokens_read: how many tokens were fed before the first one was written.
-    tokens_written: how many were written.
-    seconds: for both.
+    Attributes:
+        tokens_read: number of tokens that the model read before the answer.
+        tokens_written: number of tokens in the answer.
+        seconds: time for both.
     """
 
     tokens_read: int
@@ -77,16 +78,20 @@ class Turn:
 
 
 class Conversation:
-    """A model with its state, and the text that has led to it.
+    """A model, its state, and the text that led to the state.
 
     Args:
-        special_tokens: whether special tokens in what is typed are read as such; otherwise they are
-            text, and only those that the chat template adds are special.
+        model: the model.
+        tokenizer: the model's tokenizer.
+        system: system message, or the first line of plain text.
+        plain: whether to ignore the chat template.
+        special_tokens: whether special tokens that the user types stay special. Otherwise they are
+            text, and only those of the chat template are special.
 
     Attributes:
-        cache: the state after all that was read.
-        messages: of the chat template; empty for plain text.
-        text: the same as text, with placeholders for special tokens that are text.
+        cache: the state after everything read so far.
+        messages: the chat template's messages; empty for plain text.
+        text: everything read so far, with placeholders for special tokens that the user typed.
     """
 
     def __init__(
@@ -106,7 +111,7 @@ class Conversation:
         self.reset()
 
     def reset(self) -> None:
-        """Forgets everything but the system message."""
+        """Forgets everything except the system message."""
         self.cache = MetaLACache(self.model.config, decoding_graph="eager")
         self.messages = []
         self.text = ""
@@ -125,14 +130,14 @@ class Conversation:
 
         Args:
             words: what the user typed.
-            choose: the next id from logits [vocab].
+            choose: returns the next id for logits [vocab].
             max_new_tokens: longest answer.
-            show: called with each id that is written, the end token excluded.
-            stopped: asked before each token whether to end the answer there.
+            show: called with each id of the answer, without the end token.
+            stopped: called before each token; returns whether to end the answer.
 
         Raises:
-            ChatError: the words cannot be read, or the model cannot go on. The conversation is as
-                it was before.
+            ChatError: the words cannot be read, or the model fails. The conversation stays as it
+                was before.
         """
         start = time.perf_counter()
         before = copy.deepcopy(self.cache), self.messages, self.text
@@ -146,7 +151,7 @@ class Conversation:
             self.text += self.typed.quote(written)
         except BaseException as error:
             self.cache, self.messages, self.text = before
-            if isinstance(error, (ValueError, RuntimeError)):  # of the model: out of memory, say
+            if isinstance(error, (ValueError, RuntimeError)):  # the model's, e.g. out of memory
                 raise ChatError(told(error)) from None
             raise
         if not self.plain:
@@ -154,15 +159,15 @@ class Conversation:
         return Turn(len(ids), len(answer), time.perf_counter() - start)
 
     def _new_ids(self, words: str) -> list[int]:
-        """The ids that take the state from all before to the start of the answer."""
+        """Returns the ids to read before the answer, after everything that was read already."""
         if self.plain:
             first = not self.text
-            # A turn is a new line of the text.
+            # Each turn is a new line of the text.
             new = f"{self.system}\n{words}" if first and self.system else words
             new = self.typed.quote(new if first else f"\n{new}")
             ids = self.typed.encode(new, add_special_tokens=first)
             if first and ids and ids[-1] in self.end_ids:
-                ids.pop()  # of a tokenizer that ends every text
+                ids.pop()  # some tokenizers end every text
             if not ids:
                 raise ChatError("nothing to read: the tokenizer makes no tokens of this")
             self.text += new
@@ -181,7 +186,7 @@ class Conversation:
         if text.startswith(self.text):
             new = text[len(self.text) :]
         else:
-            # The template has changed what was said before; a state cannot be taken back.
+            # The template has changed earlier messages, and a recurrent state cannot be undone.
             print("(the chat template rewrites earlier turns: reading all again)", file=sys.stderr)
             self.cache.reset()
             new = text
@@ -196,7 +201,7 @@ class Conversation:
         max_new_tokens: int,
         stopped: Callable[[], bool],
     ) -> Iterator[int]:
-        """Reads `ids` and yields what follows, up to an end token."""
+        """Reads `ids` and yields the ids of the answer, up to an end token."""
         for piece in torch.tensor([ids], device=self.model.device).split(TOKENS_AT_ONCE, dim=1):
             logits = self._read(piece)
         for _ in range(max_new_tokens):
@@ -209,7 +214,7 @@ class Conversation:
             logits = self._read(torch.tensor([[token]], device=self.model.device))
 
     def _read(self, ids: torch.Tensor) -> torch.Tensor:
-        """Takes ids [1, T] into the state; the logits [vocab] after the last."""
+        """Advances the state by ids [1, T] and returns the logits [vocab] after the last id."""
         out = self.model(ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
         return out.logits[0, -1]
 
@@ -222,10 +227,10 @@ class Conversation:
             raise ChatError(f"{path}: {told(error)}") from None
 
     def load(self, path: Path) -> None:
-        """Goes on where the conversation in a file ended.
+        """Goes on with the conversation in a file.
 
         Raises:
-            ChatError: the file is missing, is something else, or is of another model.
+            ChatError: the file is missing, holds no conversation, or one with another model.
         """
         try:
             cache = MetaLACache.load(path, device=self.model.device)
@@ -250,10 +255,10 @@ class Conversation:
 
 
 def _checked(conversation: str) -> dict[str, Any]:
-    """What `save` has kept beside the state, from JSON.
+    """Parses the JSON that `save` writes beside the state.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: it is malformed.
     """
     try:
         kept = json.loads(conversation)
@@ -277,7 +282,7 @@ def _is_text(value: object) -> bool:
 
 
 def _end_ids(model: MetaLAForCausalLM, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The ids that end an answer."""
+    """Returns the ids that end an answer."""
     ids: set[int] = set()
     for found in (model.generation_config.eos_token_id, tokenizer.eos_token_id):
         ids.update(found if isinstance(found, list) else [found])
@@ -285,9 +290,8 @@ def _end_ids(model: MetaLAForCausalLM, tokenizer: PreTrainedTokenizerBase) -> se
 
 
 def chooser(temperature: float, top_p: float) -> Callable[[torch.Tensor], int]:
-    """How the next id is chosen from logits [vocab]: the likeliest at temperature 0, else at random
-    from the likeliest that have `top_p` of the probability together. Raises a `ChatError` for
-    logits that are no numbers."""
+    """Returns a function that chooses the next id from logits [vocab]: the likeliest at temperature
+    0, else a nucleus (top-p) sample. It raises a ChatError for NaN or infinite logits."""
     warp = LogitsProcessorList([TemperatureLogitsWarper(float(temperature))] if temperature else [])
     if top_p < 1:
         warp.append(TopPLogitsWarper(top_p))
@@ -297,7 +301,7 @@ def chooser(temperature: float, top_p: float) -> Callable[[torch.Tensor], int]:
             raise ChatError("the model gives NaN or infinity for the next token")
         if temperature == 0:
             return int(logits.argmax())
-        # In float64 and from the largest down, so that no temperature makes NaN.
+        # float64, with the maximum subtracted first: no temperature then gives NaN.
         scores = warp(None, (logits.double() - logits.max())[None])
         return int(torch.multinomial(scores.softmax(-1), 1))
 
@@ -305,8 +309,8 @@ def chooser(temperature: float, top_p: float) -> Callable[[torch.Tensor], int]:
 
 
 class CtrlC:
-    """Notes Ctrl-C while it is entered: between two tokens the state is whole, within a model call
-    it is not."""
+    """A context that records Ctrl-C instead of raising, because an exception inside a model call
+    would leave the state half updated."""
 
     def __enter__(self) -> CtrlC:
         self.pressed = False
@@ -321,15 +325,15 @@ class CtrlC:
 
 
 def lines() -> Iterator[str]:
-    """What is typed, or comes from a file or a pipe, up to its end."""
+    """Yields the lines of standard input, with a prompt at a terminal."""
     prompt = ""
-    if sys.stdin is None:  # closed
+    if sys.stdin is None:  # the shell closed it: <&-
         return
     if sys.stdin.isatty():
         import readline  # noqa: F401  editing and history for `input`
 
         prompt = "> "
-    sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are no text are told in their turn
+    sys.stdin.reconfigure(errors="surrogateescape")  # `main` reports bytes that are not text
     while True:
         try:
             yield input(prompt)
@@ -338,7 +342,7 @@ def lines() -> Iterator[str]:
 
 
 def obey(command: str, conversation: Conversation) -> bool:
-    """Runs a command; returns whether to go on."""
+    """Runs a command of the chat and returns whether to go on."""
     name, _, argument = command.partition(" ")
     argument = argument.strip()
     if name == "/quit":
@@ -391,7 +395,7 @@ def main() -> None:
         model = AutoModelForCausalLM.from_pretrained(
             arguments.folder, trust_remote_code=False, **{DTYPE_KEY: arguments.dtype}
         )
-    except Exception as error:  # transformers and its libraries have many kinds
+    except Exception as error:  # transformers and its libraries raise many types
         raise CommandError(
             f"folder: found {arguments.folder} ({told(error)}), wanted a MetaLA model"
         ) from None

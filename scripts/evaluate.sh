@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Evaluates a model folder on the seven commonsense tasks of the table that the MetaLA authors publish
-# with their checkpoints, zero-shot, and prints its figures beside theirs.
+# Evaluates a model folder zero-shot on the seven commonsense tasks for which the MetaLA authors
+# publish results, and prints its results beside theirs.
 #
 #   ./scripts/evaluate.sh FOLDER [options of lm_eval run, such as --limit 100 --batch_size 16]
 #   TASKS=piqa,lambada_openai ./scripts/evaluate.sh FOLDER
 #
-# The tasks' data comes from the Hugging Face Hub at the first run. Results stay in
-# runs/evaluate/NAME-OF-FOLDER. The model is built by this package, never by code from the folder.
+# The first run downloads the tasks' data from the Hugging Face Hub. The results are kept in
+# runs/evaluate/NAME-OF-FOLDER. This package builds the model; code in the folder is never run.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
@@ -33,7 +33,7 @@ if [ ! -f "$folder/config.json" ]; then
 fi
 
 results="runs/evaluate/$(basename "$folder")"
-# Imported first, megatron_patch.hf is what lm_eval's AutoModel finds for a MetaLA configuration.
+# The import registers MetaLA with the Auto classes, which lm_eval uses.
 "$python" -c 'import megatron_patch.hf; from lm_eval.__main__ import cli_evaluate; cli_evaluate()' \
   --model hf --model_args "pretrained=$folder" --num_fewshot 0 --batch_size auto \
   --tasks "${TASKS:-boolq,piqa,hellaswag,winogrande,arc_easy,arc_challenge,openbookqa}" \

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Prints results of lm_eval beside the figures that the MetaLA authors publish."""
+"""Prints the results of lm_eval beside the numbers that the MetaLA authors publish."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from megatron_patch.commands.command_line import CommandError, Parser, existing, run_script
 
 # "CommonSense Reasoning benchmark" in https://github.com/BICLab/MetaLA (README, commit 3353262):
-# the released checkpoints of 0.38B, 1B and 3B parameters, trained on 300B tokens; accuracy in %.
+# accuracy in % of the released checkpoints, trained on 300B tokens.
 SIZES = ("0.38B", "1B", "3B")
 PUBLISHED = {
     "boolq": (60.09, 59.05, 62.84),
@@ -29,10 +29,10 @@ the two metrics theirs are."""
 
 
 def newest_results(path: Path) -> Path:
-    """The results file itself, or the newest one in a folder.
+    """Returns a results file itself, or the newest one in a folder.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: the folder has none.
     """
     if path.is_file():
         return path
@@ -43,10 +43,10 @@ def newest_results(path: Path) -> Path:
 
 
 def read_results(path: Path) -> dict[str, dict[str, float]]:
-    """Task to metric to accuracy in %, for the tasks that report accuracies.
+    """Returns accuracies in %, by task and metric, of the tasks that report accuracies.
 
     Raises:
-        ValueError: the file holds something else.
+        ValueError: the file is not one of lm_eval.
     """
     try:
         results = json.loads(path.read_text(encoding="utf-8"))["results"]
@@ -56,7 +56,7 @@ def read_results(path: Path) -> dict[str, dict[str, float]]:
         raise ValueError(f"{path}: no results of lm_eval") from None
     found = {}
     for task, values in results.items():
-        # Keys are "metric,filter".
+        # lm_eval's keys are "metric,filter".
         accuracies = {
             metric: 100 * values[f"{metric},none"]
             for metric in METRICS
@@ -68,10 +68,10 @@ def read_results(path: Path) -> dict[str, dict[str, float]]:
 
 
 def table(results: dict[str, dict[str, float]]) -> str:
-    """The table as text: the published tasks in the authors' order, then others, then averages.
+    """Returns the table as text: the published tasks in the authors' order, other tasks, averages.
 
-    A task that lacks acc_norm counts with acc in the average of acc_norm. Averages are over the
-    seven tasks, and are left out where one is missing.
+    The averages are over the seven published tasks, and are left out where one is missing. A task
+    without acc_norm counts with acc in the average of acc_norm.
     """
     header = ["task", *METRICS, *(f"MetaLA {size}" for size in SIZES)]
     rows = []

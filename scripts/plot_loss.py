@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Draws loss curves from logs of either engine: the metrics.jsonl of train_hf.py, or a file with
-what GPT-NeoX printed. Several files give several curves."""
+"""Draws loss curves from logs: the metrics.jsonl of train_hf.py, or a file with GPT-NeoX's output.
+Several files give several curves."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ _NEOX_VALID = re.compile(r"validation results at iteration (\d+) \| lm_loss valu
 
 @dataclass
 class Losses:
-    """Loss by iteration, in training (mean since the iteration logged before) and in validation."""
+    """Losses by iteration: in training the mean since the line before, and in validation."""
 
     train: dict[int, float] = field(default_factory=dict)
     valid: dict[int, float] = field(default_factory=dict)
 
 
 def read_losses(path: Path) -> Losses:
-    """The losses that a log holds; of an iteration that a resumed run repeated, the last.
+    """Returns the losses in a log. Where a resumed run repeated an iteration, the last one counts.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the log has no training losses, or a line is malformed.
     """
     losses = Losses()
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -60,7 +60,7 @@ def _read_line(line: str, losses: Losses) -> None:
 
 
 def plot(curves: dict[str, Losses], output: Path, title: str | None = None) -> None:
-    """Writes a picture of the curves, by their labels; the ending of `output` is its format."""
+    """Writes a picture of the curves, given by label; the suffix of `output` sets its format."""
     import matplotlib
 
     matplotlib.use("Agg")

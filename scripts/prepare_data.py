@@ -1,8 +1,7 @@
 #!/usr/bin/env python3
-"""Runs `megatron_patch.commands.prepare_data`; `--help` says how."""
+"""Runs megatron_patch/commands/prepare_data.py; --help describes it."""
 
-from megatron_patch.commands.command_line import run_script
-from megatron_patch.commands.prepare_data import main
+from megatron_patch.commands.prepare_data import cli
 
 if __name__ == "__main__":
-    run_script(main)
+    cli()

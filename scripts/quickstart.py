@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""The quickstart behind quickstart.sh: each step runs the command a user would type, and prints it.
+"""Runs the quickstart: each step prints the command a user would type, and runs it.
 
-Everything lies in runs/quickstart: text, tokenizer and data, a folder for each engine with its
-checkpoints and the Hugging Face model, and summary.json. A step whose result is there is not
-repeated. Exit code 1 if the loss fell by less than 30 %, or if the verification failed."""
+runs/quickstart holds the text, tokenizer and data, a folder for each engine (GPT-NeoX, the Hugging
+Face Trainer) with its checkpoints and the Hugging Face model, and summary.json. A step whose result
+exists is not repeated. Exit code 1 if the loss fell by less than 30 %, or if the verification
+failed."""
 
 from __future__ import annotations
 
@@ -25,6 +26,7 @@ from tqdm import tqdm
 
 from megatron_patch.commands.command_line import Parser
 from megatron_patch.commands.link_neox import commit_of
+from megatron_patch.neox.yaml_config import merge_yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "runs" / "quickstart"
@@ -38,11 +40,11 @@ SAMPLE_TOKENS = 100
 
 
 class StepFailed(Exception):
-    """A command of the quickstart failed; the message says which, and where its output is."""
+    """A command of the quickstart failed. The message names it and the file with its output."""
 
 
 def show(path: Path) -> str:
-    """A path as a user in the repository's folder would write it."""
+    """Returns a path as a user in the repository's folder would write it."""
     return os.path.relpath(path, ROOT) if path.is_relative_to(ROOT) else str(path)
 
 
@@ -51,7 +53,7 @@ def heading(text: str) -> None:
 
 
 def print_command(arguments: list[str | Path], folder: Path = ROOT) -> None:
-    """Prints a Python command as it can be typed."""
+    """Prints a Python command as a user would type it."""
     shown = [show(a) if isinstance(a, Path) and folder == ROOT else str(a) for a in arguments]
     place = "" if folder == ROOT else f"cd {show(folder)} && "
     print(f"$ {place}python {' '.join(shown)}", flush=True)
@@ -63,16 +65,16 @@ def run(
     folder: Path = ROOT,
     on_line: Callable[[str], None] | None = None,
 ) -> str:
-    """Runs a Python command and returns what it printed.
+    """Runs a Python command and returns its output.
 
     Args:
-        arguments: after `python`.
-        log: file that its output is appended to; else command and output are shown.
-        folder: to run in.
-        on_line: called with each line of output as it comes.
+        arguments: the arguments of `python`.
+        log: file to append the output to; without it, command and output are shown.
+        folder: working directory.
+        on_line: called with each line of output.
 
     Raises:
-        StepFailed: it exited with another code than 0.
+        StepFailed: the exit code is not 0.
     """
     if not log:
         print_command(arguments, folder)
@@ -96,7 +98,7 @@ def run(
                 if on_line:
                     on_line(line)
     finally:
-        # Also on Ctrl-C: the launcher then ends its ranks.
+        # After Ctrl-C, GPT-NeoX's launcher needs time to end its ranks.
         if process.poll() is None:
             try:
                 process.wait(timeout=10)
@@ -112,11 +114,11 @@ def run(
 
 
 def write_text(path: Path) -> None:
-    """The sources of Python's standard library as JSON lines, up to TEXT_BYTES, in an order that is
-    random and always the same: the last documents become the validation set."""
+    """Writes the sources of Python's standard library as JSON lines, up to TEXT_BYTES. Their order
+    is shuffled reproducibly, because the last documents become the validation set."""
     library = Path(sysconfig.get_paths()["stdlib"])
     left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
-    left_out |= {"encodings", "pydoc_data"}  # tables and manuals
+    left_out |= {"encodings", "pydoc_data"}  # tables and manuals, not code
     files = [
         p.relative_to(library)
         for p in library.rglob("*.py")
@@ -139,7 +141,7 @@ def write_text(path: Path) -> None:
 
 
 def prepare_data() -> tuple[Path, Path]:
-    """Text, tokenizer and token files; returns the tokenizer's path and the data's prefix."""
+    """Makes text, tokenizer and token files; returns the tokenizer's path and the data's prefix."""
     text, tokenizer = FOLDER / "text.jsonl", FOLDER / "tokenizer.json"
     prefix = FOLDER / "data" / "text_document"
     heading("Text: the Python standard library's sources")
@@ -160,7 +162,7 @@ def prepare_data() -> tuple[Path, Path]:
 
 
 def write_local_config(folder: Path, tokenizer: Path, prefix: Path) -> Path:
-    """The YAML file beside the model's: where data and checkpoints are, as in local_setup.yml."""
+    """Writes the YAML file with the paths of data and checkpoints, as local_setup.yml does."""
     wandb = os.environ.get("WANDB_MODE") == "offline" or "WANDB_API_KEY" in os.environ
     settings = {
         "data_path": str(prefix),
@@ -178,7 +180,7 @@ def write_local_config(folder: Path, tokenizer: Path, prefix: Path) -> Path:
 
 
 def start_anew_if_changed(folder: Path, *inputs: Path) -> None:
-    """Removes an engine's folder where its training had other settings or another tokenizer."""
+    """Removes an engine's folder if it was trained with other settings or another tokenizer."""
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in inputs)).hexdigest()
     used = folder / "inputs.sha256"
     if folder.exists() and (not used.exists() or used.read_text() != digest):
@@ -188,14 +190,8 @@ def start_anew_if_changed(folder: Path, *inputs: Path) -> None:
     used.write_text(digest)
 
 
-def setting(config: Path, key: str) -> int:
-    from megatron_patch.neox.yaml_config import merge_yaml
-
-    return merge_yaml([config])[key]
-
-
 def largest_difference(output: str) -> float:
-    """The figure in what a verifying command printed."""
+    """Returns the largest logit difference that a verifying command printed."""
     found = re.findall(r"[Ll]argest logit difference[a-z ]*:? *([0-9.e+-]+|nan|inf)", output)
     if not found:
         raise StepFailed("the verification printed no largest logit difference")
@@ -203,11 +199,13 @@ def largest_difference(output: str) -> float:
 
 
 class Engine:
-    """What the two engines have in common: train, then a verified Hugging Face folder."""
+    """An engine that trains the model. A subclass has `is_trained`, `train`, and `export`, which
+    writes `hf_model`, verifies it, and returns the largest logit difference."""
 
     name: str
     title: str
-    log: Path  # that plot_loss.py reads
+    step_name: str  # a checkpoint's folder is named by this and its iteration
+    log: Path  # the log that plot_loss.py reads
 
     def __init__(self, tokenizer: Path, prefix: Path, config: Path = MODEL_CONFIG):
         self.folder = FOLDER / self.name
@@ -217,25 +215,13 @@ class Engine:
         self.local = write_local_config(self.folder, tokenizer, prefix)
         self.checkpoints = self.folder / "checkpoints"
         self.hf_model = self.folder / "hf"
-        self.iterations = setting(config, "train_iters")
-
-    def is_trained(self) -> bool:
-        raise NotImplementedError
-
-    def checkpoint(self) -> Path:
-        raise NotImplementedError
-
-    def train(self) -> None:
-        raise NotImplementedError
-
-    def export(self) -> float:
-        """Writes `hf_model` and returns the largest logit difference that its check found."""
-        raise NotImplementedError
+        self.iterations = merge_yaml([config])["train_iters"]
+        self.checkpoint = self.checkpoints / f"{self.step_name}{self.iterations}"
 
     def export_once(self) -> float:
-        """As `export`, or the figure of an earlier one of the same checkpoint."""
+        """Calls `export`, or returns the result of an earlier export of the same checkpoint."""
         record = self.folder / "verified.json"
-        key = {"checkpoint": str(self.checkpoint()), "at": self.checkpoint().stat().st_mtime}
+        key = {"checkpoint": str(self.checkpoint), "at": self.checkpoint.stat().st_mtime}
         if record.exists() and (self.hf_model / "config.json").exists():
             earlier = json.loads(record.read_text())
             if {k: earlier[k] for k in key} == key:
@@ -247,23 +233,21 @@ class Engine:
 
 
 class NeoX(Engine):
-    """GPT-NeoX through its own launcher."""
+    """Trains in GPT-NeoX with its own launcher."""
 
     name = "neox"
     title = "GPT-NeoX"
+    step_name = "global_step"
 
     def __init__(self, checkout: Path, tokenizer: Path, prefix: Path):
         super().__init__(tokenizer, prefix)
         self.checkout = checkout
         self.log = self.folder / "train.log"
 
-    def checkpoint(self) -> Path:
-        return self.checkpoints / f"global_step{self.iterations}"
-
     def is_trained(self) -> bool:
         latest = self.checkpoints / "latest"
-        done = latest.exists() and latest.read_text().strip() == self.checkpoint().name
-        return done and self.checkpoint().is_dir()
+        done = latest.exists() and latest.read_text().strip() == self.checkpoint.name
+        return done and self.checkpoint.is_dir()
 
     def train(self) -> None:
         arguments = ["./deepy.py", "train.py", self.config, self.local]
@@ -274,14 +258,14 @@ class NeoX(Engine):
         def advance(line: str) -> None:
             if match := re.search(r"iteration\s+(\d+)/.*?lm_loss: (\S+)", line):
                 if not bar.n:
-                    bar.n = bar.initial = int(match[1])  # a resumed run's steps took no time
+                    bar.n = bar.initial = int(match[1])  # leaves earlier steps out of the speed
                 bar.set_postfix(loss=f"{float(match[2]):.3f}", refresh=False)
                 bar.update(int(match[1]) - bar.n)
 
         with bar:
             run(arguments, self.log, self.checkout, on_line=advance)
         if not self.is_trained():
-            raise StepFailed(f"training left no {show(self.checkpoint())}; see {show(self.log)}")
+            raise StepFailed(f"training left no {show(self.checkpoint)}; see {show(self.log)}")
 
     def export(self) -> float:
         output = run(
@@ -294,25 +278,26 @@ class NeoX(Engine):
         return largest_difference(output)
 
 
-class Embedded(Engine):
-    """The Hugging Face Trainer."""
+class HFTrainer(Engine):
+    """Trains with the Hugging Face Trainer."""
 
-    name = "embedded"
+    name = "trainer"
     title = "Hugging Face Trainer"
+    step_name = "checkpoint-"
 
     def __init__(self, tokenizer: Path, prefix: Path):
+        earlier, folder = FOLDER / "embedded", FOLDER / self.name
+        if earlier.exists() and not folder.exists():
+            earlier.rename(folder)  # version 0.1.0 used another name; its run goes on
         super().__init__(tokenizer, prefix)
         self.log = self.checkpoints / "metrics.jsonl"
         self.difference: float | None = None
 
-    def checkpoint(self) -> Path:
-        return self.checkpoints / f"checkpoint-{self.iterations}"
-
     def is_trained(self) -> bool:
-        return (self.checkpoint() / "trainer_state.json").exists()
+        return (self.checkpoint / "trainer_state.json").exists()
 
     def train(self) -> None:
-        """Its command also writes and verifies the Hugging Face folder."""
+        """Trains with train_hf.py, which also writes and verifies the Hugging Face folder."""
         output = run(
             ["scripts/train_hf.py", self.config, self.local, "--output", self.hf_model, "--verify"]
         )
@@ -325,12 +310,12 @@ class Embedded(Engine):
 
 
 def write_sample(folder: Path) -> str:
-    """A sampled continuation of PROMPT by the exported model, from the Auto classes."""
+    """Returns a sampled continuation of PROMPT by the exported model."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
-    import megatron_patch.hf  # noqa: F401  (makes the Auto classes know MetaLA)
+    import megatron_patch.hf  # noqa: F401  (registers MetaLA with the Auto classes)
 
     logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -354,7 +339,7 @@ def main() -> int:
     if args.fresh and FOLDER.exists():
         shutil.rmtree(FOLDER)
     FOLDER.mkdir(parents=True, exist_ok=True)
-    # On a CPU that has other work too, threads that spin while they wait slow training tenfold.
+    # Threads that spin while they wait slow training tenfold on a busy CPU.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     checkout = Path(os.environ["GPT_NEOX_PATH"]) if os.environ.get("GPT_NEOX_PATH") else None
 
@@ -363,10 +348,10 @@ def main() -> int:
         engine = NeoX(checkout, tokenizer, prefix)
         heading(f"Training with GPT-NeoX in {show(checkout)}")
     else:
-        engine = Embedded(tokenizer, prefix)
-        heading("Training with the embedded engine, the Hugging Face Trainer")
+        engine = HFTrainer(tokenizer, prefix)
+        heading("Training with the Hugging Face Trainer")
     if engine.is_trained():
-        print(f"{show(engine.checkpoint())}: already trained (--fresh trains again)")
+        print(f"{show(engine.checkpoint)}: already trained (--fresh trains again)")
     else:
         engine.train()
     heading("Export to Hugging Face, and verification")
@@ -384,7 +369,7 @@ def main() -> int:
         "neox_commit": commit_of(checkout) if checkout else None,
         "first_loss": first,
         "last_loss": last,
-        "checkpoint": show(engine.checkpoint()),
+        "checkpoint": show(engine.checkpoint),
         "hf_model": show(engine.hf_model),
         "max_logit_diff": difference,
         "sample": sample,
@@ -407,7 +392,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    # So that the command of a step ends with this one.
+    # Exits through `finally`, so that the running command ends too.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         sys.exit(main())

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# From nothing to a MetaLA model that writes text: set-up, data, training, conversion, a sample and a
-# picture of the loss, in runs/quickstart. Running it again reuses what is done; --fresh starts anew.
+# Goes from nothing to a MetaLA model that writes text: set-up, data, training, conversion, a sample
+# and a picture of the loss, in runs/quickstart. A second run reuses finished steps; --fresh does not.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup.sh

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Sets up everything that the quickstart and the tests need, and may be run again at any time:
+# Sets up everything that the quickstart and the tests need. It can be run again at any time.
 #   - a virtual environment: the active one, else .venv (made with $PYTHON, by default python3)
-#   - this package and what it needs, in the versions of constraints.txt; a torch that is there is kept
-#   - GPT-NeoX: $GPT_NEOX_PATH, else a clone of the tested commit in third_party/gpt-neox. Where there
-#     is none to be had, the embedded engine takes its place.
-# When sourced it also sets METALA_PYTHON (the environment's interpreter) and GPT_NEOX_PATH (empty for
-# the embedded engine), and activates the environment.
+#   - this package and its dependencies, in the versions of constraints.txt; an installed torch is kept
+#   - GPT-NeoX: $GPT_NEOX_PATH, else a clone of the tested commit in third_party/gpt-neox. Without
+#     GPT-NeoX, and with METALA_ENGINE=trainer, the Hugging Face Trainer takes its place.
+# When sourced, it also activates the environment and sets METALA_PYTHON (its interpreter) and
+# GPT_NEOX_PATH (empty for the Hugging Face Trainer).
 set -euo pipefail
 
 METALA_ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -14,6 +14,9 @@ GPT_NEOX_URL="${GPT_NEOX_URL:-https://github.com/EleutherAI/gpt-neox}"
 say() { echo "set-up: $*"; }
 fail() { echo "set-up: $*" >&2; exit 1; }
 
+# Version 0.1.0 called the Hugging Face Trainer "embedded".
+wants_trainer() { [[ "${METALA_ENGINE:-}" = trainer || "${METALA_ENGINE:-}" = embedded ]]; }
+
 make_environment() {
   if [ -z "${VIRTUAL_ENV:-}" ]; then
     VIRTUAL_ENV="$METALA_ROOT/.venv"
@@ -21,7 +24,7 @@ make_environment() {
       local python="${PYTHON:-python3}" options=()
       "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
         fail "$python is missing or older than Python 3.10; name another by PYTHON="
-      # A container's own torch fits its driver: use it rather than install another.
+      # A container's own torch fits its driver, so do not install another.
       if "$python" -c 'import torch' 2>/dev/null; then options=(--system-site-packages); fi
       say "making $VIRTUAL_ENV"
       "$python" -m venv ${options[@]+"${options[@]}"} "$VIRTUAL_ENV" || {
@@ -34,7 +37,7 @@ make_environment() {
   METALA_PYTHON="$VIRTUAL_ENV/bin/python"
 }
 
-# On Linux the package index has torch with CUDA, gigabytes that a machine without a GPU cannot use.
+# Prints pip's option for torch without CUDA on a Linux machine without a GPU, to save gigabytes.
 cpu_torch_index() {
   local url=https://download.pytorch.org/whl/cpu
   if [ "$(uname)" = Linux ] && ! command -v nvidia-smi >/dev/null && "$METALA_PYTHON" -c \
@@ -52,8 +55,8 @@ install_package() {
   key="$(cat "$METALA_ROOT"/{constraints.txt,setup.py,scripts/setup.sh} | cksum) $METALA_ROOT"
   if [ -f "$stamp" ] && [ "$(head -1 "$stamp")" = "$key" ]; then
     NEOX_INSTALLED="$(tail -1 "$stamp")"
-    # What could not be installed is tried again: the network or a compiler may be there by now.
-    if [ "$NEOX_INSTALLED" = yes ] || [ "${METALA_ENGINE:-}" = embedded ]; then return; fi
+    # Tries a failed installation again: the network or a compiler may be there by now.
+    if [ "$NEOX_INSTALLED" = yes ] || wants_trainer; then return; fi
   fi
   constraints="$(mktemp)"
   torch="$("$METALA_PYTHON" -c 'import torch; print(torch.__version__)' 2>/dev/null || true)"
@@ -67,7 +70,7 @@ install_package() {
   fi
   say "installing packages (minutes, once)"
   pip_install "$constraints" setuptools
-  # DeepSpeed's build looks at the torch that is installed.
+  # DeepSpeed's build imports the installed torch.
   pip_install "$constraints" --no-build-isolation -e "$METALA_ROOT[hf,wandb,dev]"
   NEOX_INSTALLED=yes
   pip_install "$constraints" --no-build-isolation -e "$METALA_ROOT[neox]" || NEOX_INSTALLED=no
@@ -75,12 +78,12 @@ install_package() {
   printf '%s\n%s\n' "$key" "$NEOX_INSTALLED" >"$stamp"
 }
 
-# Not every system has `timeout`.
+# Runs a command with a time limit, or without where the system has no `timeout`.
 within() {
   if command -v timeout >/dev/null; then timeout "$@"; else "${@:2}"; fi
 }
 
-# Fetches the tested commit alone. An unreachable network is found out within seconds.
+# Fetches only the tested commit. Gives up within seconds where the network is unreachable.
 clone_neox() {
   local target="$1" commit="$2" temporary="$1.part"
   export GIT_TERMINAL_PROMPT=0
@@ -99,21 +102,21 @@ clone_neox() {
 
 find_neox() {
   local given="${GPT_NEOX_PATH:-}" clone="$METALA_ROOT/third_party/gpt-neox" commit
-  commit="$(sed -n 's/^TESTED_COMMIT = "\(.*\)"/\1/p' "$METALA_ROOT/scripts/link_neox.py")"
+  commit="$(sed -n 's/^TESTED_COMMIT = "\(.*\)"/\1/p' "$METALA_ROOT/megatron_patch/commands/link_neox.py")"
   GPT_NEOX_PATH=""
-  if [ "${METALA_ENGINE:-}" = embedded ]; then
-    say "embedded engine, as METALA_ENGINE says"
+  if wants_trainer; then
+    say "Hugging Face Trainer, as METALA_ENGINE says"
   elif [ "$NEOX_INSTALLED" != yes ]; then
-    say "embedded engine: what GPT-NeoX needs could not be installed (see above)"
+    say "Hugging Face Trainer: what GPT-NeoX needs could not be installed (see above)"
   elif ! command -v make >/dev/null || ! command -v g++ >/dev/null; then
-    say "embedded engine: GPT-NeoX compiles a helper, and there is no make or g++"
+    say "Hugging Face Trainer: GPT-NeoX compiles a helper, and there is no make or g++"
   elif [ -n "$given" ]; then
     GPT_NEOX_PATH="$given"
   elif [ "$(git -C "$clone" rev-parse HEAD 2>/dev/null)" = "$commit" ] ||
     clone_neox "$clone" "$commit" || [ -e "$clone/train.py" ]; then
     GPT_NEOX_PATH="$clone"
   else
-    say "embedded engine: cannot clone $GPT_NEOX_URL (GPT_NEOX_PATH can name a checkout)"
+    say "Hugging Face Trainer: cannot clone $GPT_NEOX_URL (GPT_NEOX_PATH can name a checkout)"
   fi
   if [ -n "$GPT_NEOX_PATH" ]; then
     GPT_NEOX_PATH="$(cd "$GPT_NEOX_PATH" 2>/dev/null && pwd)" || fail "GPT_NEOX_PATH: no folder $given"
@@ -125,4 +128,4 @@ find_neox() {
 make_environment
 install_package
 find_neox
-say "ready: $("$METALA_PYTHON" --version), $VIRTUAL_ENV, engine ${GPT_NEOX_PATH:-embedded}"
+say "ready: $("$METALA_PYTHON" --version), $VIRTUAL_ENV, engine ${GPT_NEOX_PATH:-Hugging Face Trainer}"

@@ -1,28 +1,29 @@
 #!/usr/bin/env bash
-# Sets everything up and runs the tests; arguments go to pytest, e.g. ./scripts/test.sh tests/ops -k
-# chunked. Without arguments all tests run, on up to four cores at once, those of tests/hf and of the
-# Trainer also with the oldest transformers, those of evaluation with lm_eval, and those of the Triton
-# kernels in processes of their own, since Triton is told to interpret when loaded.
+# Sets everything up and runs the tests. Arguments go to pytest, as in ./scripts/test.sh tests/ops -k
+# chunked. Without arguments all tests run on up to four cores. The tests of tests/hf and of the
+# Hugging Face Trainer run a second time with the oldest supported transformers, and those of
+# evaluation with lm_eval. The tests of the Triton kernels have processes of their own, because Triton
+# decides at its import whether to interpret.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup.sh
 
-# Threads that spin while they wait slow several processes on few cores tenfold.
+# Threads that spin while they wait slow training tenfold when several processes share few cores.
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
-# More would not fit a GPU. A worker takes tests in their order, so that most fixtures are made once.
+# More workers would not fit a GPU. Each takes tests in their order, so most fixtures are built once.
 parallel=(-n logical --maxprocesses 4 --dist worksteal)
 status=0
 if [ $# -gt 0 ]; then
   "$METALA_PYTHON" -m pytest "$@" || status=$?
 else
-  # The cores are busy with the tests beside each other.
+  # The workers keep all cores busy.
   export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
   "$METALA_PYTHON" -m pytest "${parallel[@]}" --ignore tests/ops/triton || status=$?
 
   echo "==== the Triton kernels, where there is no GPU in Triton's interpreter"
   "$METALA_PYTHON" -m pytest "${parallel[@]}" tests/ops/triton || status=$?
 
-  # Installs a list of packages, once, in a folder that only some tests see.
+  # install_apart LIST FOLDER: installs a list of packages once, in a folder that only some tests use.
   install_apart() {
     if ! cmp -s "$1" "$2/$1"; then
       rm -rf "$2"
@@ -34,7 +35,7 @@ else
   echo "==== the Hugging Face tests again, with $(grep '^transformers==' constraints-transformers4.txt)"
   install_apart constraints-transformers4.txt "$VIRTUAL_ENV/transformers4"
   PYTHONPATH="$VIRTUAL_ENV/transformers4" "$METALA_PYTHON" -m pytest "${parallel[@]}" \
-    tests/hf tests/scripts/test_train_hf.py tests/scripts/test_train_hf_numbers.py || status=$?
+    tests/hf tests/commands/test_train_hf.py tests/trainer/test_trainer_numbers.py || status=$?
 
   echo "==== evaluation, with $(grep '^lm_eval==' constraints-lm_eval.txt)"
   if install_apart constraints-lm_eval.txt "$VIRTUAL_ENV/lm_eval"; then

@@ -1,8 +1,7 @@
 #!/usr/bin/env python3
-"""Runs `megatron_patch.commands.train_hf`; `--help` says how."""
+"""Runs megatron_patch/commands/train_hf.py; --help describes it."""
 
-from megatron_patch.commands.command_line import run_script
-from megatron_patch.commands.train_hf import main
+from megatron_patch.commands.train_hf import cli
 
 if __name__ == "__main__":
-    run_script(main)
+    cli()

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from megatron_patch.commands.command_line import (
+    CommandError,
     Parser,
     existing,
     output_path,
@@ -22,13 +23,13 @@ from megatron_patch.commands.documents import MAX_BYTES, iterate_documents, with
 from megatron_patch.commands.prepare_data import END_OF_TEXT, refuse_existing
 from megatron_patch.commands.text_pieces import BEFORE_WHITESPACE, pieces
 
-# As END_OF_TEXT, a name that GPT-NeoX looks up.
+# GPT-NeoX looks this token up by name, as it does END_OF_TEXT.
 PADDING = "<|padding|>"
-SMALLEST = 256 + 2  # every byte, and these two
+SMALLEST = 256 + 2  # every byte, and the two special tokens
 
 
 def train(texts: Iterable[str], vocab_size: int, progress: bool = True) -> Tokenizer:
-    """A tokenizer of at most `vocab_size` entries; the same texts give the same tokenizer."""
+    """Returns a tokenizer with at most `vocab_size` tokens; the same texts give the same one."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -59,17 +60,17 @@ def main() -> None:
     try:
         refuse_existing([args.output], args.overwrite)
         documents = iterate_documents(args.inputs, args.json_key, args.suffix, args.max_document)
-        # As long texts they would take much memory; words are the same.
+        # Short pieces save memory, and have the same words as the whole text.
         texts = (
             piece
             for document in with_a_first(documents)
-            for piece in pieces(document, BEFORE_WHITESPACE, longest=args.max_document)
+            for piece, _ in pieces(document, BEFORE_WHITESPACE, longest=args.max_document)
         )
         tokenizer = train(texts, args.vocab_size)
         with replacing(args.output) as temporary:
             temporary.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-    except (OSError, ValueError) as error:
-        sys.exit(f"train_tokenizer.py: {told(error)}")
+    except ValueError as error:
+        raise CommandError(told(error)) from None
     print(f"{args.output}: {tokenizer.get_vocab_size()} entries")
 
 

@@ -1,4 +1,4 @@
-"""Damage to files, for tests."""
+"""Damaging files, for tests."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from pathlib import Path
 
 
 def flip_bit(path: Path, record: str | None = None) -> str:
-    """Flips one bit in the middle of a record of a file of `torch.save`, by default the largest;
-    returns the record's name."""
+    """Flips one bit in the middle of a record, by default the largest, of a file of `torch.save`.
+
+    Returns:
+        the record's name.
+    """
     with zipfile.ZipFile(path) as file:
         chosen = (
             next(r for r in file.infolist() if r.filename.endswith(record))

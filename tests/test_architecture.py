@@ -1,5 +1,5 @@
-"""One description of a model: from and to GPT-NeoX's settings and Hugging Face configurations, what
-is refused on either side, and what a new option has to be written into."""
+"""The description of a model: from and to GPT-NeoX's settings and Hugging Face configurations, what
+either side refuses, and where a new option has to be added."""
 
 from __future__ import annotations
 
@@ -10,16 +10,20 @@ import math
 import pytest
 
 from megatron_patch.architecture import (
-    GPT_NEOX_DEFAULTS,
     MODEL_OPTIONS,
     Architecture,
     AttentionLayers,
     MetaLAOptions,
     SettingsError,
+)
+from megatron_patch.architecture_neox import (
+    GPT_NEOX_DEFAULTS,
     attention_intermediate_size,
     expand_attention_config,
-    export_obstacles,
+    from_neox,
     metala_intermediate_size,
+    to_neox,
+    why_not_exportable,
     with_defaults,
 )
 from megatron_patch.hf import MetaLAConfig, MetaLAForCausalLM
@@ -36,7 +40,7 @@ HYBRID = {**PURE, "attention_config": [[["metala", "flash"], 2]]}
 
 
 def described(settings: dict) -> Architecture:
-    return Architecture.from_neox(with_defaults(settings), 96)
+    return from_neox(with_defaults(settings), 96)
 
 
 @pytest.mark.parametrize(
@@ -55,7 +59,7 @@ def described(settings: dict) -> Architecture:
     ],
 )
 def test_a_model_goes_there_and_back(settings):
-    """GPT-NeoX's settings, a configuration, settings again: one model."""
+    """From settings to a configuration and back to settings, the model stays the same."""
     model = described(settings)
     config = MetaLAConfig(**model.to_hf())
     again = Architecture.from_hf(config)
@@ -65,7 +69,7 @@ def test_a_model_goes_there_and_back(settings):
             attention = dataclasses.replace(again.attention, partial_rotary_factor=1.0)
             again = dataclasses.replace(again, attention=attention)
     assert again == model
-    assert described(again.to_neox()) == model
+    assert described(to_neox(again)) == model
 
 
 @pytest.mark.parametrize(("expand_k", "heads"), [(0.5, 4), (1.0, 4), (0.25, 2), (1 / 3, 2)])
@@ -95,7 +99,7 @@ def test_expand_k_is_the_key_columns_share_of_the_width(expand_k, heads):
         ({"intermediate_size": "wide"}, "intermediate_size: found 'wide', wanted a whole number"),
         ({"intermediate_size": None, "expansion_factor": -1.0}, "expansion_factor: found -1.0"),
         ({"norm": "RMSNorm"}, "norm: found 'RMSNorm', wanted one of simplermsnorm, rmsnorm"),
-        ({"rms_norm_epsilon": "1e-6"}, r"found '1e-6', wanted a number .* YAML; .*: 1\.0e-6"),
+        ({"rms_norm_epsilon": "1e-6"}, r"found '1e-6', wanted a number .*YAML .*; 1\.0e-6"),
         ({"rms_norm_epsilon": -1e-6}, "rms_norm_epsilon: found -1e-06, wanted a number above 0"),
         ({"init_method_std": math.nan}, "init_method_std: found nan, wanted a number above 0"),
         ({"attention_config": None}, "attention_config: found no layer of type metala"),
@@ -140,7 +144,7 @@ def test_what_gpt_neox_has_no_settings_for(changes, message):
     sizes = {"decoder_embed_dim": 32, "decoder_attention_heads": 4, "glu_dim": 40}
     config = MetaLAConfig(**{**sizes, **hybrid, **changes})
     with pytest.raises(SettingsError, match=message):
-        Architecture.from_hf(config).to_neox()
+        to_neox(Architecture.from_hf(config))
 
 
 @pytest.mark.parametrize(
@@ -151,7 +155,10 @@ def test_what_gpt_neox_has_no_settings_for(changes, message):
         ({"tau": math.inf}, r"metala\.tau: found inf, wanted a number above 0"),
         ({"tau": True}, r"metala\.tau: found True, wanted a number above 0"),
         ({"output_norm_eps": math.nan}, r"metala\.output_norm_eps: found nan, wanted a number"),
-        ({"output_norm_eps": "1e-5"}, r"metala\.output_norm_eps: .* needs a dot there: 1\.0e-6"),
+        (
+            {"output_norm_eps": "1e-5"},
+            r"metala\.output_norm_eps: .*YAML reads it as text; 1\.0e-5 is a number",
+        ),
         ({"conv_width": 0}, r"metala\.conv_width: found 0, wanted a whole number of at least 1"),
         ({"conv_width": 4.0}, r"metala\.conv_width: found 4.0"),
         ({"expand_k": 0}, r"metala\.expand_k: found 0"),
@@ -170,7 +177,7 @@ def test_the_initialisation_is_the_authors_by_default():
 
 
 def test_every_option_of_a_model_is_in_its_configuration():
-    """So that a new option is one line in `MetaLAOptions`: configuration, conversion both ways."""
+    """A new option is one line in `MetaLAOptions`; configuration and conversion pick it up."""
     assert set(MODEL_OPTIONS) | {"init", "backend"} == {
         item.name for item in dataclasses.fields(MetaLAOptions)
     }
@@ -181,11 +188,11 @@ def test_every_option_of_a_model_is_in_its_configuration():
     config = MetaLAConfig(**model.to_hf())
     assert {name: getattr(config, name) for name in MODEL_OPTIONS} == options.of_model()
     assert Architecture.from_hf(config).metala == options
-    assert described(model.to_neox()).metala == options
+    assert described(to_neox(model)).metala == options
 
 
 @pytest.mark.parametrize(
-    ("settings", "obstacles"),
+    ("settings", "reasons"),
     [
         (PURE, []),
         ({**PURE, "norm": "layernorm"}, []),
@@ -195,12 +202,12 @@ def test_every_option_of_a_model_is_in_its_configuration():
         ({**PURE, "attention_config": ["metala", "local"] * 2}, ["attention_config"]),
     ],
 )
-def test_what_cannot_be_exported_is_listed(settings, obstacles):
-    assert [name for name, _, _ in export_obstacles(with_defaults(settings))] == obstacles
+def test_what_cannot_be_exported_is_listed(settings, reasons):
+    assert [name for name, _, _ in why_not_exportable(with_defaults(settings))] == reasons
 
 
 def test_defaults_are_gpt_neoxs(neox_checkout):
-    """The one list of them here, against GPT-NeoX's own."""
+    """Our list of defaults equals GPT-NeoX's own."""
     import ast
 
     source = (neox_checkout / "megatron/neox_arguments/neox_args.py").read_text()

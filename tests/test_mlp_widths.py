@@ -1,4 +1,4 @@
-"""Settings for the widths of a hybrid's MLPs, against GPT-NeoX's own arithmetic."""
+"""The settings for a hybrid's MLP widths, against GPT-NeoX's own arithmetic."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from megatron_patch.architecture import Architecture, AttentionLayers
+from megatron_patch.architecture_neox import to_neox
 
 
 def neox_widths(hidden: int, settings: dict) -> tuple[int, int] | None:
-    """Widths of the two MLPs, as `metala` layers and GPT-NeoX's `ParallelMLP` compute them; `None`
-    where the latter's two matrices would not fit each other."""
+    """Returns the widths of the two MLPs, as `metala` layers and GPT-NeoX's `ParallelMLP` compute
+    them, or `None` where the two matrices of `ParallelMLP` would not fit each other."""
     total, factor = settings.get("intermediate_size"), settings.get("expansion_factor")
     multiple = settings.get("mlp_multiple_of", 1)
     ffn_dim = total or (int(factor * hidden) if factor else 4 * hidden)
@@ -44,4 +45,4 @@ def test_whatever_widths_gpt_neox_gives_are_found_again(hidden, size, multiple):
         layer_types=("metala", "global"),
         attention=AttentionLayers(1, widths[1], True, True),
     )
-    assert neox_widths(hidden, model.to_neox()) == widths
+    assert neox_widths(hidden, to_neox(model)) == widths

@@ -1,4 +1,4 @@
-"""A folder that cannot be saved to is refused at the start, and one that another run holds."""
+"""A run refuses a save folder that it cannot write to, or that another run holds."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_a_full_disk_is_found(save, monkeypatch):
 
 
 def leave(save, **changes) -> None:
-    """What a run leaves that was killed on another host, a minute ago."""
+    """Writes the lock of a run that was killed on another host a minute ago."""
     save.mkdir(parents=True)
     age = changes.pop("age", 60)
     run = {"host": "node7", "pid": 1, "job": None, "restart": None, "run": "node7:1:0", **changes}

@@ -1,5 +1,5 @@
-"""What the scripts share: how their arguments are checked, and how they fail: with one line,
-`SCRIPT: argument: found ..., wanted ...`, and exit code 2 for an argument, 1 for all else."""
+"""Argument types and error handling for all commands. A command that fails prints one line,
+`COMMAND: argument: found ..., wanted ...`, and exits with 2 for an argument, with 1 otherwise."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from typing import NoReturn
 
 
 class CommandError(Exception):
-    """Something that the user can mend; the message says what."""
+    """An error that the user can mend. The message says what is wrong."""
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong with an argument in one line, without the usage."""
+    """An argument parser that reports an error in one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {one_line(message.removeprefix('argument '))}\n")
 
 
 def run_script(main: Callable[[], object], *errors: type[Exception]) -> None:
-    """Runs a script: a `CommandError`, what the system refuses, a package that is missing and
-    `errors` end it with one line. A terminated script cleans up as an interrupted one does."""
+    """Runs a command from a terminal and ends it with one line on a `CommandError`, an `OSError`, a
+    missing package, or one of `errors`. SIGTERM and SIGHUP let it clean up, as Ctrl-C does."""
     name = Path(sys.argv[0]).name
     signal.signal(signal.SIGTERM, _end)
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
         signal.signal(signal.SIGHUP, _end)
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # what it cannot show is no reason to end
+        if isinstance(stream, io.TextIOWrapper):  # text that a terminal cannot show is escaped
             stream.reconfigure(errors="backslashreplace")
     try:
         main()
@@ -45,28 +45,29 @@ def run_script(main: Callable[[], object], *errors: type[Exception]) -> None:
 
 
 def _end(number: int, _: object) -> NoReturn:
-    signal.signal(number, signal.SIG_IGN)  # a second one does not stop the cleaning up
+    signal.signal(number, signal.SIG_IGN)  # a second signal must not interrupt the cleaning up
     sys.exit(128 + number)
 
 
 def told(error: BaseException) -> str:
-    """An error in one line, that of a file with its name first."""
+    """Returns an error as one line; that of a file starts with its name."""
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{error.filename}: {error.strerror}"
     return one_line(str(error)) or type(error).__name__
 
 
 def one_line(text: str) -> str:
+    """Returns text with each run of whitespace replaced by one space."""
     return " ".join(text.split())
 
 
 def refuse(found: object, wanted: str) -> NoReturn:
-    """Refuses an argument; `Parser` puts its name before."""
+    """Raises the error for an argument's value; argparse adds the argument's name."""
     raise argparse.ArgumentTypeError(f"found {found}, wanted {wanted}")
 
 
 def whole(smallest: int) -> Callable[[str], int]:
-    """Type of an argument: a whole number from `smallest` to what 32 bits hold."""
+    """Returns the argument type of whole numbers from `smallest` to 2**31 - 1."""
 
     def read(text: str) -> int:
         try:
@@ -81,7 +82,7 @@ def whole(smallest: int) -> Callable[[str], int]:
 
 
 def number(fits: Callable[[float], bool], wanted: str) -> Callable[[str], float]:
-    """Type of an argument: a finite number that `fits`."""
+    """Returns the argument type of finite numbers that `fits` accepts."""
 
     def read(text: str) -> float:
         try:
@@ -96,7 +97,7 @@ def number(fits: Callable[[float], bool], wanted: str) -> Callable[[str], float]
 
 
 def one_of(names: Iterable[str]) -> Callable[[str], str]:
-    """Type of an argument: one of these."""
+    """Returns the argument type of a choice between names."""
     known = tuple(names)
 
     def read(text: str) -> str:
@@ -108,11 +109,11 @@ def one_of(names: Iterable[str]) -> Callable[[str], str]:
 
 
 def existing(text: str) -> Path:
-    """Type of an argument: a file or folder that is there, and may be read."""
+    """Argument type: a file or folder that exists and can be read."""
     path = Path(text)
     try:
         there = path.exists()
-    except (OSError, ValueError):  # a part of the path that may not be looked into, or NUL
+    except (OSError, ValueError):  # a folder without permission, or a NUL in the path
         there = False
     if not there or not os.access(path, os.R_OK):
         refuse(text, "a file or folder that is there and can be read")
@@ -120,7 +121,7 @@ def existing(text: str) -> Path:
 
 
 def existing_file(text: str) -> Path:
-    """Type of an argument: a regular file that is there, may be read, and is not empty."""
+    """Argument type: a regular file that exists, can be read, and is not empty."""
     path = existing(text)
     if path.is_dir():
         refuse(f"the folder {text}", "a file")
@@ -132,7 +133,7 @@ def existing_file(text: str) -> Path:
 
 
 def existing_folder(text: str) -> Path:
-    """Type of an argument: a folder that is there and may be written to."""
+    """Argument type: a folder that exists and can be written to."""
     path = existing(text)
     if not path.is_dir() or not os.access(path, os.W_OK | os.X_OK):
         refuse(text, "a folder that can be written to")
@@ -140,7 +141,7 @@ def existing_folder(text: str) -> Path:
 
 
 def output_path(text: str) -> Path:
-    """Type of an argument: where a file can be written, its folder being there or not yet."""
+    """Argument type: a file that can be written, in a folder that may not exist yet."""
     path = Path(text)
     if path.is_dir() or text.endswith(os.sep):
         refuse(f"the folder {text}", "the name of a file to write")
@@ -153,7 +154,7 @@ def output_path(text: str) -> Path:
 
 
 def output_prefix(text: str) -> Path:
-    """Type of an argument: what the names of files to write begin with; a folder may have it."""
+    """Argument type: the start of the names of files to write. A folder may have that name."""
     if text.endswith(os.sep):
         refuse(f"the folder {text}", "what the names of files begin with")
     output_path(f"{text}.bin")
@@ -161,14 +162,15 @@ def output_prefix(text: str) -> Path:
 
 
 def output_folder(text: str) -> Path:
-    """Type of an argument: a folder that can be written to, being there or not yet."""
+    """Argument type: a folder that can be written to and may not exist yet."""
     path = Path(text)
     return existing_folder(text) if path.exists() else output_path(text.rstrip(os.sep))
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A name to write a file under, which becomes `path` if all goes well, and goes if not."""
+    """Yields a temporary name to write a file under. It becomes `path` on success and is removed on
+    an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp")
     try:
@@ -179,11 +181,11 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def picture(text: str) -> Path:
-    """Type of an argument: where matplotlib, which has to be installed, can write a picture."""
+    """Argument type: a file that matplotlib can write a picture to. Fails without matplotlib."""
     path = output_path(text)
     try:
         from matplotlib.backend_bases import FigureCanvasBase
-    except Exception as error:  # not there, or broken
+    except Exception as error:  # missing, or a broken installation
         refuse(text, f"matplotlib to draw it with ({told(error)})")
     known = sorted(FigureCanvasBase.get_supported_filetypes())
     if path.suffix[1:].lower() not in known:
@@ -192,18 +194,18 @@ def picture(text: str) -> Path:
 
 
 def device(text: str) -> str:
-    """Type of an argument: a device on which PyTorch computes here."""
+    """Argument type: a device on which PyTorch can compute here."""
     import torch
 
     try:
         torch.ones(1, device=text).item()
-    except Exception as error:  # PyTorch's own kinds are many
+    except Exception as error:  # PyTorch raises many types
         refuse(text, f"a device that PyTorch can use here ({told(error)[:120]})")
     return text
 
 
 def need_gpu() -> None:
-    """Raises unless there is one to check and time kernels on."""
+    """Raises a CommandError where there is no GPU."""
     import torch
 
     if not torch.cuda.is_available():

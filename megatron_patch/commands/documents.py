@@ -1,4 +1,4 @@
-"""Reads texts to tokenize from files and folders; what cannot be read is an error that names it."""
+"""Reads texts to tokenize from files and folders. An error names the file, and the line."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from pathlib import Path
 from typing import NamedTuple
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".jsonl")
-MAX_BYTES = 2**30  # of a document: it is held in memory, about ten bytes for each of its own
+MAX_BYTES = 2**30  # largest document; reading and tokenizing takes ten times its size in memory
 
 
 class Document(NamedTuple):
-    """A text, and the file (and line) that it came from."""
+    """A text with the file, and the line, that it came from."""
 
     text: str
     origin: str
 
 
 def list_files(inputs: Iterable[Path], suffixes: Iterable[str] | None = None) -> list[Path]:
-    """Files to read, in a reproducible order: inputs as given, inside folders by name. Links to
-    folders are left out, and said.
+    """Returns the files to read: inputs in the order given, files inside a folder by name. Links to
+    folders are left out, with a line on standard error.
 
     Args:
-        inputs: files, taken whatever their name, and folders.
-        suffixes: endings of the files to take from folders; by default those of `TEXT_SUFFIXES`.
+        inputs: files of any name, and folders.
+        suffixes: suffixes of the files to take from folders, by default `TEXT_SUFFIXES`.
 
     Raises:
         OSError: a folder cannot be read.
-        ValueError: an input, or what has a wanted ending, is no file (a broken link, a pipe), or
-            nothing was found.
+        ValueError: something to read is not a regular file (a broken link, a pipe), or nothing was
+            found.
     """
     wanted = tuple(suffixes or TEXT_SUFFIXES)
     files: list[Path] = []
@@ -70,21 +70,26 @@ def iterate_documents(
     suffixes: Iterable[str] | None = None,
     max_bytes: int = MAX_BYTES,
 ) -> Iterator[Document]:
-    """All documents; empty ones are left out, and a byte order mark is no text.
+    """Yields all documents except empty ones, without byte order marks.
+
+    Args:
+        inputs, suffixes: see `list_files`.
+        json_key: key of the text in a line of a .jsonl file.
+        max_bytes: largest document.
 
     Raises:
         OSError: a file cannot be read.
         ValueError: a document is larger than `max_bytes`, a line of a .jsonl file is not an object
-            with a text under `json_key`, or a file is not UTF-8; names the file (and line).
+            with a text under `json_key`, or a file is not UTF-8. The message names file and line.
     """
     for path in list_files(inputs, suffixes):
-        read = _lines_of if path.suffix == ".jsonl" else _whole
+        read = _read_lines if path.suffix == ".jsonl" else _read_text
         for document in read(path, json_key, max_bytes):
             if document.text.strip():
                 yield document
 
 
-def _whole(path: Path, _: str, max_bytes: int) -> Iterator[Document]:
+def _read_text(path: Path, _: str, max_bytes: int) -> Iterator[Document]:
     _check_size(path.stat().st_size, str(path), max_bytes)
     try:
         yield Document(path.read_text(encoding="utf-8-sig"), str(path))
@@ -92,7 +97,7 @@ def _whole(path: Path, _: str, max_bytes: int) -> Iterator[Document]:
         raise ValueError(f"{path}: not UTF-8 text: {error}") from None
 
 
-def _lines_of(path: Path, json_key: str, max_bytes: int) -> Iterator[Document]:
+def _read_lines(path: Path, json_key: str, max_bytes: int) -> Iterator[Document]:
     with open(path, "rb") as file:
         for number, line in enumerate(iter(lambda: file.readline(max_bytes + 1), b""), 1):
             origin = f"{path}:{number}"
@@ -126,10 +131,10 @@ def _check_size(size: int, origin: str, max_bytes: int) -> None:
 
 
 def with_a_first(documents: Iterable[Document]) -> Iterator[Document]:
-    """The same documents, of which the first has been read.
+    """Reads the first document, and returns an iterator over all of them.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no document.
     """
     documents = iter(documents)
     for first in documents:

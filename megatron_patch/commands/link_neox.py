@@ -1,7 +1,6 @@
-#!/usr/bin/env python3
-"""Makes a GPT-NeoX checkout load MetaLA by itself: marked lines at the end of its
-megatron/__init__.py, and links to the MetaLA model configurations in its configs/. `--unlink` takes
-both away again: every byte, mode and link is then as before."""
+"""Makes a GPT-NeoX checkout load MetaLA: adds marked lines to the end of its megatron/__init__.py,
+and links to the MetaLA model configurations to its configs/. `--unlink` removes both; every byte,
+mode and link is then as before."""
 
 from __future__ import annotations
 
@@ -14,12 +13,13 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_patch.commands.command_line import Parser, run_script
+import megatron_patch
+from megatron_patch.commands.command_line import CommandError, Parser, run_script
 
 TESTED_COMMIT = "ea7aefd8f8e183256992d9fede4d7c71a46d67a5"
 MARK = "# MetaLA plugin, added by link_neox.py"
-# GPT-NeoX starts where the plugin cannot be imported (another package has its name, or this Python
-# does not have it) and knows no layer of type metala there.
+# Where the plugin cannot be imported (this Python lacks it, or finds another package of its name),
+# GPT-NeoX still starts and trains its other models.
 CODE = """\
 try:
     from megatron_patch.neox import register as register_metala
@@ -32,15 +32,17 @@ except ImportError as error:
 else:
     register_metala()
 """
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-# What `--unlink` has to know is kept in comments among the lines, in ASCII: the file may have
-# another encoding than UTF-8.
+# setup.py installs the configurations inside the package; in a checkout they are beside it.
+PACKAGE = Path(megatron_patch.__file__).resolve().parent
+CONFIGS = (PACKAGE if (PACKAGE / "configs").is_dir() else PACKAGE.parent) / "configs"
+# Comments among the lines record what `--unlink` has to know, in ASCII: the file may have another
+# encoding than UTF-8.
 NO_END = "# the line before had no end"
 LINKED = "# configurations are links to"
 
 
 def entry_point(checkout: Path) -> Path:
-    """The file every GPT-NeoX program imports first.
+    """Returns megatron/__init__.py, which every GPT-NeoX program imports first.
 
     Raises:
         FileNotFoundError: `checkout` is not GPT-NeoX.
@@ -53,13 +55,13 @@ def entry_point(checkout: Path) -> Path:
 
 
 def write(path: Path, content: bytes) -> None:
-    """Replaces a file's content as a whole; its mode stays, and links to it lead to it."""
+    """Replaces a file's content in one step. The file's mode stays, and links to it stay valid."""
     path = path.resolve()
     temporary = path.with_name(f"{path.name}.tmp")
     try:
         temporary.write_bytes(content)
         shutil.copymode(path, temporary)
-        if os.geteuid() == 0:  # whose file it is, which root alone would change
+        if os.geteuid() == 0:  # for root the new file would have another owner
             os.chown(temporary, path.stat().st_uid, path.stat().st_gid)
         temporary.replace(path)
     finally:
@@ -67,7 +69,7 @@ def write(path: Path, content: bytes) -> None:
 
 
 def own_content(content: bytes) -> bytes:
-    """The file without the lines that a link has added, also one of an earlier version."""
+    """Returns the file's content without the lines that this or an earlier version has added."""
     kept: list[bytes] = []
     for line in content.splitlines(keepends=True):
         if MARK.encode() not in line:
@@ -78,7 +80,7 @@ def own_content(content: bytes) -> bytes:
 
 
 def linked_content(own: bytes, names: list[str]) -> bytes:
-    """The file with the lines, which note the configurations that are linked."""
+    """Returns the file's content with the plugin's lines, which record the linked files."""
     lines = [*CODE.splitlines(), f"{LINKED} {(str(CONFIGS), names)!a}"]
     if own and not own.endswith((b"\n", b"\r")):
         own += b"\n"
@@ -87,7 +89,7 @@ def linked_content(own: bytes, names: list[str]) -> bytes:
 
 
 def linked_configs(checkout: Path, content: bytes) -> list[Path]:
-    """The links in configs/ that the lines in the file note, by whichever clone they were made."""
+    """Returns the links in configs/ that the file's lines record, made by this or another clone."""
     folder = checkout / "configs"
     pattern = rf"^{re.escape(LINKED)} (.+)  {re.escape(MARK)}$"
     if noted := re.search(pattern.encode(), content, re.MULTILINE):
@@ -96,7 +98,7 @@ def linked_configs(checkout: Path, content: bytes) -> list[Path]:
             return [p for p in map(folder.joinpath, names) if is_link(p, f"{source}/{p.name}")]
     if MARK.encode() not in content:
         return []
-    # Of an earlier version, which noted nothing: links to this clone or another.
+    # An earlier version recorded nothing: take the links to this clone or another.
     links = [p for p in folder.glob("metala*.yml") if p.is_symlink()]
     sources = {p: Path(os.readlink(p)) for p in links}
     return [
@@ -115,7 +117,7 @@ def is_clone(folder: Path) -> bool:
 
 
 class Changes:
-    """Changes of which all are made or none: an error takes back those before it."""
+    """A transaction of file changes: an error undoes those already made."""
 
     def __init__(self) -> None:
         self.made: list[Callable[[], None]] = []
@@ -130,7 +132,7 @@ class Changes:
                     undo()
 
     def relink(self, path: Path, target: str | None) -> None:
-        """Makes `path` a link to `target`, or nothing, in place of a link or nothing."""
+        """Makes `path` a link to `target`, or removes it for `None`. `path` is a link or absent."""
         before = os.readlink(path) if path.is_symlink() else None
         if before != target:
             self.made.append(lambda: set_link(path, before))
@@ -143,21 +145,26 @@ class Changes:
 
 
 def set_link(path: Path, target: str | None) -> None:
+    """Replaces a link, or removes it where `target` is `None`."""
     path.unlink(missing_ok=True)
     if target is None:
         return
     try:
         path.symlink_to(target)
-    except OSError as error:  # which names the target
+    except OSError as error:  # Python's message names the target, not the link
         raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def link(checkout: Path) -> tuple[bool, list[str]]:
-    """Adds the lines, in place of those of an earlier version or another clone, and the
-    configuration links.
+    """Adds the lines and the configuration links, in place of those of an earlier version or of
+    another clone.
 
     Returns:
-        Whether anything changed, and the names of configurations that are the user's own and stay.
+        Whether anything changed, and the names of the user's own configurations, which stay.
+
+    Raises:
+        FileNotFoundError: `checkout` is not GPT-NeoX.
+        CommandError: the plugin's configurations are missing.
     """
     init = entry_point(checkout)
     if not (checkout / "configs").is_dir():
@@ -165,12 +172,14 @@ def link(checkout: Path) -> tuple[bool, list[str]]:
     content = init.read_bytes()
     linked = linked_configs(checkout, content)
     targets = [checkout / "configs" / path.name for path in sorted(CONFIGS.glob("metala*.yml"))]
+    if not targets:
+        raise CommandError(f"found no metala*.yml in {CONFIGS}, wanted MetaLA's configurations")
     wanted = [path for path in targets if path in linked or not os.path.lexists(path)]
     with Changes() as changes:
-        # First, so that what is linked is noted whatever happens.
+        # The record comes before the links, so that a killed process leaves no unrecorded link.
         names = [path.name for path in wanted]
         changes.rewrite(init, linked_content(own_content(content), names))
-        for path in {*linked} - {*wanted}:  # another clone's, which this one does not have
+        for path in {*linked} - {*wanted}:  # another clone's configurations, which this one lacks
             changes.relink(path, None)
         for path in wanted:
             changes.relink(path, f"{CONFIGS}/{path.name}")
@@ -178,7 +187,7 @@ def link(checkout: Path) -> tuple[bool, list[str]]:
 
 
 def unlink(checkout: Path) -> bool:
-    """Removes what `link` added, by this clone or another; returns whether anything was there."""
+    """Removes what `link` of this or another clone added; returns whether there was anything."""
     init = entry_point(checkout)
     content = init.read_bytes()
     with Changes() as changes:
@@ -189,7 +198,7 @@ def unlink(checkout: Path) -> bool:
 
 
 def commit_of(checkout: Path) -> str | None:
-    """The checkout's commit, or `None` where git does not know it."""
+    """Returns the checkout's commit, or `None` where git does not know it."""
     command = ["git", "-C", str(checkout), "rev-parse", "HEAD"]
     try:
         result = subprocess.run(command, capture_output=True, text=True)
@@ -198,11 +207,11 @@ def commit_of(checkout: Path) -> str | None:
     return result.stdout.strip() if result.returncode == 0 else None
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = Parser(description=__doc__)
     parser.add_argument("checkout", type=Path, help="folder of a GPT-NeoX checkout")
     parser.add_argument("--unlink", action="store_true", help="undo the link")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     kept: list[str] = []
     if args.unlink:
         changed = unlink(args.checkout)
@@ -217,5 +226,6 @@ def main() -> None:
         print(f"  this checkout is at {commit or 'an unknown commit'}, tested with {TESTED_COMMIT}")
 
 
-if __name__ == "__main__":
+def cli() -> None:
+    """Runs the command from a terminal."""
     run_script(main)

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Turns text into the files that GPT-NeoX trains on: PREFIX.bin and PREFIX.idx, for `data_path`.
 
 A text file is one document, a line of a .jsonl file too; folders are searched for files in the
@@ -9,7 +8,6 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
-import sys
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -23,6 +21,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from megatron_patch.commands.command_line import (
+    CommandError,
     Parser,
     existing,
     existing_file,
@@ -42,28 +41,31 @@ from megatron_patch.indexed_dataset import (
 )
 
 END_OF_TEXT = "<|endoftext|>"
-BATCH, AHEAD = 256, 4  # texts in a message to a worker, messages waiting for each worker
+BATCH, AHEAD = 256, 4  # texts in a message to a worker, messages that wait for each worker
 
 
 def refuse_existing(outputs: Iterable[Path], overwrite: bool) -> None:
-    """Raises FileExistsError if one of `outputs` is there and may not be replaced."""
+    """Raises FileExistsError if one of `outputs` exists and may not be replaced."""
     for path in outputs:
         if path.exists() and not overwrite:
             raise FileExistsError(f"{path} is already there; --overwrite replaces it")
 
 
 class Encoder:
-    """Text to tokens, in this process or in a worker.
+    """Turns text into tokens, in this process or in a worker.
 
     Args:
         tokenizer_file: a tokenizer.json with an `END_OF_TEXT` token.
-        special_tokens: whether special tokens in text are read as such; otherwise they are text.
+        special_tokens: whether special tokens in a text stay special; otherwise they are text.
+
+    Raises:
+        ValueError: the file is no tokenizer, or lacks that token.
     """
 
     def __init__(self, tokenizer_file: Path, special_tokens: bool = False):
         try:
             self.tokenizer = Tokenizer.from_file(str(tokenizer_file))
-        except Exception as error:  # the library has no kind of its own
+        except Exception as error:  # the tokenizers library raises bare Exceptions
             raise ValueError(
                 f"--tokenizer: found {tokenizer_file} ({told(error)}), wanted a tokenizer.json"
             ) from None
@@ -77,15 +79,15 @@ class Encoder:
         if not special_tokens:
             read_as_text(self.tokenizer, [END_OF_TEXT])
         self.special = any_of(special_contents(self.tokenizer))
-        # A tokenizer that was trained or used with transformers may come with both.
+        # transformers may have saved truncation and padding in the file.
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
 
     def __call__(self, texts: Iterable[str]) -> tuple[list[np.ndarray], Counter[str]]:
-        """Tokens of each text, int32, and how often each special token stands in them.
+        """Returns the tokens of each text, int32, and how often each special token occurs.
 
         Raises:
-            ValueError: the tokenizer makes the token that ends documents of text.
+            ValueError: the tokenizer turns other text into the token that ends documents.
         """
         found: Counter[str] = Counter()
         encoded = []
@@ -106,7 +108,7 @@ _worker: Encoder | None = None
 
 def _start_worker(tokenizer_file: Path, special_tokens: bool) -> None:
     global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends its workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C: the main process ends its workers
     _worker = Encoder(tokenizer_file, special_tokens)
 
 
@@ -115,7 +117,7 @@ def _encode_in_worker(texts: list[str]) -> tuple[list[np.ndarray], Counter[str]]
 
 
 class Prepared(NamedTuple):
-    """What was written: numbers of documents and tokens, special tokens found in the text."""
+    """The numbers of documents and tokens written, and of special tokens found in the text."""
 
     documents: int
     tokens: int
@@ -130,11 +132,11 @@ def prepare(
     max_stretch: int = MAX_STRETCH,
     overwrite: bool = True,
 ) -> Prepared:
-    """Writes the data set.
+    """Writes PREFIX.bin and PREFIX.idx.
 
     Raises:
-        ValueError: there is no text, or one that is too long for its tokenizer, or another process
-            writes this data set. Nothing is written then.
+        ValueError: there is no text, or one is too long for its tokenizer, or another process
+            writes this data set. Nothing is left behind then.
     """
     documents = with_a_first(documents)
     cut = safe_cut(encoder.tokenizer, encoder.special_tokens)
@@ -143,12 +145,10 @@ def prepare(
     bar = tqdm(desc=f"Writing {prefix}", unit=" tokens", unit_scale=True, mininterval=0.5)
     vocabulary = encoder.tokenizer.get_vocab_size()
     with bar, IndexedDatasetWriter(prefix, vocabulary) as writer:
-        refuse_existing(writer.paths, overwrite)  # which another run may have written just now
-        # (text, whether it ends its document)
+        # Once more, now that the writer holds its lock: another run may just have written them.
+        refuse_existing(writer.paths, overwrite)
         parts = (
-            (piece, is_last)
-            for document in documents
-            for piece, is_last in _with_last(pieces(document, cut, longest=max_stretch))
+            part for document in documents for part in pieces(document, cut, longest=max_stretch)
         )
         tokens_of_document: list[np.ndarray] = []
         with closing(_encode_all(_batches(parts), encoder, workers)) as results:
@@ -167,18 +167,9 @@ def prepare(
     return Prepared(count, tokens, special)
 
 
-def _with_last(items: Iterable[str]) -> Iterator[tuple[str, bool]]:
-    """Each item, and whether it is the last."""
-    items = iter(items)
-    item = next(items)
-    for following in items:
-        yield item, False
-        item = following
-    yield item, True
-
-
 def _batches(parts: Iterable[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]]]:
-    """Parts together that are worth a message to a worker, and fit in a little memory."""
+    """Groups (text, whether it ends its document) into messages for a worker: large enough to be
+    worth sending, small enough to hold several in memory."""
     batch, size = [], 0
     for part in parts:
         batch.append(part)
@@ -193,13 +184,13 @@ def _batches(parts: Iterable[tuple[str, bool]]) -> Iterator[list[tuple[str, bool
 def _encode_all(
     batches: Iterable[list[tuple[str, bool]]], encoder: Encoder, workers: int
 ) -> Iterator[tuple[tuple[list[np.ndarray], Counter[str]], list[bool]]]:
-    """What `Encoder` gives for each batch, in order, and which of its texts end a document."""
+    """Yields the encoder's result for each batch, in order, and which texts end a document."""
     if workers == 1:
         for batch in batches:
             yield encoder([text for text, _ in batch]), [is_last for _, is_last in batch]
         return
-    # "spawn": the tokenizers library has threads, which do not survive a fork. An executor, unlike
-    # a pool, notices when a worker has died.
+    # "spawn", because the tokenizers library has threads, which do not survive a fork. An executor
+    # notices when a worker has died; multiprocessing.Pool waits for ever.
     pool = ProcessPoolExecutor(
         workers,
         multiprocessing.get_context("spawn"),
@@ -223,8 +214,8 @@ def _encode_all(
         pool.shutdown(cancel_futures=True)
 
 
-def tell_of(special: Counter[str], as_tokens: bool) -> None:
-    """Says which special tokens the text has."""
+def report_special_tokens(special: Counter[str], as_tokens: bool) -> None:
+    """Prints which special tokens the text contains, and how they were read."""
     if special:
         which = ", ".join(f"{content} {count:,}" for content, count in special.most_common(5))
         more = f" and {len(special) - 5} others" if len(special) > 5 else ""
@@ -232,7 +223,7 @@ def tell_of(special: Counter[str], as_tokens: bool) -> None:
         print(f"special tokens in the text: {which}{more}; {how}")
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = Parser(description=__doc__)
     parser.add_argument(
         "inputs", type=existing, nargs="+", help="text files, .jsonl files, folders"
@@ -260,7 +251,7 @@ def main() -> None:
         help="most characters to tokenize at once, where the tokenizer allows no cut; each takes "
         "about 300 bytes of memory",
     )
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     try:
         refuse_existing([bin_path(args.output), idx_path(args.output)], args.overwrite)
         encoder = Encoder(args.tokenizer, args.special_tokens)
@@ -268,13 +259,14 @@ def main() -> None:
         prepared = prepare(
             documents, encoder, args.output, args.workers, args.max_stretch, args.overwrite
         )
-        for path in index_map_paths(args.output):  # of what was there before
+        for path in index_map_paths(args.output):  # they index the data that was replaced
             path.unlink(missing_ok=True)
-    except (OSError, ValueError) as error:
-        sys.exit(f"prepare_data.py: {told(error)}")
-    tell_of(prepared.special, args.special_tokens)
+    except ValueError as error:
+        raise CommandError(told(error)) from None
+    report_special_tokens(prepared.special, args.special_tokens)
     print(f"{args.output}.bin, .idx: {prepared.documents:,} documents, {prepared.tokens:,} tokens")
 
 
-if __name__ == "__main__":
+def cli() -> None:
+    """Runs the command from a terminal."""
     run_script(main)

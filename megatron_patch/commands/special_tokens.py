@@ -1,4 +1,4 @@
-"""Special tokens in text that people wrote are text: `<|endoftext|>` in a web page ends nothing."""
+"""Encodes text in which special tokens are text: `<|endoftext|>` on a web page ends no document."""
 
 from __future__ import annotations
 
@@ -12,36 +12,38 @@ from tokenizers import AddedToken, Tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Noncharacters of Unicode: programs may use them inside, texts may not.
+# Unicode noncharacters, which are reserved for use inside programs and do not occur in texts.
 TYPED, REAL, END = "\ufdd0", "\ufdd1", "\ufdd2"
 
 
 def any_of(contents: Iterable[str]) -> re.Pattern:
-    """What finds these tokens in a text, of two at one place the longer."""
+    """Returns a pattern that finds these tokens in a text; the longest one wins."""
     longest_first = sorted(contents, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
 
 def special_contents(tokenizer: Tokenizer) -> list[str]:
+    """Returns the text of each special token."""
     return [t.content for t in tokenizer.get_added_tokens_decoder().values() if t.special]
 
 
 def read_as_text(tokenizer: Tokenizer, also: Iterable[str] = ()) -> None:
-    """From now on the tokenizer finds no special tokens in text, nor the tokens `also`, which it
+    """Makes the tokenizer read special tokens in text as text, and also the tokens `also`, which it
     may have as added tokens that are not special."""
     tokenizer.add_special_tokens([name for name in also if tokenizer.token_to_id(name) is not None])
     tokenizer.encode_special_tokens = True
 
 
 class Typed:
-    """Encodes text in which some special tokens are real, those of a chat template, and some were
-    typed. `quote` puts a placeholder in the place of each that was typed before the template puts
-    its own around it, and `encode` reads it as text.
+    """Encodes a conversation in which special tokens of the chat template are special and those
+    that the user typed are text. `quote` replaces typed special tokens by placeholders before the
+    template adds its own, and `encode` reads the placeholders as text.
 
     Args:
-        tokenizer: of transformers.
-        end_ids: tokens that end an answer; special, whether the tokenizer calls them so or not.
-        as_tokens: quotes nothing: what is typed may be special tokens.
+        tokenizer: a tokenizer of transformers.
+        end_ids: tokens that end an answer. They count as special even if the tokenizer does not
+            mark them.
+        as_tokens: whether typed special tokens stay special; nothing is quoted then.
     """
 
     def __init__(
@@ -58,21 +60,21 @@ class Typed:
             for index, token in tokenizer.added_tokens_decoder.items()
             if token.special or index in ends
         }
-        # Those characters in a text are quoted too.
+        # The placeholders' own characters are quoted too.
         self.quoted = [*self.tokens, TYPED, REAL, END]
         self._reader: Tokenizer | None = None
 
     def quote(self, text: str) -> str:
-        """The text with a placeholder for each special token."""
+        """Returns the text with a placeholder for each special token."""
         if self.as_tokens:
             return text
         return any_of(self.quoted).sub(lambda m: f"{TYPED}{self.quoted.index(m[0])}{END}", text)
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
-        """Token ids of a text with placeholders; `add_special_tokens` as in transformers.
+        """Returns the token ids of a text with placeholders.
 
         Raises:
-            ValueError: it has placeholders, and the tokenizer has no tokenizer.json.
+            ValueError: the text has placeholders, but the tokenizer has no tokenizer.json.
         """
         if TYPED not in text or self.as_tokens:
             return self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
@@ -84,8 +86,8 @@ class Typed:
         return [self._real_ids.get(index, index) for index in ids]
 
     def _text_reader(self) -> Tokenizer:
-        """The tokenizer, to which special tokens are text, with stand-ins for those that are real:
-        added tokens of the same behaviour, so that text around them is split as ever."""
+        """Returns a copy of the tokenizer that reads special tokens as text. The template's special
+        tokens have stand-ins: added tokens that split the text around them in the same way."""
         if self._reader is None:
             own = getattr(self.tokenizer, "backend_tokenizer", None)
             if not isinstance(own, Tokenizer):

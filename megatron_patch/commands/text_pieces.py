@@ -1,8 +1,8 @@
-"""Cuts long texts where their tokens, taken piece by piece, are those of the whole.
+"""Cuts long texts into pieces whose tokens, joined, are those of the whole text.
 
-The tokenizers library takes 170 to 300 bytes for each byte of a text that it encodes at once. A cut
-is safe if the tokenizer splits there whatever stands before and after. So it is proven of the
-pre-tokenizers that are known here; with others a text stays whole.
+The tokenizers library takes 170 to 300 bytes of memory for each byte of a text that it encodes at
+once. A cut is safe if the tokenizer splits there whatever comes before and after. That is known for
+the pre-tokenizers listed here; with others a text is not cut.
 """
 
 from __future__ import annotations
@@ -16,20 +16,21 @@ from tokenizers import Tokenizer
 
 from megatron_patch.commands.documents import Document
 
-PIECE = 2**17  # characters, from which on a cut is looked for
-MAX_STRETCH = 2**22  # characters without a place to cut: about a GB of memory
+PIECE = 2**17  # characters in a piece, up to the next place to cut
+MAX_STRETCH = 2**22  # most characters without a place to cut: about 1 GB of memory
 
-# Not whitespace, nor what some version of Unicode takes for it, nor Metaspace's own mark.
+# A character that no version of Unicode calls whitespace, and that is not Metaspace's mark.
 _INK = r"[^\s\x1c-\x1f\u180e\u200b-\u200d\u2060\ufeff\u2581]"
-# Before a space: normal forms compose nothing with it, and no word goes on across it.
+# A cut before a space: no normal form composes a character with it, and no word crosses it.
 BEFORE_SPACE = re.compile(rf"(?<={_INK})(?= )")
-# Of words alone: before a new line too, but not after punctuation, to which patterns like GPT-4's
-# join it. Letters that no normal form takes apart.
+# A cut before a space or, after a letter or digit, before a new line. After punctuation a new line
+# is no cut, because patterns like GPT-4's join the two. The letters are some that no normal form
+# decomposes.
 BEFORE_WHITESPACE = re.compile(rf"(?<={_INK})(?= )|(?<=[0-9A-Za-z\u4e00-\u9fa5])(?=[\n\r])")
 
-# The alternatives of the patterns of GPT-2, GPT-4, Llama 3 and Qwen, and their variants. In what
-# any of them matches, whitespace stands first, apart from new lines after punctuation; and none
-# looks back, or ahead of anything but whitespace.
+# The alternatives in the split patterns of GPT-2, GPT-4, Llama 3, Qwen and their variants. Each
+# matches whitespace only at its start, except new lines after punctuation, and none has a
+# lookbehind, or a lookahead for anything but whitespace.
 _ALTERNATIVES = {
     *("'s", "'t", "'re", "'ve", "'m", "'ll", "'d", "'(?:[sdmt]|ll|ve|re)"),
     *("(?i:'s|'t|'re|'ve|'m|'ll|'d)", "(?i:[sdmt]|ll|ve|re)", "'(?i:[sdmt]|ll|ve|re)"),
@@ -43,7 +44,8 @@ _NORMAL_FORMS = ("NFC", "NFD", "NFKC", "NFKD")
 
 
 def safe_cut(tokenizer: Tokenizer, special_tokens: bool) -> re.Pattern | None:
-    """What finds the places where text can be cut, `None` if there are none that are sure.
+    """Returns a pattern that finds the places where a text can be cut, or `None` where no cut is
+    known to be safe.
 
     Args:
         tokenizer: from a tokenizer.json.
@@ -57,7 +59,7 @@ def safe_cut(tokenizer: Tokenizer, special_tokens: bool) -> re.Pattern | None:
         if token["special"] and not special_tokens:
             continue
         if cut and (token["rstrip"] or cut.search(token["content"])):
-            return None  # such a token may reach across
+            return None  # this token can cross a cut
     return cut
 
 
@@ -72,14 +74,15 @@ def _keeps_cuts(normalizer: dict[str, Any] | None) -> bool:
 
 
 def _cut_of(pre_tokenizer: dict[str, Any] | None) -> re.Pattern | None:
-    """Each part of a sequence splits what the parts before have left whole: the first that splits
-    at the cuts decides, if those before it look at single characters alone."""
+    """Returns the cuts of a pre-tokenizer. Each part of a sequence splits further what the parts
+    before it left together, so the first part that splits at the cuts decides. Parts before it may
+    only look at single characters (Digits)."""
     for part in _parts(pre_tokenizer, "pretokenizers") if pre_tokenizer else []:
         kind = part["type"]
         if kind in ("WhitespaceSplit", "Whitespace"):
             return BEFORE_WHITESPACE
         if kind == "ByteLevel" and part["use_regex"]:
-            # `add_prefix_space` puts a space before a piece that starts with a new line.
+            # `add_prefix_space` would put a space before a piece that starts with a new line.
             return BEFORE_SPACE if part["add_prefix_space"] else BEFORE_WHITESPACE
         if kind == "Metaspace" and part.get("split", True):
             return BEFORE_SPACE
@@ -93,11 +96,12 @@ def _cut_of(pre_tokenizer: dict[str, Any] | None) -> re.Pattern | None:
 
 def pieces(
     document: Document, cut: re.Pattern | None, size: int = PIECE, longest: int = MAX_STRETCH
-) -> Iterator[str]:
-    """The document's text in pieces of about `size` characters.
+) -> Iterator[tuple[str, bool]]:
+    """Yields a document's text in pieces of about `size` characters, each with whether it is the
+    last.
 
     Raises:
-        ValueError: one of more than `longest` characters cannot be cut; names file and line.
+        ValueError: more than `longest` characters have no place to cut; names file and line.
     """
     text, start = document.text, 0
     size = max(1, min(size, longest // 2))
@@ -110,5 +114,5 @@ def pieces(
                 f"take at once, wanted at most {longest:,} (--max-stretch; each takes about 300 "
                 "bytes of memory)"
             )
-        yield text[start:end]
+        yield text[start:end], end == len(text)
         start = end

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Trains a MetaLA model from GPT-NeoX's YAML files and data without GPT-NeoX, by the Hugging Face
 Trainer, and writes a Hugging Face folder. The same command goes on where a run was stopped, if
 `load` and `save` name the same folder. Start it with torchrun for several GPUs."""
@@ -6,29 +5,29 @@ Trainer, and writes a Hugging Face folder. The same command goes on where a run 
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_patch.architecture import SettingsError
-from megatron_patch.commands.command_line import Parser, output_folder, run_script
+from megatron_patch.commands.command_line import CommandError, Parser, output_folder, run_script
 from megatron_patch.hf import MetaLAForCausalLM
 from megatron_patch.hf.remote_code import write_model_code
-from megatron_patch.neox.limits import warn_of_short_warmup
+from megatron_patch.neox.run_settings import warn_of_short_warmup
 from megatron_patch.trainer.model import build_model, check_model, load_tokenizer, model_config
 from megatron_patch.trainer.samples import build_samples
 from megatron_patch.trainer.schedule import check_schedule
-from megatron_patch.trainer.settings import EmbeddedSettings, read_settings
+from megatron_patch.trainer.settings import TrainerSettings, read_settings
 from megatron_patch.trainer.training import checkpoint_step, find_checkpoint, train
 
-TOLERANCE = 1e-4  # of logits in float32, from the reloaded folder
+TOLERANCE = 1e-4  # largest difference between float32 logits of the model and of its folder
 VERIFIED_TOKENS = 64
 
 
-def run(settings: EmbeddedSettings) -> MetaLAForCausalLM:
-    """Trains, or goes on training, to `train_iters`; returns the model on its device."""
+def run(settings: TrainerSettings) -> MetaLAForCausalLM:
+    """Trains to `train_iters`, from the newest checkpoint if there is one, and returns the model on
+    its device."""
     tokenizer = load_tokenizer(settings)
     config = model_config(settings, tokenizer)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -60,8 +59,8 @@ def run(settings: EmbeddedSettings) -> MetaLAForCausalLM:
     return train(settings, model, train_samples, valid_samples, checkpoint)
 
 
-def save(model: MetaLAForCausalLM, settings: EmbeddedSettings, folder: Path) -> None:
-    """Writes model, its code, configuration and tokenizer."""
+def save(model: MetaLAForCausalLM, settings: TrainerSettings, folder: Path) -> None:
+    """Writes the model with its code, configuration and tokenizer."""
     model.save_pretrained(folder)
     write_model_code(folder)
     load_tokenizer(settings).save_pretrained(folder)
@@ -69,8 +68,9 @@ def save(model: MetaLAForCausalLM, settings: EmbeddedSettings, folder: Path) -> 
 
 @torch.no_grad()
 def largest_difference(model: MetaLAForCausalLM, folder: Path, tokens: torch.Tensor) -> float:
-    """Largest difference of logits, on the CPU in float32, between `model` in one pass and the one
-    reloaded from `folder`, in one pass and token by token through the recurrent state."""
+    """Returns the largest difference between the logits of `model` and those of the model reloaded
+    from `folder`, on the CPU in float32. The reloaded model runs twice: once over all tokens, and
+    once token by token through the recurrent state."""
     model = model.float().cpu().eval()
     reloaded = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False).float().eval()
     wanted = model(tokens, use_cache=False).logits
@@ -84,7 +84,7 @@ def largest_difference(model: MetaLAForCausalLM, folder: Path, tokens: torch.Ten
     return max((logits - wanted).abs().max().item() for logits in (parallel, recurrent))
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = Parser(description=__doc__)
     parser.add_argument("configs", nargs="+", help="YAML files, merged as GPT-NeoX merges them")
     parser.add_argument("-d", "--conf_dir", type=Path, help="folder of the YAML files")
@@ -92,15 +92,15 @@ def main() -> None:
         "--output", type=output_folder, help="Hugging Face folder to write (SAVE/hf)"
     )
     parser.add_argument("--verify", action="store_true", help="compare the written model's logits")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     paths = [args.conf_dir / name if args.conf_dir else Path(name) for name in args.configs]
     try:
         settings, ignored = read_settings(paths)
         if ignored:
-            print(f"Settings without a meaning in the embedded engine: {', '.join(ignored)}")
+            print(f"Settings without a meaning in the Hugging Face Trainer: {', '.join(ignored)}")
         model = run(settings)
     except SettingsError as error:
-        sys.exit(f"train_hf.py: {error}")
+        raise CommandError(error) from None
     if int(os.environ.get("RANK", "0")):
         return
     folder = args.output or settings.save / "hf"
@@ -112,8 +112,9 @@ def main() -> None:
         difference = largest_difference(model, folder, tokens)
         print(f"Largest logit difference after reloading: {difference:.3e}")
         if not difference <= TOLERANCE:
-            sys.exit(f"train_hf.py: wanted at most {TOLERANCE:.0e}")
+            raise CommandError(f"wanted at most {TOLERANCE:.0e}")
 
 
-if __name__ == "__main__":
+def cli() -> None:
+    """Runs the command from a terminal."""
     run_script(main)

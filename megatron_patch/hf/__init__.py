@@ -1,4 +1,4 @@
-"""MetaLA for Hugging Face transformers; the import registers it with the Auto classes."""
+"""MetaLA for Hugging Face transformers. Importing it registers the Auto classes."""
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 

@@ -1,12 +1,12 @@
-"""Softmax attention, for the layers of a hybrid model that are not MetaLA layers.
+"""Causal softmax attention, for the attention layers of a hybrid model.
 
-Causal, by PyTorch's `scaled_dot_product_attention`; with as many key-value heads as query heads or
-fewer; with rotary position embeddings (arXiv 2104.09864, paired by halves of a head's rotated
-channels, as in GPT-NeoX and LLaMA) or none.
+Runs PyTorch's `scaled_dot_product_attention`, with grouped key-value heads if the configuration has
+fewer of them, and rotary position embeddings (arXiv 2104.09864, channels paired by halves as in
+GPT-NeoX and LLaMA) if it has any.
 
-The keys and values of a row stand in the order of its tokens. Padding stands behind a call's tokens
-(see `modeling_metala`), so within the call causality alone hides it; for the calls after it the
-cache remembers which columns it left behind. Positions are counted in tokens, without padding.
+The model moves padding behind a call's tokens (see `modeling_metala`), where causality hides it
+within the call. The cache remembers the columns that hold padding and later calls mask them.
+Positions count tokens, not padding.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from .configuration_metala import MetaLAConfig
 
 
 class AttentionInputs(NamedTuple):
-    """What the attention layers of one model call share; all may be `None`.
+    """Inputs that all attention layers of a model call share. Each may be `None`.
 
     Attributes:
-        mask: bool [B, 1, T, past + T], true where a query may look at a key. `None` where causality
-            alone decides, or a single token looks at all.
-        document_lengths: lengths of the documents that are packed along time.
-        cos, sin: [B or 1, 1, T, rotary width], of the positions; `None` without positions.
+        mask: bool [B, 1, T, past + T], true where a query may see a key. `None` if causality alone
+            decides, or a single token sees all keys.
+        document_lengths: lengths of the documents packed along time.
+        cos, sin: [B or 1, 1, T, rotary width] of the positions.
     """
 
     mask: torch.Tensor | None
@@ -43,13 +43,13 @@ def attention_inputs(
     key_padding: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
 ) -> AttentionInputs:
-    """Mask and positions of a model call.
+    """Computes mask and positions of a model call.
 
     Args:
-        config: the model's.
+        config: the model's configuration.
         hidden: [B, T, D], the call's embeddings, for shape, device and dtype.
-        past: number of columns before these.
-        key_padding: padding of all columns, this call's included, see `join_padding`.
+        past: number of columns that the cache has read.
+        key_padding: padding of all columns including this call's, see `join_padding`.
         cu_seqlens: int [N + 1], boundaries of N documents packed along time (B = 1), or `None`.
     """
     time, device = hidden.shape[1], hidden.device
@@ -68,7 +68,7 @@ def attention_inputs(
         mask = (keys <= columns[:, None])[None]
         if key_padding is not None:
             key_padding = F.pad(key_padding, (0, past + time - key_padding.shape[1]))
-            # Padding may look at itself: a query with nothing to look at would give NaN.
+            # Padding sees itself, since softmax over no keys at all would give NaN.
             mask = mask & (~key_padding[:, None] | (keys == columns[:, None]))
         mask = mask[:, None]
 
@@ -79,12 +79,15 @@ def attention_inputs(
 def join_padding(
     before: torch.Tensor | None, padding: torch.Tensor | None, past: int
 ) -> torch.Tensor | None:
-    """Padding of all columns up to the last call that had any, bool [B, columns]; `None` for none.
+    """Appends the padding of a call to that of the calls before it.
 
     Args:
-        before: the same before this call, or `None`.
-        padding: this call's, bool [B, T], or `None`.
+        before: bool [B, columns], true at padding, or `None`.
+        padding: bool [B, T] of this call, or `None`.
         past: number of columns before this call.
+
+    Returns:
+        bool [B, columns] up to the last call that had padding, or `None`.
     """
     if padding is None:
         return before
@@ -96,9 +99,10 @@ def join_padding(
 def rotary_table(
     config: MetaLAConfig, positions: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """cos and sin [B, 1, T, rotary width] of the angles of positions [B, T], in `dtype`.
+    """Returns cos and sin [B, 1, T, rotary width] of the angles at positions [B, T].
 
-    Computed in float32 (float64 for float64). `None` without positions.
+    They are computed in float32 (float64 for float64) and rounded to `dtype`. `None` if the model
+    has no position embeddings.
     """
     if config.rope_theta is None:
         return None, None
@@ -111,16 +115,15 @@ def rotary_table(
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turns the first `cos.shape[-1]` channels of x [B, H, T, width] by the angles of its
-    positions."""
-    turned, kept = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
-    first, second = turned.chunk(2, dim=-1)
-    turned = turned * cos + torch.cat([-second, first], dim=-1) * sin
-    return torch.cat([turned, kept], dim=-1)
+    """Rotates the first `cos.shape[-1]` channels of x [B, H, T, width]."""
+    rotated, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    first, second = rotated.chunk(2, dim=-1)
+    rotated = rotated * cos + torch.cat([-second, first], dim=-1) * sin
+    return torch.cat([rotated, rest], dim=-1)
 
 
 class MetaLAAttention(nn.Module):
-    """Causal softmax attention with the interface of a MetaLA token mixer."""
+    """Causal softmax attention, used in place of `MetaLATokenMixer`."""
 
     def __init__(self, config: MetaLAConfig):
         super().__init__()
@@ -141,7 +144,7 @@ class MetaLAAttention(nn.Module):
         inputs: AttentionInputs,
         output_state: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """Mixes tokens; a pure function of inputs and state.
+        """Mixes the tokens of each sequence.
 
         Args:
             x: [B, T, D].
@@ -150,7 +153,7 @@ class MetaLAAttention(nn.Module):
             output_state: whether to return keys and values.
 
         Returns:
-            [B, T, D], and the keys and values of all tokens so far, or `None`.
+            [B, T, D], and keys and values of all tokens so far, or `None`.
         """
         q = self._heads(self.q_proj(x), self.num_heads)
         keys = self._heads(self.k_proj(x), self.num_key_value_heads)
@@ -169,16 +172,16 @@ class MetaLAAttention(nn.Module):
         return (out, keys, values) if output_state else (out, None, None)
 
     def _heads(self, x: torch.Tensor, heads: int) -> torch.Tensor:
-        """[B, T, heads * width] to [B, heads, T, width]."""
+        """Turns [B, T, heads * width] into [B, heads, T, width]."""
         return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
     def _attend(
         self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None
     ) -> torch.Tensor:
-        """q [B, heads, T, width] at keys and values [B, key-value heads, S, width], as q."""
+        """Attends from q [B, heads, T, width] to keys and values [B, key-value heads, S, width]."""
         groups = self.num_heads // self.num_key_value_heads
         if groups > 1 and q.shape[2] == 1:
-            # The queries that share a key stand where time stands: nothing is copied.
+            # Queries that share a key-value head go along time, so that no key is repeated.
             q = q.unflatten(1, (-1, groups)).flatten(2, 3)
             out = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
             return out.flatten(1, 2)[:, :, None]
@@ -186,6 +189,3 @@ class MetaLAAttention(nn.Module):
         if groups > 1:
             keys, values = (y.repeat_interleave(groups, dim=1) for y in (keys, values))
         return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, is_causal=causal)
-
-
-__all__ = ["AttentionInputs", "MetaLAAttention", "attention_inputs", "join_padding"]

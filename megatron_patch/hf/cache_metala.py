@@ -1,4 +1,4 @@
-"""What a MetaLA model carries from token to token, as a transformers cache."""
+"""The cache of MetaLA models: states of MetaLA layers, keys and values of attention layers."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from transformers import cache_utils
 from transformers.cache_utils import Cache
 from transformers.configuration_utils import PretrainedConfig
 
-# How a cache without a length limit says so: -1 since transformers has cache layers, None before.
+# transformers since it has cache layers reads -1 as "no limit", before it read None.
 NO_LENGTH_LIMIT = -1 if hasattr(cache_utils, "CacheLayerMixin") else None
 
 DECODING_GRAPHS = (None, "eager", "compiled")
 
-# What states may be made of; recurrent states are of the last two.
+# Dtypes of states. Recurrent states have one of the last two.
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
-# Held while states are read or moved: a recorded step, run by another thread for another cache, may
-# take the tensors in which a cache's states lie, and leave it copies (`decoding_metala`).
+# Held while states are read or moved. A captured decoding step, run by another thread for another
+# cache, may take the tensors that hold a cache's states and leave it copies (`decoding_metala`).
 states_lock = threading.RLock()
 
 
 class CacheLayer:
-    """What a layer keeps of all tokens so far: two tensors, `None` before the first token.
+    """Base class of a layer's part of the cache: two tensors, `None` before the first token.
 
     Attributes:
-        layer_type: what `layer_types` of a configuration calls it.
-        names: the names of the two tensors, as attributes.
+        layer_type: its name in `layer_types` of a configuration.
+        names: names of the attributes that hold the two tensors.
     """
 
     is_compileable = False
@@ -47,13 +47,13 @@ class CacheLayer:
         self.reset()
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The names and tensors held now."""
+        """Yields names and tensors, without those that are `None`."""
         for name in self.names:
             if (tensor := getattr(self, name)) is not None:
                 yield name, tensor
 
     def __deepcopy__(self, memo: dict) -> CacheLayer:
-        # torch refuses to copy tensors inside an autograd graph; clones stay in it.
+        # torch refuses to deepcopy tensors inside an autograd graph. Clones stay in it.
         copied = type(self)()
         memo[id(self)] = copied
         with states_lock:
@@ -62,7 +62,7 @@ class CacheLayer:
         return copied
 
     def apply(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Replaces each tensor by `function` of it."""
+        """Replaces each tensor by `function(tensor)`."""
         with states_lock:
             for name, tensor in list(self.tensors()):
                 setattr(self, name, function(tensor))
@@ -85,11 +85,11 @@ class CacheLayer:
 
 
 class MetaLACacheLayer(CacheLayer):
-    """State of a MetaLA layer, of constant size.
+    """The state of a MetaLA layer, whose size is constant.
 
     Attributes:
-        conv_states: [B, D, W - 1], the last inputs of the short convolution, oldest first, in the
-            model's dtype.
+        conv_states: [B, D, W - 1] in the model's dtype, the last inputs of the short convolution,
+            oldest first.
         recurrent_states: [B, H, K, V] float32 (float64 in a float64 model).
     """
 
@@ -101,8 +101,7 @@ class AttentionCacheLayer(CacheLayer):
     """Keys and values of an attention layer in a hybrid, which grow with every token.
 
     Attributes:
-        keys: [B, H, tokens, width], already rotated, in the model's dtype; H heads of keys and
-            values.
+        keys: [B, key-value heads, tokens, width] in the model's dtype, already rotated.
         values: the same shape.
     """
 
@@ -120,29 +119,28 @@ def layer_types(config: PretrainedConfig) -> list[str]:
 class MetaLACache(Cache):
     """Cache of a MetaLA model, passed and returned as `past_key_values`.
 
-    The size of a MetaLA layer's state does not depend on the number of tokens; attention layers of
-    a hybrid keep keys and values beside it. A model call with the cache continues where the last
-    call ended, with one token or many, and updates it in place; `copy.deepcopy` forks it, `save`
-    and `load` keep it on disk. A state cannot be taken back to an earlier token, so there is no
-    `crop`.
+    A call with the cache continues where the last call ended, by one token or many, and updates the
+    cache in place. `copy.deepcopy` forks it; `save` and `load` keep it on disk. A state cannot go
+    back to an earlier token, so there is no `crop`.
 
-    The states stay in the autograd graph where gradients are on, so that a loss reaches through
-    them into the calls before; `detach_` cuts there (truncated backpropagation through time).
+    While gradients are on, the states stay in the autograd graph, so that a loss reaches through
+    them into earlier calls. `detach_` cuts there (truncated backpropagation through time).
 
     Args:
-        config: whose layers the cache takes; without it, layers are added as they come.
-        decoding_graph: "compiled" or "eager" lets one-token steps on a GPU be launched as a whole,
-            see `decoding_metala`: for a single row one kernel, where this package is installed, for
-            more a CUDA graph of compiled layers, which takes a minute once per batch size; or a
-            graph of the layers' own kernels. `None` runs every step by itself. `generate` makes
-            such a cache by `cache_implementation="static"`, "eager" with `disable_compile=True`.
+        config: the configuration of the model. Without it, layers are added as they come.
+        decoding_graph: how one-token steps run on a GPU. `None` launches kernel by kernel. "eager"
+            captures the layers in a CUDA graph. "compiled" uses one fused kernel for a single row,
+            if this package is installed, and otherwise a CUDA graph of compiled layers, which takes
+            a minute to make for each batch size. `generate` makes such a cache with
+            `cache_implementation="static"`, an "eager" one with `disable_compile=True` too.
 
     Attributes:
         layers: a `CacheLayer` for each layer.
-        key_padding: bool [B, columns], true where keys and values hold padding, which MetaLA layers
-            have left out, up to the last call that had any; `None` where there is none.
-        last_hidden: [B, 1, D], what the model gave at each row's last token, without its gradient,
-            for rows of which a call has nothing but padding; `None` after a recorded step.
+        key_padding: bool [B, columns], true where keys and values hold padding, up to the last call
+            that had any; `None` without padding. (MetaLA layers leave padding out.)
+        last_hidden: [B, 1, D], the model's output at each row's last token, without its gradient.
+            It is the result of rows that have nothing but padding in a call. `None` after a
+            captured step.
 
     Raises:
         ValueError: `decoding_graph` is something else.
@@ -150,7 +148,7 @@ class MetaLACache(Cache):
 
     is_compileable = False
     is_croppable = False
-    ROWS = ("key_padding", "last_hidden")  # tensors of all rows beside the layers'
+    ROWS = ("key_padding", "last_hidden")  # the tensors [B, ...] that no layer holds
 
     def __init__(self, config: PretrainedConfig | None = None, decoding_graph: str | None = None):
         if decoding_graph not in DECODING_GRAPHS:
@@ -158,9 +156,8 @@ class MetaLACache(Cache):
                 f"decoding_graph: found {decoding_graph!r}, wanted one of "
                 f"{', '.join(map(repr, DECODING_GRAPHS))}"
             )
-        # Up to transformers 4.4x the base class is a torch module with nothing else to set up;
-        # later it takes arguments that have changed between releases, and sets the attributes
-        # below.
+        # Up to transformers 4.4x the base class is a torch module with nothing else to set up.
+        # Later its arguments change between releases, so the attributes that it sets are set here.
         if issubclass(Cache, torch.nn.Module):
             super().__init__()
         types = [] if config is None else layer_types(config)
@@ -182,10 +179,10 @@ class MetaLACache(Cache):
             f"batch {self.batch_size}, {self.nbytes} bytes)"
         )
 
-    # What the model calls.
+    # Called by the model.
 
     def states(self, layer_idx: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """A layer's two tensors, `None` before the first token."""
+        """Returns a layer's two tensors, `None` before the first token."""
         if layer_idx >= len(self.layers):
             return None, None
         layer = self.layers[layer_idx]
@@ -217,8 +214,7 @@ class MetaLACache(Cache):
         key_padding: torch.Tensor | None = None,
         last_hidden: torch.Tensor | None = None,
     ) -> None:
-        """Counts the columns that a model call has read, padding included, and takes
-        `key_padding` and `last_hidden` after it."""
+        """Counts the columns, padding included, that a call has read, and sets its attributes."""
         self._seen_tokens += num_tokens
         self.key_padding, self.last_hidden = key_padding, last_hidden
 
@@ -227,14 +223,14 @@ class MetaLACache(Cache):
             self.layers.append(cls())
         return self.layers[layer_idx]
 
-    # What transformers asks of a cache.
+    # Called by transformers.
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Columns read so far, padding included: what `generate` cuts its inputs by."""
+        """Returns the number of columns read, padding included, which `generate` cuts off."""
         return self._seen_tokens
 
     def get_max_length(self, layer_idx: int | None = None) -> int | None:
-        """No limit (-1, or `None` in transformers before 4.54)."""
+        """Returns that there is no limit: -1, or `None` in transformers before 4.54."""
         return NO_LENGTH_LIMIT
 
     def get_max_cache_shape(self, layer_idx: int | None = None) -> int | None:
@@ -246,22 +242,22 @@ class MetaLACache(Cache):
     def has_previous_state(
         self, layer_idx: int | None = None, state_idx: int | None = None
     ) -> bool:
-        """Whether a layer (the last by default) has seen a token."""
+        """Returns whether a layer, by default the last, has seen a token."""
         if not self.layers:
             return False
         return self.layers[-1 if layer_idx is None else layer_idx].has_previous_state
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
-        """A layer's convolution state; the layer has one, `state_idx` 0."""
+        """Returns a layer's convolution state. A layer has only one, so `state_idx` is unused."""
         return self.states(layer_idx)[0]
 
     def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
-        """A layer's recurrent state; the layer has one, `state_idx` 0."""
+        """Returns a layer's recurrent state. A layer has only one, so `state_idx` is unused."""
         return self.states(layer_idx)[1]
 
     @property
     def is_linear(self) -> list[bool]:
-        """Which layers keep a state rather than keys and values."""
+        """For each layer, whether it keeps a state rather than keys and values."""
         return [isinstance(layer, MetaLACacheLayer) for layer in self.layers]
 
     @property
@@ -302,7 +298,7 @@ class MetaLACache(Cache):
         self._replace_tensors(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeats each sequence, the copies side by side."""
+        """Repeats each sequence, with the copies side by side."""
         self._replace_tensors(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
@@ -316,20 +312,21 @@ class MetaLACache(Cache):
             if (tensor := getattr(self, name)) is not None:
                 setattr(self, name, function(tensor))
 
-    # What a user asks of it.
+    # Called by users.
 
     def detach_(self) -> MetaLACache:
-        """Cuts the states from the autograd graph."""
+        """Cuts the states out of the autograd graph."""
         self._replace_tensors(torch.Tensor.detach)
         return self
 
     def save(self, path: str | os.PathLike, metadata: dict[str, str] | None = None) -> None:
-        """Writes the states to a safetensors file, from which `load` resumes. A file that is there
-        stays as it is until the new one is whole.
+        """Writes the states to a safetensors file for `load`.
+
+        An existing file is replaced once the new one is complete.
 
         Args:
             path: the file.
-            metadata: text of the caller's to keep beside the states, under names of its own.
+            metadata: the caller's own text to store with the states.
         """
         tensors = {
             f"layers.{index}.{name}": tensor.detach().contiguous()
@@ -341,7 +338,7 @@ class MetaLACache(Cache):
                 tensors[name] = tensor.contiguous()
         layers = ",".join(layer.layer_type for layer in self.layers)
         own = {"format": "pt", "layers": layers, "seen_tokens": str(self._seen_tokens)}
-        path = os.path.realpath(path)  # of a link, what it leads to
+        path = os.path.realpath(path)  # a link stays, its target is replaced
         temporary = f"{path}.tmp"
         try:
             save_file(tensors, temporary, metadata={**(metadata or {}), **own})
@@ -362,21 +359,20 @@ class MetaLACache(Cache):
 
         Args:
             path: the file.
-            device: where the states go.
-            config: of the model that is to go on, whose states these have to be. Without it they
-                have to be some model's, and a model that is given them checks their shapes.
+            device: where to put the states.
+            config: if given, the states must fit a model of this configuration.
 
         Raises:
             OSError: the file cannot be read.
-            ValueError: the file is something else, lacks states or has some that no model leaves,
-                or those of another model than `config` describes; names the first.
+            ValueError: the file is something else, its states are incomplete or invalid, or they do
+                not fit `config`; names the first fault.
         """
         if os.path.exists(path) and not os.path.isfile(path):
             raise ValueError(f"{path}: not a saved MetaLACache: no regular file")
         try:
             with safe_open(path, framework="pt", device=str(device)) as file:
                 metadata = file.metadata() or {}
-                # Copies: the file's own pages would change, or end the process, with the file.
+                # Clones, since mapped pages would change with the file, or crash if it shrinks.
                 tensors = {key: file.get_tensor(key).clone() for key in file.keys()}
         except SafetensorError as error:
             raise ValueError(f"{path}: not a saved MetaLACache: {error}") from None
@@ -384,17 +380,22 @@ class MetaLACache(Cache):
             raise ValueError(f"{path}: not a saved MetaLACache")
         cache = cls()
         try:
-            cache._take(metadata, tensors)
-            if wrong := cache._senseless():
-                raise ValueError(wrong)
-            if config is not None and (wrong := cache.misfit(config)):
+            cache._fill(metadata, tensors)
+            wrong = cache._invalid_reason()
+            if not wrong and config is not None:
+                wrong = cache.misfit(config)
+            if wrong:
                 raise ValueError(wrong)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
         return cache
 
-    def _take(self, metadata: dict[str, str], tensors: dict[str, torch.Tensor]) -> None:
-        """Takes what a file holds, if it has the names that `save` gives."""
+    def _fill(self, metadata: dict[str, str], tensors: dict[str, torch.Tensor]) -> None:
+        """Fills an empty cache with the contents of a file.
+
+        Raises:
+            ValueError: a name is not one that `save` writes.
+        """
         types = metadata["layers"].split(",") if metadata["layers"] else []
         for name in types:
             if name not in LAYER_CLASSES:
@@ -404,19 +405,16 @@ class MetaLACache(Cache):
         if not (seen.isascii() and seen.isdecimal() and len(seen) < 19):
             raise ValueError(f"seen_tokens: found {seen[:40]!r}, wanted a number of tokens")
         self._seen_tokens = int(seen)
-        places = {
-            f"layers.{index}.{name}": (layer, name)
-            for index, layer in enumerate(self.layers)
-            for name in layer.names
-        }
-        places.update({name: (self, name) for name in self.ROWS})
+        owners = {name: (self, name) for name in self.ROWS}
+        for index, layer in enumerate(self.layers):
+            owners |= {f"layers.{index}.{name}": (layer, name) for name in layer.names}
         for key, tensor in tensors.items():
-            if key not in places:
+            if key not in owners:
                 raise ValueError(f"{key}: found what no cache of {len(types)} layers has")
-            setattr(*places[key], tensor)
+            setattr(*owners[key], tensor)
 
-    def _senseless(self) -> str | None:
-        """What these states have that no model leaves, in a line; `None` if they may be one's."""
+    def _invalid_reason(self) -> str | None:
+        """Returns why no model can have left these states, in one line, or `None`."""
         rows = {name: x for name in self.ROWS if (x := getattr(self, name)) is not None}
         states = {
             f"layers.{index}.{name}": tensor
@@ -427,8 +425,8 @@ class MetaLACache(Cache):
             if tensor.ndim != (dimensions := 3 if key.endswith("conv_states") else 4):
                 return f"{key}: found {tensor.ndim} dimensions, wanted {dimensions}"
         if not self._seen_tokens:
-            found = next(iter({**states, **rows}), None)
-            return None if found is None else f"{found}: found it before the first token"
+            key = next(iter({**states, **rows}), None)
+            return None if key is None else f"{key}: found it before the first token"
         first: dict[str, torch.Tensor] = {}
         for index, layer in enumerate(self.layers):
             for name in layer.names:
@@ -462,8 +460,10 @@ class MetaLACache(Cache):
         return None
 
     def misfit(self, config: PretrainedConfig) -> str | None:
-        """What states these have that a model of this configuration does not, in a line; `None` if
-        they may be its own. Shapes alone are looked at: models call this at every step."""
+        """Returns why the states do not fit a model of this configuration, in one line, or `None`.
+
+        Looks at shapes only, since models call it at every step.
+        """
         types = layer_types(config)
         if len(self.layers) != len(types):
             return f"found a cache of {len(self.layers)} layers, wanted {len(types)}"

@@ -10,7 +10,7 @@ from transformers.configuration_utils import PretrainedConfig
 from .architecture_metala import MODEL_OPTIONS, Architecture
 
 GLU_ACTIVATIONS = ("silu", "swish")
-# Keys that mean something in hybrids alone; other models' files are written without them.
+# Keys that only hybrids use. The files of other models are written without them.
 HYBRID_KEYS = (
     "layer_types",
     "num_key_value_heads",
@@ -23,47 +23,47 @@ HYBRID_KEYS = (
 
 
 class MetaLAConfig(PretrainedConfig):
-    """Sizes and options of a MetaLA model (arXiv 2411.10741).
+    """Configuration of a MetaLA model (arXiv 2411.10741).
 
-    The defaults are the released 0.38B model's. The first group of keys is that of the authors'
-    `config.json`; the second is ours, and its defaults are the values that the authors' code has
-    fixed; the third is for hybrids, whose other layers are softmax attention. The standard names
-    `hidden_size`, `num_hidden_layers`, `num_attention_heads` and `intermediate_size` read and write
-    the authors' keys. Unknown keys are kept.
+    The defaults are those of the released 0.38B model. The first group of arguments has the keys of
+    the authors' `config.json`. The second group is ours; its defaults are the constants of the
+    authors' code. The third is for hybrids, which also have layers of softmax attention. The
+    standard names `hidden_size`, `num_hidden_layers`, `num_attention_heads` and `intermediate_size`
+    read and write the authors' keys. Unknown keys are kept.
 
     Args:
         vocab_size: rows of the embedding and of the head.
-        decoder_embed_dim: model width d, a multiple of the number of heads.
+        decoder_embed_dim: width d of the model, a multiple of the number of heads.
         decoder_layers: number of blocks.
-        decoder_attention_heads: H; keys are expand_k d / H wide, values d / H.
+        decoder_attention_heads: H. Keys are expand_k d / H wide, values d / H.
         glu_dim: width of the MLP; -1 for d.
         glu_act: "silu" or "swish", two names of one function.
-        bias: whether the three MLP projections have biases.
+        bias: whether the three projections of the MLP have biases.
         norm_type: "simplermsnorm" (no parameters), "rmsnorm" (a weight per channel) or "layernorm"
             (weight and bias).
         no_scale_embedding: if false, embeddings are multiplied by sqrt(d).
         init_std: standard deviation of new linear and embedding weights.
-        use_cache: whether the model returns its state when it is not training.
+        use_cache: whether the model returns its state outside of training.
         pad_token_id, bos_token_id, eos_token_id: special tokens.
-        tie_word_embeddings: whether the head is the embedding.
+        tie_word_embeddings: whether the head shares the weight of the embedding.
 
-        norm_eps: epsilon of the two norms of a block and of the last one.
-        tau: divides the log decay, above 0.
-        conv_width: taps of the short convolution, at least 1.
-        expand_k: columns of queries and gates, as a multiple of d.
+        norm_eps: epsilon of the norms of the blocks and of the last norm.
+        tau: divides the log decay; above 0.
+        conv_width: kernel size of the short convolution, at least 1.
+        expand_k: width of queries and gates over all heads, as a multiple of d.
         self_augmentation: whether the read-out has the self-augmentation term.
         output_norm_eps: epsilon of the LayerNorm over each head's output.
 
-        layer_types: each layer's, "linear_attention" for MetaLA or "full_attention" for causal
-            softmax attention with `decoder_attention_heads` heads; `None` for MetaLA alone.
-        num_key_value_heads: heads of keys and values in attention layers, a divisor of
+        layer_types: for each layer "linear_attention" (MetaLA) or "full_attention" (causal softmax
+            attention with `decoder_attention_heads` heads); `None` for MetaLA alone.
+        num_key_value_heads: number of key-value heads in attention layers, a divisor of
             `decoder_attention_heads`; `None` for as many.
         attention_bias: whether the four projections of attention layers have biases.
-        attention_glu_dim: width of the MLP of attention layers; `None` for `glu_dim`.
+        attention_glu_dim: width of the MLP in attention layers; `None` for `glu_dim`.
         attention_glu_bias: whether the projections of that MLP have biases.
-        rope_theta: base of the rotary position embeddings of attention layers; `None` for no
-            positions.
-        partial_rotary_factor: share of a head's channels that are rotated.
+        rope_theta: base of the rotary position embeddings in attention layers; `None` for no
+            position embeddings.
+        partial_rotary_factor: fraction of a head's channels that are rotated.
 
     Raises:
         ValueError: a value cannot be used; the message names its key.
@@ -77,7 +77,7 @@ class MetaLAConfig(PretrainedConfig):
         "num_attention_heads": "decoder_attention_heads",
         "intermediate_size": "glu_dim",
     }
-    # For the FSDP of transformers 5, whose default plan has another name for the last norm.
+    # For transformers 5, whose default FSDP plan expects another name for the last norm.
     base_model_fsdp_plan = {
         "embed_tokens": "free_full_weight",
         "layers.*": "free_full_weight",
@@ -131,7 +131,7 @@ class MetaLAConfig(PretrainedConfig):
         self.attention_glu_bias = attention_glu_bias
         self.rope_theta = rope_theta
         self.partial_rotary_factor = partial_rotary_factor
-        # Standard names among the kwargs (hidden_size=...) overwrite the above through
+        # Sets standard names in kwargs (hidden_size=...), which overwrite the above through
         # `attribute_map`.
         super().__init__(
             pad_token_id=pad_token_id,
@@ -140,7 +140,7 @@ class MetaLAConfig(PretrainedConfig):
             tie_word_embeddings=tie_word_embeddings,
             **kwargs,
         )
-        # Afterwards, for transformers 5 checks it too, in more words.
+        # Not passed on, since transformers 5 would check it with other messages.
         self.layer_types = layer_types
         if self.glu_dim == -1:
             self.glu_dim = self.decoder_embed_dim
@@ -161,7 +161,7 @@ class MetaLAConfig(PretrainedConfig):
         Architecture.from_hf(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """As transformers gives it, without the keys for hybrids where this is none."""
+        """Returns transformers' dictionary, without the hybrids' keys if this is no hybrid."""
         values = super().to_dict()
         if not self.is_hybrid:
             for key in HYBRID_KEYS:
@@ -171,9 +171,8 @@ class MetaLAConfig(PretrainedConfig):
     def save_pretrained(
         self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
     ) -> None:
-        """As transformers does it. If the configuration names model code (`auto_map`), that code
-        is written beside it, whether it was loaded from there or is this package's."""
-        # `_auto_class`: loaded from a model folder, whose files transformers copies.
+        """Saves the configuration, with the model's code if it names any (`auto_map`)."""
+        # With `_auto_class`, the class came from a model folder, whose code transformers copies.
         if self._auto_class is None and getattr(self, "auto_map", None):
             try:
                 from megatron_patch.hf.remote_code import AUTO_MAP, write_model_code
@@ -187,12 +186,12 @@ class MetaLAConfig(PretrainedConfig):
 
     @property
     def head_key_dim(self) -> int:
-        """K, the width of a head's queries and keys."""
+        """K, the width of the queries and keys of a head."""
         return round(self.expand_k * self.decoder_embed_dim / self.decoder_attention_heads)
 
     @property
     def head_value_dim(self) -> int:
-        """V, the width of a head's values."""
+        """V, the width of the values of a head."""
         return self.decoder_embed_dim // self.decoder_attention_heads
 
     @property
@@ -201,17 +200,17 @@ class MetaLAConfig(PretrainedConfig):
         return self.layer_types is not None
 
     def is_attention(self, layer: int) -> bool:
-        """Whether a layer is one of softmax attention."""
+        """Returns whether a layer has softmax attention."""
         return self.is_hybrid and self.layer_types[layer] == "full_attention"
 
     @property
     def rotary_dim(self) -> int:
-        """Channels of a head that are rotated where there are positions."""
+        """Number of channels of a head that are rotated."""
         return int(self.head_value_dim * self.partial_rotary_factor)
 
 
 if __name__.startswith("transformers_modules."):
-    # Loaded from a model folder: saved with this code.
+    # Loaded from a model folder, so save this code with the model.
     MetaLAConfig.register_for_auto_class()
 
 __all__ = ["MetaLAConfig"]

@@ -1,7 +1,7 @@
-"""What a call's arguments say about its tokens: which are padding, and where documents begin.
+"""Reads padding and document boundaries from the arguments of a call.
 
-Models of transformers are told in many ways. All that are known are read here, one that is not is
-refused by its name: where it is overlooked, documents leak into each other without a word.
+Callers pass these to models of transformers in many ways. All known ways are read here. An unknown
+argument is refused by name: to overlook one would let documents leak into each other silently.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-# Callers pass these to every model. They ask for outputs that there are not, or repeat what other
-# arguments say.
+# Callers pass these to every model. They ask for outputs that MetaLA does not have, or repeat what
+# other arguments say.
 UNREAD_ARGUMENTS = (
     "cache_position",
     "max_length_q",
@@ -22,16 +22,16 @@ UNREAD_ARGUMENTS = (
     "output_attentions",
     "output_router_logits",
 )
-# Names for the boundaries of packed sequences, of which `forward` has the first in its signature.
-BOUNDARY_ARGUMENTS = ("cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k")
+# Names of the boundaries of packed sequences. The first is in the signature of `forward`.
+CU_SEQLENS_ARGUMENTS = ("cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k")
 
 
-def demand(holds: torch.Tensor, message: str) -> None:
+def require(holds: torch.Tensor, message: str) -> None:
     """Raises unless a bool tensor of one entry is true.
 
     Raises:
-        ValueError: it is false. A compiled graph cannot look into tensors before it runs: there it
-            is a RuntimeError, and on a GPU a failed assertion of the device.
+        ValueError: it is false. A compiled graph cannot look into tensors before it runs: it raises
+            a RuntimeError instead, and on a GPU a device-side assertion fails.
     """
     if torch.compiler.is_compiling():
         torch._assert_async(holds, message)
@@ -40,19 +40,19 @@ def demand(holds: torch.Tensor, message: str) -> None:
 
 
 def check_arguments(arguments: Mapping[str, Any]) -> None:
-    """Looks through the arguments that `forward` does not name.
+    """Checks the arguments that `forward` does not name.
 
     Raises:
-        ValueError: one of them is not known, or asks for what there is not.
+        ValueError: one of them is unknown, or asks for something that MetaLA does not have.
     """
     for name, value in arguments.items():
-        if value is None or name in UNREAD_ARGUMENTS or name in BOUNDARY_ARGUMENTS:
+        if value is None or name in UNREAD_ARGUMENTS or name in CU_SEQLENS_ARGUMENTS:
             continue
         if name == "is_causal" and value is not False:
             continue
         if name == "token_type_ids":
-            # Tokenizers write zeros where there is one type.
-            demand(
+            # Tokenizers write zeros where there is only one type.
+            require(
                 (value == value[..., :1]).all(),
                 "token_type_ids: found tokens of several types in a row, wanted one: MetaLA does "
                 "not read types (documents are separated by position_ids, seq_idx or cu_seqlens)",
@@ -66,43 +66,49 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
 
 
 def read_mask(
-    mask: torch.Tensor | None, batch: int, time: int, past: int, before: torch.Tensor | None
+    mask: torch.Tensor | None,
+    batch: int,
+    time: int,
+    past: int,
+    past_padding: torch.Tensor | None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """What an attention mask says about a call's tokens.
+    """Reads padding and document numbers from an attention mask.
 
     Args:
-        mask: [B, T], or with a cache [B, tokens before + T]; 0 for padding, 1 for tokens. Values
-            above 1 number the documents of a row: a token belongs to another one than the token
-            before it where the numbers differ.
-        past: number of columns before these, 0 without a state.
-        before: `key_padding` of the cache.
+        mask: [B, T], or with a cache [B, past + T]; 0 for padding, 1 for tokens. Values above 1
+            number the documents of a row: a document begins where the number changes.
+        batch: B.
+        time: T.
+        past: number of columns that the cache has read, 0 without a cache.
+        past_padding: `key_padding` of the cache.
 
     Returns:
-        padding: bool [B, T], true at padding, or `None` where there is none.
-        numbers: [B, T], of documents, or `None` where all tokens have the same.
+        padding: bool [B, T], true at padding, or `None` without padding.
+        document_ids: [B, T], or `None` if all tokens have the same number.
 
     Raises:
-        ValueError: another shape or value.
+        ValueError: the mask has another shape or other values.
     """
     if mask is None:
         return None, None
     shape = list(mask.shape) if isinstance(mask, torch.Tensor) else f"a {type(mask).__name__}"
-    spare = shape[1] - time if len(shape) == 2 and shape[0] == batch else -1
-    if spare < 0 or (spare > 0 and not past):
+    extra = shape[1] - time if len(shape) == 2 and shape[0] == batch else -1
+    if extra < 0 or (extra > 0 and not past):
         columns = f"{time} or more (those of the tokens before first)" if past else time
         raise ValueError(f"attention_mask: found {shape}, wanted [{batch}, {columns}]")
     padding, token = mask == 0, mask == 1
-    # Most masks mark nothing. Looking costs a synchronisation: a compiled graph cannot have it.
+    # Most masks mark nothing. To find out costs a synchronisation, which a compiled graph cannot
+    # have.
     if torch.compiler.is_compiling():
-        demand(
+        require(
             (padding | token).all(),
             "attention_mask: found values other than 0 and 1, wanted these under torch.compile; "
             "there, documents are separated by cu_seqlens",
         )
-        return padding[:, spare:], None
+        return padding[:, extra:], None
     if token.all():
         return None, None
-    numbers = None
+    document_ids = None
     if not (padding | token).all():
         if (~(mask > 0) & ~padding).any() or (mask != mask.floor()).any():
             raise ValueError(
@@ -114,41 +120,60 @@ def read_mask(
                 "attention_mask: found several documents in a row that continues from a cache, "
                 "wanted one"
             )
-        numbers = mask[:, spare:]
-    if spare and spare == past:
-        left_out = 0 if before is None else before.sum(1)
-        if (padding[:, :spare].sum(1) > left_out).any():
+        document_ids = mask[:, extra:]
+    if extra and extra == past:
+        known = 0 if past_padding is None else past_padding.sum(1)
+        if (padding[:, :extra].sum(1) > known).any():
             raise ValueError(
                 "attention_mask: found padding among the tokens before which the cache has "
                 "read as tokens, as `generate` lets rows that end early read on until all "
                 "have ended, wanted such rows to be read again without the cache"
             )
-    padding = padding[:, spare:]
-    return (padding if padding.any() else None), numbers
+    padding = padding[:, extra:]
+    return (padding if padding.any() else None), document_ids
 
 
 def tokens_first(padding: torch.Tensor) -> torch.Tensor:
-    """The order, int64 [B, T], in which each row's tokens come before its padding."""
+    """Returns the order, int64 [B, T], that puts each row's tokens before its padding."""
     return padding.to(torch.uint8).argsort(dim=1, stable=True)
+
+
+def for_each_token(
+    name: str, values: torch.Tensor | None, batch: int, time: int
+) -> torch.Tensor | None:
+    """Expands an argument of shape [B, T] or [1, T] to [B, T].
+
+    Raises:
+        ValueError: it has another shape; names the argument.
+    """
+    if values is None:
+        return None
+    if (shape := list(values.shape)) not in ([1, time], [batch, time]):
+        raise ValueError(f"{name}: found {shape}, wanted [{batch}, {time}]")
+    return values.expand(batch, -1)
 
 
 def document_starts(
     position_ids: torch.Tensor | None,
-    numbers: Iterable[torch.Tensor | None],
+    document_ids: Iterable[torch.Tensor | None],
     padding: torch.Tensor | None,
     order: torch.Tensor | None,
 ) -> torch.Tensor | None:
-    """Where a document begins within a row: bool [B, T - 1], for all tokens but the first, in the
-    order of computation; `None` where nothing was given.
+    """Finds where documents begin within rows.
 
     Args:
-        position_ids: [B, T]; a document begins where they do not increase. They may have gaps.
-        numbers: of documents, each [B, T] or `None`; a document begins where they change.
+        position_ids: [B, T] or `None`. A document begins where they do not increase; gaps are
+            allowed.
+        document_ids: tensors [B, T] or `None`. A document begins where they change.
         padding: bool [B, T], true behind each row's tokens, or `None`.
-        order: int64 [B, T], the order of computation, see `tokens_first`, or `None`.
+        order: int64 [B, T], the order of computation (see `tokens_first`), or `None`.
+
+    Returns:
+        bool [B, T - 1] for all tokens but the first, in the order of computation. `None` if nothing
+        was given.
     """
     starts = None
-    for values, compare in ((position_ids, torch.le), *((x, torch.ne) for x in numbers)):
+    for values, compare in ((position_ids, torch.le), *((x, torch.ne) for x in document_ids)):
         if values is None:
             continue
         if order is not None:
@@ -160,66 +185,100 @@ def document_starts(
     return starts
 
 
-def boundaries(starts: torch.Tensor) -> torch.Tensor | None:
-    """`document_starts` as int32 [N + 1], of all rows laid end to end; `None` where each row is one
-    document."""
-    if not starts.any():
-        return None
-    rows = F.pad(starts, (1, 0), value=True).flatten()
-    return F.pad(rows.nonzero()[:, 0], (0, 1), value=rows.numel()).int()
-
-
-def read_boundaries(
-    arguments: Mapping[str, Any], time: int, device: torch.device, look: bool
+def find_cu_seqlens(
+    arguments: Mapping[str, Any],
+    starts: torch.Tensor | None,
+    inputs: torch.Tensor,
+    padded: bool,
+    continued: bool,
+    check_values: bool,
 ) -> torch.Tensor | None:
-    """The boundaries of packed sequences, under whichever of `BOUNDARY_ARGUMENTS` they came.
+    """Finds the boundaries of the documents in a call.
 
     Args:
-        time: T, at which the last sequence ends.
-        device: where they must be.
-        look: whether to read the values on a GPU too, which waits for it.
+        arguments: the call's, which may hold some of `CU_SEQLENS_ARGUMENTS`.
+        starts: what `document_starts` returns.
+        inputs: [B, T] or [B, T, D], for shape and device.
+        padded: whether the call has padding.
+        continued: whether the call continues from a cache.
+        check_values: whether to read given boundaries on a GPU too, which waits for it.
+
+    Returns:
+        cu_seqlens int [N + 1] of the B rows laid end to end, or `None` if each row is one document.
+
+    Raises:
+        ValueError: the arguments contradict each other, or need a row of their own.
+    """
+    batch, time = inputs.shape[:2]
+    name = next((name for name in CU_SEQLENS_ARGUMENTS if arguments.get(name) is not None), None)
+    if name is None:
+        if starts is None or time == 1:
+            return None
+        if continued:
+            require(
+                ~starts.any(),
+                "position_ids, seq_idx: found a document that begins within a call that continues "
+                "from a cache, wanted the tokens of one document a row",
+            )
+            return None
+        if not starts.any():
+            return None
+        rows = F.pad(starts, (1, 0), value=True).flatten()
+        return F.pad(rows.nonzero()[:, 0], (0, 1), value=rows.numel()).int()
+    if batch != 1 or padded or continued:
+        raise ValueError(
+            f"{name}: found with batch {batch}, padding {padded} and a continued cache "
+            f"{continued}, wanted one row with neither"
+        )
+    cu_seqlens = read_cu_seqlens(arguments, time, inputs.device, check_values)
+    if starts is not None and not torch.compiler.is_compiling():
+        begins = starts.new_zeros(time + 1).index_fill(0, cu_seqlens.long(), True)
+        if (starts[0] & ~begins[1:time]).any():
+            raise ValueError(
+                f"position_ids, seq_idx, attention_mask: found a document that begins where "
+                f"{name} has no boundary, wanted all of them to say the same"
+            )
+    return cu_seqlens
+
+
+def read_cu_seqlens(
+    arguments: Mapping[str, Any], time: int, device: torch.device, check_values: bool
+) -> torch.Tensor:
+    """Reads the boundaries of packed sequences, of which at least one name is given.
+
+    Args:
+        arguments: hold one or more of `CU_SEQLENS_ARGUMENTS`.
+        time: T, where the last sequence ends.
+        device: where the boundaries must be.
+        check_values: whether to read the values on a GPU too, which waits for it.
 
     Raises:
         ValueError: they are no int tensor [N + 1] that rises from 0 to T, or two names differ.
     """
-    given = {name: x for name in BOUNDARY_ARGUMENTS if (x := arguments.get(name)) is not None}
-    for name, bounds in given.items():
+    given = {name: x for name in CU_SEQLENS_ARGUMENTS if (x := arguments.get(name)) is not None}
+    for name, cu_seqlens in given.items():
         wanted = f"wanted int32 or int64 [N + 1], from 0 to T = {time}, on {device}"
-        if not isinstance(bounds, torch.Tensor):
-            raise ValueError(f"{name}: found a {type(bounds).__name__}, {wanted}")
+        if not isinstance(cu_seqlens, torch.Tensor):
+            raise ValueError(f"{name}: found a {type(cu_seqlens).__name__}, {wanted}")
         if (
-            bounds.ndim != 1
-            or len(bounds) < 2
-            or bounds.dtype not in (torch.int32, torch.int64)
-            or bounds.device != device
+            cu_seqlens.ndim != 1
+            or len(cu_seqlens) < 2
+            or cu_seqlens.dtype not in (torch.int32, torch.int64)
+            or cu_seqlens.device != device
         ):
-            raise ValueError(
-                f"{name}: found {bounds.dtype} {list(bounds.shape)} on {bounds.device}, {wanted}"
-            )
-        if torch.compiler.is_compiling() or not (look or device.type == "cpu"):
+            found = f"{cu_seqlens.dtype} {list(cu_seqlens.shape)} on {cu_seqlens.device}"
+            raise ValueError(f"{name}: found {found}, {wanted}")
+        if torch.compiler.is_compiling() or not (check_values or device.type == "cpu"):
             continue
-        first, last = int(bounds[0]), int(bounds[-1])
-        if first != 0 or last != time or (bounds.diff() < 0).any():
-            raise ValueError(
-                f"{name}: found values from {first} to {last}"
-                f"{', falling' if (bounds.diff() < 0).any() else ''}, {wanted}"
-            )
-    if not given:
-        return None
-    (name, bounds), *others = given.items()
+        first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
+        falling = ", falling" if (cu_seqlens.diff() < 0).any() else ""
+        if first != 0 or last != time or falling:
+            raise ValueError(f"{name}: found values from {first} to {last}{falling}, {wanted}")
+    (name, cu_seqlens), *others = given.items()
     for other, values in others:
-        if values.shape != bounds.shape:
-            raise ValueError(f"{other}: found {len(values)} boundaries, {name} has {len(bounds)}")
-        demand((values == bounds).all(), f"{other}: found other boundaries than in {name}")
-    return bounds
-
-
-__all__ = [
-    "BOUNDARY_ARGUMENTS",
-    "boundaries",
-    "check_arguments",
-    "document_starts",
-    "read_boundaries",
-    "read_mask",
-    "tokens_first",
-]
+        if values.shape != cu_seqlens.shape:
+            raise ValueError(
+                f"{other}: found {len(values)} boundaries, {name} has {len(cu_seqlens)}"
+            )
+        require((values == cu_seqlens).all(), f"{other}: found other boundaries than in {name}")
+    return cu_seqlens

@@ -1,4 +1,4 @@
-"""The GPT-NeoX adapter: the MetaLA layer, its settings, and their registration in GPT-NeoX."""
+"""The plugin for GPT-NeoX: the MetaLA layer, its settings, and how both are hooked in."""
 
 
 def register() -> None:

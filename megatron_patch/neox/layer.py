@@ -1,4 +1,7 @@
-"""The MetaLA block as a GPT-NeoX layer."""
+"""The MetaLA block as a GPT-NeoX layer, with its norm and its MLP. The token mixer is in mixer.py.
+
+Hidden states are [s, b, h]: sequence, batch, hidden size, as everywhere in GPT-NeoX.
+"""
 
 from __future__ import annotations
 
@@ -7,20 +10,84 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from megatron.model.norms import get_norm
+from megatron import mpu
+from megatron.model import norms
 from torch import nn
 
-from megatron_patch.architecture import Architecture
+from megatron_patch.architecture_neox import from_neox
 from megatron_patch.neox.mixer import MixerState, ParallelMetaLAMixer
-from megatron_patch.neox.mlp import ParallelSwiGLU
+from megatron_patch.ops import swiglu
+
+
+class SimpleRMSNorm(nn.Module):
+    """Parameter-free RMS norm, x / sqrt(mean(x^2) + eps) over the last dimension. GPT-NeoX selects
+    it by `norm: simplermsnorm`.
+
+    The constructor takes GPT-NeoX's `(dim, eps)`. `dim` may be a list, as for query-key norms; its
+    last entry counts. Input and output are [..., dim] in any float dtype. Source: the norm of the
+    MetaLA authors' released models.
+    """
+
+    def __init__(self, dim: int | list[int], eps: float = 1e-6):
+        super().__init__()
+        self.dim = dim[-1] if isinstance(dim, (list, tuple)) else dim
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # PyTorch computes 16-bit inputs in float32 here, as the authors do.
+        return F.rms_norm(x, (self.dim,), eps=self.eps)
+
+    def extra_repr(self) -> str:
+        return f"{self.dim}, eps={self.eps}"
+
+
+class ParallelSwiGLU(nn.Module):
+    """The MLP of a MetaLA block, w2(silu(w1 x) * w3 x), without biases.
+
+    w1 and w3 are one column-parallel matrix, `gate_up_proj` [2f, h], so that the backward pass
+    all-reduces the gradient of x once. Each tensor-parallel rank holds its rows of w1, then its
+    rows of w3. w2 is the row-parallel `down_proj` [h, f]. f is `intermediate_size` as it is set;
+    GPT-NeoX's own gated MLP takes a third of it.
+    """
+
+    def __init__(
+        self,
+        neox_args,
+        intermediate_size: int,
+        init_method: Callable[[torch.Tensor], object],
+        output_layer_init_method: Callable[[torch.Tensor], object],
+    ):
+        super().__init__()
+        self.gate_up_proj = mpu.ColumnParallelLinear(
+            neox_args=neox_args,
+            input_size=neox_args.hidden_size,
+            output_size=2 * intermediate_size,
+            gather_output=False,
+            init_method=init_method,
+            stride=2,  # splits w1 and w3 separately over the ranks
+            bias=False,
+        )
+        self.down_proj = mpu.RowParallelLinear(
+            neox_args=neox_args,
+            input_size=intermediate_size,
+            output_size=neox_args.hidden_size,
+            input_is_parallel=True,
+            init_method=output_layer_init_method,
+            bias=False,
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Maps [s, b, h] to [s, b, h]; input and output are identical on all tensor-parallel
+        ranks."""
+        return self.down_proj(swiglu(self.gate_up_proj(x)[0]))[0]
 
 
 class ParallelMetaLALayer(nn.Module):
-    """x + mixer(norm(x)), then x + mlp(norm(x)): a MetaLA block with tensor-parallel projections.
+    """A MetaLA block with pre-norms: x + mixer(norm(x)), then x + mlp(norm(x)).
 
-    Built like GPT-NeoX's own layers from its arguments and initialisers; `neox_args.metala` holds
-    the options of :class:`~megatron_patch.architecture.MetaLAOptions`. The norm is the one that
-    `norm:` selects.
+    It is built like GPT-NeoX's own layers, from the settings and two initialisers. The keys under
+    `metala:` are those of :class:`~megatron_patch.architecture.MetaLAOptions`; `norm:` selects the
+    norm.
     """
 
     def __init__(
@@ -31,12 +98,12 @@ class ParallelMetaLALayer(nn.Module):
         layer_number: int,
     ):
         super().__init__()
-        model = Architecture.from_neox(neox_args)
+        model = from_neox(neox_args)
         if model.metala.init == "authors":
             init_method = output_layer_init_method = partial(
                 nn.init.normal_, std=neox_args.init_method_std
             )
-        norm, eps = get_norm(neox_args)
+        norm, eps = norms.get_norm(neox_args)
         self.layer_number = layer_number
         self.hidden_dropout = neox_args.hidden_dropout
         self.input_norm = norm(neox_args.hidden_size, eps=eps)
@@ -45,8 +112,8 @@ class ParallelMetaLALayer(nn.Module):
         self.mlp = ParallelSwiGLU(
             neox_args, model.intermediate_size, init_method, output_layer_init_method
         )
-        # GPT-NeoX's generation switches `use_cache` on. It leaves `layer_past` where it is when it
-        # switches it off again, to train or to evaluate.
+        # GPT-NeoX's generation sets `use_cache`. When it unsets it again, to train or to evaluate,
+        # `layer_past` still holds the last state, so `forward` reads both.
         self.use_cache = False
         self.layer_past: MixerState | None = None
         types = neox_args.attention_config
@@ -57,24 +124,28 @@ class ParallelMetaLALayer(nn.Module):
         self.graphs, self.index = None, 0  # CUDA graphs of all layers, and which of them this is
 
     def forward(self, x: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """[T, B, d] to [T, B, d]. `attention_mask` is not read: the recurrence is causal."""
+        """Maps hidden states [s, b, h] to [s, b, h]. It ignores `attention_mask`: the recurrence is
+        causal."""
         if self.graphs is not None and self.training and not self.use_cache:
             if (y := self.graphs.run(self.index, x)) is not None:
                 return y
         return self.compute(x)
 
     def compute(self, x: torch.Tensor) -> torch.Tensor:
-        """The layer without CUDA graphs. It works on [B, T, d] in memory, as the convolution and
-        the operator do; where another MetaLA layer follows, its output stays so, seen as
-        [T, B, d], and nothing is transposed between layers."""
+        """Runs the layer without CUDA graphs.
+
+        The convolution and the operator want [b, s, h] in memory, so the layer works in that order.
+        Between MetaLA layers the hidden states stay so, seen as [s, b, h], and nothing is
+        transposed.
+        """
         past = self.layer_past if self.use_cache else None
         x = x.transpose(0, 1).contiguous()
         mixed, self.layer_past = self.mixer(self.input_norm(x), past, self.use_cache)
         x = x + self._dropout(mixed)
         x = x + self._dropout(self.mlp(self.mlp_norm(x)))
         if x.requires_grad:
-            # An attention layer gives a gradient that is transposed in memory. Left so, it would
-            # be copied before each matrix product.
+            # An attention layer returns a gradient that is transposed in memory. Without this one
+            # copy, each matrix product of this layer would copy it again.
             x.register_hook(torch.Tensor.contiguous)
         y = x.transpose(0, 1)
         return y if self.is_batch_first else y.contiguous()
@@ -84,8 +155,8 @@ class ParallelMetaLALayer(nn.Module):
 
 
 class ParallelMetaLALayerPipe(ParallelMetaLALayer):
-    """The layer between pipeline stages: (hidden states, attention mask) in and out, as GPT-NeoX
-    passes them along, so that attention layers of a hybrid find their mask."""
+    """The layer with GPT-NeoX's pipeline signature: (hidden states, attention mask) in and out. It
+    passes the mask on to the attention layers of a hybrid."""
 
     def forward(self, args: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         hidden_states, attention_mask = args

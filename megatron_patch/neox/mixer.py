@@ -12,19 +12,21 @@ from torch import nn
 from megatron_patch.architecture import QUERY_GATE_GAIN, Architecture
 from megatron_patch.ops import meta_linear_attention, short_convolution
 
-# (convolution state [B, d, W - 1], recurrent state [B, H, K, V]): all a layer keeps of the past.
+# What a layer keeps of earlier tokens: the convolution's inputs [b, h, W - 1] and the recurrent
+# state [b, H, K, V].
 MixerState = tuple[torch.Tensor, torch.Tensor]
 
 
 class ShortConvolution(nn.Module):
-    """Causal depthwise convolution and SiLU over [B, T, d]; a module of its own so that ZeRO-3 sees
-    its weight being used. Initialised as `torch.nn.Conv1d`, as in the authors' models.
+    """Causal depthwise convolution of width W, then SiLU, over [b, s, h].
 
-    The weight is replicated over tensor-parallel ranks and stays identical there without any
-    communication of its own: every rank initialises it from the random state they share, feeds it
-    the same input, and gets the same output gradient, because the input projection that follows
-    sums that gradient over the ranks (`copy_to_model_parallel_region`). Equal gradients, equal
-    updates.
+    The weight [h, 1, W] is initialised like `torch.nn.Conv1d`, as in the authors' models. It is
+    replicated over the tensor-parallel ranks and needs no communication to stay identical there:
+    all ranks initialise it from the same random state, feed it the same input, and get the same
+    output gradient, because the input projection that follows sums that gradient over the ranks
+    (`copy_to_model_parallel_region`).
+
+    It is a module of its own because ZeRO 3 gathers parameters in the hooks of modules.
     """
 
     def __init__(self, channels: int, width: int, device: torch.device, dtype: torch.dtype):
@@ -45,18 +47,23 @@ class ShortConvolution(nn.Module):
 
 
 class ParallelMetaLAMixer(nn.Module):
-    """MetaLA (arXiv 2411.10741) between the two residual streams, split by heads over the
-    tensor-parallel ranks.
+    """The MetaLA token mixer (arXiv 2411.10741), split by heads over the tensor-parallel ranks.
 
-    One column-parallel projection without gathering gives, head by head, q (K), gate logits (K), v
-    (V) and output gate (V), with K = expand_k d / H and V = d / H. A rank's share of its rows is
-    therefore whole heads at any tensor-parallel degree, one all-reduce in the backward pass serves
-    all four, and the operator reads the four where they lie. The output projection is row-parallel:
-    one all-reduce in the forward pass.
+    With h the hidden size, H heads, K = expand_k h / H and V = h / H, each head has a query q (K),
+    gate logits (K), a value v (V) and an output gate (V). One column-parallel projection computes
+    all four, its rows ordered head by head (q, gate logits, v and output gate of head 0, then of
+    head 1, ...). Three things follow:
 
-    Parameters, full shapes and split: `conv1d.weight` [d, 1, W] replicated; `in_proj.weight`
-    [2H(K + V), d], `out_gate_bias` [H, V] and `aug_balance` [H, K] along the first dimension;
-    `out_proj.weight` [d, d] along the second.
+    - a plain split of the rows gives each rank whole heads, at any tensor-parallel degree;
+    - one matrix product serves all four, and the backward pass all-reduces the gradient of the
+      input once instead of four times;
+    - the operator reads the four as strided slices of the product, without copies.
+
+    The output projection is row-parallel, with one all-reduce in the forward pass.
+
+    Parameters with their full shapes: `conv1d.weight` [h, 1, W], replicated; `in_proj.weight`
+    [2H(K + V), h], `out_gate_bias` [H, V] and `aug_balance` [H, K], split along the first
+    dimension; `out_proj.weight` [h, h], split along the second.
     """
 
     def __init__(
@@ -100,10 +107,11 @@ class ParallelMetaLAMixer(nn.Module):
         )
 
     def _parameter_by_heads(self, width: int, factory: dict) -> nn.Parameter:
-        """A zero [H / tp, width] parameter, marked as GPT-NeoX marks what is split over ranks (its
-        gradient clipping counts a parameter that is not marked once, not once a rank) and kept out
-        of weight decay: one is a bias, the other a per-channel scale that starts at, and means,
-        zero."""
+        """Returns a zero parameter [H / tp, width] that is split over ranks and does not decay.
+
+        Gradient clipping counts only marked parameters on every rank. Neither of the two uses may
+        decay: one is a bias, the other a per-channel scale that starts at zero.
+        """
         parameter = nn.Parameter(torch.zeros(self.num_heads, width, **factory))
         parameter.model_parallel = True
         parameter.partition_dim = 0
@@ -112,8 +120,9 @@ class ParallelMetaLAMixer(nn.Module):
         return parameter
 
     def _authors_init(self, base: Callable) -> Callable:
-        """`base` for v and output gate; Xavier-uniform with gain 2**-2.5 for q and gate logits,
-        whose fans are those of the authors' separate [HK, d] matrices."""
+        """Returns the authors' initialiser of `in_proj`: `base` for v and the output gate,
+        Xavier-uniform with gain 2**-2.5 for q and the gate logits. Its fans are those of the
+        authors' separate matrices [HK, h]."""
         columns = self.key_width * self.num_heads * mpu.get_model_parallel_world_size()
 
         def init(weight: torch.Tensor) -> torch.Tensor:
@@ -132,12 +141,13 @@ class ParallelMetaLAMixer(nn.Module):
         """Mixes tokens.
 
         Args:
-            x: [B, T, d], the normed residual stream, identical on all tensor-parallel ranks.
-            past: what an earlier call with `use_cache` returned for the tokens before these.
+            x: normed hidden states [b, s, h], identical on all tensor-parallel ranks.
+            past: the state that an earlier call returned for the tokens before these.
             use_cache: whether to return the state after the last token.
 
         Returns:
-            [B, T, d], identical on all ranks, and the state or `None`.
+            The output [b, s, h], identical on all ranks, and the state, or `None` without
+            `use_cache`.
         """
         conv_state, state = past if past is not None else (None, None)
         x, conv_state = self.conv1d(x, conv_state, use_cache)

@@ -1,124 +1,104 @@
-"""MetaLA in GPT-NeoX without editing it: everything that is replaced there, and why.
+"""How MetaLA gets into GPT-NeoX without an edit: everything that the plugin adds, and where.
 
-`register()` is called by one line at the end of GPT-NeoX's `megatron/__init__.py`, which
-`scripts/link_neox.py` adds; from then on the stock `deepy.py`, `train.py`, `eval.py` and
-`generate.py` know the layer type `metala`, the settings under `metala:` and the norm
-`simplermsnorm`.
+One line at the end of GPT-NeoX's `megatron/__init__.py` calls `register()`; `scripts/link_neox.py`
+adds it. From then on the stock `deepy.py`, `train.py`, `eval.py` and `generate.py` know the layer
+type `metala`, the settings under `metala:` and the norm `simplermsnorm`.
+
+`register()` adds, in this order: the settings, how they are read and checked, the norm, the layer,
+its recomputation, its FLOPs. Last come repairs of GPT-NeoX and DeepSpeed that a MetaLA run needs
+and that have nothing to do with MetaLA; `upstream_fixes` lists them.
 """
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import difflib
 import functools
 import os
 import re
-import sys
 from collections.abc import Callable
 from typing import Any, Literal
 
-import torch
-
-from megatron_patch.architecture import SettingsError
-from megatron_patch.neox.cpu_mode import activate_cpu_mode
-from megatron_patch.neox.damage import comparing_files
-from megatron_patch.neox.endings import (
+from megatron_patch.architecture import METALA, SettingsError
+from megatron_patch.neox import upstream_fixes
+from megatron_patch.neox.attention_mask import shrink_unread_attention_mask
+from megatron_patch.neox.fast_step import speed_up_steps
+from megatron_patch.neox.flops import flops_per_second
+from megatron_patch.neox.loss import fuse_loss
+from megatron_patch.neox.patching import (
+    has_metala_layers,
+    in_metala_runs,
+    mentions_metala,
+    replace,
+)
+from megatron_patch.neox.run_settings import (
+    check_backend,
+    check_limits,
+    check_run,
+    check_values,
+    program,
+)
+from megatron_patch.neox.settings import check_settings, export_warning
+from megatron_patch.neox.upstream_fixes.cpu_mode import activate_cpu_mode, runs_on_cpu
+from megatron_patch.neox.upstream_fixes.processes import (
+    check_launcher,
+    count_ranks,
     end_run,
     end_with_launcher,
-    fail_where_it_failed,
-    fail_where_the_launched_was_killed,
+    name_rank,
 )
-from megatron_patch.neox.flops import flops_per_second
-from megatron_patch.neox.gradient_norm import repair_gradient_norm
-from megatron_patch.neox.index_maps import name_index_maps_after_data
-from megatron_patch.neox.launchers import check_launcher, name_rank
-from megatron_patch.neox.limits import check_limits
-from megatron_patch.neox.loss import fuse_loss
-from megatron_patch.neox.norm import SimpleRMSNorm
-from megatron_patch.neox.ranks import check_running_ranks, count_ranks
-from megatron_patch.neox.replicas import check_replicas, share_random_state
-from megatron_patch.neox.resume import check_load, go_on_from_save
-from megatron_patch.neox.run_checks import check_backend, check_run, program
-from megatron_patch.neox.save_lock import check_holder, check_save, hold_save
-from megatron_patch.neox.saving import check_saving, delete_old_checkpoints
-from megatron_patch.neox.settings import check_settings, export_warning
-from megatron_patch.neox.tokenizer import repair_gpt2_tokenizer
-from megatron_patch.neox.training_step import (
-    fuse_norm_and_clipping,
-    let_the_host_run_ahead,
-    speed_up_steps,
-)
-from megatron_patch.neox.value_checks import check_values
-from megatron_patch.neox.watchdog import watch_ranks, watchdog_seconds
+from megatron_patch.neox.upstream_fixes.resume import check_load, go_on_from_save
+from megatron_patch.neox.upstream_fixes.saving import hold_save
+from megatron_patch.neox.upstream_fixes.watchdog import watchdog_seconds
 from megatron_patch.neox.yaml_config import merge_yaml_texts, read_yaml, settle
 
-LAYER_TYPE = "metala"
 _DEFAULT_PARTITION = "type:transformer|mlp"
-_UNREAD = -1  # as `sliding_window_width`: no layer reads the mask
+_is_launcher = False  # whether this process is `deepy.py`
 
 
 def register() -> None:
     """Makes the imported GPT-NeoX know MetaLA. Calling it again changes nothing."""
     from megatron.neox_arguments.neox_args import ATTENTION_TYPE_CHOICES
 
-    if LAYER_TYPE in ATTENTION_TYPE_CHOICES:
+    if METALA in ATTENTION_TYPE_CHOICES:
         return
-    ATTENTION_TYPE_CHOICES.append(LAYER_TYPE)
+    ATTENTION_TYPE_CHOICES.append(METALA)
     _add_settings()
-    _read_settings()
-    _check_settings_at_start()
+    _read_yaml_files()
+    _check_settings()
+    _end_with_one_line()
     _add_norm()
     _add_layer()
     _recompute_layer()
     _count_flops()
-    _initialize_without_cuda()
-    _find_data_sets()
-    name_index_maps_after_data(_replace)
-    _check_running_ranks()
-    _check_saved_checkpoints()
-    _check_loaded_files()
-    _fix_pipeline_validation()
-    _forget_earlier_prompts()
-    _gather_logits_for_inference()
-    _shrink_unread_attention_mask()
-    _log_to_wandb()
-    repair_gpt2_tokenizer()
-    repair_gradient_norm(LAYER_TYPE)
-    speed_up_steps(_is_metala, _replace)
-    fuse_loss(_replace)
-    fuse_norm_and_clipping()
-    let_the_host_run_ahead(_is_metala, _replace)
-    for repair in (fail_where_it_failed, watch_ranks):
-        repair(lambda neox_args: LAYER_TYPE in neox_args.attention_config, _replace)
+    shrink_unread_attention_mask()
+    fuse_loss()
+    speed_up_steps()
+    upstream_fixes.apply()
 
 
-def _replace(original: Any, replacement: Any) -> None:
-    """Rebinds `original` in every GPT-NeoX module that holds it, under whatever name."""
-    for module_name, module in list(sys.modules.items()):
-        if module_name.split(".")[0] == "megatron":
-            for name, value in list(vars(module).items()):
-                if value is original:
-                    setattr(module, name, replacement)
+# ---- Settings
 
 
 def _add_settings() -> None:
-    """`metala:` becomes a field, `simplermsnorm` a value of `norm`, of GPT-NeoX's dataclasses,
-    whose generated constructors are then generated again."""
+    """Adds the field `metala` and the norm `simplermsnorm` to GPT-NeoX's dataclasses of settings,
+    and generates their constructors again."""
     from megatron.neox_arguments.arguments import NeoXArgs
     from megatron.neox_arguments.neox_args import NeoXArgsModel
 
     norms = NeoXArgsModel.__annotations__["norm"].__args__
     NeoXArgsModel.__annotations__["norm"] = Literal[(*norms, "simplermsnorm")]
-    NeoXArgsModel.__annotations__[LAYER_TYPE] = dict
-    setattr(NeoXArgsModel, LAYER_TYPE, None)
+    NeoXArgsModel.__annotations__[METALA] = dict
+    setattr(NeoXArgsModel, METALA, None)
     for cls in (NeoXArgsModel, NeoXArgs):
-        del cls.__init__  # `dataclass` keeps one that is there
+        del cls.__init__  # `dataclass` keeps an existing one
         dataclasses.dataclass(cls)
 
 
-def _read_settings() -> None:
-    """GPT-NeoX ends in a traceback where two YAML files give one key, or a key is unknown."""
+def _read_yaml_files() -> None:
+    """Replaces the reader of YAML files in `deepy.py`. GPT-NeoX ends in a traceback where two files
+    give one key, and where a key is unknown. Here the last value stands, and an unknown key is
+    named."""
     from megatron.neox_arguments.arguments import NeoXArgs
 
     def from_ymls(cls, paths_to_yml_files, overwrite_values=None):
@@ -139,11 +119,12 @@ def _read_settings() -> None:
             )
         settings["config_files"] = dict(zip(names, settle(texts).values(), strict=True))
         neox_args = cls(**{**settings, **(overwrite_values or {})})
-        if _is_metala(neox_args):
-            fail_where_the_launched_was_killed()
+        is_metala = mentions_metala(neox_args)
+        if is_metala:
+            upstream_fixes.apply(upstream_fixes.LAUNCHER_FIXES)
             go_on_from_save(neox_args)
         check_load(neox_args)  # before GPT-NeoX prints all settings
-        if _is_metala(neox_args):
+        if is_metala:
             watchdog_seconds()
             hold_save(neox_args)
         return neox_args
@@ -151,38 +132,31 @@ def _read_settings() -> None:
     NeoXArgs.from_ymls = classmethod(from_ymls)
 
 
-def _is_metala(neox_args: Any) -> bool:
-    """Whether a run concerns this plugin, in settings that have not been checked."""
-    return neox_args.metala is not None or f"'{LAYER_TYPE}'" in str(neox_args.attention_config)
-
-
-def _check_settings_at_start() -> None:
-    """Checks run in the launcher, before any rank exists, and again in each rank. A mistake ends
-    the program with one line, printed once."""
+def _check_settings() -> None:
+    """Checks the settings before GPT-NeoX derives others from them: in the launcher, before any
+    rank exists, and again in each rank."""
     from megatron.neox_arguments.arguments import ZERO_DEFAULTS, NeoXArgs
 
     post_init = NeoXArgs.__post_init__
-    is_launcher = False
 
     @functools.wraps(post_init)
     def checked_post_init(self) -> None:
-        if _is_metala(self):
+        if mentions_metala(self):
             check_values(self)
         activate_cpu_mode(self)
         if self.pipe_partition_method == _DEFAULT_PARTITION:
-            self.pipe_partition_method = f"{_DEFAULT_PARTITION}|{LAYER_TYPE}"
+            self.pipe_partition_method = f"{_DEFAULT_PARTITION}|{METALA}"
         if check_settings(self) is None:
             post_init(self)
             return
         check_run(self)
-        # GPT-NeoX gives this default after it has looked for the stage of a run in bfloat16.
+        # GPT-NeoX sets this default only after it has read the ZeRO stage of a bfloat16 run.
         if self.zero_optimization is None:
             self.zero_optimization = dict(ZERO_DEFAULTS)
-        # GPT-NeoX asserts that no layer but attention stands beside grouped key heads; what they
-        # need otherwise has been checked.
-        check_saving(self)
-        if is_launcher:
+        if _is_launcher:
             check_launcher(self, count_ranks(self))
+        # GPT-NeoX asserts that grouped key heads stand beside attention layers alone. The settings
+        # have passed stricter checks, so it does not see the number.
         key_heads, self.num_kv_heads = self.num_kv_heads, None
         try:
             post_init(self)
@@ -193,42 +167,50 @@ def _check_settings_at_start() -> None:
 
     NeoXArgs.__post_init__ = checked_post_init
 
-    def one_line_errors(name: str) -> None:
+
+def _end_with_one_line() -> None:
+    """Wraps the two functions by which programs get their settings, `consume_deepy_args` in the
+    launcher and `consume_neox_args` in the ranks: a mistake ends the program with one line."""
+    from megatron.neox_arguments.arguments import NeoXArgs
+
+    def wrap(name: str, finish: Callable[[Any], None]) -> None:
         consume = getattr(NeoXArgs, name).__func__
 
         @functools.wraps(consume)
         def consume_or_exit(cls, *args, **kwargs):
-            nonlocal is_launcher
-            is_launcher = name == "consume_deepy_args"
-            if not is_launcher:
+            global _is_launcher
+            _is_launcher = finish is in_launcher
+            if finish is in_rank:
                 name_rank()
             try:
                 neox_args = consume(cls, *args, **kwargs)
-                is_on_cpu = neox_args.distributed_backend == "gloo"
-                if not is_launcher or (is_on_cpu and not torch.cuda.is_available()):
-                    check_backend(neox_args)
-                if is_launcher:
-                    check_limits(neox_args)
-                    _say_what_cannot_be_exported(neox_args)
-                else:
-                    if _is_metala(neox_args):
-                        end_with_launcher()
-                    check_load(neox_args)
+                finish(neox_args)
             except SettingsError as error:
                 end_run(str(error))
             return neox_args
 
         setattr(NeoXArgs, name, classmethod(consume_or_exit))
 
-    one_line_errors("consume_deepy_args")
-    one_line_errors("consume_neox_args")
+    def in_launcher(neox_args) -> None:
+        if runs_on_cpu(neox_args):
+            check_backend(neox_args)
+        check_limits(neox_args)
+        if has_metala_layers(neox_args):
+            print(f"MetaLA: {upstream_fixes.summary()}", flush=True)
+            if program(neox_args) == "train.py" and (warning := export_warning(neox_args)):
+                print(f"MetaLA: {warning}", flush=True)  # before the first step, not after weeks
+
+    def in_rank(neox_args) -> None:
+        check_backend(neox_args)
+        if mentions_metala(neox_args):
+            end_with_launcher()
+        check_load(neox_args)
+
+    wrap("consume_deepy_args", in_launcher)
+    wrap("consume_neox_args", in_rank)
 
 
-def _say_what_cannot_be_exported(neox_args) -> None:
-    """Before the first step, not after weeks."""
-    if program(neox_args) == "train.py" and LAYER_TYPE in neox_args.attention_config:
-        if warning := export_warning(neox_args):
-            print(f"MetaLA: {warning}", flush=True)
+# ---- The model
 
 
 def _add_norm() -> None:
@@ -237,15 +219,17 @@ def _add_norm() -> None:
     @functools.wraps(get_norm)
     def get_norm_with_simple(neox_args):
         if neox_args.norm == "simplermsnorm":
+            from megatron_patch.neox.layer import SimpleRMSNorm
+
             return SimpleRMSNorm, neox_args.rms_norm_epsilon
         return get_norm(neox_args)
 
-    _replace(get_norm, get_norm_with_simple)
+    replace(get_norm, get_norm_with_simple)
 
 
 def _add_layer() -> None:
-    """`init_specs` gives every layer type that it does not know a transformer layer; those of type
-    `metala` are exchanged."""
+    """Exchanges layers in `init_specs`, which builds a transformer layer for each layer type that
+    it does not know."""
     from deepspeed.pipe import LayerSpec
     from megatron.model.gpt2_model import GPT2ModelPipe
 
@@ -259,7 +243,7 @@ def _add_layer() -> None:
         layer_types = self.neox_args.attention_config
         for index, spec in enumerate(self.specs):
             number = spec.module_kwargs.get("layer_number") if isinstance(spec, LayerSpec) else None
-            if number is not None and layer_types[number] == LAYER_TYPE:
+            if number is not None and layer_types[number] == METALA:
                 self.specs[index] = LayerSpec(
                     ParallelMetaLALayerPipe,
                     neox_args=self.neox_args,
@@ -272,8 +256,8 @@ def _add_layer() -> None:
 
 
 def _recompute_layer() -> None:
-    """Under `checkpoint_activations` DeepSpeed's pipeline and GPT-NeoX's sequential model recompute
-    only classes that they know by name."""
+    """Lets `checkpoint_activations` recompute the layer. GPT-NeoX's pipeline and its sequential
+    model recompute only classes that they know by name."""
     from megatron.model.gpt2_model import GPT2ModelPipe
     from megatron.model.utils import SequentialWrapper
 
@@ -291,239 +275,15 @@ def _allow_recomputation(owner: type, is_checkpointable: Callable) -> None:
 
 
 def _count_flops() -> None:
+    """Replaces the FLOPs that GPT-NeoX logs: those that the hardware does, with recomputation, and
+    those that the model needs."""
     from megatron.logging import get_actual_flops, get_forward_backward_flops
 
-    def with_metala(original: Callable, passes: Callable) -> None:
-        @functools.wraps(original)
-        def count(neox_args, iter_time_s):
-            if LAYER_TYPE not in neox_args.attention_config:
-                return original(neox_args, iter_time_s)
-            return flops_per_second(neox_args, iter_time_s, passes(neox_args))
+    @in_metala_runs(get_actual_flops)
+    def count_actual(_, neox_args, iter_time_s):
+        passes = 4 if neox_args.checkpoint_activations else 3
+        return flops_per_second(neox_args, iter_time_s, passes)
 
-        _replace(original, count)
-
-    with_metala(get_actual_flops, lambda args: 4 if args.checkpoint_activations else 3)
-    with_metala(get_forward_backward_flops, lambda args: 3)
-
-
-def _initialize_without_cuda() -> None:
-    """GPT-NeoX asserts CUDA at start unless told otherwise; in CPU mode it is told."""
-    from megatron import initialize, training  # noqa: F401  (both hold the function)
-
-    initialize_megatron = initialize.initialize_megatron
-
-    @functools.wraps(initialize_megatron)
-    def initialize_anywhere(neox_args, allow_no_cuda=False):
-        on_cpu = neox_args.distributed_backend == "gloo" and not torch.cuda.is_available()
-        result = initialize_megatron(neox_args, allow_no_cuda=allow_no_cuda or on_cpu)
-        if LAYER_TYPE in neox_args.attention_config:
-            check_save(neox_args)
-        return result
-
-    _replace(initialize_megatron, initialize_anywhere)
-
-
-def _find_data_sets() -> None:
-    """`data_impl: infer`, the default, recognises a data set's format and then opens nothing."""
-    from megatron.data.indexed_dataset import infer_dataset_impl, make_dataset
-
-    @functools.wraps(make_dataset)
-    def make_inferred_dataset(path, impl, skip_warmup=False):
-        if impl == "infer":
-            impl = infer_dataset_impl(path)
-        return make_dataset(path, impl, skip_warmup)
-
-    _replace(make_dataset, make_inferred_dataset)
-
-
-def _check_running_ranks() -> None:
-    from megatron.training import pretrain
-
-    @functools.wraps(pretrain)
-    def pretrain_on_counted_ranks(neox_args):
-        if LAYER_TYPE in neox_args.attention_config:
-            check_running_ranks(neox_args)
-        return pretrain(neox_args)
-
-    _replace(pretrain, pretrain_on_counted_ranks)
-
-
-def _check_saved_checkpoints() -> None:
-    from megatron import checkpointing, mpu
-
-    save_checkpoint = checkpointing.save_checkpoint
-
-    @functools.wraps(save_checkpoint)
-    def save_equal_replicas(neox_args, iteration, model, *args, **kwargs):
-        if LAYER_TYPE in neox_args.attention_config:
-            group, source = mpu.get_model_parallel_group(), mpu.get_model_parallel_src_rank()
-            check_replicas(model.module, group, source)
-            check_holder(neox_args.save)
-        save_checkpoint(neox_args, iteration, model, *args, **kwargs)
-
-    _replace(save_checkpoint, save_equal_replicas)
-    _replace(checkpointing.delete_old_checkpoints, delete_old_checkpoints)
-
-
-def _check_loaded_files() -> None:
-    from megatron.checkpointing import load_checkpoint
-
-    @functools.wraps(load_checkpoint)
-    def load_undamaged(neox_args, *args, **kwargs):
-        if LAYER_TYPE not in neox_args.attention_config:
-            return load_checkpoint(neox_args, *args, **kwargs)
-        with comparing_files():
-            return load_checkpoint(neox_args, *args, **kwargs)
-
-    _replace(load_checkpoint, load_undamaged)
-
-
-def _fix_pipeline_validation() -> None:
-    """With `pipe_parallel_size` >= 1 `forward_step` returns the loss alone where its caller,
-    `evaluate`, unpacks a loss and metrics."""
-    from megatron.training import forward_step
-
-    @functools.wraps(forward_step)
-    def forward_step_with_metrics(data_iterator, model, neox_args, timers, *args, **kwargs):
-        result = forward_step(data_iterator, model, neox_args, timers, *args, **kwargs)
-        return result if isinstance(result, tuple) else (result, {})
-
-    _replace(forward_step, forward_step_with_metrics)
-
-
-def _forget_earlier_prompts() -> None:
-    """Generation from several prompts keeps the caches of one for the next, and the last one's for
-    whatever the model does then."""
-    from megatron import mpu
-    from megatron.text_generation_utils import stream_tokens
-
-    @functools.wraps(stream_tokens)
-    def stream_tokens_of_one_prompt(neox_args, model, context_tokens, *args, **kwargs):
-        if LAYER_TYPE in neox_args.attention_config:
-            _check_prompt(max(map(len, context_tokens)), neox_args.seq_length)
-        model.module.clear_cache()
-        share_random_state(mpu.get_model_parallel_group(), mpu.get_model_parallel_src_rank())
-        try:
-            yield from stream_tokens(neox_args, model, context_tokens, *args, **kwargs)
-        finally:
-            model.module.clear_cache()
-
-    _replace(stream_tokens, stream_tokens_of_one_prompt)
-
-
-def _check_prompt(tokens: int, seq_length: int) -> None:
-    """GPT-NeoX pads prompts to `seq_length`, and fails where one leaves no room for a token."""
-    if tokens >= seq_length:
-        end_run(f"seq_length: found {seq_length}, wanted more than the prompt's {tokens} tokens")
-
-
-def _gather_logits_for_inference() -> None:
-    """`inference_mode` means the logits to be gathered over the tensor-parallel ranks, and leaves
-    out models without a pipeline and tied heads: each rank would take its own share of the
-    vocabulary for the whole."""
-    from megatron.model.gpt2_model import GPT2ModelPipe
-    from megatron.model.utils import SequentialWrapper
-
-    to_sequential = GPT2ModelPipe.to_sequential
-    set_parallel_output = GPT2ModelPipe._set_parallel_output
-    inference_mode, train_mode = SequentialWrapper.inference_mode, SequentialWrapper.train_mode
-
-    @functools.wraps(set_parallel_output)
-    def set_parallel_output_of_any_head(self, value):
-        set_parallel_output(self, value)
-        self.parallel_output = value  # a tied head looks here at each call
-
-    @functools.wraps(to_sequential)
-    def to_sequential_with_head(self):
-        model, in_training = to_sequential(self), self.parallel_output
-
-        def gather_logits(is_wanted: bool) -> None:
-            self.parallel_output = in_training and not is_wanted
-            if hasattr(model.sequential[-1], "final_linear"):
-                model.sequential[-1].final_linear.set_parallel_output(self.parallel_output)
-
-        model.gather_logits = gather_logits
-        return model
-
-    @functools.wraps(inference_mode)
-    def gathering_inference_mode(self, use_cache=True):
-        inference_mode(self, use_cache)
-        self.gather_logits(True)
-
-    @functools.wraps(train_mode)
-    def parallel_train_mode(self):
-        train_mode(self)
-        self.gather_logits(False)
-
-    GPT2ModelPipe.to_sequential = to_sequential_with_head
-    GPT2ModelPipe._set_parallel_output = set_parallel_output_of_any_head
-    SequentialWrapper.inference_mode = gathering_inference_mode
-    SequentialWrapper.train_mode = parallel_train_mode
-
-
-def _shrink_unread_attention_mask() -> None:
-    """Every batch carries an s x s mask (1 GiB at 32k tokens) that only attention layers read. What
-    makes a batch is given the settings of the model that it is for; from those of MetaLA layers
-    alone it takes a mask of one element, asked for by a window that no settings can have."""
-    from megatron import text_generation_utils, training
-    from megatron.utils import get_attn_mask
-
-    make_batch, make_prompt = training._get_batch, text_generation_utils.get_batch
-    make_inputs = training.get_batch_sequential
-
-    def is_read(neox_args) -> bool:
-        return set(neox_args.attention_config) != {LAYER_TYPE}
-
-    def unread_mask(device: torch.device) -> torch.Tensor:
-        return torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device)
-
-    @functools.wraps(get_attn_mask)
-    def get_mask_if_read(seq_length, device, sliding_window_width):
-        if sliding_window_width == _UNREAD:
-            return unread_mask(device)
-        return get_attn_mask(seq_length, device, sliding_window_width)
-
-    @functools.wraps(make_batch)
-    def make_batch_with_mask_if_read(neox_args, *args, **kwargs):
-        if not is_read(neox_args):
-            neox_args = copy.copy(neox_args)
-            neox_args.sliding_window_width = _UNREAD
-        return make_batch(neox_args, *args, **kwargs)
-
-    @functools.wraps(make_inputs)
-    def make_inputs_with_mask_if_read(forward_input, neox_args):
-        if is_read(neox_args):
-            return make_inputs(forward_input, neox_args)
-        return forward_input[0], forward_input[1], unread_mask(forward_input[0].device)
-
-    @functools.wraps(make_prompt)
-    def make_prompt_with_mask_if_read(neox_args, context_tokens):
-        if is_read(neox_args):
-            return make_prompt(neox_args, context_tokens)
-        tokens = context_tokens.contiguous().cuda()
-        positions = torch.arange(tokens.shape[1], device=tokens.device)
-        return tokens, unread_mask(tokens.device), positions.expand_as(tokens)
-
-    _replace(get_attn_mask, get_mask_if_read)
-    _replace(make_batch, make_batch_with_mask_if_read)
-    _replace(make_inputs, make_inputs_with_mask_if_read)
-    _replace(make_prompt, make_prompt_with_mask_if_read)
-
-
-def _log_to_wandb() -> None:
-    """GPT-NeoX switches wandb off where it finds no API key, which an offline run does not need,
-    and calls a function that wandb has moved."""
-    from megatron.utils import get_wandb_api_key
-
-    wandb = sys.modules.get("wandb")  # GPT-NeoX has imported it where it is installed
-    util = getattr(wandb, "util", None)  # another module of this name has none
-    if util is not None and not hasattr(util, "generate_id"):
-        util.generate_id = wandb.sdk.lib.runid.generate_id
-
-    @functools.wraps(get_wandb_api_key)
-    def key_unless_offline(neox_args):
-        if os.environ.get("WANDB_MODE") == "offline":
-            return "LOCAL"  # what GPT-NeoX itself answers for a local wandb server
-        return get_wandb_api_key(neox_args)
-
-    _replace(get_wandb_api_key, key_unless_offline)
+    @in_metala_runs(get_forward_backward_flops)
+    def count_needed(_, neox_args, iter_time_s):
+        return flops_per_second(neox_args, iter_time_s, passes=3)

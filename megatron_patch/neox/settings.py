@@ -1,7 +1,7 @@
-"""The checks that a MetaLA run's settings must pass before it starts: those of the model, and those
-that concern how GPT-NeoX runs it.
+"""Checks of a MetaLA model's settings. `run_settings.py` checks the settings of a run.
 
-Importable without GPT-NeoX: the checks read plain attributes of any settings object.
+They read the attributes of any settings object and need no GPT-NeoX, so the Hugging Face Trainer
+backend uses them too.
 """
 
 from __future__ import annotations
@@ -10,23 +10,26 @@ import re
 from typing import Any
 
 from megatron_patch.architecture import (
-    GPT_NEOX_DEFAULTS,
     METALA,
     NORM_EPSILON,
-    OTHER_BLOCKS,
     SOFTMAX_TYPES,
     WHOLE,
     Architecture,
     SettingsError,
-    expand_attention_config,
-    export_obstacles,
     optional,
     refuse,
-    tokenizer_obstacles,
+)
+from megatron_patch.architecture_neox import (
+    GPT_NEOX_DEFAULTS,
+    OTHER_BLOCKS,
+    expand_attention_config,
+    from_neox,
+    why_not_exportable,
+    why_tokenizer_not_exportable,
 )
 from megatron_patch.ops import BACKENDS
 
-# Settings of which a model with MetaLA layers can have one value, and why.
+# Settings that can have only one value in a model with MetaLA layers: the value, and why.
 ONLY = {
     "activation": ("swiglu", "the MLP of a MetaLA block"),
     "sequence_parallel": (False, "the convolution of a metala layer needs all tokens"),
@@ -38,7 +41,7 @@ ONLY = {
     "te_layernorm_mlp": (False, "metala layers have no Transformer Engine form"),
     "num_unique_layers": (None, "GPT-NeoX shares no layers any more"),
 }
-# Settings that attention layers alone read. Without such layers they would have no effect.
+# Settings that only attention layers read. Without such layers they would have no effect.
 OF_ATTENTION = (
     "apply_query_key_layer_scaling",
     "attention_dropout",
@@ -64,18 +67,18 @@ OF_ATTENTION = (
     "use_flashattn_swiglu",
     "use_qk_layernorm",
 )
-# GPT-NeoX's compiled norms, by the norm they compute.
+# Settings of GPT-NeoX's compiled norms, each with the norm that it computes.
 FUSED_NORMS = {"layernorm_fusion": "layernorm", "rmsnorm_fusion": "rmsnorm"}
 
 
 def check_settings(args: Any) -> Architecture | None:
-    """Checks a run's settings before anything is built.
+    """Checks the settings of a model before it is built.
 
     Args:
-        args: any object with GPT-NeoX's settings as attributes, derived values not yet needed.
+        args: any object with GPT-NeoX's settings as attributes. Derived values are not needed.
 
     Returns:
-        The model, or `None` where no layer is of type `metala`.
+        The model, or `None` if no layer is of type `metala`.
 
     Raises:
         SettingsError: one line that names the setting, what was found and what was wanted.
@@ -91,7 +94,7 @@ def check_settings(args: Any) -> Architecture | None:
             refuse(name, found, WHOLE.wanted)
     if args.intermediate_size and args.expansion_factor:
         refuse("expansion_factor", args.expansion_factor, "none, since intermediate_size is set")
-    model = Architecture.from_neox(args)
+    model = from_neox(args)
     if model.metala.backend not in BACKENDS:
         refuse("metala.backend", model.metala.backend, f"one of {', '.join(BACKENDS)}")
     for name, (wanted, why) in ONLY.items():
@@ -104,34 +107,34 @@ def check_settings(args: Any) -> Architecture | None:
 
 
 def export_warning(args: Any) -> str | None:
-    """One line that says why a model that trains cannot be exported, `None` where it can be."""
-    obstacles = [*export_obstacles(args), *tokenizer_obstacles(args)]
-    if not obstacles:
+    """Returns a line that says why a model that trains cannot be exported, `None` if it can be."""
+    reasons = [*why_not_exportable(args), *why_tokenizer_not_exportable(args)]
+    if not reasons:
         return None
-    reasons = "; ".join(f"{name}: found {found}, wanted {ok}" for name, found, ok in obstacles)
-    return f"this model trains, but cannot be exported to Hugging Face: {reasons}"
+    line = "; ".join(f"{name}: found {found}, wanted {ok}" for name, found, ok in reasons)
+    return f"this model trains, but cannot be exported to Hugging Face: {line}"
 
 
 def _has_metala_layers(args: Any) -> bool:
     config = args.attention_config
     if args.metala is None and METALA not in str(config):
-        return False  # a model of GPT-NeoX's own, which checks it itself
+        return False  # GPT-NeoX checks its own models
     if not WHOLE.accepts(args.num_layers):
         refuse("num_layers", args.num_layers, WHOLE.wanted)
     return METALA in expand_attention_config(config, args.num_layers)
 
 
 def _in_yaml(value: object) -> str:
-    """A value as YAML writes it."""
+    """Formats a value as YAML writes it."""
     return "none" if value is None else str(value).lower()
 
 
 def _check_unread(args: Any, model: Architecture) -> None:
-    """Refuses settings that no layer of this model reads: they would do nothing."""
+    """Refuses settings that no layer of this model reads."""
 
     def unless_default(name: str, why: str) -> None:
         found, default = getattr(args, name), GPT_NEOX_DEFAULTS[name]
-        # GPT-NeoX itself puts {} in place of some that are not set.
+        # GPT-NeoX itself sets some that are not given to {}.
         if found != default and (found or default):
             refuse(name, found, f"{_in_yaml(default)}: {why}")
 
@@ -179,8 +182,8 @@ def _check_tensor_parallel(args: Any, model: Architecture) -> None:
 
 
 def _check_pipeline(args: Any, model: Architecture) -> None:
-    """DeepSpeed shares out, among the stages, the layers whose class matches a `type:` pattern, and
-    fails where there are fewer of them than stages."""
+    """Checks `pipe_partition_method`. DeepSpeed balances the layers whose class matches a `type:`
+    pattern over the stages, and fails where fewer layers match than there are stages."""
     method = args.pipe_partition_method
     if not isinstance(method, str):
         refuse("pipe_partition_method", method, "a word such as type:transformer|mlp|metala")
@@ -204,7 +207,7 @@ def _check_pipeline(args: Any, model: Architecture) -> None:
         )
 
 
-# The classes of GPT-NeoX's layer types that are not its ordinary transformer layer.
+# The classes of layer types that are not GPT-NeoX's ordinary transformer layer.
 CLASS_OF = {
     METALA: "ParallelMetaLALayerPipe",
     "gmlp": "GMLPBlock",

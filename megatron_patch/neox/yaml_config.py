@@ -1,6 +1,6 @@
-"""GPT-NeoX's settings from several YAML files, for GPT-NeoX and what does without it.
+"""The reader of GPT-NeoX's settings in several YAML files, with or without GPT-NeoX.
 
-Where a key is given more than once the last value stands, and a line says so.
+Where files give a key more than once, the last value stands, and a line says so.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ import yaml
 from megatron_patch.architecture import SettingsError
 from megatron_patch.files import read_text
 
-# GPT-NeoX reads the last as YAML too.
+# GPT-NeoX reads JSON as YAML too.
 SUFFIXES = (".yml", ".yaml", ".json")
 MAX_BYTES = 2**20
-MAX_VALUES = 100_000  # with what aliases repeat, which may be more than any memory holds
+MAX_VALUES = 100_000  # aliases included: they can repeat values beyond any memory
 MAX_DIGITS = 40
 
 
 def merge_yaml(paths: Iterable[str | Path]) -> dict[str, Any]:
-    """The settings of all files as one mapping; '-' in a key means '_'.
+    """Returns the settings of all files as one mapping, with '_' for each '-' in a key.
 
-    A name without `.yml` is completed by it, as on GPT-NeoX's command line.
+    Like on GPT-NeoX's command line, a file name may leave out `.yml`.
 
     Raises:
         SettingsError: a file cannot be read, is not YAML or not a mapping. The line names the file.
@@ -34,10 +34,10 @@ def merge_yaml(paths: Iterable[str | Path]) -> dict[str, Any]:
 
 
 def read_yaml(paths: Iterable[str | Path]) -> dict[str, str]:
-    """The text of each file by its name, of which `.yml` may be left out.
+    """Returns the text of each file by its name, to which `.yml` is added if it has no suffix.
 
     Raises:
-        SettingsError: a file cannot be read, or is given twice.
+        SettingsError: a file cannot be read or is given twice.
     """
     texts: dict[str, str] = {}
     for path in paths:
@@ -52,11 +52,12 @@ def read_yaml(paths: Iterable[str | Path]) -> dict[str, str]:
 
 
 def merge_yaml_texts(texts: Mapping[str, str], in_order: bool = True) -> dict[str, Any]:
-    """As :func:`merge_yaml`, from texts by file name.
+    """Does the same as :func:`merge_yaml` for texts by file name.
 
     Args:
-        in_order: whether the files have one. Those that a checkpoint carries have none, and may not
-            give a key two values.
+        texts: the text of each file.
+        in_order: whether the files have an order. The files in a checkpoint have none, so two of
+            them must not give a key different values.
     """
     merged: dict[str, Any] = {}
     origin: dict[str, str] = {}
@@ -78,9 +79,9 @@ def merge_yaml_texts(texts: Mapping[str, str], in_order: bool = True) -> dict[st
 
 
 def settle(texts: Mapping[str, str]) -> dict[str, str]:
-    """The same settings as those of `texts`, each in the file alone whose value stands, so that the
-    order of the files, which a folder does not keep, no longer matters. A file that loses a key
-    also loses its comments."""
+    """Removes each setting from all files but the one whose value stands, so that the order of the
+    files, which a folder does not keep, no longer matters. A file that loses a key also loses its
+    comments."""
     items = {name: _top_level_items(name, text) for name, text in texts.items()}
     last = {key: name for name, pairs in items.items() for key, _ in pairs}
     settled = {}
@@ -92,8 +93,8 @@ def settle(texts: Mapping[str, str]) -> dict[str, str]:
 
 
 def _top_level_items(name: str, text: str) -> list[tuple[str, Any]]:
-    """(key, value) in file order, '-' in a key written '_'. PyYAML would keep the last of two equal
-    keys without a word."""
+    """Returns (key, value) in file order, with '_' for each '-' in a key. It keeps both of two
+    equal keys, of which PyYAML would drop one without a word."""
     if len(text) > MAX_BYTES:
         raise SettingsError(f"{name}: found {len(text):,} characters, wanted at most {MAX_BYTES:,}")
     try:
@@ -116,16 +117,16 @@ def _top_level_items(name: str, text: str) -> list[tuple[str, Any]]:
         raise
     except RecursionError:
         raise SettingsError(f"{name}: not YAML: nested too deeply") from None
-    except Exception as error:  # PyYAML raises what Python does of a date, a number, an empty text
+    except Exception as error:  # PyYAML passes on what Python raises for bad dates and numbers
         reason = " ".join(str(error).split())
         raise SettingsError(f"{name}: not YAML: {reason}") from None
 
 
 def _count_values(name: str, node: yaml.Node, counted: dict[int, int | None]) -> int:
-    """The number of values in a node, those that aliases repeat counted each time.
+    """Counts the values in a node; a value that aliases repeat counts each time.
 
     Raises:
-        SettingsError: there are too many, or a value holds itself, or a number is too long.
+        SettingsError: there are too many values, a value holds itself, or a number is too long.
     """
     if id(node) in counted:
         if counted[id(node)] is None:

@@ -1,5 +1,4 @@
-"""The short convolution by the package causal-conv1d, for CUDA where our own kernels are not
-there."""
+"""The short convolution by the package causal-conv1d, for CUDA where our own kernels do not run."""
 
 from __future__ import annotations
 
@@ -7,14 +6,13 @@ import torch
 import torch.nn.functional as F
 from causal_conv1d import causal_conv1d_fn
 
-from megatron_patch.ops.epilogue import give_state
-from megatron_patch.ops.short_convolution import transposed
+from megatron_patch.ops.torch_ops import give_state, transposed_copy
 
 
-def obstacle(
+def unsupported_reason(
     dtype: torch.dtype, device: torch.device, *, D: int, W: int, packed_state: bool
 ) -> str | None:
-    """Why the package cannot serve a call, or `None` if it can."""
+    """Returns why the package cannot serve a call, or `None` if it can."""
     if not 2 <= W <= 4:
         return f"found a width of W = {W}, wanted 2, 3 or 4"
     if D % 8:
@@ -33,15 +31,17 @@ def short_convolution(
     inplace_final_state: bool,
     cu_seqlens: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The operator of `megatron_patch.ops.short_convolution`, on arguments it has checked. The
-    kernel wants [B, D, T] with channels or time contiguous."""
+    """Computes `megatron_patch.ops.short_convolution` on arguments that it has checked.
+
+    The package's kernel wants [B, D, T] with channels or time contiguous.
+    """
     time, past = x.shape[1], weight.shape[-1] - 1
-    # Channel-last with strides of whole 16-byte words is the only layout that takes a state.
+    # Only channel-last takes a state, and its strides must be whole words of 16 bytes.
     aligned = x.stride(2) == 1 and x.stride(1) > 1 and not (x.stride(0) % 8 or x.stride(1) % 8)
     channel_last = (x if aligned else x.contiguous()).transpose(1, 2)
-    before = initial_state
-    if before is not None:
-        before = before.transpose(1, 2).contiguous().transpose(1, 2)
+    state = initial_state
+    if state is not None:
+        state = state.transpose(1, 2).contiguous().transpose(1, 2)
     sequence = None
     if cu_seqlens is not None:
         token = torch.arange(time, device=x.device)
@@ -50,7 +50,7 @@ def short_convolution(
         channel_last,
         weight[:, 0],
         seq_idx=sequence,
-        initial_states=before,
+        initial_states=state,
         activation=activation,
     )
     if not output_final_state and not inplace_final_state:
@@ -62,5 +62,5 @@ def short_convolution(
     else:
         inputs = torch.cat([initial_state.transpose(1, 2)[:, time:], x], dim=1)
     return y.transpose(1, 2), give_state(
-        transposed(inputs), initial_state, output_final_state, inplace_final_state
+        transposed_copy(inputs), initial_state, output_final_state, inplace_final_state
     )

@@ -1,9 +1,8 @@
-"""Argument checks shared by the operators: every message names the argument, what was found and
-what was wanted."""
+"""The operators' argument checks. Every message names the argument, what was found and what was
+wanted."""
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 
 import torch
@@ -22,12 +21,12 @@ def check_tensor(
     """Raises unless `tensor` has the wanted shape, dtype and device.
 
     Args:
-        name: the argument's name, for the message.
+        name: the argument's name.
         tensor: what the caller gave.
-        layout: names of the dimensions, such as "B, T, H, K".
-        sizes: wanted size of each dimension; `None` for any size of at least one.
-        dtypes: the dtypes that are accepted.
-        device: the device wanted, or `None` for any.
+        layout: the names of the dimensions, such as "B, T, H, K".
+        sizes: the size of each dimension; `None` for any size of at least one.
+        dtypes: the dtypes accepted.
+        device: the device, or `None` for any.
 
     Raises:
         ValueError: on the first mismatch.
@@ -72,14 +71,13 @@ def check_number(name: str, value: object, *, positive: bool) -> None:
 
 
 def records_gradients(*tensors: torch.Tensor | None) -> bool:
-    """Whether autograd records an operation on these tensors, of which any may be `None`."""
+    """Returns whether autograd records an operation on these tensors; any may be `None`."""
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def is_traced(x: torch.Tensor) -> bool:
-    """Whether somebody looks at the single operators of a call on x, as `torch.compile`, fake
-    tensors, `make_fx` and `torch.func` do. A plain `autograd.Function` that launches kernels hides
-    them."""
+    """Returns whether something traces a call on x: `torch.compile`, fake tensors, `make_fx` or
+    `torch.func`. It cannot see into an `autograd.Function` that launches kernels."""
     return (
         torch.compiler.is_compiling()
         or type(x) is not torch.Tensor
@@ -88,22 +86,14 @@ def is_traced(x: torch.Tensor) -> bool:
     )
 
 
-def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
-    """A context in which operators compute in the precision that their inputs have."""
-    # "meta" has no autocast to ask for.
-    if device.type != "meta" and torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return contextlib.nullcontext()
-
-
 def check_inplace_final_state(
     initial_state: torch.Tensor | None, *others: torch.Tensor | None
 ) -> None:
     """Raises unless the final state may be written over `initial_state`.
 
     Raises:
-        ValueError: there is no initial state, autograd would need the overwritten one, or several
-            of its entries share memory.
+        ValueError: there is no initial state, or autograd needs it, or several of its entries share
+            memory.
     """
     if initial_state is None:
         raise ValueError(
@@ -123,16 +113,15 @@ def check_inplace_final_state(
 
 
 def check_cu_seqlens(cu_seqlens: torch.Tensor, batch: int, time: int, device: torch.device) -> None:
-    """Checks the boundaries of packed sequences: sequence n is tokens cu_seqlens[n] .. cu_seqlens[n
-    + 1].
+    """Checks the boundaries of packed sequences: sequence n is tokens
+    cu_seqlens[n] .. cu_seqlens[n + 1] - 1.
 
-    Shape, dtype, device and batch are always checked. The values are checked where they can be read
-    for free, that is on the CPU and outside `torch.compile`: on a GPU it would make every call wait
-    for the device.
+    Always checks shape, dtype, device and batch. Checks the values only on the CPU and outside
+    `torch.compile`, where reading them is free: on a GPU every call would wait for the device.
 
     Raises:
-        ValueError: batch is not 1, `cu_seqlens` is no int32 or int64 tensor [N + 1] with N >= 1 on
-            `device`, or its values do not rise from 0 to `time`.
+        ValueError: batch is not 1, or `cu_seqlens` is no int32 or int64 tensor [N + 1] with N >= 1
+            on `device`, or its values do not rise from 0 to `time`.
     """
     check_tensor("cu_seqlens", cu_seqlens, "N + 1", [None], (torch.int32, torch.int64), device)
     if len(cu_seqlens) < 2:

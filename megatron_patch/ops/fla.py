@@ -1,18 +1,17 @@
-"""MetaLA on flash-linear-attention's `chunk_gla` (0.4 to 0.6), for CUDA where our own kernels are
-not there."""
+"""MetaLA by `chunk_gla` of flash-linear-attention (0.4 to 0.6), for CUDA where our own kernels do
+not run."""
 
 from __future__ import annotations
 
 import torch
 from fla.ops.gla import chunk_gla
 
-from megatron_patch.ops.chunked import one_step
-from megatron_patch.ops.epilogue import (
+from megatron_patch.ops.torch_ops import (
     augment_norm_gate,
-    cast,
     compute_dtype,
     decay_and_key,
     give_state,
+    one_step,
 )
 
 
@@ -32,38 +31,29 @@ def meta_linear_attention(
     inplace_final_state: bool = False,
     cu_seqlens: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The operator of `megatron_patch.ops.meta_linear_attention`, on arguments it has checked.
+    """Computes `megatron_patch.ops.meta_linear_attention` on arguments that it has checked.
 
     The recurrence multiplies in the dtype of `v`, with the log decay and the carried state in
-    float32; what is local to a token is computed in float32.
+    float32. What is local to a token is computed in float32.
     """
     dtype, in_dtype = compute_dtype(v), v.dtype
-    log_decay, key = decay_and_key(gate_logits.to(dtype), tau)
+    g, k = decay_and_key(gate_logits.to(dtype), tau)
     if cu_seqlens is None and q.shape[1] == 1:
-        # Decoding: a launch of the chunk kernels costs more than the handful of operations.
-        read_out, final_state = one_step(
-            q.to(dtype), log_decay, key, v.to(dtype), scale, initial_state
-        )
+        # Decoding: one launch of the chunk kernels costs more than this handful of operations.
+        o, final_state = one_step(q.to(dtype), k, v.to(dtype), g, scale, initial_state)
     else:
-        read_out, final_state = chunk_gla(
+        o, final_state = chunk_gla(
             q=q,
-            k=key.to(in_dtype),
+            k=k.to(in_dtype),
             v=v,
-            g=log_decay,
+            g=g,
             scale=scale,
             initial_state=initial_state,
             output_final_state=output_final_state or inplace_final_state,
             cu_seqlens=None if cu_seqlens is None else cu_seqlens.long(),
         )
     out = augment_norm_gate(
-        read_out.to(dtype),
-        q.to(dtype),
-        key,
-        v.to(dtype),
-        cast(aug, dtype),
-        cast(out_gate, dtype),
-        cast(out_gate_bias, dtype),
-        norm_eps,
+        o.to(dtype), q.to(dtype), k, v.to(dtype), aug, out_gate, out_gate_bias, norm_eps
     )
     final_state = give_state(final_state, initial_state, output_final_state, inplace_final_state)
     return out.to(in_dtype), final_state

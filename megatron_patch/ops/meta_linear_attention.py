@@ -1,12 +1,10 @@
-"""The operator that everything else calls: checks its arguments and chooses the implementation."""
+"""The public operator: checks its arguments and calls the backend that serves them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
-from megatron_patch.ops.backends import choose, names_of
+from megatron_patch.ops.backends import choose, function_of, names_of
 from megatron_patch.ops.checks import (
     FLOAT_DTYPES,
     check_choice,
@@ -14,8 +12,8 @@ from megatron_patch.ops.checks import (
     check_inplace_final_state,
     check_number,
     check_tensor,
-    without_autocast,
 )
+from megatron_patch.ops.torch_ops import without_autocast
 
 BACKENDS = names_of("meta_linear_attention")
 
@@ -37,7 +35,7 @@ def meta_linear_attention(
     cu_seqlens: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Meta Linear Attention (arXiv 2411.10741) from the projections to the gated output.
+    """Computes Meta Linear Attention (arXiv 2411.10741), from the projections to the gated output.
 
     For each batch entry and head, with K the key width and V the value width::
 
@@ -50,28 +48,28 @@ def meta_linear_attention(
     A decoding step is T = 1 with the state of the tokens before.
 
     Args:
-        q, gate_logits: [B, T, H, K], float16, bfloat16, float32 or float64. They, `v` and
-            `out_gate` share dtype and device and may have any strides: transposed time-major
-            tensors and slices of one projection are read where they lie. Not modified.
+        q, gate_logits: [B, T, H, K], float16, bfloat16, float32 or float64, like `v` and
+            `out_gate`, on one device. Any strides: transposed time-major tensors and slices of one
+            projection are read where they lie. Not modified.
         v: [B, T, H, V].
         aug: [H, K], any float dtype; `None` leaves the self-augmentation term out.
         out_gate: [B, T, H, V]; `None` returns LayerNorm(y) ungated.
         out_gate_bias: [H, V], any float dtype, added to `out_gate`.
-        tau: divides the log decay, above 0.
-        scale: of the read-out; `None` for K ** -0.5.
+        tau: the log decay's divisor, above 0.
+        scale: the scale of S^T q; `None` for K ** -0.5.
         norm_eps: epsilon of the LayerNorm, above 0.
         initial_state: [N, H, K, V] in float32 (float64 for float64 inputs), N = B or the number of
             packed sequences; `None` for zeros. Gradients flow to it.
         output_final_state: whether to return the state after the last token of each sequence.
-        inplace_final_state: writes the final state over `initial_state` and returns that; implies
-            `output_final_state`. For decoding, with gradients off.
-        cu_seqlens: int32 or int64 [N + 1], the boundaries of N sequences packed along time, of
-            which any may be empty: B must be 1, the values rise from 0 to T. The values are checked
-            on the CPU alone, where that is free.
-        backend: "auto" takes the first of "triton" (where it was checked on such a GPU and for such
-            widths) and "fla" that can run on CUDA tensors, "chunked" (PyTorch) for all others and
-            for float64; see `megatron_patch.ops.backends`. "reference" is the recurrence step by
-            step.
+        inplace_final_state: whether to write the final state over `initial_state` and return that;
+            implies `output_final_state`. For decoding, with gradients off.
+        cu_seqlens: int32 or int64 [N + 1], the boundaries of N sequences packed along time; any
+            may be empty. B must be 1, and the values rise from 0 to T. They are checked on the CPU
+            alone, where that is free.
+        backend: "triton", "fla", "chunked" (plain PyTorch), "reference" (the recurrence step by
+            step), or "auto": on CUDA the first of "triton" (only on GPUs and for widths where it
+            was checked) and "fla" that can run, and otherwise, also for float64, "chunked". See
+            `megatron_patch.ops.backends`.
 
     Returns:
         out [B, T, H, V] in the dtype of `v`, and the final state [N, H, K, V] in float32 (float64
@@ -127,8 +125,8 @@ def meta_linear_attention(
         check_inplace_final_state(initial_state, q, gate_logits, v, aug, out_gate, out_gate_bias)
 
     backend = choose("meta_linear_attention", backend, q.dtype, device, K=key_width, V=value_width)
-    implementation = _implementation(backend)
-    # Every backend chooses its own precision: autocast would halve that of the matrix products.
+    implementation = function_of("meta_linear_attention", backend)
+    # Every backend chooses its own precision. Autocast would halve that of the matrix products.
     with without_autocast(device):
         return implementation(
             q,
@@ -145,16 +143,3 @@ def meta_linear_attention(
             inplace_final_state=inplace_final_state,
             cu_seqlens=cu_seqlens,
         )
-
-
-def _implementation(backend: str) -> Callable:
-    """The function behind `backend`."""
-    if backend == "triton":
-        from megatron_patch.ops.triton import meta_linear_attention as implementation
-    elif backend == "fla":
-        from megatron_patch.ops.fla import meta_linear_attention as implementation
-    elif backend == "chunked":
-        from megatron_patch.ops.chunked import meta_linear_attention as implementation
-    else:
-        from megatron_patch.ops.reference import meta_linear_attention as implementation
-    return implementation

@@ -1,4 +1,4 @@
-"""The embedded engine: GPT-NeoX's settings and data, trained by the Hugging Face Trainer.
+"""Trains on GPT-NeoX's settings and data with the Hugging Face Trainer, where GPT-NeoX is not.
 
-For a machine without GPT-NeoX. `scripts/train_hf.py` is its command.
+`metala-train` (scripts/train_hf.py) is its command.
 """

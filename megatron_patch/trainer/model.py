@@ -1,4 +1,4 @@
-"""The Hugging Face model that GPT-NeoX's settings describe, and its tokenizer."""
+"""Builds the Hugging Face model and the tokenizer that GPT-NeoX's settings describe."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerFast, set_seed
 
-from megatron_patch.architecture import Architecture, SettingsError, with_defaults
+from megatron_patch.architecture import SettingsError
+from megatron_patch.architecture_neox import from_neox, with_defaults
 from megatron_patch.hf import MetaLAConfig, MetaLAForCausalLM
-from megatron_patch.trainer.settings import EmbeddedSettings
+from megatron_patch.trainer.settings import TrainerSettings
 
-# The names by which GPT-NeoX's HFTokenizer finds them.
+# GPT-NeoX's HFTokenizer looks these tokens up by name.
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|padding|>"
 
 
-def load_tokenizer(settings: EmbeddedSettings) -> PreTrainedTokenizerFast:
-    """The tokenizer of `vocab_file`, a tokenizer.json.
+def load_tokenizer(settings: TrainerSettings) -> PreTrainedTokenizerFast:
+    """Returns the tokenizer of `vocab_file`, a tokenizer.json.
 
     Raises:
-        SettingsError: the file is none, or has no <|endoftext|>.
+        SettingsError: the file is no tokenizer, or has no <|endoftext|>.
     """
     try:
         tokenizer = PreTrainedTokenizerFast(
@@ -38,9 +39,10 @@ def load_tokenizer(settings: EmbeddedSettings) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def model_config(settings: EmbeddedSettings, tokenizer: PreTrainedTokenizerFast) -> MetaLAConfig:
-    """The model's configuration. The vocabulary is the tokenizer's, without GPT-NeoX's padding."""
-    model = Architecture.from_neox(with_defaults(settings.model_dump(mode="json")), len(tokenizer))
+def model_config(settings: TrainerSettings, tokenizer: PreTrainedTokenizerFast) -> MetaLAConfig:
+    """Returns the model's configuration. Its vocabulary is the tokenizer's, without the rows that
+    GPT-NeoX adds as padding."""
+    model = from_neox(with_defaults(settings.model_dump(mode="json")), len(tokenizer))
     return MetaLAConfig(
         **model.to_hf(),
         pad_token_id=tokenizer.pad_token_id,
@@ -50,10 +52,10 @@ def model_config(settings: EmbeddedSettings, tokenizer: PreTrainedTokenizerFast)
 
 
 def check_model(config: MetaLAConfig, checkpoint: Path) -> None:
-    """Checks that a checkpoint is of this model; the Trainer loads what fits, and no more.
+    """Checks that a checkpoint holds this model. The Trainer silently loads only what fits.
 
     Raises:
-        SettingsError: names what differs.
+        SettingsError: names the option that differs.
     """
     wanted, saved = config.to_dict(), MetaLAConfig.from_pretrained(checkpoint).to_dict()
     not_the_models = {"architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
@@ -65,8 +67,9 @@ def check_model(config: MetaLAConfig, checkpoint: Path) -> None:
             )
 
 
-def build_model(settings: EmbeddedSettings, config: MetaLAConfig) -> MetaLAForCausalLM:
-    """A new model, initialised as `metala.init` says (by itself it is as the authors' are)."""
+def build_model(settings: TrainerSettings, config: MetaLAConfig) -> MetaLAForCausalLM:
+    """Returns a new model, initialised as `metala.init` says; `MetaLAForCausalLM` itself uses the
+    authors' initialisation."""
     set_seed(settings.seed)
     model = MetaLAForCausalLM(config)
     if settings.metala_options.init == "neox":
@@ -74,8 +77,9 @@ def build_model(settings: EmbeddedSettings, config: MetaLAConfig) -> MetaLAForCa
     return model
 
 
-def _initialize_as_neox(model: nn.Module, settings: EmbeddedSettings) -> None:
-    """`init_method` for every matrix but the two that write to the residual stream."""
+def _initialize_as_neox(model: nn.Module, settings: TrainerSettings) -> None:
+    """Applies `output_layer_init_method` to the two matrices of a layer that write to the residual
+    stream, and `init_method` to all others."""
     std = output_std = settings.init_method_std
     if settings.output_layer_init_method == "scaled_normal":
         output_std /= math.sqrt(2 * settings.num_layers)

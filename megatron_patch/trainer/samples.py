@@ -1,8 +1,8 @@
-"""Training samples from GPT-NeoX's token files, the same and in the same order as GPT-NeoX's.
+"""Reads GPT-NeoX's token files as the same samples, in the same order, as GPT-NeoX does.
 
 GPT-NeoX shuffles the documents of all epochs together, lays them end to end, cuts the stream into
-pieces of `seq_length` tokens (each with the next one's first token, as the last label) and shuffles
-the pieces (`megatron/data/gpt2_dataset.py`).
+pieces of `seq_length` tokens, each with one more token as its last label, and shuffles the pieces
+(`megatron/data/gpt2_dataset.py`).
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from torch.utils.data import Dataset
 
 from megatron_patch.architecture import SettingsError
 from megatron_patch.indexed_dataset import IndexedDataset
-from megatron_patch.trainer.settings import EmbeddedSettings
+from megatron_patch.trainer.settings import TrainerSettings
 
 
 class PackedSamples(Dataset):
-    """`input_ids` and `labels` (already shifted), int64 [seq_length], of packed documents.
+    """Samples of packed documents: `input_ids` and `labels` (already shifted), int64 [seq_length].
 
     Args:
         dataset: the documents.
-        documents: indices of those to use.
+        documents: indices of the documents to use.
         seq_length: T.
-        num_samples: so many pieces at least, from as many passes over the documents as that takes.
-        seed: of both shuffles.
+        num_samples: smallest number of samples; the documents are repeated as often as it takes.
+        seed: seed of both shuffles.
 
     Raises:
-        ValueError: the documents have not a single token.
+        ValueError: the documents have no tokens.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class PackedSamples(Dataset):
         rng.shuffle(self._order)
 
     def __len__(self) -> int:
-        """One less than there are: GPT-NeoX's data set leaves its last sample out."""
+        """Returns one less than there are, because GPT-NeoX's data set leaves out its last one."""
         return max(0, len(self._order) - 1)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
@@ -64,7 +64,7 @@ class PackedSamples(Dataset):
         return {"input_ids": tokens[:-1], "labels": tokens[1:]}
 
     def _stream(self, start: int, stop: int) -> np.ndarray:
-        """Tokens `start` to `stop` of all documents laid end to end, int64."""
+        """Returns tokens `start` to `stop` of the documents laid end to end, int64."""
         pieces = []
         position = int(np.searchsorted(self._ends, start, side="right"))
         while start < stop:
@@ -79,24 +79,26 @@ class PackedSamples(Dataset):
 
 
 class BlendedSamples(Dataset):
-    """Samples of several data sets, at every point as close to their weights as can be: the first
-    `num_samples` of them, or all that the data sets have.
+    """Samples of several data sets, mixed by weight (GPT-NeoX's `BlendableDataset`): the next one
+    comes from the data set that is furthest below its weight.
 
     Args:
-        shares: of the data sets, their sum 1.
+        parts: the data sets.
+        weights: weight of each data set; their sum is 1.
+        num_samples: number of samples, or fewer where the data sets have fewer.
     """
 
-    def __init__(self, parts: Sequence[Dataset], shares: Sequence[float], num_samples: int):
+    def __init__(self, parts: Sequence[Dataset], weights: Sequence[float], num_samples: int):
         self.parts = parts
-        # GPT-NeoX divides by the sum a second time, which decides between equal claims.
-        shares = np.asarray(shares, dtype=np.float64)
-        shares = shares / shares.sum()
+        # GPT-NeoX divides by the sum a second time; the rounding decides between equal claims.
+        weights = np.asarray(weights, dtype=np.float64)
+        weights = weights / weights.sum()
         num_samples = min(num_samples, sum(len(part) for part in parts))
         self._part = np.empty(num_samples, dtype=np.int32)
         self._index = np.empty(num_samples, dtype=np.int64)
         taken = np.zeros(len(parts), dtype=np.int64)
         for sample in range(num_samples):
-            part = int(np.argmax(shares * max(sample, 1) - taken))
+            part = int(np.argmax(weights * max(sample, 1) - taken))
             self._part[sample], self._index[sample] = part, taken[part]
             taken[part] += 1
 
@@ -108,8 +110,8 @@ class BlendedSamples(Dataset):
 
 
 class LoadedSamples(Dataset):
-    """`number` samples from `start` on, as GPT-NeoX's data loader gives them: whole batches alone,
-    and after the last the first again."""
+    """The `number` samples from `start` on in the order of GPT-NeoX's data loader, which drops an
+    incomplete last batch and then starts again."""
 
     def __init__(self, samples: Dataset, batch: int, start: int, number: int):
         self.samples = samples
@@ -124,34 +126,34 @@ class LoadedSamples(Dataset):
 
 
 def split_documents(split: str, count: int) -> list[np.ndarray]:
-    """Indices of the training, validation and test documents, as GPT-NeoX's `split` gives them.
+    """Returns the indices of the training, validation and test documents for GPT-NeoX's `split`.
 
     Raises:
         SettingsError: `split` is not up to three numbers with a positive sum.
     """
     try:
-        shares = [float(part) for part in split.replace("/", ",").split(",")][:3]
+        weights = [float(part) for part in split.replace("/", ",").split(",")][:3]
     except ValueError:
-        shares = []
-    if not sum(shares) > 0:
+        weights = []
+    if not sum(weights) > 0:
         raise SettingsError(f"split: found {split!r}, wanted three numbers, e.g. 969,30,1")
-    shares += [0.0] * (3 - len(shares))
+    weights += [0.0] * (3 - len(weights))
     bounds = [0]
-    for share in shares:
-        bounds.append(bounds[-1] + round(share / sum(shares) * count))
+    for weight in weights:
+        bounds.append(bounds[-1] + round(weight / sum(weights) * count))
     excess = bounds[-1] - count
     bounds = [0] + [bound - excess for bound in bounds[1:]]
     return [np.arange(max(a, 0), max(b, 0)) for a, b in zip(bounds, bounds[1:], strict=False)]
 
 
 def build_samples(
-    settings: EmbeddedSettings, world_size: int
+    settings: TrainerSettings, world_size: int
 ) -> tuple[Dataset, Callable[[int], Dataset] | None]:
-    """Training samples, and those of evaluation number 0, 1, ...; `None` where there are none to
-    take. One evaluation takes up where the one before it ended.
+    """Returns the training samples, and a function that gives those of evaluation 0, 1, ..., or
+    `None` where there is no validation. An evaluation starts where the one before it ended.
 
     Raises:
-        SettingsError: a path of the settings holds no data set, or one without tokens.
+        SettingsError: a path holds no data set, or one without tokens.
     """
     micro, steps = settings.batch(world_size)
     batch = micro * steps * world_size
@@ -179,20 +181,20 @@ def build_samples(
     return load(train, 0, train_number), None if valid is None else validation
 
 
-def _blend(name: str, settings: EmbeddedSettings, number: int) -> Dataset:
+def _blend(name: str, settings: TrainerSettings, number: int) -> Dataset:
     key = f"{name}_data_paths"
     paths = getattr(settings, key)
     weights = getattr(settings, f"{name}_data_weights") or [1.0] * len(paths)
     if not sum(weights) > 0:
         raise SettingsError(f"{name}_data_weights: found {weights}, wanted a positive sum")
-    shares = [weight / sum(weights) for weight in weights]
+    weights = [weight / sum(weights) for weight in weights]
     parts = []
-    for path, share in zip(paths, shares, strict=True):
+    for path, weight in zip(paths, weights, strict=True):
         dataset = _open(key, path)
         # GPT-NeoX takes 0.5 % more, so that no part runs out.
-        wanted = math.ceil(number * share * 1.005)
+        wanted = math.ceil(number * weight * 1.005)
         parts.append(_samples(key, settings, dataset, np.arange(len(dataset)), wanted))
-    return BlendedSamples(parts, shares, number)
+    return BlendedSamples(parts, weights, number)
 
 
 def _open(key: str, path: str) -> IndexedDataset:
@@ -204,7 +206,7 @@ def _open(key: str, path: str) -> IndexedDataset:
 
 def _samples(
     key: str,
-    settings: EmbeddedSettings,
+    settings: TrainerSettings,
     dataset: IndexedDataset,
     documents: np.ndarray,
     number: int,

@@ -1,4 +1,4 @@
-"""The learning rate of each step, and what a resumed run may change of it."""
+"""Computes the learning rate of each step, and checks that a resumed run keeps its schedule."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from megatron_patch.architecture import SettingsError
-from megatron_patch.trainer.settings import EmbeddedSettings
+from megatron_patch.trainer.settings import TrainerSettings
 
 
 @dataclass
 class Schedule:
-    """GPT-NeoX's `AnnealingLR`. Each checkpoint holds its fields: `LambdaLR` saves the attributes
-    of a callable object, and takes the saved ones over when it is loaded."""
+    """GPT-NeoX's `AnnealingLR` as a function of the step. Checkpoints hold its fields: `LambdaLR`
+    saves the attributes of a callable object, and restores them when it is loaded."""
 
     lr: float
     min_lr: float
@@ -25,7 +25,7 @@ class Schedule:
     lr_decay_style: str
 
     @classmethod
-    def from_settings(cls, settings: EmbeddedSettings) -> Schedule:
+    def from_settings(cls, settings: TrainerSettings) -> Schedule:
         return cls(
             lr=settings.optimizer.params.lr,
             min_lr=settings.min_lr,
@@ -35,7 +35,7 @@ class Schedule:
         )
 
     def __call__(self, step: int) -> float:
-        """Learning rate over `lr` of the step after `step` others."""
+        """Returns the learning rate after `step` steps, as a fraction of `lr`."""
         if self.warmup_iters > 0 and step <= self.warmup_iters:
             return max(1, step) / self.warmup_iters
         lowest = self.min_lr / self.lr
@@ -52,8 +52,8 @@ class Schedule:
 
 
 class ResumableLR(torch.optim.lr_scheduler.LambdaLR):
-    """`Schedule` as a PyTorch scheduler. `override`: a loaded one goes on from its step with the
-    values of this run's settings."""
+    """A PyTorch scheduler with a `Schedule`. With `override`, a loaded scheduler goes on from its
+    step with the schedule of this run's settings."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, schedule: Schedule, override: bool):
         self.override = override
@@ -70,10 +70,9 @@ class ResumableLR(torch.optim.lr_scheduler.LambdaLR):
             group["initial_lr"], group["lr"] = base, lr
 
 
-def check_schedule(settings: EmbeddedSettings, checkpoint: Path) -> None:
-    """Checks that a resumed run has the optimizer and learning rates that it was started with.
-
-    The Trainer takes them from the checkpoint without a word.
+def check_schedule(settings: TrainerSettings, checkpoint: Path) -> None:
+    """Checks that a resumed run has the optimizer and the schedule of its checkpoint, because the
+    Trainer silently takes both from there.
 
     Raises:
         SettingsError: names the setting, what was found and what the checkpoint has.

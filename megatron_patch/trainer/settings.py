@@ -1,7 +1,7 @@
-"""GPT-NeoX's settings as the embedded engine reads them.
+"""Reads GPT-NeoX's settings for a run with the Hugging Face Trainer.
 
-Every setting is honoured, or has no meaning here and is listed as ignored, or stops the run with a
-line that names it. None is dropped in silence. Defaults are GPT-NeoX's.
+Every setting is honoured, or listed as ignored because it has no meaning here, or refused with a
+line that names it. None is dropped silently. Defaults are GPT-NeoX's.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from pydantic import (
 
 from megatron_patch.architecture import (
     EXPORTED_NORMS,
-    GPT_NEOX_DEFAULTS,
     MetaLAOptions,
     SettingsError,
-    expand_attention_config,
+    yaml_number_hint,
 )
+from megatron_patch.architecture_neox import GPT_NEOX_DEFAULTS, expand_attention_config
 from megatron_patch.neox.settings import check_settings
 from megatron_patch.neox.yaml_config import merge_yaml
 
-# They steer GPT-NeoX's processes, memory, kernels, logs and generation, not what is learned.
+# These steer GPT-NeoX's processes, memory, kernels, logs and generation, not what is learned.
 IGNORED_SETTINGS = frozenset(
     """
     account activation_checkpointing bias_dropout_fusion bias_gelu_fusion checkpoint_in_cpu
@@ -61,29 +61,31 @@ IGNORED_SETTINGS = frozenset(
 
 
 def only(*values: Any, any_case: bool = False) -> Any:
-    """The type of a setting of which this engine knows `values` alone; `any_case`: of letters."""
+    """Returns the type of a setting that may only have one of `values`; `any_case` ignores case."""
 
     def is_one(value: Any, known: Any) -> bool:
-        # For Python, 1 and true are equal.
+        # In Python, 1 == True.
         return value == known and (isinstance(value, bool) == isinstance(known, bool))
 
     def check(value: Any) -> Any:
         found = value.lower() if any_case and isinstance(value, str) else value
         if not any(is_one(found, known) for known in values):
-            raise ValueError(f"wanted {' or '.join(str(v) for v in values)} in the embedded engine")
+            raise ValueError(
+                f"wanted {' or '.join(map(str, values))} with the Hugging Face Trainer"
+            )
         return found
 
     return Annotated[Any, AfterValidator(check)]
 
 
-# Strict: a value of another type is refused, as GPT-NeoX does. YAML has no paths and no tuples.
+# Strict types, as in GPT-NeoX. Paths and tuples are converted, because YAML has neither.
 _READING = {"frozen": True, "strict": True, "allow_inf_nan": False}
 _Path = Annotated[Path, Field(strict=False)]
 _Beta = Annotated[float, Field(strict=True, ge=0, lt=1)]
 
 
 class OptimizerParams(BaseModel):
-    """`optimizer.params`."""
+    """The settings under `optimizer.params`."""
 
     model_config = ConfigDict(extra="forbid", **_READING)
 
@@ -93,7 +95,8 @@ class OptimizerParams(BaseModel):
 
 
 class Optimizer(BaseModel):
-    """`optimizer`: here each is Adam with decoupled weight decay, as GPT-NeoX's fused one is."""
+    """The settings under `optimizer`. Every type is Adam with decoupled weight decay (AdamW), as
+    GPT-NeoX's fused Adam is."""
 
     model_config = ConfigDict(extra="forbid", **_READING)
 
@@ -102,16 +105,16 @@ class Optimizer(BaseModel):
 
 
 class ZeroOptimization(BaseModel):
-    """`zero_optimization`: in float32, stages 0 and 1 compute the same; what else it says is about
-    memory."""
+    """The settings under `zero_optimization`. Stages 0 and 1 compute the same in float32; the other
+    settings concern memory and are ignored."""
 
     model_config = ConfigDict(extra="ignore", **_READING)
 
     stage: only(0, 1) = 0
 
 
-class EmbeddedSettings(BaseModel):
-    """The settings of one run, checked."""
+class TrainerSettings(BaseModel):
+    """The checked settings of one run."""
 
     model_config = ConfigDict(extra="forbid", **_READING)
 
@@ -192,7 +195,7 @@ class EmbeddedSettings(BaseModel):
     gradient_clipping: NonNegativeFloat = 1.0
     precision: only("fp32", "bfloat16") = "fp32"
     checkpoint_activations: bool = False
-    seed: int = Field(1234, ge=0, lt=2**32)  # what NumPy takes
+    seed: int = Field(1234, ge=0, lt=2**32)  # NumPy's range
 
     # bookkeeping
     save: _Path
@@ -218,13 +221,16 @@ class EmbeddedSettings(BaseModel):
 
     @property
     def decay_iters(self) -> int:
-        """Steps that the learning rate's schedule lasts, warm-up included."""
+        """The number of steps of the learning rate's schedule, warm-up included."""
         if self.lr_decay_iters is not None:
             return self.lr_decay_iters
         return max(1, math.floor(self.train_iters * (self.lr_decay_fraction or 1.0)))
 
     def batch(self, world_size: int) -> tuple[int, int]:
-        """(sequences per process and step, accumulation steps) for so many processes.
+        """Returns (sequences per process and micro-batch, accumulation steps).
+
+        Args:
+            world_size: number of processes.
 
         Raises:
             SettingsError: the three batch settings contradict each other for `world_size`.
@@ -247,17 +253,17 @@ class EmbeddedSettings(BaseModel):
         return micro, steps
 
 
-def read_settings(paths: Iterable[str | Path]) -> tuple[EmbeddedSettings, list[str]]:
-    """The settings of YAML files, and the names of those that are ignored.
+def read_settings(paths: Iterable[str | Path]) -> tuple[TrainerSettings, list[str]]:
+    """Returns the settings of YAML files, and the names of those that are ignored.
 
     Raises:
-        SettingsError: one line for all settings that cannot be honoured, each with its name, what
-            was found and what was wanted.
+        SettingsError: one line that names every setting that cannot be honoured, what was found and
+            what was wanted.
     """
     given = merge_yaml(paths)
     ignored = sorted(key for key in given if key in IGNORED_SETTINGS)
     try:
-        settings = EmbeddedSettings(**{k: v for k, v in given.items() if k not in ignored})
+        settings = TrainerSettings(**{k: v for k, v in given.items() if k not in ignored})
     except ValidationError as error:
         raise SettingsError("; ".join(_describe(e) for e in error.errors())) from None
     _check(settings)
@@ -267,32 +273,21 @@ def read_settings(paths: Iterable[str | Path]) -> tuple[EmbeddedSettings, list[s
 def _describe(error: Any) -> str:
     key = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        return f"{key}: not a setting of the embedded engine; remove it or train with GPT-NeoX"
+        return (
+            f"{key}: not a setting for the Hugging Face Trainer; remove it or train with GPT-NeoX"
+        )
     if error["type"] == "missing":
         return f"{key}: found nothing, wanted a value"
     found, reason = error["input"], error["msg"].removeprefix("Value error, ")
     line = f"{key}: found {found!r}, {reason[0].lower()}{reason[1:]}"
-    if isinstance(found, str) and error["type"] in ("float_type", "int_type"):
-        line += _hint_at_number(found)
+    if error["type"] in ("float_type", "int_type"):
+        line += yaml_number_hint(found)
     return line
 
 
-def _hint_at_number(text: str) -> str:
-    """Why a number is text: YAML 1.1 knows none with an exponent but such as 1.0e-6 and 1.0e+6."""
-    mantissa, letter, exponent = text.lower().partition("e")
-    try:
-        float(text)
-    except ValueError:
-        return ""
-    if not letter:
-        return ""
-    mantissa += "" if "." in mantissa else ".0"
-    exponent = exponent if exponent[0] in "+-" else f"+{exponent}"
-    return f": YAML reads it as text; {mantissa}e{exponent} is a number"
-
-
-def _as_neox(settings: EmbeddedSettings) -> SimpleNamespace:
-    """What `check_settings` reads; a setting that the YAML may not have here has its default."""
+def _as_neox(settings: TrainerSettings) -> SimpleNamespace:
+    """Returns the settings that `check_settings` reads. A setting that is refused here has its
+    default."""
     return SimpleNamespace(
         **{
             **GPT_NEOX_DEFAULTS,
@@ -302,14 +297,14 @@ def _as_neox(settings: EmbeddedSettings) -> SimpleNamespace:
     )
 
 
-def _check(settings: EmbeddedSettings) -> None:
-    """What concerns several settings, or the machine."""
+def _check(settings: TrainerSettings) -> None:
+    """Checks the combinations of settings, and settings against the machine."""
     layers = expand_attention_config(settings.attention_config, settings.num_layers)
     others = sorted(set(layers) - {"metala"})
     if others:
         raise SettingsError(
-            f"attention_config: found layers of type {', '.join(others)}, wanted metala alone in "
-            "the embedded engine"
+            f"attention_config: found layers of type {', '.join(others)}, wanted metala alone with "
+            "the Hugging Face Trainer"
         )
     check_settings(_as_neox(settings))
     zero = settings.zero_optimization
@@ -331,8 +326,8 @@ def _check(settings: EmbeddedSettings) -> None:
         )
     if settings.metala_options.backend != "auto":
         raise SettingsError(
-            f"metala.backend: found {settings.metala_options.backend!r}, wanted auto in the "
-            "embedded engine"
+            f"metala.backend: found {settings.metala_options.backend!r}, wanted auto with the "
+            "Hugging Face Trainer"
         )
     if bool(settings.data_path) == bool(settings.train_data_paths):
         raise SettingsError("data_path: wanted either it or train_data_paths")

@@ -1,4 +1,4 @@
-"""The Hugging Face Trainer with GPT-NeoX's samples, losses, learning rates and weight decay."""
+"""Runs the Hugging Face Trainer with GPT-NeoX's samples, loss, learning rates and weight decay."""
 
 from __future__ import annotations
 
@@ -21,44 +21,45 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from megatron_patch.architecture import SettingsError
 from megatron_patch.save_folder import held
 from megatron_patch.trainer.schedule import ResumableLR, Schedule
-from megatron_patch.trainer.settings import EmbeddedSettings
+from megatron_patch.trainer.settings import TrainerSettings
 
 METRICS = "metrics.jsonl"
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameters with and without weight decay, as on the GPT-NeoX side: without are biases, norms'
-    weights and `aug_balance`, a scale that starts at, and means, zero."""
-    kept, free = [], []
+    """Returns the optimizer's groups with and without weight decay, split as in GPT-NeoX. Biases,
+    norm weights and `aug_balance`, the learned vector w of the self-augmentation, have none."""
+    decayed, free = [], []
     for name, parameter in model.named_parameters():
         skip = name.endswith(("bias", "aug_balance")) or "norm" in name
-        (free if skip else kept).append(parameter)
+        (free if skip else decayed).append(parameter)
     return [
-        {"params": kept, "weight_decay": weight_decay},
+        {"params": decayed, "weight_decay": weight_decay},
         {"params": free, "weight_decay": 0.0},
     ]
 
 
 class MetaLATrainer(Trainer):
-    """Trains on samples in their own order; `labels` are already shifted.
+    """The Trainer for samples in a fixed order, whose `labels` are already shifted.
 
     Args:
-        validation: gives the samples of GPT-NeoX's evaluation number 0, 1, ...
+        settings: the run's settings.
+        validation: returns the samples of evaluation 0, 1, ...; `None` for no validation.
     """
 
     def __init__(
-        self, settings: EmbeddedSettings, validation: Callable[[int], Dataset] | None, **kwargs: Any
+        self, settings: TrainerSettings, validation: Callable[[int], Dataset] | None, **kwargs: Any
     ):
         self.settings = settings
         self.validation = validation
         super().__init__(**kwargs)
-        # The Trainer then leaves the division by accumulated batches to `compute_loss`; without,
-        # transformers 4.46 does not divide at all, and later releases do.
+        # With this flag `compute_loss` divides by the accumulation steps. Without it, transformers
+        # 4.46 does not divide at all, and later releases do.
         self.model_accepts_loss_kwargs = True
 
     @property
     def _train_batch_size(self) -> int:
-        """The settings' own: transformers 4 would assign that of a checkpoint it goes on from."""
+        """The batch size of this run; transformers 4 would assign that of a resumed checkpoint."""
         return self.args.train_batch_size
 
     @_train_batch_size.setter
@@ -75,10 +76,10 @@ class MetaLATrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
-        """Mean cross entropy of the batch, in training its share of the accumulated batches' mean.
+        """Returns the batch's mean cross entropy, in training divided by the accumulation steps.
 
-        All batches have the same number of labels. The Trainer's own count leaves out the first of
-        each sequence, which is right for labels that are not shifted yet.
+        All batches have the same number of labels. `num_items_in_batch` is not used, because the
+        Trainer leaves out the first label of each sequence, as if labels were still to be shifted.
         """
         outputs = model(input_ids=inputs["input_ids"], use_cache=False)
         logits = outputs.logits.flatten(0, 1).float()
@@ -88,14 +89,14 @@ class MetaLATrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def evaluate(self, eval_dataset: Dataset | None = None, **kwargs: Any) -> dict[str, float]:
-        """By default the evaluation that is due at this step."""
+        """Evaluates on `eval_dataset`, by default on the samples that are due at this step."""
         if eval_dataset is None:
             number = self.state.global_step // self.settings.eval_interval - 1
             eval_dataset = self.validation(number)
         return super().evaluate(eval_dataset, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any) -> None:
-        """With the learning rate of the step just done; transformers 4 gives the next one's."""
+        """Logs the learning rate of the step just done; transformers 4 passes that of the next."""
         if "learning_rate" in logs:
             scheduler = self.lr_scheduler
             factor = scheduler.lr_lambdas[0](scheduler.last_epoch - 1)
@@ -124,7 +125,7 @@ class MetaLATrainer(Trainer):
 
 
 class MetricsFile(TrainerCallback):
-    """Appends what the Trainer logs to a file of JSON lines: `iteration`, and either `loss` (mean
+    """Appends the Trainer's logs to a file of JSON lines: `iteration`, and either `loss` (the mean
     since the last line), `learning_rate` and `grad_norm`, or `eval_loss`."""
 
     KEYS = ("loss", "learning_rate", "grad_norm", "eval_loss")
@@ -133,13 +134,13 @@ class MetricsFile(TrainerCallback):
         self.path = path
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """Drops the lines of steps that an interrupted run did after its last checkpoint."""
+        """Removes the lines of steps after the checkpoint, which an interrupted run has logged."""
         if state.is_world_process_zero:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             rows = read_metrics(self.path) if self.path.exists() else []
             rows = [row for row in rows if row["iteration"] <= state.global_step]
             self.path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        # The Trainer would go on with the intervals of the checkpoint.
+        # The Trainer would keep the intervals of the checkpoint.
         state.logging_steps, state.save_steps = args.logging_steps, args.save_steps
 
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -150,8 +151,8 @@ class MetricsFile(TrainerCallback):
 
 
 class EvaluationSteps(TrainerCallback):
-    """Has the Trainer evaluate after each `interval` steps, and at no other, as later releases of
-    transformers do at the last one."""
+    """Makes the Trainer evaluate after each `interval` steps only; newer releases of transformers
+    would also evaluate at the last step."""
 
     def __init__(self, interval: int):
         self.interval = interval
@@ -161,7 +162,7 @@ class EvaluationSteps(TrainerCallback):
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The lines of a metrics file; a last line that a killed run left half-written is left out."""
+    """Returns the rows of a metrics file, up to a line that a killed run left half-written."""
     rows = []
     for line in path.read_text().splitlines():
         try:
@@ -171,12 +172,11 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     return rows
 
 
-def find_checkpoint(settings: EmbeddedSettings) -> Path | None:
-    """The newest whole checkpoint to go on from, or `None` for a start from nothing.
+def find_checkpoint(settings: TrainerSettings) -> Path | None:
+    """Returns the newest complete checkpoint in `load`, or `None` to start a new run.
 
     Raises:
-        SettingsError: `load` names a folder without a checkpoint, other than `save`; or one with
-            GPT-NeoX's checkpoints only.
+        SettingsError: `load` is not `save` and has no checkpoint, or has only GPT-NeoX's.
     """
     if settings.load is None:
         return None
@@ -190,8 +190,8 @@ def find_checkpoint(settings: EmbeddedSettings) -> Path | None:
         return found[max(found)]
     if (settings.load / "latest").is_file() or any(settings.load.glob("global_step*")):
         raise SettingsError(
-            f"load: found a GPT-NeoX checkpoint in {settings.load}, wanted one of the embedded "
-            "engine; convert/neox_to_hf.py makes a Hugging Face model of it"
+            f"load: found a GPT-NeoX checkpoint in {settings.load}, wanted one of the Hugging "
+            "Face Trainer; convert/neox_to_hf.py makes a Hugging Face model of it"
         )
     if settings.save.resolve() != settings.load.resolve():
         raise SettingsError(
@@ -201,22 +201,23 @@ def find_checkpoint(settings: EmbeddedSettings) -> Path | None:
 
 
 def checkpoint_step(checkpoint: Path) -> int:
-    """The number of steps that a checkpoint has behind it."""
+    """Returns the number of steps after which a checkpoint was saved."""
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
-def wandb_wanted(settings: EmbeddedSettings) -> bool:
-    """Whether to log to wandb: as in GPT-NeoX only with a key, or offline. Sets up its environment.
+def wandb_wanted(settings: TrainerSettings) -> bool:
+    """Returns whether to log to wandb, and sets its environment variables. As in GPT-NeoX, a run
+    logs only with an API key, or offline.
 
     Raises:
-        SettingsError: `use_wandb` is on and wandb is not installed, or broken.
+        SettingsError: `use_wandb` is on, but wandb cannot be imported.
     """
     mode = os.environ.get("WANDB_MODE", "online")
     if not settings.use_wandb or mode == "disabled":
         return False
     try:
         from wandb import init  # noqa: F401
-    except Exception as error:  # not there, broken, or another module of this name
+    except Exception as error:  # missing, broken, or another module of this name
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise SettingsError(
             f"use_wandb: found no wandb that works ({reason}), wanted pip install wandb"
@@ -237,11 +238,11 @@ def wandb_wanted(settings: EmbeddedSettings) -> bool:
     return True
 
 
-def training_arguments(settings: EmbeddedSettings) -> TrainingArguments:
-    """The Trainer's arguments that the settings amount to."""
+def training_arguments(settings: TrainerSettings) -> TrainingArguments:
+    """Returns the Trainer's arguments for the settings."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     micro, steps = settings.batch(world_size)
-    # What this variable says, from `accelerate launch` say, would count more than `bf16=False`.
+    # This variable, which `accelerate launch` sets, would override `bf16=False`.
     is_mixed = settings.precision == "bfloat16"
     os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if is_mixed else "no"
     arguments = TrainingArguments(
@@ -251,50 +252,50 @@ def training_arguments(settings: EmbeddedSettings) -> TrainingArguments:
         per_device_train_batch_size=micro,
         per_device_eval_batch_size=micro,
         gradient_accumulation_steps=steps,
-        average_tokens_across_devices=False,  # all batches have the same number
+        average_tokens_across_devices=False,  # all batches have the same number of tokens
         learning_rate=settings.optimizer.params.lr,
         max_grad_norm=settings.gradient_clipping,
         bf16=is_mixed,
         seed=settings.seed,
         logging_steps=settings.log_interval,
-        logging_nan_inf_filter=False,  # it logs the mean of other losses in place of such a one
-        eval_strategy="no",  # `EvaluationSteps` says when
+        logging_nan_inf_filter=False,  # the filter would replace a NaN by the mean of other losses
+        eval_strategy="no",  # `EvaluationSteps` decides
         prediction_loss_only=True,
         save_strategy="steps",
         save_steps=settings.checkpoint_factor or settings.train_iters,
         save_total_limit=settings.keep_last_n_checkpoints,
         remove_unused_columns=False,
-        dataloader_num_workers=0,  # a sample is a copy from mapped memory
+        dataloader_num_workers=0,  # reading a sample is only a copy from mapped memory
         report_to=["wandb"] if wandb_wanted(settings) else [],
         dataloader_pin_memory=torch.cuda.is_available(),
         run_name=settings.wandb_run_name,
     )
-    # Without a launcher the Trainer would spread a batch over all GPUs and so multiply it.
+    # Without a launcher the Trainer would use DataParallel on all GPUs, with a batch for each.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
 
 
 def _allow_random_states() -> None:
-    """Lets `torch.load` read the NumPy random state in a checkpoint: since torch 2.6 it wants to be
-    told, and transformers does so only in later releases than 4.46."""
+    """Allows `torch.load` to read the NumPy random state in a checkpoint, which torch 2.6 and later
+    refuse by default. transformers 4.46 does not allow it itself; newer releases do."""
     core = np._core if hasattr(np, "_core") else np.core
     types = [np.ndarray, np.dtype, type(np.dtype(np.uint32))]
     torch.serialization.add_safe_globals([core.multiarray._reconstruct, *types])
 
 
 def train(
-    settings: EmbeddedSettings,
+    settings: TrainerSettings,
     model: nn.Module,
     train_samples: Dataset,
     validation: Callable[[int], Dataset] | None,
     checkpoint: Path | None,
 ) -> nn.Module:
-    """Trains `model` from `checkpoint` (or from the start) to `train_iters`, and writes checkpoints
-    and METRICS under `save`. Evaluates after each `eval_interval` steps and, as GPT-NeoX, once more
-    at the end, on the samples that `validation` gives for evaluation number 0, 1, ...
+    """Trains `model` to `train_iters`, from `checkpoint` if there is one. Writes checkpoints and
+    METRICS to `save`. Evaluates every `eval_interval` steps and, as GPT-NeoX does, once more at the
+    end, on the samples that `validation` returns for evaluation 0, 1, ...
 
     Returns:
-        the trained model, without what the Trainer wrapped it in (autocast, data parallelism).
+        The trained model, without the Trainer's wrappers for autocast and data parallelism.
 
     Raises:
         SettingsError: `save` cannot be written to, or another run holds it.

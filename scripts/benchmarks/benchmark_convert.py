@@ -1,17 +1,18 @@
 """Times the conversion of a synthetic GPT-NeoX checkpoint beside a plain copy of its files, and
-measures the memory it takes.
+measures its memory.
 
     python scripts/benchmarks/benchmark_convert.py --folder /disk/with/room
-    python scripts/benchmarks/benchmark_convert.py --folder /tmp --config configs/metala_tiny.yml --repeats 1
+    python scripts/benchmarks/benchmark_convert.py --folder /tmp --config configs/metala_tiny.yml
 
-The checkpoint, its copy and the Hugging Face folder lie in a temporary folder inside `--folder`: it
-takes three times the size of the model, and is removed at the end. Copy and conversion take turns
-under the same conditions: before each, the checkpoint's pages are dropped from the page cache and
-the last output is deleted; both end when their files have been written to the disk (fsync). The
-times are medians and leave out the start of Python and its imports. Memory is that of one
-conversion, in a process of its own, above what it has after its imports: the peak of the resident
-set, mapped pages of files included, and the peak of anonymous memory, which is what cannot be
-given back under pressure.
+Prints, for `mp_rank` checkpoints (`--form whole`) and layer-file checkpoints (`--form pipeline`):
+seconds and MB/s of copy and conversion, their ratio, and the peak memory.
+
+- Disk: checkpoint, copy and Hugging Face folder lie in a temporary folder inside `--folder`. They
+  take three times the size of the model and are removed at the end.
+- Time: medians, without the start of Python and its imports. Copy and conversion alternate. Each
+  starts with the checkpoint dropped from the page cache and ends after fsync.
+- Memory: of one conversion in a process of its own, above what it has after its imports. The
+  resident set includes mapped pages of files; anonymous memory cannot be given back under pressure.
 """
 
 from __future__ import annotations
@@ -28,32 +29,34 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
-ROOT = Path(__file__).resolve().parents[2]
-from convert.command import ConvertError, run  # noqa: E402
-from convert.hf_folder import parse_size  # noqa: E402
-from convert.layout import check_tensor_parallel  # noqa: E402
-from convert.neox_checkpoint import described_model  # noqa: E402
-from convert.neox_writer import write_checkpoint  # noqa: E402
-from convert.tensor_table import TensorRule, tensor_table  # noqa: E402
-from convert.vocabulary import padded_vocabulary  # noqa: E402
-from megatron_patch.architecture import Architecture, with_defaults  # noqa: E402
-from megatron_patch.neox.yaml_config import merge_yaml  # noqa: E402
+from convert.command import ConvertError, one_line_errors
+from convert.hf_io import parse_size
+from convert.neox_reader import check_tensor_parallel, described_model
+from convert.neox_writer import padded_vocabulary, write_checkpoint
+from convert.tensor_table import TensorRule, tensor_table
+from megatron_patch.architecture import Architecture
+from megatron_patch.architecture_neox import with_defaults
+from megatron_patch.commands.command_line import run_script
+from megatron_patch.neox.yaml_config import merge_yaml
 
+ROOT = Path(__file__).resolve().parents[2]
 TOKENS = 32_000
 DTYPE = torch.bfloat16
-FORMS = {"whole": 0, "pipeline": 1}  # by pipe_parallel_size
-LARGEST_TENSOR_SHARE, MEMORY_ALLOWANCE = 1.3, 2 * 2**30  # the memory allowed
-COPY_SPEED_SHARE = 0.6  # the speed wanted
+FORMS = {"whole": 0, "pipeline": 1}  # pipe_parallel_size of mp_rank and of layer-file checkpoints
+# The memory allowed: this multiple of the largest tensor, and this many bytes.
+LARGEST_TENSOR_SHARE, MEMORY_ALLOWANCE = 1.3, 2 * 2**30
+COPY_SPEED_SHARE = 0.6  # the speed wanted, as a share of the copy's
 
 
 def write_tokenizer(path: Path) -> None:
-    """A tokenizer.json of TOKENS words."""
+    """Writes a tokenizer.json of TOKENS words."""
     from tokenizers import Tokenizer, models
 
     Tokenizer(models.WordLevel({f"w{i}": i for i in range(TOKENS)}, unk_token="w0")).save(str(path))
@@ -62,16 +65,16 @@ def write_tokenizer(path: Path) -> None:
 def write_synthetic(
     folder: Path, shape: Architecture, settings: Mapping[str, Any], tensor_parallel: int, pipe: int
 ) -> None:
-    """A checkpoint whose tensors are stretches of one block of random numbers, each from a place
-    of its own."""
+    """Writes a checkpoint. Its tensors are slices of one block of random numbers, which start at
+    different offsets."""
     block = torch.randn(2**24 + 2**16, generator=torch.Generator().manual_seed(0)).to(DTYPE)
-    places: dict[TensorRule, int] = {}
+    offsets: dict[TensorRule, int] = {}
 
     def full(rule: TensorRule) -> torch.Tensor:
-        place = places.setdefault(rule, 97 * len(places))
+        offset = offsets.setdefault(rule, 97 * len(offsets))
         size = math.prod(rule.shape)
-        stretch = block[place : place + min(size, 2**24)]
-        return stretch.repeat(-(-size // len(stretch)))[:size].view(rule.shape)
+        values = block[offset : offset + min(size, 2**24)]
+        return values.repeat(-(-size // len(values)))[:size].view(rule.shape)
 
     folder.mkdir()
     configs = {"run.yml": yaml.safe_dump(dict(settings))}
@@ -79,7 +82,7 @@ def write_synthetic(
 
 
 def flush(folder: Path, drop: bool) -> None:
-    """Writes a folder's files to the disk, and drops them from the page cache if asked."""
+    """Writes a folder's files to the disk; with `drop`, drops them from the page cache too."""
     for path in folder.rglob("*"):
         if path.is_file():
             file = os.open(path, os.O_RDONLY)
@@ -90,10 +93,12 @@ def flush(folder: Path, drop: bool) -> None:
 
 
 def folder_bytes(folder: Path) -> int:
+    """Returns the size of a folder's files."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def copy_seconds(source: Path, target: Path) -> float:
+    """Returns the seconds that a plain copy takes, fsync included."""
     start = time.perf_counter()
     shutil.copytree(source, target)
     flush(target, drop=False)
@@ -101,10 +106,10 @@ def copy_seconds(source: Path, target: Path) -> float:
 
 
 def convert_in_child(source: Path, target: Path, max_shard_size: str) -> dict[str, float]:
-    """Seconds and bytes of one conversion, in a new process.
+    """Converts in a new process and returns what `child` prints there.
 
     Raises:
-        ConvertError: it failed, and said why.
+        ConvertError: the conversion failed; the child has said why.
     """
     command = [sys.executable, __file__, "--child", source, target, max_shard_size]
     process = subprocess.run([*map(str, command)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
@@ -114,7 +119,7 @@ def convert_in_child(source: Path, target: Path, max_shard_size: str) -> dict[st
 
 
 def memory(key: str) -> int:
-    """Bytes of /proc/self/status."""
+    """Returns an entry of /proc/self/status in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{key}:"):
             return int(line.split()[1]) * 1024
@@ -122,7 +127,7 @@ def memory(key: str) -> int:
 
 
 def child(source: Path, target: Path, max_shard_size: str) -> None:
-    """Converts, and prints seconds and bytes as JSON."""
+    """Converts; prints seconds and peak bytes (resident, anonymous) as JSON."""
     import tokenizers  # noqa: F401
     from transformers import GenerationConfig  # noqa: F401
 
@@ -146,7 +151,7 @@ def child(source: Path, target: Path, max_shard_size: str) -> None:
         neox_to_hf(source, target, max_shard_bytes=parse_size(max_shard_size))
         flush(target, drop=False)
         seconds = time.perf_counter() - start
-    finally:  # Python waits for the thread at its end
+    finally:  # else the thread would keep the process alive
         done.set()
         sampler.join()
     found = {
@@ -209,7 +214,7 @@ def measure(
     largest: int,
     options: argparse.Namespace,
 ) -> None:
-    """Measures one form of checkpoint and prints what was found."""
+    """Times one kind of checkpoint and prints the result."""
     source, copied, converted = work / form, work / "copy", work / "hf"
     own = {**settings, "pipe_parallel_size": FORMS[form]}
     write_synthetic(source, shape, own, options.tensor_parallel, FORMS[form])
@@ -241,7 +246,7 @@ def measure(
 
 
 if __name__ == "__main__":
+    command = main
     if sys.argv[1:2] == ["--child"]:
-        run(lambda: child(Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4]))
-    else:
-        run(main)
+        command = partial(child, Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4])
+    run_script(one_line_errors()(command))

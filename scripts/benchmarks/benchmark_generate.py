@@ -1,20 +1,23 @@
 #!/usr/bin/env python3
-"""Decoding speed and memory of a MetaLA model beside a LLaMA of equal size in transformers.
+"""Times decoding of a MetaLA model beside a LLaMA of equal size in transformers.
 
-    python scripts/benchmarks/benchmark_generate.py             0.38B, batches 1 and 64, contexts 1k to 128k
+    python scripts/benchmarks/benchmark_generate.py    0.38B, batches 1 and 64, contexts 1k to 128k
     python scripts/benchmarks/benchmark_generate.py --size 1b --batches 1
-    python scripts/benchmarks/benchmark_generate.py --device cpu --size tiny --batches 1 2 --contexts 16 32
+    python scripts/benchmarks/benchmark_generate.py --device cpu --size tiny --contexts 16 32
 
-Both have random weights in bfloat16, equal width, layers, MLP, heads and vocabulary, and take
-greedy steps behind a context, each step's kernels replayed from a CUDA graph, but for a single
-sequence's one kernel of MetaLA, which needs none. MetaLA reads its context, and decodes as by
-generate(cache_implementation="static"). LLaMA's keys and values are filled with random numbers,
-since their values do not change its speed; it has scaled_dot_product_attention and a static cache,
-and is measured with its own kernels and, as long as --budget lasts, compiled by torch.compile; the
-faster counts.
+Prints, for each batch and context: tokens per second over all rows, milliseconds a step and peak
+memory (weights included) of both models, their ratio, and at batch 1 the share of the roofline that
+MetaLA reaches. The roofline is the time to read once all weights that a step reads, at this run's
+bandwidth. Draws tokens per second against context (`--plot`).
 
-The limit at batch 1 is the time to read once all weights that a step reads, at the bandwidth that
-this run measures. Memory is the peak while decoding, weights included.
+Both models have random weights in bfloat16, equal width, layers, MLP, heads and vocabulary. They
+take greedy steps behind the context.
+
+- MetaLA reads the context and decodes as generate(cache_implementation="static") does: by a CUDA
+  graph, or for one sequence by one kernel where that serves.
+- LLaMA, the baseline, has scaled_dot_product_attention and a static cache of random numbers (their
+  values do not change its speed). A CUDA graph replays its step: its own kernels and, while
+  --budget lasts, compiled by torch.compile. The faster one counts.
 """
 
 from __future__ import annotations
@@ -32,22 +35,29 @@ import yaml
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
-from megatron_patch.commands.command_line import Parser, number, one_of, picture, run_script, whole  # noqa: E402
-from megatron_patch.commands.command_line import device as device_name  # noqa: E402
-from megatron_patch.hf import MetaLACache, MetaLAConfig, MetaLAForCausalLM  # noqa: E402
-from megatron_patch.hf.decoding_metala import COMPILE_OPTIONS, record_cuda_graph  # noqa: E402
+from megatron_patch.commands.command_line import Parser, number, one_of, picture, run_script, whole
+from megatron_patch.commands.command_line import device as device_name
+from megatron_patch.hf import MetaLACache, MetaLAConfig, MetaLAForCausalLM
+from megatron_patch.hf.decoding_metala import COMPILE_OPTIONS, capture_cuda_graph
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 SIZES = {path.stem.removeprefix("metala_"): path for path in sorted(CONFIGS.glob("metala_*.yml"))}
 VOCABULARY = 32000
 WARM_UP_STEPS = 8
-TOKENS_AT_ONCE = 2**17  # of a context that MetaLA reads, over all rows
-USABLE_MEMORY = 0.92  # of the GPU's, for keys and values beside the weights
+TOKENS_AT_ONCE = 2**17  # MetaLA reads its context in pieces of so many tokens, over all rows
+USABLE_MEMORY = 0.92  # share of the GPU's memory that weights, keys and values may take
 
 
 @dataclass
 class Speed:
-    """Of decoding: tokens per second over all rows, seconds per step, peak bytes, and by what."""
+    """A decoding speed.
+
+    Attributes:
+        tokens_per_second: over all rows.
+        seconds: of a step.
+        memory: peak bytes while decoding, weights included; 0 on a CPU.
+        how: what ran the step: a kind of CUDA graph, or "plain".
+    """
 
     tokens_per_second: float
     seconds: float
@@ -56,7 +66,7 @@ class Speed:
 
 
 def sizes(name: str) -> dict[str, int]:
-    """Width, layers, heads, MLP width and vocabulary of a size in configs/."""
+    """Returns the LLaMA-style sizes of a configuration in configs/, with VOCABULARY tokens."""
     settings = yaml.safe_load(SIZES[name].read_text(encoding="utf-8"))
     return dict(
         hidden_size=settings["hidden_size"],
@@ -68,13 +78,13 @@ def sizes(name: str) -> dict[str, int]:
 
 
 def metala_config(name: str) -> MetaLAConfig:
-    """Of a size in configs/, with its width of keys."""
+    """Returns the MetaLA configuration of a size in configs/, with its expand_k."""
     settings = yaml.safe_load(SIZES[name].read_text(encoding="utf-8"))
     return MetaLAConfig(**sizes(name), expand_k=settings.get("metala", {}).get("expand_k", 0.5))
 
 
 def build(kind: type[nn.Module], config, device: torch.device) -> nn.Module:
-    """A model with random weights in bfloat16, made on its device."""
+    """Returns a model with random weights in bfloat16, made on its device."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
@@ -96,7 +106,7 @@ def free_memory(device: torch.device) -> None:
 
 
 def time_steps(step: Callable[[], None], steps: int, batch: int, how: str, device) -> Speed:
-    """Wall time of `steps` runs of a decoding step, after a few that do not count."""
+    """Times `steps` runs of a decoding step, after WARM_UP_STEPS that do not count."""
     for _ in range(WARM_UP_STEPS):
         step()
     synchronize(device)
@@ -112,7 +122,7 @@ def time_steps(step: Callable[[], None], steps: int, batch: int, how: str, devic
 
 
 def read_bandwidth(device: torch.device) -> float:
-    """Bytes per second of the faster of copying (read and written) and summing (read)."""
+    """Returns the memory bandwidth in bytes per second: a copy's or a sum's, the higher one."""
     size = 2**30 if device.type == "cuda" else 2**25
     source = torch.ones(size, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
@@ -131,7 +141,7 @@ def read_bandwidth(device: torch.device) -> float:
 
 
 def bytes_read(model: nn.Module) -> int:
-    """Bytes of the weights that a step reads: all but the embedding, unless it is the head too."""
+    """Returns the bytes of weights that a step reads: all but the embedding, unless it is tied."""
     skipped = model.get_input_embeddings().weight
     if model.get_output_embeddings().weight is skipped:
         skipped = None
@@ -146,7 +156,7 @@ def metala_speeds(
     device: torch.device,
     kind: str | None,
 ) -> Iterator[Speed]:
-    """Speeds behind each of the contexts, which rise: one state reads on from each to the next."""
+    """Yields the speed behind each context. Contexts ascend; one state reads on to the next one."""
     cache = MetaLACache(model.config, decoding_graph=kind)
     for context in contexts:
         while (missing := context - cache.get_seq_length()) > 0:
@@ -163,7 +173,7 @@ def metala_speeds(
 
 
 def llama_bytes(config: LlamaConfig, batch: int, context: int) -> int:
-    """Of keys and values."""
+    """Returns the bytes of LLaMA's keys and values in bfloat16."""
     return 2 * 2 * config.num_hidden_layers * config.hidden_size * batch * context
 
 
@@ -175,9 +185,10 @@ def llama_speed(
     device: torch.device,
     may_compile: Callable[[], bool],
 ) -> Speed:
+    """Returns LLaMA's best speed behind a context: by its own kernels, or compiled."""
     config = model.config
     found = []
-    room = context + 2 * (WARM_UP_STEPS + steps) + 16  # for two runs, and those before recordings
+    room = context + 2 * (WARM_UP_STEPS + steps) + 16  # two runs, and the steps before each capture
     cache = StaticCache(config=config, max_cache_len=room)
     heads = config.num_key_value_heads
     cache.early_initialization(batch, heads, config.head_dim, torch.bfloat16, device)
@@ -198,14 +209,14 @@ def llama_speed(
             logits = forward(input_ids=ids, past_key_values=cache, use_cache=True).logits
             ids.copy_(logits[:, -1:].argmax(-1))
 
-        run = record_cuda_graph(step) if device.type == "cuda" else step
+        run = capture_cuda_graph(step) if device.type == "cuda" else step
         found.append(time_steps(run, steps, batch, kind, device))
         del run
     return max(found, key=lambda speed: speed.tokens_per_second)
 
 
 def print_generate_speeds(model: MetaLAForCausalLM, tokens: int, device: torch.device) -> None:
-    """What `generate` reaches at batch 1, its own Python included."""
+    """Prints the tokens per second that `generate` reaches at batch 1, its Python included."""
     ids = torch.randint(VOCABULARY, (1, 64), device=device)
     how = dict(max_new_tokens=tokens, do_sample=False, eos_token_id=None, pad_token_id=0)
     for name in (None, "static"):
@@ -221,7 +232,7 @@ def print_generate_speeds(model: MetaLAForCausalLM, tokens: int, device: torch.d
 
 
 def plot(results: dict[tuple[int, int], tuple[Speed, Speed | None]], path: Path, title: str):
-    """Tokens per second against context, a panel per batch."""
+    """Draws tokens per second against context, a panel a batch."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -285,7 +296,7 @@ def main() -> None:
     speed = read_bandwidth(device)
     free_memory(device)
 
-    # One model at a time, for the memory that each takes.
+    # One model at a time: each gets the whole GPU's memory.
     metala = build(MetaLAForCausalLM, metala_config(arguments.size), device)
     limit = bytes_read(metala) / speed
     print(
@@ -323,7 +334,7 @@ def main() -> None:
         if on_gpu and needed > USABLE_MEMORY * torch.cuda.get_device_properties(0).total_memory:
             words = f"does not fit: needs {needed / 1e9:.0f} GB"
         else:
-            # What the estimate leaves out shows here.
+            # The estimate leaves out activations, so memory may still run out.
             with contextlib.suppress(torch.cuda.OutOfMemoryError):
                 theirs = llama_speed(llama, batch, context, arguments.steps, device, may_compile)
             words = words if theirs else "does not fit: out of memory"
@@ -338,7 +349,7 @@ def main() -> None:
 def line(
     batch: int, context: int, mine: Speed, theirs: Speed | None, words: str, limit: float
 ) -> str:
-    """A row of the table."""
+    """Returns a row of the table."""
 
     def columns(speed: Speed, width: int) -> str:
         return (

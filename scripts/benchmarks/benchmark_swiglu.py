@@ -1,53 +1,28 @@
-"""Checks SwiGLU's kernels against float64 on a GPU, then times them beside PyTorch's.
+"""Times SwiGLU on a GPU, by our kernels and by PyTorch.
 
     python scripts/benchmarks/benchmark_swiglu.py
 
-Times are of a replayed CUDA graph, medians with a cold cache, bfloat16. The floor is the time to
-read each input once and write each output once at the copy bandwidth of this run; memory is what
-the backward pass needs beside input and output.
+Times are of a replayed CUDA graph, medians with a cold cache, bfloat16. The floor (roofline) is the
+time to read each input once and write each output once at the copy bandwidth of this run. "kept" is
+the memory that the backward pass needs beside input and output.
 """
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
-from benchmark_ops import bandwidth, graph_ms, relative_error  # noqa: E402
+from timing import copy_bandwidth, graph_ms, passes
 
-from megatron_patch.commands.command_line import CommandError, Parser, need_gpu, run_script  # noqa: E402
-from megatron_patch.ops import swiglu  # noqa: E402
+from megatron_patch.commands.command_line import Parser, need_gpu, run_script
+from megatron_patch.ops import swiglu
 
-LIMITS = {torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.float32: 1e-6}
 TOKENS = 16 * 2048
 WIDTHS = (2816, 5632, 8192)  # F of the configurations of 0.38B, 1B and 3B
 
 
-def evaluate(x, d_y, backend):
-    x = x.detach().requires_grad_()
-    y = swiglu(x, backend=backend)
-    return y, *torch.autograd.grad(y, x, d_y)
-
-
-def check_all() -> bool:
-    torch.use_deterministic_algorithms(True, warn_only=True)  # fills new memory with NaN
-    wrong = checks = 0
-    for dtype, limit in LIMITS.items():
-        for width in (*WIDTHS, 1408, 5, 1):
-            for rows in (1, 1001):
-                x = 3 * torch.randn(rows, 2 * width, device="cuda").to(dtype)
-                d_y = torch.randn(rows, width, device="cuda").to(dtype)
-                found, again = (evaluate(x, d_y, "triton") for _ in range(2))
-                wanted = evaluate(x.double(), d_y.double(), "torch")
-                error = max(relative_error(x, want) for x, want in zip(found, wanted, strict=True))
-                checks += 1
-                if not error <= limit or not all(map(torch.equal, found, again)):
-                    wrong += 1
-                    print(f"WRONG {dtype} F {width}, {rows} rows: {error}")
-    torch.use_deterministic_algorithms(False)
-    print(f"{checks} checks against float64, {wrong} wrong", flush=True)
-    return wrong == 0
-
-
 def kept_bytes(x: torch.Tensor, backend: str) -> int:
-    """What the backward pass needs beside the input."""
+    """Returns the size of what the backward pass needs beside the input."""
     kept = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -62,7 +37,7 @@ def kept_bytes(x: torch.Tensor, backend: str) -> int:
 
 
 def time_all() -> None:
-    speed = bandwidth()
+    speed = copy_bandwidth()
     print(f"copy bandwidth {speed / 1e9:.2f} TB/s; times in ms, {TOKENS:,} tokens")
     print(f"{'':<20}{'forward':>9}{'floors':>8}{'fwd+bwd':>9}{'floors':>8}{'kept MiB':>10}")
     for width in WIDTHS:
@@ -72,14 +47,7 @@ def time_all() -> None:
         floors = 3 * half / speed, 8 * half / speed
         found = {}
         for backend in ("triton", "torch"):
-
-            def forward(x=x, backend=backend):
-                with torch.no_grad():
-                    return swiglu(x, backend=backend)
-
-            def both(x=x, d_y=d_y, backend=backend):
-                return torch.autograd.grad(swiglu(x, backend=backend), x, d_y)
-
+            forward, both = passes(partial(swiglu, x, backend=backend), [x], d_y)
             times = found[backend] = graph_ms(forward), graph_ms(both)
             ratios = [time / floor for time, floor in zip(times, floors, strict=True)]
             print(
@@ -94,8 +62,6 @@ def main() -> None:
     Parser(description=__doc__.split("\n")[0]).parse_args()
     need_gpu()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
-    if not check_all():
-        raise CommandError("the kernels are wrong on this machine; not timed")
     time_all()
 
 

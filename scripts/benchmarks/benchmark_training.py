@@ -5,11 +5,14 @@
     python scripts/benchmarks/benchmark_training.py --gpus 2                       # data parallel
     python scripts/benchmarks/benchmark_training.py --gpus 2 --tensor-parallel 2
 
-needs a linked GPT-NeoX checkout (`GPT_NEOX_PATH`, or the one of scripts/setup.sh). The stock
-`deepy.py train.py` trains on random tokens with the settings of `--config`, without accumulation,
-and the numbers are those that it prints: the mean time of an iteration after the first ten, and the
-largest allocation on the first GPU. The other model has GPT-NeoX's attention of type `flash` where
-flash-attn is installed, else `global`, with rotary positions, and MLPs of the same width.
+Prints, for each model: milliseconds of a step (mean, fastest and slowest interval), tokens per
+second of all GPUs, the largest allocation on the first GPU, and parameters. Then the ratios.
+
+It needs a linked GPT-NeoX checkout (`GPT_NEOX_PATH`, or the one of scripts/setup.sh). The stock
+`deepy.py train.py` trains on random tokens with the settings of `--config`, without accumulation.
+The numbers are those that GPT-NeoX prints after the first ten iterations. The baseline has
+GPT-NeoX's attention of type `flash` where flash-attn is installed, else `global`, with rotary
+positions and MLPs of the same width.
 """
 
 from __future__ import annotations
@@ -30,23 +33,22 @@ import numpy as np
 import torch
 import yaml
 
-ROOT = Path(__file__).resolve().parents[2]
-from convert.command import ConvertError  # noqa: E402
-from convert.gpt_neox import need_neox  # noqa: E402
-from megatron_patch.architecture import SettingsError  # noqa: E402
-from megatron_patch.commands.command_line import (  # noqa: E402
+from convert.command import ConvertError, need_neox
+from megatron_patch.architecture import SettingsError
+from megatron_patch.commands.command_line import (
     CommandError,
     Parser,
     existing_file,
     run_script,
     whole,
 )
-from megatron_patch.commands.link_neox import MARK, entry_point  # noqa: E402
-from megatron_patch.indexed_dataset import IndexedDatasetWriter  # noqa: E402
-from megatron_patch.neox.yaml_config import merge_yaml  # noqa: E402
+from megatron_patch.commands.link_neox import MARK, entry_point
+from megatron_patch.indexed_dataset import IndexedDatasetWriter
+from megatron_patch.neox.yaml_config import merge_yaml
 
+ROOT = Path(__file__).resolve().parents[2]
 TOKENS = 32_000
-INTERVAL = 10  # iterations of which GPT-NeoX prints the mean time; the first are left out
+INTERVAL = 10  # GPT-NeoX prints the mean time of so many iterations; the first mean is left out
 TIME = re.compile(r"elapsed time per iteration \(ms\): (\S+) \|")
 MEMORY = re.compile(r"\| max reserved: (\S+)")
 PARAMETERS = re.compile(r"number of parameters on model parallel rank 0: (\d+)")
@@ -54,13 +56,13 @@ PARAMETERS = re.compile(r"number of parameters on model parallel rank 0: (\d+)")
 
 @dataclass(frozen=True)
 class Measurement:
-    """Of one training.
+    """One training's speed and memory.
 
     Attributes:
-        milliseconds: of an iteration, mean of each interval after the first.
-        tokens_per_second: of all GPUs together.
-        gigabytes: largest allocation on the first GPU.
-        parameters: of the first rank.
+        milliseconds: an iteration's time, the mean of each interval after the first.
+        tokens_per_second: all GPUs together.
+        gigabytes: the largest allocation on the first GPU.
+        parameters: those of the first rank.
     """
 
     milliseconds: list[float]
@@ -70,7 +72,7 @@ class Measurement:
 
 
 def write_data(folder: Path) -> dict[str, Any]:
-    """A tokenizer of TOKENS words and four million random tokens; returns the settings."""
+    """Writes a tokenizer of TOKENS words and four million random tokens; returns their settings."""
     from tokenizers import Tokenizer, models
 
     words = ["<|endoftext|>", "<|padding|>", *(f"w{i}" for i in range(TOKENS - 2))]
@@ -88,7 +90,7 @@ def write_data(folder: Path) -> dict[str, Any]:
 
 
 def training_settings(options: argparse.Namespace) -> dict[str, Any]:
-    """The settings of `--config`, of the number of GPUs and steps asked for."""
+    """Returns the settings of `--config` for the GPUs and steps asked for."""
     given = merge_yaml([options.config])
     needed = ("num_layers", "seq_length", "intermediate_size", "train_micro_batch_size_per_gpu")
     if missing := [name for name in needed if name not in given]:
@@ -113,7 +115,7 @@ def training_settings(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def with_attention(settings: dict[str, Any], kind: str) -> dict[str, Any]:
-    """The same with all layers of type `kind`."""
+    """Returns the settings with all layers of type `kind` in place of MetaLA."""
     rest = {key: value for key, value in settings.items() if key != "metala"}
     return {
         **rest,
@@ -125,7 +127,7 @@ def with_attention(settings: dict[str, Any], kind: str) -> dict[str, Any]:
 
 
 def free_port() -> int:
-    """Another training on this machine may have GPT-NeoX's usual one."""
+    """Returns a free port: another training may hold GPT-NeoX's default one."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -141,7 +143,7 @@ def measure(
     """Trains, and reads what was printed.
 
     Raises:
-        CommandError: the training failed; its last lines stand before.
+        CommandError: the training failed; its last 40 lines were printed to stderr.
     """
     config = folder / f"{name}.yml"
     config.write_text(yaml.safe_dump({**settings, "master_port": free_port()}))

@@ -53,9 +53,7 @@ def measure(options) -> dict[str, float]:
     model = LlamaForCausalLM(config).cuda()
     compiled = torch.compile(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    tokens = torch.randint(
-        options.vocabulary, (options.micro_batch, options.length), device="cuda"
-    )
+    tokens = torch.randint(options.vocabulary, (options.micro_batch, options.length), device="cuda")
 
     def step() -> None:
         with torch.autocast("cuda", torch.bfloat16):

@@ -18,8 +18,7 @@ from pathlib import Path
 
 from benchmark_training import ROOT, measure, training_settings, write_data
 
-from convert.command import ConvertError
-from convert.gpt_neox import need_neox
+from convert.command import ConvertError, need_neox
 from megatron_patch.architecture import SettingsError
 from megatron_patch.commands.command_line import Parser, existing_file, run_script, whole
 

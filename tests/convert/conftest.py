@@ -1,7 +1,10 @@
-"""A tokenizer of the size that the synthetic models are written for."""
+"""A tokenizer for the synthetic models, and the commands run in the test's own process."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,6 +24,25 @@ def write_tokenizer(path: Path, special: tuple[str, ...], tokens: int = TOKENS) 
         tokenizer.add_special_tokens(list(special))
     tokenizer.save(str(path))
     return path
+
+
+@pytest.fixture
+def run_main(capsys) -> Callable[..., subprocess.CompletedProcess]:
+    """Runs `main(flags)` of a command and returns what a process of its own would have."""
+
+    def run(main: Callable[[list[str]], None], *flags: object) -> subprocess.CompletedProcess:
+        capsys.readouterr()
+        code = 0
+        try:
+            main([str(flag) for flag in flags])
+        except SystemExit as end:
+            code = end.code
+            if isinstance(code, str):  # Python prints it, and exits with code 1
+                print(code, file=sys.stderr)
+                code = 1
+        return subprocess.CompletedProcess(flags, code or 0, *capsys.readouterr())
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,5 @@
-"""GPT-NeoX checkpoints of small MetaLA models, written from the definition of the tensor-parallel
-layer and not through the converter's table, so that the two check each other."""
+"""GPT-NeoX checkpoints of small MetaLA models, as an oracle for the converter: written from the
+definition of the tensor-parallel layer, without the converter's table."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TOKENS = 90
 
 @dataclass(frozen=True)
 class Model:
-    """A model by its settings; `tensors` are its Hugging Face tensors, padding rows included."""
+    """The settings of a model, and its weights."""
 
     layers: int = 2
     d: int = 32
@@ -80,7 +80,8 @@ class Model:
         }
 
     def tensors(self, rows: int, seed: int = 0) -> dict[str, torch.Tensor]:
-        """Random weights; the same for the same seed, whatever the number of padding rows."""
+        """Returns random Hugging Face tensors, padding rows included. They depend on the seed and
+        not on the number of padding rows."""
         made: dict[str, torch.Tensor] = {}
 
         def random_tensor(name: str, *size: int, scale: float = 1.0, mean: float = 0.0) -> None:
@@ -136,14 +137,14 @@ class Model:
 
 
 def hash_of(name: str) -> int:
-    """The same in every process, as `hash` is not."""
+    """Returns a hash that is the same in every process, unlike `hash`."""
     return sum((i + 1) * ord(c) for i, c in enumerate(name))
 
 
 def attention_layer(
     model: Model, mixer: dict[str, torch.Tensor], mlp: dict[str, torch.Tensor], tp: int, rank: int
 ) -> dict[str, torch.Tensor]:
-    """A `ParallelTransformerLayer` of GPT-NeoX on one rank, from its tensors' own names."""
+    """Returns the tensors of GPT-NeoX's `ParallelTransformerLayer` on one rank."""
     width = model.d // model.heads
     my_heads = range(rank * model.heads // tp, (rank + 1) * model.heads // tp)
     mine = slice(my_heads.start * width, my_heads.stop * width)
@@ -165,7 +166,7 @@ def attention_layer(
         else:
             rows = [q[mine], k[my_keys], v[my_keys]]
         layer[f"attention.query_key_value.{kind}"] = torch.cat(rows)
-        # `x, gate = chunk(2)`, and the activation is the gate's
+        # GPT-NeoX computes `x, gate = chunk(2)` and activates the gate.
         layer[f"mlp.linear1.{kind}"] = torch.cat([mlp[f"l2.{kind}"][my_f], mlp[f"l1.{kind}"][my_f]])
     return layer
 
@@ -173,7 +174,7 @@ def attention_layer(
 def norm_tensors(
     model: Model, hf: dict[str, torch.Tensor], name: str, hf_name: str
 ) -> dict[str, torch.Tensor]:
-    """What GPT-NeoX's RMSNorm calls scale, PyTorch's LayerNorm calls weight."""
+    """Returns a norm's tensors: `scale` of GPT-NeoX's RMSNorm, `weight` and `bias` of LayerNorm."""
     if model.norm == "layernorm":
         return {f"{name}.{kind}": hf[f"{hf_name}.{kind}"] for kind in ("weight", "bias")}
     return {f"{name}.scale": hf[f"{hf_name}.weight"]} if model.norm == "rmsnorm" else {}
@@ -182,7 +183,7 @@ def norm_tensors(
 def rank_layers(
     model: Model, hf: dict[str, torch.Tensor], tp: int, rank: int
 ) -> dict[int, dict[str, torch.Tensor]]:
-    """What each GPT-NeoX layer holds on one rank, head by head and row by row."""
+    """Returns the tensors of each GPT-NeoX layer on one rank."""
     d, f, heads = model.d, model.f, model.heads
     key, value = int(model.expand_k * d) // heads, d // heads
     my_heads = range(rank * heads // tp, (rank + 1) * heads // tp)
@@ -262,7 +263,7 @@ def write(
         vocab_file: the tokenizer that the settings name.
         iteration: the iteration.
         configs: YAML files by name, by default one with all settings.
-        change: called with each rank and its layers before they are written, to damage them.
+        change: called with each rank and its layers before they are written, to change them.
 
     Returns:
         the Hugging Face tensors, padding rows included.

@@ -1,17 +1,16 @@
-"""What a disk has lost, and what a training has, is found before it is published."""
+"""Damaged files and diverged weights are found, and only exports are overwritten."""
 
 from __future__ import annotations
 
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from convert import export_record, torch_file
+from convert import export_record, files
 from convert.command import ConvertError
 from convert.hf_to_neox import hf_to_neox
 from convert.neox_to_hf import neox_to_hf
@@ -19,11 +18,10 @@ from convert.reshape_neox import reshape_neox
 from tests.convert.synthetic import Model, write
 from tests.damage import flip_bit
 
-ROOT = Path(__file__).resolve().parents[2]
 MODEL = Model(attention=(1,))
 
 
-@pytest.fixture(params=[0, 1], ids=["whole form", "pipeline form"])
+@pytest.fixture(params=[0, 1], ids=["mp_rank files", "layer files"])
 def neox(request, tmp_path, vocab_file) -> Path:
     write(tmp_path / "neox", MODEL, 2, request.param, vocab_file)
     return tmp_path / "neox"
@@ -43,7 +41,7 @@ def test_a_flipped_bit_is_found(record, neox, tmp_path):
 
 
 def test_many_tensors_in_one_record_are_compared_once(tmp_path, vocab_file, monkeypatch):
-    """As ZeRO's views of one buffer are saved."""
+    """ZeRO saves its tensors in this way, as views of one buffer."""
     write(tmp_path / "neox", MODEL, 1, 0, vocab_file)
     file = tmp_path / "neox/global_step7/mp_rank_00_model_states.pt"
     states = torch.load(file, weights_only=False)
@@ -52,15 +50,15 @@ def test_many_tensors_in_one_record_are_compared_once(tmp_path, vocab_file, monk
     for (name, tensor), part in zip(list(states["module"].items()), parts, strict=True):
         states["module"][name] = part.view(tensor.shape)
     torch.save(states, file)
-    monkeypatch.setattr("convert.neox_checkpoint.MAPPED_BYTES", 1000)  # opened again and again
+    monkeypatch.setattr("convert.neox_reader.MAPPED_BYTES", 1000)  # files are reopened often
     compared = []
-    check = torch_file.check_bytes
+    check = files.check_bytes
 
     def note(path, name, tensor):
         compared.append(tensor.untyped_storage().nbytes())
         check(path, name, tensor)
 
-    monkeypatch.setattr("convert.neox_checkpoint.check_bytes", note)
+    monkeypatch.setattr("convert.neox_reader.check_bytes", note)
     neox_to_hf(tmp_path / "neox", tmp_path / "hf")
     assert compared == [whole.nbytes]
     flip_bit(file)
@@ -93,7 +91,7 @@ def test_weights_that_no_model_can_run_with(value, tmp_path, vocab_file):
 # checksums of an export
 
 
-def test_an_export_tells_what_was_written(neox, tmp_path):
+def test_an_export_tells_what_was_written(neox, run_main, tmp_path):
     folder = tmp_path / "hf"
     neox_to_hf(neox, folder, max_shard_bytes=20_000)
     hf_to_neox(folder, tmp_path / "imported", 2, 1)
@@ -106,21 +104,18 @@ def test_an_export_tells_what_was_written(neox, tmp_path):
     content = bytearray(file.read_bytes())
     content[-5] ^= 1
     file.write_bytes(content)
-    load_file(file)  # nothing in the file tells
+    load_file(file)  # safetensors does not notice
     with pytest.raises(ConvertError, match=f"{file.name}: damaged, or changed since it was exp"):
         hf_to_neox(folder, tmp_path / "again", 1, 0)
-    command = [sys.executable, "-m", "convert.export_record"]
     for target, line in (
         (folder, f"error: {file}: damaged, or changed since it was exported, by SHA256SUMS"),
         (tmp_path, f"error: {tmp_path}: holds no SHA256SUMS of an export"),
     ):
-        run = subprocess.run([*command, target], cwd=ROOT, capture_output=True, text=True)
+        run = run_main(export_record.main, target)
         assert run.returncode == 1 and run.stderr.startswith(line) and run.stderr.count("\n") == 1
-    run = subprocess.run(
-        [*command, tmp_path / "imported"], cwd=ROOT, capture_output=True, text=True
-    )
+    run = run_main(export_record.main, tmp_path / "imported")
     assert run.returncode == 0 and "files as they were exported" in run.stdout
-    (folder / "SHA256SUMS").unlink()  # the change was meant
+    (folder / "SHA256SUMS").unlink()  # the change was intended
     hf_to_neox(folder, tmp_path / "again", 1, 0)
 
 
@@ -147,7 +142,7 @@ def as_earlier_versions_wrote(folder: Path) -> None:
 
 
 def test_only_exports_are_replaced(neox, tmp_path):
-    """Of models and of checkpoints, by this and by earlier versions."""
+    """Exports of models and checkpoints, by this version and by earlier ones, are replaced."""
     neox_to_hf(neox, tmp_path / "hf")
     commands = {
         "hf": lambda target: neox_to_hf(neox, target, overwrite=True),
@@ -183,7 +178,7 @@ def test_only_exports_are_replaced(neox, tmp_path):
 
 
 def test_a_training_is_never_replaced(neox, tmp_path):
-    """Nor a folder of others that has the files by which exports were known."""
+    """A folder of someone else is not replaced either, even if it has some files of an export."""
     before = everything(neox)
     write(tmp_path / "source", MODEL, 1, 0, next(neox.glob("*/configs")) / "none.json")
     with pytest.raises(ConvertError, match="nothing that this command wrote: not overwritten"):

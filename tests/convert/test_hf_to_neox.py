@@ -1,4 +1,4 @@
-"""Hugging Face folders to GPT-NeoX: there and back, into real GPT-NeoX, and refusals."""
+"""Hugging Face folders to GPT-NeoX: round trips, real GPT-NeoX, and errors."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from convert.command import ConvertError
-from convert.fold_norms import FOLDED_INTO
 from convert.hf_to_neox import hf_to_neox
-from convert.neox_to_hf import neox_to_hf
+from convert.neox_to_hf import FOLDED_INTO, neox_to_hf
 from convert.reshape_neox import reshape_neox
 from megatron_patch.hf import MetaLAConfig, MetaLAForCausalLM
 from megatron_patch.indexed_dataset import IndexedDatasetWriter
@@ -49,7 +48,7 @@ def test_there_and_back_is_the_same_folder(layouts, tied, norm, tokens, attentio
         hf_to_neox(folder / "hf", folder / "imported", *layouts[1])
         reshape_neox(folder / "imported", folder / "reshaped", *layouts[2])
         neox_to_hf(folder / "reshaped", folder / "back")
-        # The model card tells of the training, which an import does not continue.
+        # The model card describes the training, which an import does not keep.
         about = ("README.md", "SHA256SUMS")
         files = [
             {p.name: p.read_bytes() for p in (folder / end).iterdir() if p.name not in about}
@@ -59,7 +58,7 @@ def test_there_and_back_is_the_same_folder(layouts, tied, norm, tokens, attentio
 
 
 def test_a_hybrid_with_the_default_widths_of_its_mlps_comes_back(vocab_file, tmp_path):
-    """64 for attention layers is less than a third of metala's 256."""
+    """The width of 64 for attention layers is less than a third of metala's 256."""
     sizes = {"d": 48, "f": 256, "attention": (1,), "attention_f": 64}
     write(tmp_path / "neox", Model(**sizes, settings={"intermediate_size": None}), 1, 0, vocab_file)
     neox_to_hf(tmp_path / "neox", tmp_path / "hf")
@@ -101,7 +100,7 @@ def test_gpt_neox_starts_with_the_loss_of_hugging_face(
     torch.manual_seed(0)
     model = MetaLAForCausalLM(config).eval()
     with torch.no_grad():
-        for parameter in model.parameters():  # nothing is left at zero or one
+        for parameter in model.parameters():  # no tensor stays all zeros or ones
             parameter.add_(0.1 * torch.randn_like(parameter))
     model.save_pretrained(tmp_path / "hf")
     if not safe:
@@ -111,7 +110,7 @@ def test_gpt_neox_starts_with_the_loss_of_hugging_face(
     shutil.copyfile(tokenizer_file, tmp_path / "hf/tokenizer.json")
     hf_to_neox(tmp_path / "hf", tmp_path / "neox", tp, pp)
 
-    # Documents of one period are the same sequence in whatever order they are drawn.
+    # All documents repeat one period, so that samples are equal in whatever order they are drawn.
     period = torch.randint(512, (LENGTH,), generator=torch.Generator().manual_seed(1))
     with IndexedDatasetWriter(tmp_path / "tokens", vocab_size=512) as writer:
         for _ in range(64):

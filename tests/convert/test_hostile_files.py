@@ -1,8 +1,9 @@
-"""Folders that others made: none of their code runs, nothing outside of them is read or copied,
-and what has no end is not opened."""
+"""Hostile folders: their code does not run, nothing outside of them is read or copied, and devices
+and FIFOs are not opened."""
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -15,13 +16,16 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from convert import hf_to_neox as hf_to_neox_command
+from convert import neox_to_hf as neox_to_hf_command
 from convert.command import ConvertError
-from convert.hf_folder import parse_size
+from convert.hf_io import parse_size
 from convert.hf_to_neox import hf_to_neox
 from convert.neox_to_hf import neox_to_hf
 from convert.reshape_neox import reshape_neox
-from convert.tokenizer_folder import read_tokenizer
-from megatron_patch.architecture import SettingsError, expand_attention_config
+from convert.tokenizer import read_tokenizer
+from megatron_patch.architecture import SettingsError
+from megatron_patch.architecture_neox import expand_attention_config
 from megatron_patch.hf import MetaLAConfig
 from megatron_patch.neox.yaml_config import merge_yaml_texts
 from tests.convert.synthetic import Model, write
@@ -51,18 +55,6 @@ def secret(tmp_path) -> Path:
     return path
 
 
-def run(*command: object, stdin: str = "") -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, *map(str, command)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        input=stdin,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-
-
 def set_settings(neox: Path, **changes) -> None:
     file = neox / "global_step7/configs/all.yml"
     file.write_text(yaml.safe_dump({**yaml.safe_load(file.read_text()), **changes}))
@@ -79,7 +71,7 @@ def one_line(run: subprocess.CompletedProcess) -> str:
 
 @pytest.fixture
 def with_code(hf, tmp_path) -> Path:
-    """A tokenizer's folder whose code leaves a witness."""
+    """A tokenizer's folder whose code writes the file `witness`."""
     folder = tmp_path / "with_code"
     folder.mkdir()
     code = f"open({str(tmp_path / 'witness')!r}, 'w').close()\n"
@@ -94,20 +86,30 @@ def with_code(hf, tmp_path) -> Path:
     return folder
 
 
-def test_code_of_a_tokenizer_does_not_run(with_code, neox, hf, tmp_path):
-    """Whatever stands on stdin, where transformers would ask."""
+def test_code_of_a_tokenizer_does_not_run(with_code, neox, hf, run_main, tmp_path, monkeypatch):
+    """It does not run even if stdin answers yes to the question of transformers."""
+    yes = "y\n" * 9
     set_settings(neox, vocab_file=str(with_code))
     shutil.copy(with_code / "tokenization.py", hf)
     shutil.copy(with_code / "tokenizer_config.json", hf)
     convert = ("--output", tmp_path / "out")
     layout = ("--tensor-parallel", 1, "--pipeline-parallel", 0)
-    line = one_line(run("convert/neox_to_hf.py", "--checkpoint", neox, *convert, stdin="y\n" * 9))
+    monkeypatch.setattr(sys, "stdin", io.StringIO(yes))
+    line = one_line(run_main(neox_to_hf_command.main, "--checkpoint", neox, *convert))
     assert "tokenizer_config.json: auto_map: the tokenizer needs code of its own" in line
     (with_code / "tokenizer.json").unlink()
-    to_neox = ("convert/hf_to_neox.py", "--model", hf, *convert, *layout)
-    one_line(run(*to_neox, "--tokenizer", with_code, stdin="y\n" * 9))
+    to_neox = ("--model", hf, *convert, *layout)
+    one_line(run_main(hf_to_neox_command.main, *to_neox, "--tokenizer", with_code))
     assert not (tmp_path / "out").exists()
-    chat = run("scripts/chat.py", hf, "--max-new-tokens", 1, stdin="y\n" * 9)
+    chat = subprocess.run(
+        [sys.executable, "scripts/chat.py", hf, "--max-new-tokens", "1"],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        input=yes,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert "Traceback" not in chat.stderr
     assert not (tmp_path / "witness").exists()
 
@@ -145,11 +147,12 @@ def test_links_in_a_tokenizers_folder(hf, neox, secret, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["/dev/zero", "a fifo", "a loop", "x" * 256, "a\0b", "~nobody/x"])
-def test_a_vocab_file_that_is_no_file(name, neox, tmp_path):
+def test_a_vocab_file_that_is_no_file(name, neox, run_main, tmp_path):
     os.mkfifo(tmp_path / "a fifo")
     (tmp_path / "a loop").symlink_to(tmp_path / "a loop")
     set_settings(neox, vocab_file=name if name[0] in "/~" else str(tmp_path / name))
-    line = one_line(run("convert/neox_to_hf.py", "--checkpoint", neox, "--output", tmp_path / "o"))
+    flags = ("--checkpoint", neox, "--output", tmp_path / "o")
+    line = one_line(run_main(neox_to_hf_command.main, *flags))
     assert "no regular file" in line or "is not there; give the tokenizer by --tokenizer" in line
 
 
@@ -210,7 +213,7 @@ def test_weights_that_an_index_names_elsewhere(hf, tmp_path):
 
 
 def test_a_snapshot_in_the_cache_of_hugging_face(hf, tmp_path):
-    """Its files are links into the cache's own folder of blobs."""
+    """The files of a snapshot are links into the cache's folder of blobs."""
     cache = tmp_path / "cache/models--somebody--metala"
     (cache / "blobs").mkdir(parents=True)
     (cache / "snapshots/abc").mkdir(parents=True)
@@ -346,16 +349,17 @@ def test_odd_values_in_settings(changes, neox, tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_arguments_that_make_no_sense(neox, tmp_path):
-    command = ("convert/neox_to_hf.py", "--checkpoint", neox, "--output")
-    assert "--push-to-hub" in one_line(run(*command, tmp_path / "out", "--push-to-hub", ""))
+def test_arguments_that_make_no_sense(neox, run_main, tmp_path):
+    def line(*flags: object, checkpoint: object = neox) -> str:
+        command = neox_to_hf_command.main
+        return one_line(run_main(command, "--checkpoint", checkpoint, "--output", *flags))
+
+    assert "--push-to-hub" in line(tmp_path / "out", "--push-to-hub", "")
     for target in ("x" * 256, "x" * 230):
-        assert "cannot be written" in one_line(run(*command, tmp_path / target))
+        assert "cannot be written" in line(tmp_path / target)
     (tmp_path / "loop").symlink_to("loop")
-    assert "loop" in one_line(run(*command, tmp_path / "loop"))
-    assert "File name too long" in one_line(
-        run("convert/neox_to_hf.py", "--checkpoint", "x" * 256, "--output", tmp_path / "out")
-    )
+    assert "loop" in line(tmp_path / "loop")
+    assert "File name too long" in line(tmp_path / "out", checkpoint="x" * 256)
     for size in ("0", "0.1B", "9" * 400 + "GB", "1e400", "NaN", "٣GB"):
         with pytest.raises(ValueError, match="is no size such as 5GB"):
             parse_size(size)

@@ -1,4 +1,4 @@
-"""The model card: what the Hub reads of it, and that its numbers are those of the checkpoint."""
+"""The model card: the Hub's metadata, and the numbers of the checkpoint."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_it_states_architecture_training_and_tokens(vocab_file, tmp_path):
 
 
 def test_tokens_are_counted_by_deepspeed_where_it_counted(vocab_file, tmp_path):
-    """The batch may have had another size before."""
+    """The batch size may have changed during training."""
     write(tmp_path / "neox", Model(settings=SETTINGS), 1, 0, vocab_file)
     file = tmp_path / "neox/global_step7/mp_rank_00_model_states.pt"
     torch.save({**torch.load(file, weights_only=False), "global_samples": 70}, file)

@@ -1,9 +1,11 @@
-"""Synthetic checkpoints of all layouts to Hugging Face folders."""
+"""Exporting synthetic checkpoints of all layouts to Hugging Face folders."""
 
 from __future__ import annotations
 
 import json
 import os
+import runpy
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import megatron_patch.hf  # noqa: F401  (registers the Auto classes)
-from convert.hf_folder import parse_size
+from convert.hf_io import parse_size
 from convert.neox_to_hf import neox_to_hf
 from tests.convert.conftest import write_tokenizer
 from tests.convert.synthetic import TOKENS, Model, write
@@ -99,7 +101,7 @@ def test_the_folder_is_what_transformers_loads(vocab_file, tmp_path):
 
 
 def test_the_folder_carries_its_code(vocab_file, tmp_path):
-    """What `trust_remote_code` loads where this package is not installed; tests/hf runs it so."""
+    """`trust_remote_code` loads it where this package is not installed, which tests/hf covers."""
     write(tmp_path / "neox", Model(), 1, 0, vocab_file)
     neox_to_hf(tmp_path / "neox", tmp_path / "hf")
     named = json.loads((tmp_path / "hf/config.json").read_text())["auto_map"]
@@ -149,7 +151,7 @@ def test_settings_spread_over_several_files(vocab_file, tmp_path):
     neox_to_hf(tmp_path / "neox", tmp_path / "hf")
     assert_same(tensors_of(tmp_path / "hf"), trimmed(hf))
 
-    # --config takes their place
+    # --config replaces them.
     (tmp_path / "neox/global_step7/configs/local.yml").write_text("num_layers: 5\n")
     given = []
     for name, text in configs.items():
@@ -217,21 +219,37 @@ def test_an_earlier_iteration(vocab_file, tmp_path):
     assert tensors_of(tmp_path / "earlier")["lm_head.weight"].dtype == torch.float32
 
 
-@pytest.mark.parametrize(
-    "command", [["convert/neox_to_hf.py"], ["-m", "convert.neox_to_hf"]], ids=["file", "module"]
-)
-def test_the_command_says_what_it_did(command, vocab_file, tmp_path):
+def as_file(*flags: str) -> None:
+    """Runs the command in a process of its own, and repeats its output in this one."""
+    command = [sys.executable, "convert/neox_to_hf.py", *flags]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    print(process.stdout, end="")
+    print(process.stderr, end="", file=sys.stderr)
+    sys.exit(process.returncode)
+
+
+def as_module(*flags: str) -> None:
+    """Runs the command as `python -m` does, in this process."""
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    handlers = [signal.getsignal(number) for number in numbers]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["neox_to_hf.py", *flags])
+        patch.delitem(sys.modules, "convert.neox_to_hf")
+        try:
+            runpy.run_module("convert.neox_to_hf", run_name="__main__")
+        finally:
+            for number, handler in zip(numbers, handlers, strict=True):
+                signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("command", [as_file, as_module])
+def test_the_command_prints_what_it_did(command, run_main, vocab_file, tmp_path):
     write(tmp_path / "neox", Model(layers=1), 2, 1, vocab_file)
     flags = ["--checkpoint", tmp_path / "neox", "--output", tmp_path / "new/hf"]
-    process = subprocess.run(
-        [sys.executable, *command, *map(str, flags), "--max-shard-size", "1MB"],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
+    process = run_main(lambda argv: command(*argv), *flags, "--max-shard-size", "1MB")
     assert process.returncode == 0, process.stderr
-    assert "pipeline form, tensor parallel 2" in process.stdout
+    assert "layer-file checkpoint, tensor parallel 2" in process.stdout
     assert "12,336 parameters, float32" in process.stdout
     assert "100%" in process.stderr  # the progress bar
     assert (tmp_path / "new/hf/model.safetensors").is_file()

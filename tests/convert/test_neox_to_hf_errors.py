@@ -1,4 +1,4 @@
-"""Everything the converter refuses, by its line; what it refuses leaves nothing behind."""
+"""Errors of the export: their lines, and that they leave nothing behind."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import torch
 import yaml
 
 from convert.command import ConvertError
-from convert.folder import complete_folder
-from convert.neox_to_hf import neox_to_hf
+from convert.neox_to_hf import main, neox_to_hf
+from convert.output_folder import complete_folder
 from megatron_patch.architecture import SettingsError
 from tests.convert.conftest import write_tokenizer
 from tests.convert.synthetic import Model, write
@@ -35,13 +35,13 @@ def refused(tmp_path: Path, message: str, **options) -> str:
     return str(info.value)
 
 
-@pytest.fixture(params=[0, 1], ids=["whole form", "pipeline form"])
+@pytest.fixture(params=[0, 1], ids=["mp_rank files", "layer files"])
 def pp(request) -> int:
     return request.param
 
 
 def holder(pp: int, layer: int, rank: int) -> str:
-    """The file that holds a layer."""
+    """Returns the start of the name of the file that holds a layer."""
     return f"layer_{layer:02d}-model_{rank:02d}" if pp else f"mp_rank_{rank:02d}"
 
 
@@ -143,7 +143,10 @@ def test_models_that_cannot_be_exported(settings, message, tmp_path, vocab_file)
         ({"num_layers": True}, "num_layers: found True, wanted a whole number"),
         ({"pipe_parallel_size": "1"}, "pipe_parallel_size: found '1', wanted a whole number"),
         ({"intermediate_size": None, "expansion_factor": "3"}, "expansion_factor: found '3'"),
-        ({"rms_norm_epsilon": "1e-6"}, r"rms_norm_epsilon: found '1e-6', .* \(text to YAML"),
+        (
+            {"rms_norm_epsilon": "1e-6"},
+            r"rms_norm_epsilon: found '1e-6', .* \(YAML reads it as text",
+        ),
         ({"rms_norm_epsilon": 0}, "rms_norm_epsilon: found 0, wanted a number above 0"),
         ({"init_method_std": float("nan")}, "init_method_std: found nan"),
         ({"pos_emb": "rotary", "rotary_emb_base": "big"}, "rotary_emb_base: found 'big'"),
@@ -279,19 +282,19 @@ def test_files_missing_truncated_or_mixed(pp, tmp_path, vocab_file):
     ],
 )
 def test_files_that_were_exchanged(pp, one, other, tmp_path, vocab_file):
-    """All tensors have the right shapes; only the name inside the file tells."""
+    """All tensors have the right shapes; only the name stored inside a file is wrong."""
     write(tmp_path / "neox", MODEL, 2, pp, vocab_file)
     first, second = (tmp_path / "neox/global_step7" / name for name in (one, other))
     contents = first.read_bytes(), second.read_bytes()
     first.write_bytes(contents[1])
     second.write_bytes(contents[0])
     line = refused(tmp_path, f"{first.name}: the file was saved as {second.name}: it was renamed")
-    second.write_bytes(contents[1])  # a copy over another
+    second.write_bytes(contents[1])  # now a copy of one over the other
     assert line == refused(tmp_path, "the file was saved as")
 
 
 def test_files_that_were_renamed_by_no_name_of_gpt_neox(tmp_path, vocab_file):
-    """PyTorch keeps no name, or a temporary one, where a checkpoint is written in other ways."""
+    """Other ways of writing a checkpoint store no name, or a temporary one."""
     write(tmp_path / "neox", MODEL, 1, 1, vocab_file)
     step = tmp_path / "neox/global_step7"
     for file, name in (("layer_02", "checkpoint.tmp"), ("layer_03", None)):
@@ -364,7 +367,7 @@ def test_a_tokenizer_type_without_tokenizer_json(tmp_path, vocab_file):
 
 def test_nothing_is_overwritten_unasked(tmp_path, vocab_file):
     write(tmp_path / "neox", MODEL, 1, 0, vocab_file)
-    (tmp_path / "hf").mkdir()  # an empty folder is nothing
+    (tmp_path / "hf").mkdir()  # an empty folder may be replaced
     neox_to_hf(tmp_path / "neox", tmp_path / "hf")
     refused(tmp_path, "hf exists already; --overwrite replaces it")
     (tmp_path / "hf/config.json").write_text("of the folder replaced")
@@ -404,7 +407,7 @@ def test_a_disk_without_room(tmp_path, vocab_file, monkeypatch):
 
 
 def test_a_disk_that_is_full(tmp_path, vocab_file, monkeypatch):
-    """The system's own device for this stands in the place of the tensors' file."""
+    """The second file of tensors is a link to /dev/full."""
     write(tmp_path / "neox", MODEL, 1, 0, vocab_file)
 
     def write_config_and_link(folder, *arguments):
@@ -415,14 +418,8 @@ def test_a_disk_that_is_full(tmp_path, vocab_file, monkeypatch):
     assert "model-00002-of-00003.safetensors" in line
 
 
-def test_the_command_fails_with_one_line(tmp_path):
-    process = subprocess.run(
-        [sys.executable, "convert/neox_to_hf.py", "--checkpoint", tmp_path, "--output", "x"],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
+def test_the_command_fails_with_one_line(run_main, tmp_path):
+    process = run_main(main, "--checkpoint", tmp_path, "--output", "x")
     assert process.returncode == 1 and process.stdout == ""
     assert process.stderr == (
         f"error: {tmp_path} is no checkpoint: it holds no global_stepN folder\n"
@@ -432,15 +429,15 @@ def test_the_command_fails_with_one_line(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_command_leaves_nothing(number, tmp_path, vocab_file):
     write(tmp_path / "neox", MODEL, 1, 0, vocab_file)
-    # The last tensor is made to wait, so that the signal meets a half-written folder.
+    # The last tensor waits, so that the signal comes while the folder is half written.
     program = (
-        "import sys, time, convert.neox_to_hf as c, convert.neox_checkpoint as n\n"
+        "import time, convert.neox_to_hf as c, convert.neox_reader as n\n"
         "full = n.NeoXCheckpoint.full\n"
         "def slow(self, rule, out):\n"
         "    if rule.name == 'final_linear.weight': print('waiting', flush=True); time.sleep(60)\n"
         "    return full(self, rule, out)\n"
         "n.NeoXCheckpoint.full = slow\n"
-        "c.run(c.main)\n"
+        "c.cli()\n"
     )
     flags = ["--checkpoint", tmp_path / "neox", "--output", tmp_path / "out/hf"]
     process = subprocess.Popen(

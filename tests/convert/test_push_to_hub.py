@@ -1,13 +1,10 @@
-"""`--push-to-hub` against a server that answers as the Hub does, on this machine."""
+"""`--push-to-hub` against a local server that answers as the Hub does."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
 import json
-import os
-import subprocess
-import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -16,16 +13,16 @@ import huggingface_hub
 import pytest
 
 from convert.command import ConvertError
-from convert.push_to_hub import check_push
+from convert.hub import check_push
+from convert.neox_to_hf import main
 from tests.convert.synthetic import Model, write
 
-ROOT = Path(__file__).resolve().parents[2]
 REPOSITORY = "somebody/metala"
 API = f"/api/models/{REPOSITORY}"
 
 
 class Hub(ThreadingHTTPServer):
-    """What one repository needs: creation, the choice of upload, LFS, commits.
+    """A server for one repository: creation, choice of upload, LFS, commits.
 
     Attributes:
         created: what the repository was asked to be, `None` if it was not made.
@@ -133,38 +130,34 @@ def hub():
         thread.join()
 
 
-def export(hub: Hub, tmp_path: Path, *flags: str) -> subprocess.CompletedProcess:
-    command = ["convert/neox_to_hf.py", "--checkpoint", tmp_path / "neox"]
-    command += ["--output", tmp_path / "hf", "--push-to-hub", REPOSITORY, *flags]
-    return subprocess.run(
-        [sys.executable, *map(str, command)],
-        cwd=ROOT,
-        env={
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "HF_ENDPOINT": hub.address,
-            "HF_TOKEN": "hf_test",
-            "HF_HOME": str(tmp_path / "home"),
-            "HF_HUB_OFFLINE": "0",
-            "HF_HUB_DISABLE_XET": "1",  # its servers speak a protocol of their own
-            "NO_PROXY": "127.0.0.1",
-            "no_proxy": "127.0.0.1",
-        },
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+@pytest.fixture
+def export(hub, run_main, tmp_path, monkeypatch):
+    """Function: exports tmp_path/neox with these flags, and uploads it to the test's server."""
+    constants = huggingface_hub.constants
+    monkeypatch.setattr(constants, "ENDPOINT", hub.address)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    # Xet servers speak a protocol of their own.
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setenv("HF_TOKEN", "hf_test")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+
+    def run(*flags: str):
+        paths = ("--checkpoint", tmp_path / "neox", "--output", tmp_path / "hf")
+        return run_main(main, *paths, "--push-to-hub", REPOSITORY, *flags)
+
+    return run
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_the_folder_is_what_the_hub_gets(hub, vocab_file, tmp_path):
+def test_the_folder_is_what_the_hub_gets(hub, export, vocab_file, tmp_path):
     write(tmp_path / "neox", Model(), 2, 1, vocab_file)
-    # An earlier upload in one file, which from_pretrained would prefer to the new ones.
+    # from_pretrained would prefer the single file of an earlier upload to the new files.
     hub.files = {"model.safetensors": b"stale", "LICENSE": b"kept"}
-    process = export(hub, tmp_path, "--private", "--max-shard-size", "40KB")
+    process = export("--private", "--max-shard-size", "40KB")
     assert process.returncode == 0, process.stderr
     assert process.stdout.splitlines()[-1] == f"uploaded to {hub.address}/{REPOSITORY}"
     assert (hub.created["name"], hub.created["organization"]) == ("metala", "somebody")
@@ -173,10 +166,10 @@ def test_the_folder_is_what_the_hub_gets(hub, vocab_file, tmp_path):
     assert "model-00001-of-00002.safetensors" in hub.files and "README.md" in hub.files
 
 
-def test_a_failed_upload_leaves_the_folder_and_one_line(hub, vocab_file, tmp_path):
+def test_a_failed_upload_leaves_the_folder_and_one_line(hub, export, vocab_file, tmp_path):
     write(tmp_path / "neox", Model(), 1, 0, vocab_file)
     hub.broken = f"{API}/commit/main"
-    process = export(hub, tmp_path)
+    process = export()
     assert process.returncode == 1
     lines = [line for line in process.stderr.splitlines() if "error" in line]
     assert len(lines) == 1 and "Traceback" not in process.stderr

@@ -1,5 +1,4 @@
-"""Random bytes and random structures in the place of every file that the converters read: a reader
-answers, or refuses in one line."""
+"""Random damage to every file that the converters read: a reader succeeds, or fails in one line."""
 
 from __future__ import annotations
 
@@ -19,12 +18,13 @@ from safetensors.torch import load_file
 
 from convert.command import ConvertError
 from convert.export_record import check_model_export, check_record
-from convert.hf_reader import HFFolder
-from convert.neox_checkpoint import NeoXCheckpoint
+from convert.hf_io import HFFolder
+from convert.neox_reader import NeoXCheckpoint
 from convert.neox_to_hf import neox_to_hf
 from convert.tensor_table import tensor_table
-from convert.tokenizer_folder import find_tokenizer, read_tokenizer
-from megatron_patch.architecture import SettingsError, with_defaults
+from convert.tokenizer import find_tokenizer, read_tokenizer
+from megatron_patch.architecture import SettingsError
+from megatron_patch.architecture_neox import with_defaults
 from megatron_patch.neox.yaml_config import merge_yaml_texts
 from tests.convert.conftest import write_tokenizer
 from tests.convert.synthetic import Model, write
@@ -81,7 +81,7 @@ def refuses_in_one_line(read: Callable[[], object]) -> None:
 
 
 def altered(data: st.DataObject, value: Any, others: st.SearchStrategy) -> Any:
-    """`value` with another one, or none, or one more, somewhere in it."""
+    """Returns `value` with an element somewhere in it changed, removed or added."""
     if isinstance(value, (dict, list)) and value and data.draw(st.integers(0, 3)):
         changed = value.copy()
         place = data.draw(st.sampled_from(list(value) if isinstance(value, dict) else [0]))
@@ -97,7 +97,7 @@ def altered(data: st.DataObject, value: Any, others: st.SearchStrategy) -> Any:
 
 
 def damaged(data: st.DataObject, content: bytes) -> bytes:
-    """Other bytes, or these with some cut off, changed or added."""
+    """Returns other bytes, or `content` with bytes cut off, changed or added."""
     what = data.draw(st.sampled_from(["other", "cut", "change", "change", "add"]))
     place = data.draw(st.integers(0, max(len(content) - 1, 0)))
     some = data.draw(st.binary(min_size=1, max_size=30))
@@ -110,7 +110,7 @@ def damaged(data: st.DataObject, content: bytes) -> bytes:
 
 
 def changed_file(data: st.DataObject, path: Path) -> None:
-    """Damages a file, or writes another structure into it."""
+    """Damages the bytes of a file, or the structure that it holds."""
     if data.draw(st.booleans()):
         path.write_bytes(damaged(data, path.read_bytes()))
     elif path.suffix in (".pt", ".bin"):
@@ -144,7 +144,7 @@ def read_model(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, deepspeed_objects) -> Path:  # noqa: F811
-    """A folder of every kind."""
+    """Folders of every kind that the converters read, by name."""
     folder = tmp_path_factory.mktemp("made")
     words = write_tokenizer(folder / "tokenizer.json", ("<|endoftext|>",))
     model = Model(attention=(1,))
@@ -178,7 +178,7 @@ def test_models(kind, made, data, with_record):
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "hf"
         shutil.copytree(made / kind, folder)
-        if not with_record:  # else it refuses whatever is changed in the weights
+        if not with_record:  # with one, any change to the weights is refused
             (folder / "SHA256SUMS").unlink()
         files = [path for path in sorted(folder.iterdir()) if path.suffix != ".py"]
         changed_file(data, data.draw(st.sampled_from(files)))

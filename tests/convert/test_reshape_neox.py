@@ -1,10 +1,7 @@
-"""One GPT-NeoX layout into another and back, bit for bit, against an independent writer."""
+"""Reshaping from one layout to another and back, bit for bit, against an independent writer."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -16,20 +13,19 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from convert.command import ConvertError
-from convert.neox_checkpoint import NeoXCheckpoint
+from convert.neox_reader import NeoXCheckpoint
 from convert.neox_to_hf import neox_to_hf
 from convert.neox_writer import adapt_configs
-from convert.reshape_neox import reshape_neox
+from convert.reshape_neox import main, reshape_neox
 from megatron_patch.hf import MetaLAForCausalLM
 from tests.convert.conftest import write_tokenizer
 from tests.convert.synthetic import TOKENS, Model, rank_layers, write
 
-ROOT = Path(__file__).resolve().parents[2]
 LAYOUTS = st.tuples(st.sampled_from([1, 2, 4]), st.sampled_from([0, 1, 2, 3]))
 
 
 def read(folder: Path, tp: int, pp: int, rank: int) -> dict[int, dict[str, torch.Tensor]]:
-    """A rank's layers, read without the converter."""
+    """Reads a rank's layers without the converter."""
     step = folder / (folder / "latest").read_text()
     layers: dict[int, dict[str, torch.Tensor]] = {}
     if pp:
@@ -109,7 +105,7 @@ def test_deepspeed_finds_what_it_reads(tp, pp, vocab_file, tmp_path):
         assert states["iteration"] == 12 and states["args"]["model_parallel_size"] == tp
         assert states["args"]["padded_vocab_size"] == written.shape.padded_vocab_size == 96
         assert (states["module"] is None) == bool(pp)
-    # modules without tensors have files too: the norm does, functions and the tied head do not
+    # The norm has a file even without tensors; functions and the tied head have none.
     layers = {int(file.name[6:8]) for file in step.glob("layer_*")}
     assert layers == ({0, 2, 3, 4, 6} if pp else set())
     assert written.settings["model_parallel_size"] == tp
@@ -129,7 +125,7 @@ def test_configs_keep_their_comments():
     text = "zero_optimization: {stage: 3, overlap_comm: true}  # memory\n"
     changed = adapt_configs(configs | {"c.yml": text}, 4, 2, zero)
     assert changed["c.yml"] == text.replace("3", "1")
-    # absent keys are added; what cannot be changed in place is written anew
+    # Missing keys are added, and a file that cannot be changed in place is dumped again.
     changed = adapt_configs({"a.yml": "{num_layers: 2, pipe_parallel_size: 1}"}, 4, 2)
     assert yaml.safe_load(changed["a.yml"]) == {
         "num_layers": 2,
@@ -173,7 +169,7 @@ def test_the_vocabulary_needs_its_tokenizer_where_the_padding_could_change(vocab
 
 
 def neox_rows(written: NeoXCheckpoint, tokens: int) -> int:
-    """The rows that GPT-NeoX makes of the settings written, by its own loop."""
+    """Returns the rows that GPT-NeoX makes from the settings written, by its own loop."""
     multiple = written.settings["make_vocab_size_divisible_by"] * written.tensor_parallel
     while tokens % multiple:
         tokens += 1
@@ -184,7 +180,7 @@ def neox_rows(written: NeoXCheckpoint, tokens: int) -> int:
     ("divisible_by", "layouts"), [(24, (1, 4, 1)), (16, (4, 1, 2)), (128, (1, 2, 4))]
 )
 def test_no_layout_changes_the_loss(divisible_by, layouts, vocab_file, tmp_path, capfd):
-    """The padding's rows count in the loss, so all layouts must have the same ones."""
+    """Padding rows count in the loss, so all layouts must have the same ones."""
     model = Model(divisible_by=divisible_by)
     hf = write(tmp_path / "0", model, layouts[0], 0, vocab_file)
     rows = hf["lm_head.weight"].shape[0]
@@ -232,7 +228,7 @@ def test_the_stage_written_can_load_what_is_written(
 
 
 def split_settings(folder: Path, vocab_file: Path, names: tuple[str, str]) -> list[Path]:
-    """A checkpoint's settings in two files, `metala:` in the first."""
+    """Writes a checkpoint's settings to two files, `metala:` to the first."""
     rest = Model().yaml(1, 0, vocab_file)
     files = [folder / name for name in names]
     for file, values in zip(
@@ -258,7 +254,7 @@ def test_all_the_configs_that_are_given_are_written(vocab_file, tmp_path):
 
 
 def test_settings_in_json_are_read(vocab_file, tmp_path):
-    """GPT-NeoX takes them, and keeps them in the checkpoint, beside those in YAML."""
+    """GPT-NeoX accepts JSON files, and keeps them in the checkpoint with the YAML files."""
     files = split_settings(tmp_path, vocab_file, ("model.json", "rest.yml"))
     configs = {file.name: file.read_text() for file in files}
     write(tmp_path / "neox", Model(), 1, 0, vocab_file, configs=configs)
@@ -273,16 +269,13 @@ def test_the_folder_one_stands_in_can_be_written(vocab_file, tmp_path, monkeypat
     assert reshape_neox(tmp_path / "neox", Path(), 1, 1).iteration == 7
 
 
-def test_the_command(vocab_file, tmp_path):
+def test_the_command(run_main, vocab_file, tmp_path):
     write(tmp_path / "neox", Model(), 1, 0, vocab_file)
     flags = ["--checkpoint", tmp_path / "neox", "--output", tmp_path / "new"]
-    command = [sys.executable, "convert/reshape_neox.py", *map(str, flags)]
-    command += ["--tensor-parallel", "2", "--pipeline-parallel", "1"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    run = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True}
-    process = subprocess.run(command, **run)
+    flags += ["--tensor-parallel", 2, "--pipeline-parallel", 1]
+    process = run_main(main, *flags)
     assert process.returncode == 0, process.stderr
     assert "finetune: true" in process.stdout
-    process = subprocess.run(command, **run)
+    process = run_main(main, *flags)
     assert process.returncode == 1
     assert process.stderr == f"error: {tmp_path / 'new'} exists already; --overwrite replaces it\n"

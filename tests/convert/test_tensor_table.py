@@ -1,4 +1,4 @@
-"""The table against the Hugging Face model, and its operations against each other."""
+"""The table against the Hugging Face model, and its operations against their inverses."""
 
 from __future__ import annotations
 

@@ -1,43 +1,23 @@
-"""`--verify` with GPT-NeoX's own layers: it passes right conversions and finds every wrong one."""
+"""`--verify` accepts right conversions and rejects wrong ones; GPT-NeoX's layers are the oracle."""
 
 from __future__ import annotations
 
 import dataclasses
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from convert import verify
-from convert.neox_checkpoint import NeoXCheckpoint
-from convert.neox_to_hf import neox_to_hf
+from convert.neox_reader import NeoXCheckpoint
+from convert.neox_to_hf import main, neox_to_hf
 from convert.tensor_table import Piece, TensorRule
 from tests.convert.synthetic import TOKENS, Model, write
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def run_command(checkout: Path, *program: object, **environment: str):
-    return subprocess.run(
-        [sys.executable, *map(str, program)],
-        cwd=ROOT,
-        env={
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "GPT_NEOX_PATH": str(checkout),
-            **environment,
-        },
-        capture_output=True,
-        text=True,
-    )
 
 
 @pytest.fixture(scope="module")
 def two_ranks(vocab_file, tmp_path_factory) -> Path:
-    """A checkpoint of a pipeline with two tensor-parallel ranks."""
+    """A layer-file checkpoint with two tensor-parallel ranks."""
     folder = tmp_path_factory.mktemp("two_ranks") / "neox"
     write(folder, Model(norm="rmsnorm"), 2, 2, vocab_file)
     return folder
@@ -45,7 +25,7 @@ def two_ranks(vocab_file, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def neox_logits(neox_checkout, two_ranks, tmp_path_factory) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens, and the logits of GPT-NeoX's own model with two ranks."""
+    """Tokens, and the logits of GPT-NeoX's own model on two ranks."""
     tokens = torch.randint(TOKENS, (2, 40), generator=torch.Generator().manual_seed(1))
     work = tmp_path_factory.mktemp("work")
     source = NeoXCheckpoint(two_ranks)
@@ -54,8 +34,8 @@ def neox_logits(neox_checkout, two_ranks, tmp_path_factory) -> tuple[torch.Tenso
 
 @pytest.fixture(scope="module")
 def hybrid(vocab_file, tmp_path_factory) -> Path:
-    """A checkpoint of two ranks without a pipeline: a hybrid, two heads to a key head, half of each
-    rotated, trained with kernels for GPUs."""
+    """An mp_rank checkpoint of a hybrid on two ranks, with grouped-query attention, partial rotary
+    embedding, and GPU kernels in its settings."""
     folder = tmp_path_factory.mktemp("hybrid") / "neox"
     settings = {
         "attention_config": ["metala", "flash", "metala"],
@@ -75,7 +55,7 @@ def hybrid(vocab_file, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def hybrid_logits(neox_checkout, hybrid, tmp_path_factory) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `neox_logits`, of the hybrid."""
+    """Tokens, and the logits of the hybrid, as `neox_logits`."""
     tokens = torch.randint(TOKENS, (2, 40), generator=torch.Generator().manual_seed(1))
     work = tmp_path_factory.mktemp("work")
     return tokens, verify._neox_logits(neox_checkout, NeoXCheckpoint(hybrid), tokens, work)
@@ -105,7 +85,7 @@ def in_swapped_order(rule: TensorRule, shards: list[torch.Tensor]) -> torch.Tens
 
 
 def as_one_part(rule: TensorRule, shards: list[torch.Tensor]) -> torch.Tensor:
-    """What other converters do to a gated MLP: the ranks' [w1; w3] one after the other."""
+    """Concatenates the ranks' [w1; w3], as other converters do with a gated MLP."""
     return torch.cat(shards)
 
 
@@ -189,20 +169,19 @@ def test_a_wrong_order_inside_a_head_is_found(
     assert not comparison(tmp_path / "hf", neox_logits).is_equal
 
 
-def test_the_command_fails_and_leaves_nothing_where_the_models_differ(
-    neox_checkout, vocab_file, tmp_path
+def test_the_command_fails_and_leaves_nothing_if_the_models_differ(
+    neox_checkout, run_main, vocab_file, tmp_path, monkeypatch
 ):
     write(tmp_path / "neox", Model(layers=1, dtype=torch.bfloat16), 2, 0, vocab_file)
-    program = (
-        "import convert.neox_to_hf as command, convert.tensor_table as table\n"
-        "merge = table.TensorRule.merge\n"
-        "def swapped(rule, shards, files, out=None):\n"
-        "    return merge(rule, shards[::-1] if 'out_proj' in rule.name else shards, files)\n"
-        "table.TensorRule.merge = swapped\n"
-        "command.run(command.main)\n"
-    )
+    merge = TensorRule.merge
+
+    def swapped(rule, shards, files, out=None):
+        return merge(rule, shards[::-1] if "out_proj" in rule.name else shards, files)
+
+    monkeypatch.setattr(TensorRule, "merge", swapped)
+    monkeypatch.setenv("GPT_NEOX_PATH", str(neox_checkout))
     flags = ("--checkpoint", tmp_path / "neox", "--output", tmp_path / "hf", "--verify")
-    process = run_command(neox_checkout, "-c", program, *flags)
+    process = run_main(main, *flags)
     assert process.returncode == 1
     line = process.stderr.strip().splitlines()[-1]
     assert line.startswith("error: not equal to the GPT-NeoX model: largest logit difference")
@@ -222,11 +201,12 @@ def test_rounded_weights_are_measured_by_their_dtype(dtype, two_ranks, neox_logi
     assert not verify.compare(expected, found * float("nan"), rounding, dtype).is_equal
 
 
-def test_without_gpt_neox_it_says_so(vocab_file, tmp_path):
+def test_without_gpt_neox_it_says_so(run_main, vocab_file, tmp_path, monkeypatch):
     write(tmp_path / "neox", Model(layers=1), 1, 0, vocab_file)
     flags = ("--checkpoint", tmp_path / "neox", "--output", tmp_path / "hf", "--verify")
     (tmp_path / "other").mkdir()
-    process = run_command(tmp_path / "other", "convert/neox_to_hf.py", *flags)
+    monkeypatch.setenv("GPT_NEOX_PATH", str(tmp_path / "other"))
+    process = run_main(main, *flags)
     assert process.returncode == 1
     line = f"error: GPT_NEOX_PATH={tmp_path / 'other'} is no GPT-NeoX checkout"
     assert process.stderr.strip().splitlines()[-1] == line

@@ -1,4 +1,4 @@
-"""Checkpoints of ZeRO stage 3: every rank's pieces of every tensor, and what is refused."""
+"""Checkpoints of ZeRO stage 3: joining the ranks' parts, and errors."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from convert import neox_logits, torch_file
+from convert import files, verify
 from convert.command import ConvertError
 from convert.neox_to_hf import neox_to_hf
 from convert.reshape_neox import reshape_neox
-from convert.zero3_checkpoint import Zero3Checkpoint
+from convert.zero3 import Zero3Checkpoint
 from tests.convert.synthetic import Model, rank_layers, write
 from tests.damage import flip_bit
 from tests.neox.training import settings, train
@@ -23,7 +23,7 @@ from tests.neox.training import settings, train
 
 @pytest.fixture(scope="module")
 def deepspeed_objects() -> dict[str, object]:
-    """What DeepSpeed pickles beside the weights."""
+    """The objects that DeepSpeed pickles with the weights."""
     pytest.importorskip("deepspeed")
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
@@ -61,7 +61,7 @@ def write_zero3(
         for index, layer in rank_layers(exact, hf, 1, 0).items()
         for name, tensor in layer.items()
     }
-    names = sorted(module)[::-1]  # in no order of the layers
+    names = sorted(module)[::-1]  # not in the order of the layers
     by_group = [names[group::groups] for group in range(groups)]
     shapes = [OrderedDict((name, module[name].shape) for name in group) for group in by_group]
     states |= {
@@ -98,8 +98,8 @@ def write_zero3(
 def test_pieces_are_put_together(
     ranks, dtype, vocab_file, deepspeed_objects, tmp_path, monkeypatch
 ):
-    """Sizes that the ranks do not divide, more than ten ranks, files that are opened anew."""
-    monkeypatch.setattr("convert.zero3_checkpoint.MAPPED_BYTES", 1000)
+    """Covers sizes that the ranks do not divide, more than ten ranks, and files opened again."""
+    monkeypatch.setattr("convert.zero3.MAPPED_BYTES", 1000)
     model = Model(layers=3, dtype=dtype, norm="rmsnorm", attention=(1,), tied=True)
     scaler, prefix = ("LossScaler", "bf16_") if ranks % 2 else ("DynamicLossScaler", "")
     hf = write_zero3(
@@ -119,11 +119,11 @@ def test_pieces_are_put_together(
 
 
 def test_deepspeed_joins_them_alike(vocab_file, deepspeed_objects, tmp_path):
-    """What `--verify` loads into GPT-NeoX, and what the converter reads."""
+    """`--verify` loads the same tensors into GPT-NeoX as the converter reads."""
     model = Model(dtype=torch.bfloat16)
     write_zero3(tmp_path / "neox", model, 3, vocab_file, deepspeed_objects)
     step = tmp_path / "neox/global_step7"
-    reader, theirs = Zero3Checkpoint(step), neox_logits.zero3_tensors(step)
+    reader, theirs = Zero3Checkpoint(step), verify.zero3_tensors(step)
     assert theirs.keys() == reader.tensors().keys()
     for name, tensor in theirs.items():
         assert tensor.dtype == torch.bfloat16
@@ -207,9 +207,9 @@ def test_what_is_incomplete_or_mixed_is_refused(
 
 
 def test_deepspeeds_objects_are_read_as_stand_ins(deepspeed_objects, tmp_path):
-    """None of its code runs, where it is installed either."""
+    """DeepSpeed's code does not run, even if it is installed."""
     torch.save(deepspeed_objects, tmp_path / "file.pt")
-    found = torch_file.load_torch_file(tmp_path / "file.pt")
+    found = files.load_torch_file(tmp_path / "file.pt")
     assert found["ZeroStageEnum"] == 3
     assert found["LossScaler"].cur_scale == 1
     assert found["DynamicLossScaler"].cur_scale == 2**16

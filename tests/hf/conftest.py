@@ -1,4 +1,4 @@
-"""Tiny models in which every term of the mathematics counts."""
+"""Fixtures of the Hugging Face tests: tiny models in which every term of the formulas counts."""
 
 import pytest
 import torch
@@ -6,8 +6,8 @@ import torch
 from megatron_patch.hf import MetaLAConfig, MetaLAForCausalLM
 
 VOCABULARY = 61
-# A hybrid in which every option counts: attention below MetaLA, one head of keys and values for
-# two of queries, half of a head rotated, biases, and an MLP of its own width.
+# A hybrid that uses every option: attention below MetaLA, one key-value head for two query heads,
+# half of a head rotated, biases, and an MLP of another width.
 HYBRID = dict(
     layer_types=["full_attention", "linear_attention"],
     num_key_value_heads=1,
@@ -18,6 +18,13 @@ HYBRID = dict(
     partial_rotary_factor=0.5,
 )
 KINDS = {"metala": {}, "hybrid": HYBRID}
+# Lets `generate` run to its last token.
+NO_END = dict(eos_token_id=None, pad_token_id=0)
+
+
+def same(left: torch.Tensor, right: torch.Tensor) -> None:
+    """Asserts that float64 tensors are equal up to rounding."""
+    torch.testing.assert_close(left, right, rtol=1e-9, atol=1e-9)
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +34,7 @@ def _seed():
 
 @pytest.fixture(scope="session")
 def tiny_config():
-    """Function: a configuration of 2 layers, width 32, 2 heads, with the keys given changed."""
+    """A function that returns a configuration of 2 layers, width 32 and 2 heads, with changes."""
 
     def build(**changes) -> MetaLAConfig:
         settings = dict(
@@ -47,8 +54,11 @@ def tiny_config():
 
 @pytest.fixture(scope="session")
 def tiny_model(tiny_config):
-    """Function: a model in evaluation mode, random in all parameters: as initialised, `aug_balance`
-    and the biases are zero, and the logits too small to tell a mistake from rounding."""
+    """A function that returns a model in evaluation mode whose parameters are all random.
+
+    With the usual initialisation `aug_balance` and the biases would be zero, and the logits too
+    small to tell a mistake from rounding.
+    """
 
     def build(dtype=torch.float32, **changes) -> MetaLAForCausalLM:
         model = MetaLAForCausalLM(tiny_config(**changes))
@@ -67,9 +77,15 @@ def tiny_model(tiny_config):
     return build
 
 
+@pytest.fixture(scope="module", params=KINDS)
+def model(tiny_model, request):
+    """A pure MetaLA model and a hybrid, in float64 so that no two tokens tie."""
+    return tiny_model(torch.float64, **KINDS[request.param])
+
+
 @pytest.fixture(scope="session")
 def tokens():
-    """Function: random int64 [batch, time], none of them a special token."""
+    """A function that returns random int64 [batch, time] without special tokens."""
 
     def build(batch: int, time: int, seed: int = 0) -> torch.Tensor:
         return torch.randint(

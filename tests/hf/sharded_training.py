@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 2 sharded_training.py METHOD:FOLDER...
 
-reads each FOLDER's model and `input_ids.pt`, of which every rank takes its share of the rows, and
-writes FOLDER/METHOD.pt: each rank's losses, and the whole weights after the last step.
+trains the model of each FOLDER on its `input_ids.pt`, whose rows are split over the ranks, and
+writes FOLDER/METHOD.pt: the losses of each rank, and the full weights after the last step.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ STEPS = 3
 
 
 def load(folder: Path, **how) -> nn.Module:
-    """With gradient checkpointing, which runs blocks once more while weights come and go."""
+    """Loads a model with gradient checkpointing, which runs blocks again in the backward pass."""
     model = AutoModelForCausalLM.from_pretrained(folder, **how)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
@@ -38,7 +38,7 @@ def train(
     input_ids: torch.Tensor,
     backward: Callable[[torch.Tensor], None] = torch.Tensor.backward,
 ) -> list[float]:
-    """Steps on all rows at once; returns the loss of each."""
+    """Trains a few steps on all rows; returns the loss of each step."""
     model.train()
     losses = []
     for _ in range(STEPS):
@@ -55,8 +55,7 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def accelerate_plugin(model: nn.Module, **how):
-    """accelerate's settings, with what they take from the model. accelerate itself would shard on
-    accelerators only."""
+    """Returns accelerate's FSDP settings for a model. accelerate itself shards only on GPUs."""
     from accelerate import FullyShardedDataParallelPlugin
 
     plugin = FullyShardedDataParallelPlugin(auto_wrap_policy="transformer_based_wrap", **how)
@@ -101,7 +100,7 @@ def fsdp2(folder: Path, input_ids: torch.Tensor):
 
 
 def transformers_fsdp(folder: Path, input_ids: torch.Tensor):
-    """transformers 5 shards while it loads, by the plan of the model and its configuration."""
+    """transformers 5 shards while loading, by the FSDP plan of the model and its configuration."""
     from transformers.distributed import DistributedConfig
 
     model = load(folder, distributed_config=DistributedConfig(fsdp_size=dist.get_world_size()))
@@ -111,7 +110,7 @@ def transformers_fsdp(folder: Path, input_ids: torch.Tensor):
     return losses, full_state(model)
 
 
-@functools.cache  # a process has one
+@functools.cache  # one per process
 def deepspeed_accelerator(rows: int):
     from accelerate import Accelerator, DeepSpeedPlugin
 
@@ -124,7 +123,7 @@ def deepspeed_accelerator(rows: int):
                 "zero_allow_untested_optimizer": True,
                 "zero_optimization": {
                     "stage": 3,
-                    "stage3_param_persistence_threshold": 0,  # nothing is too small to be sharded
+                    "stage3_param_persistence_threshold": 0,  # shard even the smallest
                     "stage3_gather_16bit_weights_on_model_save": True,
                 },
             }
@@ -133,7 +132,7 @@ def deepspeed_accelerator(rows: int):
 
 
 def zero3(folder: Path, input_ids: torch.Tensor):
-    # Before the model: transformers then loads it in shards.
+    # Made before the model, so that transformers loads the model in shards.
     accelerator = deepspeed_accelerator(len(input_ids))
     model = load(folder)
     assert all(parameter.numel() == 0 for parameter in model.parameters())
@@ -145,8 +144,7 @@ def zero3(folder: Path, input_ids: torch.Tensor):
 
 
 def main(runs: list[str]) -> None:
-    if not any(run.startswith("zero3:") for run in runs):  # which brings its own
-        dist.init_process_group("gloo")
+    dist.init_process_group("gloo")
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     for run in runs:
         method, _, folder = run.partition(":")
@@ -162,8 +160,8 @@ def main(runs: list[str]) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1:])
-    # All is written. What PyTorch's threads do while the interpreter ends is not tested here: now
-    # and then they abort it ("terminate called without an active exception").
+    # Skip the interpreter's shutdown, in which PyTorch's threads sometimes abort the process
+    # ("terminate called without an active exception").
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)

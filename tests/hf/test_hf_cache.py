@@ -1,4 +1,4 @@
-"""MetaLACache: constant size, exact continuation, reordering, and life on disk."""
+"""MetaLACache: constant size, exact continuation, reordering, saving and loading."""
 
 import copy
 
@@ -8,11 +8,7 @@ from safetensors.torch import save_file
 from transformers import Cache, DynamicCache
 
 from megatron_patch.hf import MetaLACache
-from tests.hf.conftest import HYBRID, KINDS
-
-
-def same(left: torch.Tensor, right: torch.Tensor) -> None:
-    torch.testing.assert_close(left, right, rtol=1e-9, atol=1e-9)
+from tests.hf.conftest import HYBRID, KINDS, same
 
 
 def same_states(left: MetaLACache, right: MetaLACache) -> None:
@@ -30,7 +26,7 @@ def same_states(left: MetaLACache, right: MetaLACache) -> None:
     [{}, {"conv_width": 1}, {"conv_width": 6}, HYBRID],
     ids=["metala", "width 1", "width 6", "hybrid"],
 )
-def test_any_pieces_equal_one_run(tiny_model, tokens, pieces, changes):
+def test_any_split_equals_one_call(tiny_model, tokens, pieces, changes):
     model, input_ids = tiny_model(torch.float64, **changes), tokens(3, 12)
     whole = model(input_ids)
     cache, logits = MetaLACache(model.config), []
@@ -47,7 +43,7 @@ def test_bytes_do_not_grow(tiny_model, tokens):
     model = tiny_model()
 
     def held(cache: MetaLACache) -> int:
-        """Bytes of the memory behind the tensors, which a view of a long one would keep whole."""
+        """Returns the bytes of the storages, which would be larger behind views of long tensors."""
         return sum(
             t.untyped_storage().nbytes() for layer in cache.layers for _, t in layer.tensors()
         )
@@ -80,7 +76,7 @@ def test_without_gradients_states_are_written_in_place(tiny_model, tokens, padde
 
     before = copy.deepcopy(fork)
     held = [t for layer in fork.layers for _, t in layer.tensors()]
-    expected = model(ids, past_key_values=fork, **how)  # with gradients: states of its own
+    expected = model(ids, past_key_values=fork, **how)  # with gradients, states are new tensors
     same(output.logits, expected.logits)
     same_states(cache, fork)
     for tensor, kept in zip(held, (t for y in before.layers for _, t in y.tensors()), strict=True):
@@ -103,11 +99,11 @@ def test_a_state_that_a_gradient_needs_is_not_overwritten(tiny_model, tokens):
 @pytest.mark.parametrize("trained", ["", "q_proj"], ids=["all", "queries"])
 @pytest.mark.parametrize("use_cache", [False, True])
 @pytest.mark.parametrize("time", [1, 3])
-def test_a_state_without_gradient_of_its_own_is_kept_for_others(
+def test_a_state_saved_for_other_gradients_is_not_overwritten(
     tiny_model, tokens, mode, trained, use_cache, time
 ):
-    """A prefix read without gradients, or states that no trained weight reaches: the gradients of
-    queries need them all the same."""
+    """The gradients of the queries need states that have no gradient themselves: those of a prefix
+    read without gradients, or those that no trained weight reaches."""
     model = tiny_model(torch.float64)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trained in name)
@@ -122,7 +118,7 @@ def test_a_state_without_gradient_of_its_own_is_kept_for_others(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_dtypes(tiny_model, tokens, dtype):
+def test_dtypes_of_states(tiny_model, tokens, dtype):
     layer = tiny_model(dtype)(tokens(1, 5)).past_key_values.layers[0]
     assert layer.conv_states.dtype == dtype
     assert layer.recurrent_states.dtype == (
@@ -130,7 +126,7 @@ def test_dtypes(tiny_model, tokens, dtype):
     )
 
 
-def test_the_input_cache_decides_what_is_remembered(tiny_model, tokens):
+def test_without_use_cache_the_cache_is_only_read(tiny_model, tokens):
     model, input_ids = tiny_model(torch.float64), tokens(1, 6)
     cache = model(input_ids).past_key_values
     before = copy.deepcopy(cache)
@@ -219,7 +215,7 @@ def test_a_hybrid_keeps_keys_and_values_beside_the_state(tiny_model, tokens):
     assert made_without_config.nbytes == cache.nbytes
 
 
-def test_conventions(tiny_config):
+def test_transformers_cache_interface(tiny_config):
     cache = MetaLACache(tiny_config())
     assert len(cache) == 2 and cache.batch_size == -1 and not cache.is_compileable
     assert cache.get_max_length() in (-1, None) and cache.get_max_cache_shape() in (-1, None)
@@ -230,8 +226,8 @@ def test_conventions(tiny_config):
         cache.update(None, None, 0)
 
 
-def test_the_names_of_recurrent_caches_in_transformers_5(tiny_model, tokens):
-    """What its own caches answer for "linear attention" layers, ours answers too."""
+def test_transformers_5_names_of_recurrent_caches(tiny_model, tokens):
+    """The methods of transformers' own caches for "linear attention" layers."""
     model = tiny_model()
     cache = MetaLACache(model.config)
     assert cache.get_conv_state(1) is cache.get_recurrent_state(1) is None
@@ -247,7 +243,7 @@ def test_the_names_of_recurrent_caches_in_transformers_5(tiny_model, tokens):
         assert not any(cache.is_sliding) and not cache.is_initialized and not cache.is_croppable
 
 
-def test_wrong_caches_are_named(tiny_model, tokens):
+def test_wrong_caches_are_refused(tiny_model, tokens):
     model = tiny_model()
     with pytest.raises(
         ValueError, match="^past_key_values: found a DynamicCache, wanted a MetaLACache"
@@ -272,7 +268,7 @@ def test_wrong_caches_are_named(tiny_model, tokens):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_interrupted_first_call_leaves_nothing(tiny_model, tokens, kind):
-    """A prompt that did not fit the memory is read again in pieces, say."""
+    """For example, a prompt that did not fit into memory is read again in pieces."""
     model, ids = tiny_model(torch.float64, **KINDS[kind]), tokens(2, 6)
 
     def interrupt(*_):

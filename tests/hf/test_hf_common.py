@@ -1,11 +1,11 @@
-"""The checks that transformers runs on each of its own causal models, as far as the other files of
-this folder do not hold them already.
+"""The tests that transformers runs on each of its own causal models, unless other files of this
+folder have them already.
 
-transformers keeps them in `ModelTesterMixin`, `GenerationTesterMixin` and `ConfigTester` of its own
-tests, which its package leaves out; these are their equivalents. The source distribution has the
-files of `tests/` itself: `test_modeling_common.py`, `test_configuration_common.py` and
-`test_training_mixin.py` of 5.23.0 were run against MetaLAModel and MetaLAForCausalLM on the CPU:
-80 tests passed, none failed, and these skipped themselves:
+transformers has them in `ModelTesterMixin`, `GenerationTesterMixin` and `ConfigTester` of its own
+test suite, which its wheel leaves out; these are their equivalents. The source distribution has
+`test_modeling_common.py`, `test_configuration_common.py` and `test_training_mixin.py`. Those of
+5.23.0 were run against MetaLAModel and MetaLAForCausalLM on the CPU: 80 tests passed, none failed,
+and the tests of these features skipped themselves:
 
 - attention: outputs, implementations and kernels (SDPA, FlashAttention, flex), sliding windows;
 - rotary and other position embeddings, experts, encoder-decoder and composite models;
@@ -16,8 +16,7 @@ files of `tests/` itself: `test_modeling_common.py`, `test_configuration_common.
   tested here on the CPU.
 
 `GenerationTesterMixin` lies in a subfolder that the source distribution leaves out, and was not
-run. Assisted and contrastive generation and static caches are refused, which `test_hf_generate.py`
-holds.
+run. `test_hf_generate.py` tests that assisted and contrastive generation are refused.
 """
 
 import copy
@@ -36,7 +35,7 @@ from tests.hf.conftest import KINDS
 
 @pytest.fixture
 def saved(tiny_model, tmp_path):
-    """A model and its folder, in several files."""
+    """A model and its folder, with the weights in several files."""
     model = tiny_model()
     model.save_pretrained(tmp_path / "model", max_shard_size="20KB")
     assert len(list((tmp_path / "model").glob("model-*.safetensors"))) > 1
@@ -53,7 +52,7 @@ def test_signature(tiny_config):
         ]
 
 
-def test_the_same_twice(tiny_model, tokens):
+def test_calls_are_deterministic(tiny_model, tokens):
     model, ids = tiny_model().train(), tokens(2, 9)
     assert torch.equal(model(ids).logits, model(ids).logits)
     assert torch.equal(copy.deepcopy(model)(ids).logits, model(ids).logits)
@@ -105,7 +104,7 @@ def test_gradients_of_hidden_states(tiny_model, tokens, how):
 
 
 def test_inputs_can_require_gradients(tiny_model, tokens):
-    """What adapters on a frozen, checkpointed model need."""
+    """Adapters on a frozen, checkpointed model need this."""
     model = tiny_model().requires_grad_(False).train()
     model.enable_input_require_grads()
     model.gradient_checkpointing_enable({"use_reentrant": True})
@@ -176,7 +175,7 @@ def test_device_map(saved, tokens, tmp_path, device_map):
 
 
 class OneDevice(TorchDispatchMode):
-    """Fails where an operation mixes devices, as it would fail on GPUs."""
+    """Fails if an operation mixes devices, as it would on GPUs."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         found = {x.device for x in tree_leaves((args, kwargs)) if torch.is_tensor(x) and x.ndim}
@@ -186,12 +185,12 @@ class OneDevice(TorchDispatchMode):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_blocks_on_two_devices(tiny_model, tokens, kind):
-    """As accelerate lays a model over GPUs: masks and states meet each block on its own device."""
+    """accelerate spreads a model over GPUs: masks and states must follow to each block's device."""
     hooks = pytest.importorskip("accelerate.hooks")
     model, ids = tiny_model(**KINDS[kind]), tokens(2, 5)
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 1]])
     for module in (model.model.layers[1], model.model.final_norm, model.lm_head):
-        # "meta" computes shapes alone: a second device that every machine has.
+        # "meta" computes shapes only, and is a second device on every machine.
         hook = hooks.AlignDevicesHook(torch.device("meta"), place_submodules=False)
         hooks.add_hook_to_module(module.to("meta"), hook)
     with torch.no_grad(), OneDevice():
@@ -206,7 +205,7 @@ def test_blocks_on_two_devices(tiny_model, tokens, kind):
 
 
 @pytest.mark.parametrize("beams", [1, 3])
-def test_what_generate_returns_beside_tokens(tiny_model, tokens, beams):
+def test_outputs_of_generate(tiny_model, tokens, beams):
     model, ids = tiny_model(torch.float64), tokens(2, 6)
     out = model.generate(
         ids,
@@ -239,7 +238,7 @@ def test_what_generate_returns_beside_tokens(tiny_model, tokens, beams):
         torch.testing.assert_close(totals / 4, out.sequences_scores, atol=1e-5, rtol=0)
 
 
-def test_generating_from_nothing(tiny_model):
+def test_generate_without_a_prompt(tiny_model):
     model = tiny_model()
     out = model.generate(max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0)
     assert out.shape == (1, 5) and out[0, 0] == model.config.bos_token_id

@@ -1,4 +1,4 @@
-"""MetaLAConfig: the authors' keys, the standard names, and what is refused."""
+"""MetaLAConfig: the authors' keys, the standard names, and values that are refused."""
 
 import json
 
@@ -12,8 +12,7 @@ from megatron_patch.hf.configuration_metala import HYBRID_KEYS
 from megatron_patch.hf.remote_code import AUTO_MAP
 from tests.hf.conftest import HYBRID
 
-# Every key that the authors' configuration class knows, and some that transformers writes beside
-# them.
+# Every key of the authors' configuration class, and some that transformers adds.
 AUTHORS_CONFIG = {
     "add_bos_token": False,
     "architectures": ["MetaLAForCausalLM"],
@@ -56,7 +55,7 @@ def test_authors_config_file_loads_and_is_kept(tmp_path):
     for key, value in AUTHORS_CONFIG.items():
         if key not in ("transformers_version", "torch_dtype", "auto_map"):
             assert getattr(again, key, written.get(key)) == value, key
-    assert again.auto_map == AUTO_MAP  # the code written beside it
+    assert again.auto_map == AUTO_MAP  # the code was written too
     assert not {"hidden_size", "num_hidden_layers", "intermediate_size"} & set(written)
     assert not set(HYBRID_KEYS) & set(written)
 
@@ -101,13 +100,13 @@ def test_glu_dim_of_minus_one_is_the_width():
         ("conv_width", 0),
     ],
 )
-def test_bad_values_are_named(key, value):
+def test_invalid_values_are_refused(key, value):
     with pytest.raises(ValueError, match=rf"^{key}: found .*wanted") as error:
         MetaLAConfig(**{key: value})
     assert "\n" not in str(error.value)
 
 
-def test_a_hybrid_is_kept(tiny_config, tmp_path):
+def test_a_hybrid_is_saved_and_loaded(tiny_config, tmp_path):
     tiny_config(**HYBRID).save_pretrained(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())
     assert {key: written[key] for key in HYBRID} == HYBRID
@@ -137,13 +136,13 @@ def test_a_hybrid_is_kept(tiny_config, tmp_path):
         ("partial_rotary_factor", 0.2),  # 3 of 16 channels
     ],
 )
-def test_bad_values_of_a_hybrid_are_named(tiny_config, key, value):
+def test_invalid_values_of_a_hybrid_are_refused(tiny_config, key, value):
     with pytest.raises(ValueError, match=rf"^{key}: found .*wanted") as error:
         tiny_config(**{**HYBRID, key: value})
     assert "\n" not in str(error.value)
 
 
-def test_a_bad_value_set_later_is_named_by_the_model(tiny_config):
+def test_the_model_refuses_a_value_set_later(tiny_config):
     config = tiny_config()
     config.glu_act = "gelu"
     with pytest.raises(ValueError, match="^glu_act: found 'gelu'"):

@@ -1,7 +1,8 @@
-"""Decoding by a recorded step or a kernel: as without, whatever happens to cache and model.
+"""Decoding by a captured step or a fused kernel equals decoding without, whatever happens to the
+cache and the model.
 
-On the CPU, where CUDA graphs do not exist, a "recording" runs the same step on the same tensors
-anew; all else is what runs on a GPU. With a GPU, every test runs there too, with real graphs.
+The CPU has no CUDA graphs: there a "captured" step runs again on the same tensors, and all else is
+as on a GPU. With a GPU, every test runs there too, with real graphs.
 """
 
 import copy
@@ -13,10 +14,10 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from megatron_patch.hf import MetaLACache, decoding_metala, modeling_metala
-from tests.hf.conftest import HYBRID
+from megatron_patch.hf import MetaLACache, decoding_metala, layers_metala, modeling_metala
+from tests.hf.conftest import HYBRID, NO_END, same
 
-NO_END = dict(eos_token_id=None, pad_token_id=0)
+TORCH_COMPILE = torch.compile
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
@@ -26,20 +27,21 @@ def device(request):
 
 
 @pytest.fixture
-def recorded(device, monkeypatch):
-    """The list of what has been recorded."""
+def captured(device, monkeypatch):
+    """A list of the steps that were captured."""
     made = []
-    record = decoding_metala.record_cuda_graph if device == "cuda" else lambda step: step
+    capture = decoding_metala.capture_cuda_graph if device == "cuda" else lambda step: step
 
     def count(step):
-        replay = record(step)
+        replay = capture(step)
         made.append(replay)
         return replay
 
-    monkeypatch.setattr(decoding_metala, "record_cuda_graph", count)
-    monkeypatch.setattr(decoding_metala, "_recordings", weakref.WeakKeyDictionary())
+    monkeypatch.setattr(decoding_metala, "capture_cuda_graph", count)
+    monkeypatch.setattr(decoding_metala, "_captured_steps", weakref.WeakKeyDictionary())
     if device == "cpu":
-        monkeypatch.setattr(decoding_metala, "_records_on", lambda device: True)
+        monkeypatch.setattr(decoding_metala, "_can_capture_on", lambda device: True)
+        monkeypatch.setattr(torch, "compile", lambda function, **settings: function)
     return made
 
 
@@ -50,7 +52,7 @@ def model(tiny_model, device):
 
 @pytest.fixture
 def kernels(model, monkeypatch):
-    """The list of the kernels that have been made; the model's own layers stand in for them."""
+    """A list of the fused kernels that were made. The model's own layers stand in for them."""
     made = []
 
     class Kernel:
@@ -71,32 +73,32 @@ def kernels(model, monkeypatch):
 
 
 @pytest.fixture
-def check(model, recorded, device, tokens):
-    """Function: feeds one token to a cache, and to a copy of it without graph; they must agree.
-    Returns whether the step came from a recording."""
+def check(model, captured, device, tokens):
+    """A function that feeds one token to a cache, and to a copy without graph, which must agree.
+    It returns whether the step was a captured one."""
 
     def check(cache, seed=0) -> bool:
-        plain, before = copy.deepcopy(cache), len(recorded)
+        plain, before = copy.deepcopy(cache), len(captured)
         plain.decoding_graph = None
         ids = tokens(cache.batch_size, 1, seed=seed).to(device)
         with torch.no_grad():
             expected = model(ids, past_key_values=plain)
             with _PlainPath() as plain_path:
                 output = model(ids, past_key_values=cache)
-        torch.testing.assert_close(output.logits, expected.logits, rtol=1e-9, atol=1e-9)
+        same(output.logits, expected.logits)
         assert output.past_key_values is cache
         assert cache.get_seq_length() == plain.get_seq_length()
         for layer, other in zip(cache.layers, plain.layers, strict=True):
             for (_, tensor), (_, wanted) in zip(layer.tensors(), other.tensors(), strict=True):
-                torch.testing.assert_close(tensor, wanted, rtol=1e-9, atol=1e-9)
-        assert plain_path.calls == 0 or len(recorded) == before
+                same(tensor, wanted)
+        assert plain_path.calls == 0 or len(captured) == before
         return plain_path.calls == 0
 
     return check
 
 
 class _PlainPath:
-    """Counts the layers that run by themselves, without touching the model or its classes."""
+    """Counts the layers that the plain path runs, without touching the model or its classes."""
 
     def __init__(self):
         self.calls = 0
@@ -117,7 +119,7 @@ class _PlainPath:
 
 @pytest.fixture
 def prompt(model, tokens, device):
-    """Function: a cache that has read a prompt."""
+    """A function that returns a cache that has read a prompt."""
 
     @torch.no_grad()
     def prompt(batch=2, seed=0, decoding_graph="eager"):
@@ -136,7 +138,7 @@ STRATEGIES = {
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_generate(model, recorded, tokens, device, strategy):
+def test_generate(model, captured, tokens, device, strategy):
     ids = tokens(2, 7).to(device)
     mask = torch.ones_like(ids)
     mask[1, :4] = 0
@@ -147,14 +149,14 @@ def test_generate(model, recorded, tokens, device, strategy):
         return model.generate(ids, attention_mask=mask, max_new_tokens=9, **settings)
 
     expected = run()
-    assert not recorded
+    assert not captured
     for _ in range(2):
         out = run(past_key_values=MetaLACache(model.config, decoding_graph="eager"))
         assert torch.equal(out, expected)
-    assert len(recorded) == 1  # for both calls, and all reorderings of beams
+    assert len(captured) == 1  # for both calls and all reorderings of beams
 
 
-def test_the_switch_of_generate(model, recorded, tokens, device, monkeypatch):
+def test_cache_implementation_static(model, captured, tokens, device, monkeypatch):
     kinds = []
     monkeypatch.setattr(
         modeling_metala, "replay_step", lambda model, ids, cache: kinds.append(cache.decoding_graph)
@@ -181,12 +183,12 @@ def test_states_stay_in_place(prompt, check):
     assert all(one is other for one, other in zip(held, now, strict=True))
 
 
-def test_several_caches_take_turns(prompt, check, recorded):
+def test_several_caches_take_turns(prompt, check, captured):
     caches = [prompt(seed=seed) for seed in range(3)]
     for seed in range(3):
         for cache in caches:
             assert check(cache, seed)
-    assert len(recorded) == 1
+    assert len(captured) == 1
     one, other, _ = caches
     shared = {t.data_ptr() for layer in one.layers for _, t in layer.tensors()}
     assert not shared & {t.data_ptr() for layer in other.layers for _, t in layer.tensors()}
@@ -203,7 +205,7 @@ def test_a_detached_cache_keeps_its_states(prompt, check):
         assert torch.equal(layer.conv_states, wanted.conv_states)
 
 
-def test_whatever_happens_to_a_cache(model, prompt, check, recorded, tokens, device, tmp_path):
+def test_whatever_happens_to_a_cache(model, prompt, check, captured, tokens, device, tmp_path):
     cache = prompt()
     assert check(cache)
     cache.reorder_cache(torch.tensor([1, 1]))
@@ -215,20 +217,20 @@ def test_whatever_happens_to_a_cache(model, prompt, check, recorded, tokens, dev
     assert check(cache)
     cache.save(tmp_path / "state.safetensors")
     loaded = MetaLACache.load(tmp_path / "state.safetensors", device=device)
-    assert not check(loaded)  # which was not asked to replay
+    assert not check(loaded)  # it asks for no graph
     loaded.decoding_graph = "eager"
     assert check(loaded)
-    assert len(recorded) == 1
+    assert len(captured) == 1
     cache.batch_select_indices(torch.tensor([1]))
-    assert check(cache) and len(recorded) == 2  # another batch size
+    assert check(cache) and len(captured) == 2  # another batch size
     cache.reset()
     with torch.no_grad():  # a first token has no state to continue
         output = model(tokens(1, 1).to(device), past_key_values=cache)
     torch.testing.assert_close(output.logits, model(tokens(1, 1).to(device)).logits)
 
 
-def test_padding_before_is_remembered(model, recorded, tokens, device):
-    """A later call's mask of all tokens is compared with it."""
+def test_padding_before_is_remembered(model, captured, tokens, device):
+    """A later call compares its mask of all tokens with it."""
     ids = tokens(2, 9).to(device)
     mask = torch.ones_like(ids)
     mask[0, :3] = 0
@@ -238,36 +240,36 @@ def test_padding_before_is_remembered(model, recorded, tokens, device):
         model(ids[:, :6], attention_mask=mask[:, :6], past_key_values=cache)
         model(ids[:, 6:7], past_key_values=cache)
         found = model(ids[:, 7:], attention_mask=mask, past_key_values=cache).logits
-    assert len(recorded) == 1
-    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+    assert len(captured) == 1
+    same(found, wanted)
 
 
-def test_changed_weights(model, prompt, check, recorded):
+def test_changed_weights(model, prompt, check, captured):
     cache = prompt()
     assert check(cache)
     with torch.no_grad():
         model.model.layers[1].token_mixer.out_proj.weight.mul_(1.5)
-    assert check(cache) and len(recorded) == 1  # in place: the graph reads what is there
+    assert check(cache) and len(captured) == 1  # in place, so the graph sees the new values
     layer = model.model.layers[0].channel_mixer.l3
     layer.weight = torch.nn.Parameter(layer.weight.detach() * 2)
-    assert check(cache) and len(recorded) == 2
+    assert check(cache) and len(captured) == 2
     layer.weight.data = layer.weight.data * 0.5
-    assert check(cache) and len(recorded) == 3
+    assert check(cache) and len(captured) == 3
     model.set_output_embeddings(copy.deepcopy(model.lm_head))
-    assert check(cache) and len(recorded) == 4
+    assert check(cache) and len(captured) == 4
 
 
-def test_adapters_are_not_bypassed(model, prompt, check, recorded):
+def test_adapters_are_not_bypassed(model, prompt, check, captured):
     peft = pytest.importorskip("peft")
     cache = prompt()
     assert check(cache)
     config = peft.LoraConfig(target_modules=["q_proj", "out_proj", "l1"], init_lora_weights=False)
     adapted = peft.get_peft_model(model, config)
-    assert not check(cache)  # the step that a copy without graph takes, adapters and all
+    assert not check(cache)  # the plain path runs the adapters
     with adapted.disable_adapter():
         assert not check(cache)
     adapted.merge_and_unload()
-    assert check(cache) and len(recorded) == 2
+    assert check(cache) and len(captured) == 2
 
 
 def test_hooks_are_called(model, prompt, check):
@@ -279,7 +281,7 @@ def test_hooks_are_called(model, prompt, check):
     assert check(cache)
     projection = model.model.layers[0].token_mixer.v_proj
     forward = projection.forward
-    projection.forward = lambda x: 3 * forward(x)  # as accelerate wraps modules
+    projection.forward = lambda x: 3 * forward(x)  # accelerate wraps modules so
     assert not check(cache)
 
 
@@ -305,15 +307,15 @@ PATCHED = [
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("name", PATCHED)
 def test_patched_code_is_not_bypassed(
-    model, prompt, check, recorded, kernels, monkeypatch, name, batch
+    model, prompt, check, captured, kernels, monkeypatch, name, batch
 ):
-    """As Liger and others patch classes and functions: before a recording, and after one."""
+    """Liger and others patch classes and functions so, before a capture or after it."""
     said = []
     monkeypatch.setattr(decoding_metala.logger, "warning_once", said.append)
     cache = prompt(batch, decoding_graph="compiled" if batch == 1 else "eager")
     assert check(cache)
-    owner = modeling_metala
     *path, attribute = name.split(".")
+    owner = layers_metala if hasattr(layers_metala, name.split(".")[0]) else modeling_metala
     for part in path:
         owner = getattr(owner, part)
     function = getattr(owner, attribute)
@@ -375,7 +377,7 @@ def test_hooks_on_all_modules_are_called(model, prompt, check):
 
 
 @pytest.mark.parametrize("batch", [1, 2])
-def test_changed_numbers_are_recorded_anew(model, prompt, check, recorded, kernels, batch):
+def test_changed_numbers_lead_to_a_new_capture(model, prompt, check, captured, kernels, batch):
     cache = prompt(batch, decoding_graph="compiled" if batch == 1 else "eager")
     layer = model.model.layers[0]
     changes = [
@@ -390,40 +392,38 @@ def test_changed_numbers_are_recorded_anew(model, prompt, check, recorded, kerne
     for count, (module, name, value) in enumerate(changes, 2):
         setattr(module, name, value)
         assert check(cache)
-        assert len(kernels) + len(recorded) == count
+        assert len(kernels) + len(captured) == count
 
 
-def test_a_kernel_of_one_tau_is_not_given_two(model, prompt, monkeypatch):
+def test_the_kernel_needs_equal_numbers_in_all_layers(model, prompt, monkeypatch):
     made = []
     monkeypatch.setattr(decoding_metala, "token_decoder", lambda *args, **kwargs: made.append(args))
     cache = prompt(1)
     states = [cache.states(layer) for layer in range(len(cache))]
-    decoding_metala._kernel(model, states)
+    decoding_metala.make_token_decoder(model, states)
     assert len(made) == 1
     model.model.layers[0].token_mixer.tau = 3.0
-    assert decoding_metala._kernel(model, states) is None
+    assert decoding_metala.make_token_decoder(model, states) is None
     model.model.layers[0].token_mixer.tau = model.model.layers[1].token_mixer.tau
     model.model.layers[1].channel_norm.eps = 0.5
-    assert decoding_metala._kernel(model, states) is None and len(made) == 1
+    assert decoding_metala.make_token_decoder(model, states) is None and len(made) == 1
 
 
-def test_layer_norms_have_no_kernel_but_a_recording(
-    tiny_model, monkeypatch, recorded, tokens, device
-):
+def test_layer_norms_have_no_kernel_but_a_graph(tiny_model, monkeypatch, captured, tokens, device):
     made = []
     monkeypatch.setattr(decoding_metala, "token_decoder", lambda *args, **kwargs: made.append(args))
     model = tiny_model(torch.float64, norm_type="layernorm").to(device)
-    recording, plain = MetaLACache(model.config, decoding_graph="eager"), MetaLACache(model.config)
+    graphed, plain = MetaLACache(model.config, decoding_graph="eager"), MetaLACache(model.config)
     with torch.no_grad():
-        for cache in (recording, plain):
+        for cache in (graphed, plain):
             model(tokens(1, 5).to(device), past_key_values=cache)
         ids = tokens(1, 1).to(device)
-        found, wanted = (model(ids, past_key_values=c).logits for c in (recording, plain))
-    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
-    assert len(recorded) == 1 and not made
+        found, wanted = (model(ids, past_key_values=c).logits for c in (graphed, plain))
+    same(found, wanted)
+    assert len(captured) == 1 and not made
 
 
-def test_another_dtype(model, prompt, recorded, tokens, device):
+def test_the_dtype_of_the_model_decides(model, prompt, captured, tokens, device):
     cache = prompt()
     model.float()
     cache.layers[0].conv_states = cache.layers[0].conv_states.double()
@@ -436,10 +436,10 @@ def test_another_dtype(model, prompt, recorded, tokens, device):
             ids = tokens(2, 1, seed=seed).to(device)
             found, wanted = (model(ids, past_key_values=c).logits for c in (cache, plain))
             assert torch.equal(found, wanted)
-    assert len(recorded) == 1
+    assert len(captured) == 1
 
 
-def test_what_is_not_replayed(model, prompt, recorded, tokens, device):
+def test_calls_that_are_not_replayed(model, prompt, captured, tokens, device):
     ids = tokens(2, 1).to(device)
     with torch.no_grad():
         for how in (
@@ -458,11 +458,11 @@ def test_what_is_not_replayed(model, prompt, recorded, tokens, device):
     assert model(ids, past_key_values=prompt()).logits.requires_grad
     with torch.no_grad(), torch.autocast(device, dtype=torch.bfloat16):
         model.float()(ids, past_key_values=MetaLACache(model.config, decoding_graph="eager"))
-    assert not recorded
+    assert not captured
 
 
-def test_hybrids_take_the_plain_path(tiny_model, recorded, tokens, device, monkeypatch):
-    """A recording would keep the prompt's keys and values; its tensors would not grow."""
+def test_hybrids_take_the_plain_path(tiny_model, captured, tokens, device, monkeypatch):
+    """A captured step could not let keys and values grow."""
     said = []
     monkeypatch.setattr(decoding_metala.logger, "warning_once", said.append)
     model = tiny_model(torch.float64, **HYBRID).to(device)
@@ -472,21 +472,20 @@ def test_hybrids_take_the_plain_path(tiny_model, recorded, tokens, device, monke
         cache = MetaLACache(model.config, decoding_graph="eager")
         model(ids[:, :6], past_key_values=cache)
         found = [model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(6, 9)]
-    torch.testing.assert_close(torch.cat(found, 1), wanted, rtol=1e-9, atol=1e-9)
-    assert cache.get_seq_length() == 9 and not recorded
+    same(torch.cat(found, 1), wanted)
+    assert cache.get_seq_length() == 9 and not captured
     assert said and all("attention layers" in text for text in said)
 
 
-def test_as_a_tuple(model, prompt, recorded, tokens, device):
+def test_outputs_as_a_tuple(model, prompt, captured, tokens, device):
     with torch.no_grad():
         cache = prompt()
         logits, returned = model(tokens(2, 1).to(device), past_key_values=cache, return_dict=False)
-    assert len(recorded) == 1 and returned is cache and logits.shape == (2, 1, 61)
+    assert len(captured) == 1 and returned is cache and logits.shape == (2, 1, 61)
 
 
-def test_inference_mode_inside_and_outside(model, prompt, tokens, device, recorded):
-    """States made under `inference_mode` cannot be written outside of it, and the other way round
-    they can."""
+def test_inference_mode_inside_and_outside(model, prompt, tokens, device, captured):
+    """States made under `inference_mode` cannot be written outside of it; others can inside it."""
     for kind in (None, "eager"):
         with torch.inference_mode():
             cache = prompt(decoding_graph=kind)
@@ -497,11 +496,11 @@ def test_inference_mode_inside_and_outside(model, prompt, tokens, device, record
         if kind is None:
             expected = logits
     for one, other in zip(logits, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
-    assert len(recorded) == 1
+        same(one, other)
+    assert len(captured) == 1
 
 
-def test_threads_take_turns(model, recorded, tokens, device):
+def test_threads_take_turns(model, captured, tokens, device):
     prompts = [tokens(1, 6, seed=seed).to(device) for seed in range(3)]
     how = dict(max_new_tokens=12, do_sample=False, **NO_END)
     expected = [model.generate(ids, **how) for ids in prompts]
@@ -512,11 +511,11 @@ def test_threads_take_turns(model, recorded, tokens, device):
 
     with ThreadPoolExecutor(3) as pool:
         found = list(pool.map(run, prompts))
-    assert all(map(torch.equal, found, expected)) and len(recorded) == 1
+    assert all(map(torch.equal, found, expected)) and len(captured) == 1
 
 
 def test_a_step_within_another_threads_call(model, prompt, check, tokens, device, monkeypatch):
-    """Of another cache, which takes the recorded step's tensors from the one that is being read."""
+    """Another cache takes the tensors of the captured step from the cache that is being read."""
     one, other = prompt(), prompt(seed=1)
     assert check(one)
     caches = [copy.deepcopy(cache) for cache in (one, other)]
@@ -532,7 +531,7 @@ def test_a_step_within_another_threads_call(model, prompt, check, tokens, device
     def read(ids, cache):
         found.append(model(ids, past_key_values=cache).logits)
 
-    def step_first(*states):  # with a layer's states at hand
+    def step_first(*states):  # called while a layer's states are in use
         if not found:
             with ThreadPoolExecutor(1) as pool:
                 pool.submit(read, step, other).result()
@@ -541,23 +540,22 @@ def test_a_step_within_another_threads_call(model, prompt, check, tokens, device
     monkeypatch.setattr(modeling_metala, "may_overwrite", step_first)
     read(ids, one)
     for logits, wanted in zip(found, reversed(expected), strict=True):
-        torch.testing.assert_close(logits, wanted, rtol=1e-9, atol=1e-9)
+        same(logits, wanted)
     assert check(one) and check(other)
 
 
-def test_no_more_recordings_than_few(model, prompt, check, recorded):
+def test_the_number_of_captured_steps_is_limited(model, prompt, check, captured):
     for batch in range(1, 8):
         assert check(prompt(batch))
-    kept = decoding_metala._recordings[model]
-    assert len(kept) == decoding_metala.MAX_RECORDINGS
-    made = len(recorded)
-    assert check(prompt(7)) and len(recorded) == made
-    assert check(prompt(1)) and len(recorded) == made + 1
+    kept = decoding_metala._captured_steps[model]
+    assert len(kept) == decoding_metala.MAX_CAPTURED_STEPS
+    made = len(captured)
+    assert check(prompt(7)) and len(captured) == made
+    assert check(prompt(1)) and len(captured) == made + 1
 
 
-def test_layers_compile_once(model, prompt, check, recorded, device, monkeypatch):
+def test_layers_compile_once(model, prompt, check, captured, device, monkeypatch):
     compiled = []
-    torch_compile = torch.compile
 
     def backend(graph, inputs):
         compiled.append(graph)
@@ -565,7 +563,7 @@ def test_layers_compile_once(model, prompt, check, recorded, device, monkeypatch
 
     def compile_(function, dynamic, options):
         assert options == decoding_metala.COMPILE_OPTIONS
-        return torch_compile(function, dynamic=dynamic, backend=backend, fullgraph=True)
+        return TORCH_COMPILE(function, dynamic=dynamic, backend=backend, fullgraph=True)
 
     if device == "cpu":
         monkeypatch.setattr(torch, "compile", compile_)
@@ -573,22 +571,22 @@ def test_layers_compile_once(model, prompt, check, recorded, device, monkeypatch
     cache = prompt(decoding_graph="compiled")
     for seed in range(3):
         assert check(cache, seed)
-    assert len(recorded) == 1
+    assert len(captured) == 1
     assert len(compiled) == (1 if device == "cpu" else 0)
 
 
-def test_a_kernel_needs_no_graph(model, prompt, check, recorded, kernels):
+def test_a_kernel_needs_no_graph(model, prompt, check, captured, kernels):
     model.model.embed_scale = 2.5
     one, other = prompt(1, decoding_graph="compiled"), prompt(1, 1, decoding_graph="compiled")
     for seed in range(3):
         assert check(one, seed) and check(other, seed)
-    assert len(kernels) == 1 and not recorded
-    assert check(prompt(2, decoding_graph="eager")) and check(prompt(1)) and len(recorded) == 2
+    assert len(kernels) == 1 and not captured
+    assert check(prompt(2, decoding_graph="eager")) and check(prompt(1)) and len(captured) == 2
     assert len(kernels) == 1
 
 
-def test_a_kernels_logits_are_the_callers(model, prompt, kernels, recorded, tokens, device):
-    """Also of ids that it cannot read where they are."""
+def test_a_kernel_returns_new_logits_each_time(model, prompt, kernels, captured, tokens, device):
+    """Some ids have another dtype, which the kernel cannot read."""
     caches = [prompt(1, decoding_graph=kind) for kind in (None, "compiled")]
     with torch.no_grad():
         expected, found = (
@@ -600,10 +598,10 @@ def test_a_kernels_logits_are_the_callers(model, prompt, kernels, recorded, toke
         )
     assert len(kernels) == 1
     for logits, wanted in zip(found, expected, strict=True):
-        torch.testing.assert_close(logits, wanted, rtol=1e-9, atol=1e-9)
+        same(logits, wanted)
 
 
-def test_a_kernel_of_a_changed_model(model, prompt, check, recorded, kernels):
+def test_a_kernel_of_a_changed_model(model, prompt, check, captured, kernels):
     cache, embedding = prompt(1, decoding_graph="compiled"), model.model.embed_tokens
     assert check(cache) and len(kernels) == 1
     with torch.no_grad():
@@ -616,24 +614,24 @@ def test_a_kernel_of_a_changed_model(model, prompt, check, recorded, kernels):
     hook = embedding.register_forward_hook(lambda m, i, o: 2 * o)
     assert not check(cache)
     hook.remove()
-    assert check(cache) and len(kernels) == 4 and not recorded
+    assert check(cache) and len(kernels) == 4 and not captured
 
 
 def test_a_look_up_that_changes_the_weights(model, prompt, kernels):
     model.model.embed_tokens.max_norm = 1.0
     cache = prompt(1)
     states = [cache.states(layer) for layer in range(len(cache))]
-    assert decoding_metala._kernel(model, states) is None and not kernels
+    assert decoding_metala.make_token_decoder(model, states) is None and not kernels
 
 
 @GPU
 @pytest.mark.parametrize("batch", [1, 5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_graphs_on_a_gpu(tiny_model, tokens, batch, dtype):
-    """Of the kernels that real models run: eager bit by bit, compiled as near to float64 as the
-    plain path is."""
+    """The kernels of real models: eager steps equal the plain path bit by bit, compiled ones are as
+    close to float64 as the plain path."""
     sizes = dict(decoder_embed_dim=256, glu_dim=384, decoder_layers=3)
-    model, exact = (tiny_model(d, **sizes).cuda() for d in (dtype, torch.float64))
+    model, oracle = (tiny_model(d, **sizes).cuda() for d in (dtype, torch.float64))
     ids, steps = tokens(batch, 300).cuda(), tokens(batch, 4, seed=1).cuda()
 
     @torch.no_grad()
@@ -643,26 +641,26 @@ def test_graphs_on_a_gpu(tiny_model, tokens, batch, dtype):
         rows = [model(step, past_key_values=cache).logits for step in steps.split(1, dim=1)]
         return torch.cat(rows, dim=1).double()
 
-    plain, wanted = logits(model, None), logits(exact, None)
+    plain, wanted = logits(model, None), logits(oracle, None)
     assert torch.equal(logits(model, "eager"), plain)
     error = (plain - wanted).norm()
     assert (logits(model, "compiled") - wanted).norm() < 1.5 * error + 1e-6 * wanted.norm()
 
 
-def test_a_model_is_not_kept_alive(tiny_model, tokens, recorded, device):
+def test_a_model_is_not_kept_alive(tiny_model, tokens, captured, device):
     model = tiny_model().to(device)
     cache = MetaLACache(model.config, decoding_graph="eager")
     ids = tokens(1, 5).to(device)
     model.generate(ids, max_new_tokens=3, past_key_values=cache, **NO_END)
-    assert len(recorded) == 1
+    assert len(captured) == 1
     gone = weakref.ref(model)
     del model
-    recorded.clear()
+    captured.clear()
     gc.collect()
     assert gone() is None
 
 
-def test_wrong_names(tiny_config):
+def test_wrong_names_of_graphs_are_refused(tiny_config):
     with pytest.raises(
         ValueError, match="^decoding_graph: found True, wanted one of None, 'eager'"
     ):

@@ -1,5 +1,5 @@
-"""Packed documents: every argument that separates them, or is refused by name, against runs of the
-documents alone."""
+"""Packed documents: arguments that separate them, compared with runs of the documents alone, and
+arguments that are refused by name."""
 
 import copy
 import inspect
@@ -10,21 +10,12 @@ import transformers
 from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
 from megatron_patch.hf import MetaLACache
-from tests.hf.conftest import KINDS
+from tests.hf.conftest import NO_END, same
 
 TRANSFORMERS_4 = transformers.__version__.startswith("4.")
 
 
-@pytest.fixture(scope="module", params=KINDS)
-def model(tiny_model, request):
-    return tiny_model(torch.float64, **KINDS[request.param])
-
-
-def same(one, other) -> None:
-    torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
-
-
-# Columns of each row's documents, and the arguments that say so.
+# For each row the columns of its documents, and the arguments that describe them.
 ARGUMENTS = {
     "one text with gaps": (
         [[range(8)], [range(8)]],
@@ -97,7 +88,7 @@ def test_documents_do_not_see_each_other(model, tokens, name):
 
 @pytest.mark.parametrize("given", ["cu_seq_lens_q", "cu_seq_lens_k", "both"])
 @pytest.mark.parametrize("bounds", [[0, 3, 8], [0, 0, 3, 3, 8, 8]], ids=["", "empty documents"])
-def test_boundaries_by_the_names_of_flash_attention(model, tokens, given, bounds):
+def test_flash_attention_names_for_cu_seqlens(model, tokens, given, bounds):
     ids, bounds = tokens(1, 8), torch.tensor(bounds, dtype=torch.int32)
     names = ["cu_seq_lens_q", "cu_seq_lens_k"] if given == "both" else [given]
     arguments = {name: bounds.clone() for name in names} | dict(max_length_q=5, max_length_k=5)
@@ -109,7 +100,7 @@ def test_boundaries_by_the_names_of_flash_attention(model, tokens, given, bounds
 
 
 @pytest.mark.skipif(TRANSFORMERS_4, reason="transformers 4.46 writes no seq_idx")
-def test_the_collator_for_mamba_models(model, tokens):
+def test_seq_idx_of_the_collator(model, tokens):
     documents = [{"input_ids": tokens(1, n, seed=n)[0].tolist()} for n in (5, 8, 3)]
     collate = DataCollatorWithFlattening(return_seq_idx=True, return_position_ids=False)
     batch = collate(documents)
@@ -122,8 +113,8 @@ def test_the_collator_for_mamba_models(model, tokens):
     torch.testing.assert_close(loss, sum(scored))
 
 
-def test_the_trainer_keeps_the_columns(model, tmp_path):
-    """It removes those that `forward` does not name."""
+def test_trainer_keeps_the_columns_that_separate_documents(model, tmp_path):
+    """The Trainer removes columns that `forward` does not name."""
     arguments = TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True)
     trainer = Trainer(copy.deepcopy(model), arguments)
     trainer._set_signature_columns_if_needed()
@@ -133,7 +124,7 @@ def test_the_trainer_keeps_the_columns(model, tmp_path):
         assert kept <= set(inspect.signature(part.forward).parameters)
 
 
-def test_what_would_be_overlooked_is_refused_by_name(model, tokens):
+def test_unknown_arguments_are_refused_by_name(model, tokens):
     ids = tokens(1, 8)
     two_types = torch.tensor([[0] * 4 + [1] * 4])
     refused = dict(
@@ -168,8 +159,8 @@ def test_what_would_be_overlooked_is_refused_by_name(model, tokens):
         same(part(ids, **unread)[0], part(ids)[0])
 
 
-def test_arguments_of_the_loss(model, tokens):
-    """Those that the loss function names are its own; others do not vanish in it."""
+def test_arguments_of_the_loss_function(model, tokens):
+    """The loss function gets the arguments it names; others are refused."""
     ids = tokens(1, 8)
     labels = ids.masked_fill(ids == ids[0, 3], -7)
     expected = model(ids, labels=labels.masked_fill(labels == -7, -100)).loss
@@ -193,13 +184,13 @@ MASKS = {
 
 
 @pytest.mark.parametrize("name", MASKS)
-def test_other_masks_are_refused(model, tokens, name):
+def test_invalid_masks_are_refused(model, tokens, name):
     mask, message = MASKS[name]
     with pytest.raises(ValueError, match=f"^attention_mask: .*{message}"):
         model(tokens(1, 4), attention_mask=mask)
 
 
-BOUNDS = {
+CU_SEQLENS = {
     "too short": [0, 3],
     "too long": [0, 9],
     "not from 0": [1, 5],
@@ -212,14 +203,14 @@ BOUNDS = {
 
 
 @pytest.mark.parametrize("name", ["cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k"])
-@pytest.mark.parametrize("bounds", BOUNDS)
-def test_wrong_boundaries_are_named(model, tokens, name, bounds):
-    bounds = torch.tensor(BOUNDS[bounds])
+@pytest.mark.parametrize("bounds", CU_SEQLENS)
+def test_invalid_cu_seqlens_are_refused(model, tokens, name, bounds):
+    bounds = torch.tensor(CU_SEQLENS[bounds])
     with pytest.raises(ValueError, match=f"^{name}: found .*wanted int32 or int64"):
         model(tokens(1, 5), **{name: bounds})
 
 
-def test_boundaries_that_differ_or_are_no_tensor_are_named(model, tokens):
+def test_contradicting_cu_seqlens_are_refused(model, tokens):
     ids, bounds = tokens(1, 5), torch.tensor([0, 2, 5])
     with pytest.raises(ValueError, match="^cu_seqlens: found a list"):
         model(ids, cu_seqlens=[0, 2, 5])
@@ -266,11 +257,9 @@ def test_a_cache_continues_one_document(model, tokens):
 
 
 @pytest.mark.parametrize("use_cache", [False, True])
-def test_generate_continues_one_document_a_row(model, tokens, use_cache):
+def test_generate_continues_one_document_per_row(model, tokens, use_cache):
     ids = tokens(2, 4)
-    how = dict(
-        max_new_tokens=3, do_sample=False, eos_token_id=None, pad_token_id=0, use_cache=use_cache
-    )
+    how = dict(max_new_tokens=3, do_sample=False, use_cache=use_cache, **NO_END)
     mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
     expected = model.generate(ids, attention_mask=mask, **how)
     positions = (mask.cumsum(1) - 1).masked_fill(mask == 0, 1)
@@ -290,9 +279,9 @@ def test_generate_continues_one_document_a_row(model, tokens, use_cache):
         model.generate(ids, position_ids=restart.expand(3, 2, 4), **how)
 
 
-def test_compiled_graphs_see_what_they_cannot_separate(tiny_model, tokens):
-    """They cannot look into a mask before they run, nor pass over its numbers."""
-    model, ids = tiny_model(torch.float64), tokens(1, 6)
+def test_compiled_graphs_refuse_document_numbers(tiny_model, tokens):
+    """A compiled graph cannot read a mask before it runs, so it must not ignore its numbers."""
+    model, ids = tiny_model(torch.float64, decoder_layers=1).requires_grad_(False), tokens(1, 6)
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     mask = torch.tensor([[0, 0, 1, 1, 1, 1]])

@@ -1,4 +1,4 @@
-"""The model's numbers against a computation of its own in float64, and its files."""
+"""Logits and gradients compared with an independent float64 computation, and model folders."""
 
 import json
 import math
@@ -20,8 +20,10 @@ from tests.hf.conftest import HYBRID, KINDS
 def expected_logits(
     state: dict[str, torch.Tensor], config, input_ids: torch.Tensor
 ) -> torch.Tensor:
-    """Logits [B, T, vocab] token by token in float64, from the published formulas and the tensors'
-    names."""
+    """Returns logits [B, T, vocab], computed token by token in float64 from the published formulas.
+
+    This is the oracle: it shares no code with the model, only the names of the tensors.
+    """
     state = {name: tensor.double() for name, tensor in state.items()}
     heads, dim = config.decoder_attention_heads, config.decoder_embed_dim
     key, value = int(config.expand_k * dim) // heads, dim // heads
@@ -43,10 +45,12 @@ def expected_logits(
 
     def mixer(rows, prefix):
         get = lambda name: state[prefix + name]  # noqa: E731
-        taps = get("conv1d.weight")[:, 0]
+        kernel = get("conv1d.weight")[:, 0]
         out, memory = [], torch.zeros(heads, key, value, dtype=torch.float64)
         for t in range(len(rows)):
-            x = sum(taps[:, width - 1 - back] * rows[t - back] for back in range(min(width, t + 1)))
+            x = sum(
+                kernel[:, width - 1 - back] * rows[t - back] for back in range(min(width, t + 1))
+            )
             x = x * torch.sigmoid(x)
             q, a = ((get(n + ".weight") @ x).view(heads, key) for n in ("q_proj", "k_gate"))
             v = (get("v_proj.weight") @ x).view(heads, value)
@@ -64,7 +68,7 @@ def expected_logits(
         return out
 
     def attention(rows, prefix):
-        """Rotary embeddings as products of complex numbers, softmax over one query at a time."""
+        """Rotates by products of complex numbers, and takes the softmax of one query at a time."""
 
         def linear(name, x):
             return state[prefix + name + ".weight"] @ x + state.get(prefix + name + ".bias", 0.0)
@@ -162,7 +166,7 @@ def test_gradients_equal_those_of_the_formulas(tiny_model, tokens, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_stays_near(tiny_model, tokens, dtype, kind):
+def test_half_precision_is_close(tiny_model, tokens, dtype, kind):
     input_ids = tokens(2, 50)
     expected = tiny_model(**KINDS[kind])(input_ids).logits
     logits = tiny_model(dtype, **KINDS[kind])(input_ids).logits
@@ -200,7 +204,7 @@ def test_tensor_names_and_shapes_are_the_authors(tiny_config, norm_type, bias):
     assert {name: list(tensor.shape) for name, tensor in model.state_dict().items()} == expected
 
 
-def test_outputs_as_transformers_gives_them(tiny_model, tokens):
+def test_outputs_follow_transformers(tiny_model, tokens):
     model, input_ids = tiny_model(), tokens(2, 7)
     full = model(input_ids, output_hidden_states=True, labels=input_ids)
     assert len(full.hidden_states) == model.config.num_hidden_layers + 1
@@ -229,9 +233,9 @@ def test_outputs_as_transformers_gives_them(tiny_model, tokens):
 
 
 def test_outputs_of_data_parallel_replicas_are_gathered(tiny_model, tokens, monkeypatch):
-    """As the Trainer evaluates on several GPUs in one process."""
+    """The Trainer evaluates so on several GPUs in one process."""
     gather = lambda device, dim, *x: torch.cat([y.reshape(-1, *y.shape[1:]) for y in x])  # noqa: E731
-    monkeypatch.setattr(scatter_gather.Gather, "apply", gather)  # which wants GPUs
+    monkeypatch.setattr(scatter_gather.Gather, "apply", gather)  # the original wants GPUs
     replica, ids = tiny_model()._replicate_for_data_parallel(), tokens(4, 7)
     whole = replica(ids, labels=ids)
     assert whole.past_key_values is not None
@@ -241,7 +245,7 @@ def test_outputs_of_data_parallel_replicas_are_gathered(tiny_model, tokens, monk
     assert found.loss.shape == (2,)
 
 
-def test_wrong_inputs_are_named(tiny_model, tokens):
+def test_wrong_inputs_are_refused(tiny_model, tokens):
     model, input_ids = tiny_model(), tokens(2, 7)
     with pytest.raises(ValueError, match="^input_ids, inputs_embeds: wanted exactly one"):
         model()
@@ -261,7 +265,7 @@ def test_initialisation_is_the_authors(tiny_config):
     config.init_std = 0.05
     state = MetaLAForCausalLM(config).state_dict()
     mixer = "model.layers.0.token_mixer."
-    for name in ("q_proj", "k_gate"):  # xavier-uniform of gain 2^-2.5 for [128, 256]
+    for name in ("q_proj", "k_gate"):  # xavier-uniform with gain 2^-2.5 for [128, 256]
         bound = 2**-2.5 * math.sqrt(6 / (128 + 256))
         assert 0.98 * bound < state[f"{mixer}{name}.weight"].abs().max() <= bound
     for name in (mixer + "v_proj.weight", "model.embed_tokens.weight", "lm_head.weight"):
@@ -305,7 +309,7 @@ def test_save_and_load_keep_every_bit(tiny_model, tokens, tmp_path, tied, norm_t
 def test_a_folder_as_the_authors_release_it_loads(
     tiny_model, tokens, tmp_path, dtype, no_scale_embedding, files
 ):
-    """Keys and names as in their checkpoints, with what transformers and their code add to them."""
+    """The config.json has the authors' keys and those that transformers adds."""
     config = {
         "architectures": ["MetaLAForCausalLM"],
         "auto_map": {
@@ -398,7 +402,7 @@ def test_import_needs_no_engine_and_no_kernel_library():
 
 
 def test_weights_are_read_inside_their_own_modules(tiny_model, tokens):
-    """Offloaded weights are there only while their module's forward runs; so are ZeRO-3's."""
+    """Offloading and ZeRO-3 provide a weight only while its module's forward runs."""
     accelerate = pytest.importorskip("accelerate")
     model, input_ids = tiny_model(norm_type="rmsnorm", bias=True), tokens(2, 7)
     expected = model(input_ids).logits
@@ -409,7 +413,7 @@ def test_weights_are_read_inside_their_own_modules(tiny_model, tokens):
     torch.testing.assert_close(torch.cat([output.logits, rest], 1), expected, rtol=1e-3, atol=1e-4)
 
 
-def test_convolution_is_silu_of_the_causal_sum(tiny_model):
+def test_short_convolution_equals_conv1d_and_silu(tiny_model):
     convolution = tiny_model().model.layers[0].token_mixer.conv1d
     x = torch.randn(2, 6, 32)
     padded = F.pad(x.transpose(1, 2), (3, 0))

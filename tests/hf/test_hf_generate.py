@@ -1,5 +1,4 @@
-"""`generate`: every strategy with the cache against the same without it, batches against single
-runs."""
+"""`generate`: each strategy with and without the cache, and batches compared with single rows."""
 
 import copy
 import threading
@@ -19,21 +18,14 @@ from transformers import (
 )
 
 from megatron_patch.hf import MetaLACache
-from tests.hf.conftest import KINDS
+from tests.hf.conftest import NO_END
 
 TRANSFORMERS = Version(transformers.__version__)
-NO_END = dict(eos_token_id=None, pad_token_id=0)
-
-
-@pytest.fixture(scope="module", params=KINDS)
-def model(tiny_model, request):
-    # float64, so that no near-tie between two tokens falls differently
-    return tiny_model(torch.float64, **KINDS[request.param])
 
 
 @pytest.fixture
 def counted(model, monkeypatch):
-    """The number of tokens that each call of the model reads, in order."""
+    """A list of the numbers of tokens that the calls of the model read."""
     lengths, forward = [], type(model.model).forward
 
     def count(self, input_ids=None, *args, inputs_embeds=None, **kwargs):
@@ -45,7 +37,7 @@ def counted(model, monkeypatch):
 
 
 def left_padded(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of different lengths as one batch with token 0 in front, and its mask."""
+    """Returns rows of different lengths as a batch with token 0 on the left, and its mask."""
     time = max(len(row) for row in rows)
     ids = torch.stack([torch.nn.functional.pad(row, (time - len(row), 0)) for row in rows])
     mask = torch.stack([torch.arange(time) >= time - len(row) for row in rows]).long()
@@ -88,7 +80,7 @@ def test_greedy_is_the_argmax_of_one_run(model, tokens, counted):
 
 
 @pytest.mark.parametrize("strategy", [dict(), dict(num_beams=3)], ids=["greedy", "beams"])
-def test_a_left_padded_batch_equals_its_rows_alone(model, tokens, strategy):
+def test_a_left_padded_batch_equals_single_rows(model, tokens, strategy):
     rows = [row[:length] for row, length in zip(tokens(4, 9), (9, 2, 5, 1), strict=True)]
     ids, mask = left_padded(rows)
     how = dict(max_new_tokens=8, do_sample=False, **strategy, **NO_END)
@@ -104,8 +96,8 @@ def test_a_left_padded_batch_equals_its_rows_alone(model, tokens, strategy):
 @pytest.mark.parametrize("side", ["right", "both", "middle"])
 @pytest.mark.parametrize("use_cache", [True, False])
 @pytest.mark.parametrize("strategy", [dict(), dict(num_beams=3)], ids=["greedy", "beams"])
-def test_padding_anywhere_gives_what_rows_alone_give(model, tokens, side, use_cache, strategy):
-    """By ids and by embeddings."""
+def test_padding_anywhere_equals_single_rows(model, tokens, side, use_cache, strategy):
+    """Prompts as ids and as embeddings."""
     masks = {
         "right": [[1] * 9, [1] * 2 + [0] * 7, [1] * 5 + [0] * 4],
         "both": [[0] * 3 + [1] * 6, [0] * 4 + [1] + [0] * 4, [1] * 3 + [0] * 6],
@@ -129,20 +121,20 @@ def test_continuing_from_a_returned_cache(model, tokens, counted, strategy):
     first = model.generate(tokens(2, 6), max_new_tokens=4, **how)
     cache = first.past_key_values
     assert isinstance(cache, MetaLACache) and cache.get_seq_length() == 9
-    turn = torch.cat([first.sequences, tokens(2, 5, seed=1)], dim=1)
+    prompt = torch.cat([first.sequences, tokens(2, 5, seed=1)], dim=1)
     if strategy:
         cache.batch_repeat_interleave(3)
     counted.clear()
-    second = model.generate(turn, max_new_tokens=4, past_key_values=cache, **strategy, **how)
-    assert counted[0] == 6  # the last generated token and the new turn alone
+    second = model.generate(prompt, max_new_tokens=4, past_key_values=cache, **strategy, **how)
+    assert counted[0] == 6  # the last generated token and the new ones
     assert torch.equal(
-        second.sequences, model.generate(turn, max_new_tokens=4, **strategy, **how).sequences
+        second.sequences, model.generate(prompt, max_new_tokens=4, **strategy, **how).sequences
     )
     assert cache.get_seq_length() == 18
 
 
 def test_a_padded_conversation_of_two_turns(model, tokens):
-    """Left padding in both turns of a batch, the second one behind a carried state."""
+    """Left padding in both turns of a batch; the second turn continues from the cache."""
     first, mask = left_padded([tokens(1, 6)[0], tokens(1, 3, seed=1)[0]])
     second, second_mask = left_padded([tokens(1, 2, seed=2)[0], tokens(1, 5, seed=3)[0]])
     how = dict(max_new_tokens=5, do_sample=False, **NO_END)
@@ -155,7 +147,7 @@ def test_a_padded_conversation_of_two_turns(model, tokens):
 
 
 def test_rows_that_ended_early_are_not_continued(model, tokens):
-    """They have read padding until the last row ended, which a state cannot take back."""
+    """Their states have read padding until the last row ended, which cannot be undone."""
     first, mask = left_padded([tokens(1, 6)[0], tokens(1, 3, seed=1)[0]])
     out = model.generate(
         first,
@@ -178,7 +170,7 @@ def test_rows_that_ended_early_are_not_continued(model, tokens):
     torch.testing.assert_close(logits, whole[:, -new.shape[1] :])
 
 
-def test_the_cache_given_by_hand_is_filled(model, tokens):
+def test_a_given_cache_is_filled(model, tokens):
     cache = MetaLACache(model.config)
     out = model.generate(
         tokens(1, 5), past_key_values=cache, max_new_tokens=3, do_sample=False, **NO_END
@@ -268,7 +260,7 @@ def test_streaming_and_pipeline(model, tokenizer):
             assert result[0]["generated_text"].replace(" ", "") == text.replace(" ", "")
 
 
-def test_what_a_state_cannot_do_is_refused(model, tiny_model, tokens):
+def test_methods_that_a_state_cannot_follow_are_refused(model, tiny_model, tokens):
     ids = tokens(1, 5)
     stateful = "not supported with stateful models, such as MetaLAForCausalLM"
     for how in (dict(assistant_model=tiny_model()), dict(prompt_lookup_num_tokens=3)):
@@ -292,7 +284,7 @@ def test_what_a_state_cannot_do_is_refused(model, tiny_model, tokens):
 
 
 @pytest.mark.filterwarnings("ignore:This model does not support")
-def test_other_caches_are_not_taken(model, tokens):
+def test_other_cache_implementations_have_no_effect(model, tokens):
     how = dict(max_new_tokens=3, do_sample=False, **NO_END)
     expected = model.generate(tokens(1, 5), **how)
     for name in ("static", "offloaded_static"):
@@ -300,8 +292,8 @@ def test_other_caches_are_not_taken(model, tokens):
         assert torch.equal(out, expected)
 
 
-def test_no_mask_grows_with_the_text(model, tokens, monkeypatch):
-    """Neither is a mask lengthened nor looked at once the prompt has been read."""
+def test_the_mask_is_dropped_after_the_prompt(model, tokens, monkeypatch):
+    """After the prompt, no mask is extended or read."""
     masks, forward = [], type(model).forward
 
     def note(self, *args, attention_mask=None, **kwargs):

@@ -1,4 +1,4 @@
-"""Padding: a row's results and state are those of the row without it, wherever it stands."""
+"""Padding anywhere: results and state of a row equal those of the row without padding."""
 
 import copy
 
@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from megatron_patch.hf import MetaLACache
-from tests.hf.conftest import KINDS
+from tests.hf.conftest import same
 
 ROWS = {
     "none": "11111111",
@@ -24,13 +24,8 @@ def mask_of(*names: str) -> torch.Tensor:
     return torch.tensor([[int(bit) for bit in ROWS[name]] for name in names])
 
 
-def same(left: torch.Tensor, right: torch.Tensor) -> None:
-    torch.testing.assert_close(left, right, rtol=1e-9, atol=1e-9)
-
-
 def check_rows(model, input_ids, mask, output, starts=None) -> None:
-    """Each row of `output` against a run of its tokens alone, from a copy of its state before, if
-    any."""
+    """Compares each row of `output` with a run of its tokens alone, from its state in `starts`."""
     for row, keep in enumerate(mask.bool()):
         start = None
         if starts is not None:
@@ -48,7 +43,7 @@ def check_rows(model, input_ids, mask, output, starts=None) -> None:
                 tensor = tensor[row : row + 1]
                 if name in ("keys", "values"):
                     tensor = tensor[:, :, columns]
-                if start is None:  # nothing but padding: as new
+                if start is None:  # the row has only padding
                     assert not tensor.any(), name
                 else:
                     expected = getattr(start.layers[layer], name)
@@ -58,11 +53,6 @@ def check_rows(model, input_ids, mask, output, starts=None) -> None:
                     same(tensor, expected)
 
 
-@pytest.fixture(scope="module", params=KINDS)
-def model(tiny_model, request):
-    return tiny_model(torch.float64, **KINDS[request.param])
-
-
 @pytest.mark.parametrize("name", ROWS)
 def test_a_batch_of_one(model, tokens, name):
     input_ids, mask = tokens(1, 8), mask_of(name)
@@ -70,12 +60,12 @@ def test_a_batch_of_one(model, tokens, name):
 
 
 @pytest.mark.parametrize("dtype", [torch.long, torch.bool, torch.float32])
-def test_a_batch_of_all_kinds(model, tokens, dtype):
+def test_a_batch_of_all_kinds_of_padding(model, tokens, dtype):
     input_ids, mask = tokens(len(ROWS), 8), mask_of(*ROWS)
     output = model(input_ids, attention_mask=mask.to(dtype), output_hidden_states=True)
     check_rows(model, input_ids, mask, output)
     embeds = model.model.embed_tokens(input_ids)
-    same(output.hidden_states[0][mask.bool()], embeds[mask.bool()])  # as they came
+    same(output.hidden_states[0][mask.bool()], embeds[mask.bool()])  # in the order given
     by_embeds = model(inputs_embeds=embeds, attention_mask=mask.to(dtype))
     same(by_embeds.logits[mask.bool()], output.logits[mask.bool()])
 
@@ -83,11 +73,11 @@ def test_a_batch_of_all_kinds(model, tokens, dtype):
 @pytest.mark.parametrize(
     "changes", [{"conv_width": 1}, {"conv_width": 2}, {"conv_width": 7}], ids=str
 )
-def test_other_convolution_widths(tiny_model, tokens, changes):
+def test_other_kernel_sizes(tiny_model, tokens, changes):
     model = tiny_model(torch.float64, **changes)
     input_ids, mask = tokens(len(ROWS), 8), mask_of(*ROWS)
     check_rows(model, input_ids, mask, model(input_ids, attention_mask=mask))
-    with torch.no_grad():  # states are written over
+    with torch.no_grad():  # states are overwritten
         cache = model(input_ids, attention_mask=mask).past_key_values
         start = copy.deepcopy(cache)
         output = model(input_ids, attention_mask=mask, past_key_values=cache)
@@ -96,7 +86,7 @@ def test_other_convolution_widths(tiny_model, tokens, changes):
 
 @pytest.mark.parametrize("full_mask", [False, True], ids=["mask of the call", "mask of all tokens"])
 @pytest.mark.parametrize("names", [["middle"], ["left"], list(ROWS)], ids=len)
-def test_on_a_cached_continuation(model, tokens, full_mask, names):
+def test_padding_after_a_cache(model, tokens, full_mask, names):
     before, input_ids = tokens(len(names), 5, seed=1), tokens(len(names), 8)
     first_mask = torch.tensor([[0, 0, 1, 1, 1]] * len(names))
     cache = model(before, attention_mask=first_mask).past_key_values
@@ -107,8 +97,8 @@ def test_on_a_cached_continuation(model, tokens, full_mask, names):
     check_rows(model, input_ids, mask, output, start)
 
 
-def test_on_single_token_steps(model, tokens):
-    """A row that waits with padding while the others go on keeps its state."""
+def test_padding_in_single_token_steps(model, tokens):
+    """A row that gets padding while others get tokens keeps its state."""
     input_ids, mask = tokens(len(ROWS), 8), mask_of(*ROWS)
     cache, logits = MetaLACache(model.config), []
     for t in range(8):
@@ -121,8 +111,7 @@ def test_on_single_token_steps(model, tokens):
 
 
 def test_trailing_padding_gives_what_the_last_token_gives(model, tokens):
-    """So that the last column is where each row goes on; in the call that has its last token, and
-    in those after it."""
+    """Each row therefore continues from the last column, even in calls after its last token."""
     input_ids, mask = tokens(len(ROWS), 8), mask_of(*ROWS)
     whole = model(input_ids, attention_mask=mask, output_hidden_states=True)
     same(model.lm_head(whole.hidden_states[-1]), whole.logits)
@@ -142,8 +131,8 @@ def test_trailing_padding_gives_what_the_last_token_gives(model, tokens):
             same(found[row, behind:], alone[-1:].expand(8 - behind, -1))
 
 
-def test_the_last_tokens_result_goes_with_its_row(model, tokens, tmp_path):
-    """Through a reordering, a file, and a loss that reaches back."""
+def test_last_hidden_moves_with_its_row(model, tokens, tmp_path):
+    """`last_hidden` survives a reordering and a file."""
     input_ids, empty = tokens(3, 4), torch.zeros(3, 2, dtype=torch.long)
     output = model(input_ids, attention_mask=torch.tensor([[1, 1, 1, 0]] * 3))
     cache = output.past_key_values
@@ -173,7 +162,7 @@ def test_gradients_are_those_without_padding(model, tokens):
         same(one, other)
 
 
-def test_what_stands_at_padding_does_not_matter(model, tokens):
+def test_token_ids_at_padding_do_not_matter(model, tokens):
     mask = mask_of("left", "scattered", "right")
     one, other = tokens(3, 8), tokens(3, 8, seed=5)
     other = torch.where(mask.bool(), one, other)
@@ -197,6 +186,6 @@ def test_half_precision_and_masks_of_ones(tiny_model, tokens):
 
 
 @pytest.mark.parametrize("shape", [[2, 7], [2, 9], [1, 8], [2, 1, 8, 8]])
-def test_wrong_masks_are_named(model, tokens, shape):
+def test_masks_of_another_shape_are_refused(model, tokens, shape):
     with pytest.raises(ValueError, match=r"^attention_mask: found \[.*wanted \[2, 8\]"):
         model(tokens(2, 8), attention_mask=torch.ones(shape))

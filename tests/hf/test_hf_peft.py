@@ -1,4 +1,4 @@
-"""LoRA on the projections: against weights W + scaling B A written out, in float64."""
+"""LoRA on the projections, compared in float64 with a model whose weights are W + scaling B A."""
 
 import copy
 
@@ -13,7 +13,7 @@ SCALING = ALPHA / RANK
 
 
 def adapted(model, targets):
-    """A copy of the model with adapters that are not zero, as they are when new."""
+    """Returns a copy of the model with random adapters; new ones would be zero."""
     config = peft.LoraConfig(
         r=RANK, lora_alpha=ALPHA, target_modules=targets, task_type="CAUSAL_LM"
     )
@@ -26,7 +26,7 @@ def adapted(model, targets):
 
 
 def adapters(model) -> dict[str, dict[str, torch.nn.Parameter]]:
-    """Weight's name in the model without adapters to its A and B."""
+    """Maps the name of a weight in the model without adapters to its A and B."""
     found = {}
     for name, parameter in model.named_parameters():
         if "lora_" in name:
@@ -42,7 +42,7 @@ def base(tiny_model):
 
 @pytest.fixture
 def written_out(base):
-    """Function: a model without adapters that equals the one with them."""
+    """A function that returns a model without adapters equal to the given one with adapters."""
 
     def build(model):
         plain = copy.deepcopy(base)
@@ -55,8 +55,8 @@ def written_out(base):
 
 
 @pytest.mark.parametrize("target", PROJECTIONS)
-def test_one_projection(base, written_out, tokens, target):
-    """The adapter counts, and has the gradients that the weight's gradient gives it."""
+def test_an_adapter_on_one_projection(base, written_out, tokens, target):
+    """The adapter has an effect, and the gradients that follow from the weight's gradient."""
     model, input_ids = adapted(base, [target]), tokens(2, 9)
     plain = written_out(model)
     assert len(adapters(model)) == 2
@@ -91,7 +91,7 @@ def test_checkpointing_with_a_frozen_base(base, tokens, reentrant):
 
 
 def test_generating_merging_and_saving(base, written_out, tokens, tmp_path):
-    """Token by token as well, and from a file."""
+    """Decoding token by token, also after loading the adapters from a file."""
     model, prompt = adapted(base, PROJECTIONS).eval(), tokens(2, 5)
     expected = written_out(model)
     how = dict(max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
@@ -116,13 +116,13 @@ def test_generating_merging_and_saving(base, written_out, tokens, tmp_path):
 
 @pytest.mark.parametrize("rank", [2, 32])
 def test_the_convolution_takes_no_adapter(base, rank):
-    """PEFT's, for `nn.Conv1d`, know neither its inputs nor its state."""
+    """PEFT's adapter for `nn.Conv1d` knows neither its inputs nor its state."""
     with pytest.raises(ValueError, match="Target module MetaLAShortConvolution.* is not supported"):
         config = peft.LoraConfig(r=rank, target_modules=["conv1d"], task_type="CAUSAL_LM")
         peft.get_peft_model(copy.deepcopy(base), config)
 
 
-def test_the_convolution_is_trained_whole(base, tokens):
+def test_the_convolution_can_be_trained_in_full(base, tokens):
     config = peft.LoraConfig(
         target_modules=["q_proj"], modules_to_save=["conv1d"], task_type="CAUSAL_LM"
     )

@@ -1,6 +1,8 @@
-"""Weights sharded over two real processes train as one process does: FSDP 1 and 2 with the blocks
-that accelerate takes from `_no_split_modules`, transformers' own FSDP, and DeepSpeed ZeRO 3 under
-accelerate, all on the CPU over gloo."""
+"""Training with weights sharded over two processes equals training in one process.
+
+On the CPU over gloo: FSDP 1 and 2 with the blocks that accelerate takes from `_no_split_modules`,
+transformers' own FSDP, and DeepSpeed ZeRO 3 under accelerate.
+"""
 
 from __future__ import annotations
 
@@ -24,18 +26,18 @@ pytestmark = pytest.mark.skipif(
     reason="slow, and sharding is torch's and accelerate's: tested with the newer transformers",
 )
 
-# Which embeddings, untied and tied, each method trains here.
+# For each method, whether to train with untied (False) and tied (True) embeddings.
 FSDP = {"fsdp1": [False, True]}
 if "fsdp_version" in inspect.signature(accelerate.FullyShardedDataParallelPlugin).parameters:
     FSDP["fsdp2"] = [False, True]
 if find_spec("transformers.distributed") is not None:
-    # 5.23 unties tied embeddings, those of its own models too.
+    # transformers 5.23 unties tied embeddings, also in its own models.
     FSDP["transformers_fsdp"] = [False]
 
 
 @pytest.fixture(scope="module")
 def folders(tiny_model, tokens, tmp_path_factory):
-    """Models with all kinds of parameters, untied and tied, each with its batch."""
+    """Folders with an untied and a tied model, with all kinds of parameters, and a batch each."""
     paths = {}
     for tied in (False, True):
         path = paths[tied] = tmp_path_factory.mktemp("tied" if tied else "untied")
@@ -50,7 +52,7 @@ def folders(tiny_model, tokens, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def in_one_process(folders):
-    """For each folder the weights before, the losses, and the weights after."""
+    """For each folder: the weights before training, the losses, and the weights after."""
     results = {}
     for tied, folder in folders.items():
         model = sharded_training.load(folder)
@@ -62,7 +64,11 @@ def in_one_process(folders):
     return results
 
 
-def launch(folders, methods: dict[str, list[bool]]) -> None:
+@pytest.fixture(scope="module")
+def trained(folders):
+    """Trains by all methods in one launch, ZeRO 3 last, since DeepSpeed changes how transformers
+    loads models."""
+    methods = FSDP | ({"zero3": [False, True]} if find_spec("deepspeed") else {})
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
     command += ["--master-addr=127.0.0.1", f"--master-port={free_port()}"]
     command += [sharded_training.__file__]
@@ -78,6 +84,7 @@ def launch(folders, methods: dict[str, list[bool]]) -> None:
 
 
 def check(folder, method, before, losses, after) -> None:
+    """Compares losses and weights of the sharded training with those of one process."""
     found_losses, found = torch.load(folder / f"{method}.pt")
     assert len(found_losses) == 2 and found_losses[0] != found_losses[1]
     means = [sum(rank) / 2 for rank in zip(*found_losses, strict=True)]
@@ -90,19 +97,13 @@ def check(folder, method, before, losses, after) -> None:
         assert change > 1e-5 and (weight - after[name]).abs().max() < 0.01 * change, name
 
 
-@pytest.fixture(scope="module")
-def trained_by_fsdp(folders):
-    launch(folders, FSDP)
-
-
 @pytest.mark.parametrize("method", FSDP)
-def test_fsdp_trains_as_one_process(folders, in_one_process, trained_by_fsdp, method):
+def test_fsdp_trains_as_one_process(folders, in_one_process, trained, method):
     for tied in FSDP[method]:
         check(folders[tied], method, *in_one_process[tied])
 
 
-def test_zero3_trains_as_one_process(folders, in_one_process):
+def test_zero3_trains_as_one_process(folders, in_one_process, trained):
     pytest.importorskip("deepspeed")
-    launch(folders, {"zero3": [False, True]})
     for tied, path in folders.items():
         check(path, "zero3", *in_one_process[tied])

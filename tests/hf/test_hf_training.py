@@ -47,7 +47,7 @@ def test_loss_is_the_shifted_cross_entropy(model, tokens):
 
 @pytest.mark.skipif(TRANSFORMERS_4, reason="transformers 4 has no shift_labels")
 def test_labels_that_are_shifted_already(model, tokens):
-    """What sequence parallel trainers pass."""
+    """Sequence-parallel trainers pass `shift_labels`."""
     input_ids = tokens(2, 9)
     shifted = F.pad(input_ids, (0, 1), value=-100)[:, 1:].contiguous()
     expected = model(input_ids, labels=input_ids).loss
@@ -65,7 +65,7 @@ def test_loss_falls_with_and_without_the_cache(tiny_config, tokens, use_cache, c
     input_ids, losses = tokens(4, 24), []
     for _ in range(12):
         output = model(input_ids, labels=input_ids, use_cache=use_cache)
-        assert (output.past_key_values is not None) is bool(use_cache)  # by default not in training
+        assert (output.past_key_values is not None) is bool(use_cache)
         optimizer.zero_grad()
         output.loss.backward()
         optimizer.step()
@@ -76,7 +76,7 @@ def test_loss_falls_with_and_without_the_cache(tiny_config, tokens, use_cache, c
 @pytest.mark.parametrize("use_cache", [False, True])
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("padded", [False, True])
-def test_checkpointing_and_cache_leave_gradients_as_they_are(
+def test_checkpointing_and_cache_do_not_change_gradients(
     model, tokens, use_cache, reentrant, padded
 ):
     input_ids = tokens(2, 9)
@@ -108,7 +108,7 @@ def test_checkpointing_every_second_block(tiny_model, tokens):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradients_reach_through_the_cache(model, tokens, checkpointing):
-    """Two calls joined by the cache have the gradients of one; `detach_` cuts them."""
+    """Two calls joined by a cache have the gradients of one call; `detach_` cuts them."""
     input_ids = tokens(2, 9)
     expected = gradients(model, model(input_ids).logits[:, 5:].square().sum())
     if checkpointing:
@@ -174,7 +174,7 @@ def test_positions_that_do_not_restart_change_nothing(model, tokens, rows):
 
 
 def test_positions_beside_a_padding_mask_change_nothing(model, tokens):
-    """The usual ones, counted by the mask with a constant at padding, are not taken for packing."""
+    """The usual positions, counted from the mask with 1 at padding, are not read as packing."""
     input_ids, mask = tokens(2, 8), torch.ones(2, 8, dtype=torch.long)
     mask[0, :3] = mask[1, 6:] = 0
     positions = (mask.cumsum(1) - 1).masked_fill(mask == 0, 1)
@@ -183,7 +183,7 @@ def test_positions_beside_a_padding_mask_change_nothing(model, tokens):
     assert output.past_key_values is not None
 
 
-def test_what_cannot_be_packed_is_named(model, tokens):
+def test_calls_that_cannot_be_packed_are_refused(model, tokens):
     bounds = torch.tensor([0, 4, 8])
     with pytest.raises(ValueError, match="^cu_seqlens: found with batch 2"):
         model(tokens(2, 8), cu_seqlens=bounds)
@@ -206,7 +206,7 @@ def test_what_cannot_be_packed_is_named(model, tokens):
         ),
     ],
 )
-def test_the_flattening_collator_trains_as_single_documents(model, tokens, flash_arguments):
+def test_flattening_collator_trains_as_single_documents(model, tokens, flash_arguments):
     documents = [{"input_ids": tokens(1, n, seed=n)[0].tolist()} for n in (5, 8, 3)]
     how = dict(return_flash_attn_kwargs=True, return_position_ids=False) if flash_arguments else {}
     batch = DataCollatorWithFlattening(**how)(documents)
@@ -253,12 +253,12 @@ def test_trainer(tiny_config, tokens, tmp_path, checkpointing):
 
     whole, pieces = run(8, 1), run(2, 4)
     assert whole[-1] < whole[0]
-    assert whole == pytest.approx(pieces, rel=2e-3)  # accumulated batches count as one
+    assert whole == pytest.approx(pieces, rel=2e-3)  # gradient accumulation changes nothing
 
 
 @pytest.mark.parametrize("changes", [{}, {"norm_type": "rmsnorm", "bias": True}, HYBRID], ids=str)
-def test_what_the_trainer_decays(tiny_model, tmp_path, changes):
-    """All matrices and the taps of convolutions; no bias, norm or `aug_balance`."""
+def test_weight_decay_of_the_trainer(tiny_model, tmp_path, changes):
+    """Matrices and convolutions decay; biases, norms and `aug_balance` do not."""
     model = tiny_model(**changes)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     arguments = TrainingArguments(
@@ -274,7 +274,7 @@ def test_what_the_trainer_decays(tiny_model, tmp_path, changes):
     assert any("aug_balance" in name for name in before)
 
 
-def test_the_trainer_decays_other_models_as_ever(tmp_path):
+def test_weight_decay_of_other_models_is_unchanged(tmp_path):
     sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
     model = LlamaForCausalLM(LlamaConfig(vocab_size=61, **sizes))
     arguments = TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True)
@@ -283,7 +283,7 @@ def test_the_trainer_decays_other_models_as_ever(tmp_path):
 
 
 def test_label_smoothing_of_the_trainer(tiny_model, tokens, tmp_path):
-    """Which takes the labels away from the model: they are shifted all the same."""
+    """Label smoothing takes the labels away from the model. They are shifted nevertheless."""
     model, ids = tiny_model(), tokens(2, 9)
     arguments = TrainingArguments(
         output_dir=str(tmp_path), label_smoothing_factor=0.1, report_to=[], use_cpu=True
@@ -307,7 +307,7 @@ def test_training_in_half_precision(tiny_model, tokens, dtype, autocast):
         output = model(input_ids, labels=input_ids, use_cache=True)
         again = model(input_ids, past_key_values=copy.deepcopy(output.past_key_values))
     assert output.logits.dtype == dtype and again.logits.isfinite().all()
-    assert output.loss.dtype == torch.float32  # as transformers takes it
+    assert output.loss.dtype == torch.float32  # transformers computes it so
     assert all(s.recurrent_states.dtype == torch.float32 for s in output.past_key_values.layers)
     assert output.loss.item() == pytest.approx(expected.loss.item(), rel=0.02)
     output.loss.backward()
@@ -320,13 +320,16 @@ def test_training_in_half_precision(tiny_model, tokens, dtype, autocast):
     assert error < 16 * torch.finfo(dtype).eps * norm
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("given", ["nothing", "mask", "cu_seqlens", "checkpointing"])
-def test_torch_compile_without_graph_breaks(model, tokens, given):
-    """Traced with its backward pass, but not compiled: `aot_eager` runs the traced graph, while
-    `inductor`, whose errors are not the model's, takes one and a half minutes on the CPU. Packing
-    by `position_ids` looks into them and breaks the graph; `cu_seqlens` does not."""
-    if given == "cu_seqlens" and model.config.layer_types:
+def test_torch_compile_without_graph_breaks(tiny_model, tokens, kind, given):
+    """`aot_eager` traces forward and backward and runs the traced graph. `inductor` would take one
+    and a half minutes on the CPU. Pure MetaLA has one layer here, the hybrid one of each kind.
+    Packing by `position_ids` reads them and breaks the graph; packing by `cu_seqlens` does not."""
+    if given == "cu_seqlens" and kind == "hybrid":
         pytest.skip("attention layers run packed documents one by one: as many as the data has")
+    layers = {"metala": 1, "hybrid": 2}[kind]
+    model = tiny_model(torch.float64, decoder_layers=layers, **KINDS[kind]).train()
     torch._dynamo.reset()
     input_ids = tokens(1 if given == "cu_seqlens" else 2, 9)
     how = dict(labels=input_ids, use_cache=False)

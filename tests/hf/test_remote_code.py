@@ -14,7 +14,7 @@ from transformers.dynamic_module_utils import check_imports
 
 import megatron_patch.architecture
 from megatron_patch import ops
-from megatron_patch.hf import MetaLAForCausalLM, exported_ops
+from megatron_patch.hf import MetaLAForCausalLM, modeling_metala, ops_metala
 from megatron_patch.hf.remote_code import AUTO_MAP, operators_source, write_model_code
 from tests.hf.conftest import KINDS
 
@@ -26,10 +26,13 @@ CODE_FILES = {
     "configuration_metala.py",
     "decoding_metala.py",
     "documents_metala.py",
+    "generation_metala.py",
+    "layers_metala.py",
     "modeling_metala.py",
     "ops_metala.py",
+    "pretrained_metala.py",
 }
-# What a process finds when nothing is installed but torch, transformers and what they require.
+# Hides all packages but torch, transformers and what these require.
 ONLY_TORCH_AND_TRANSFORMERS = """
 import sys
 for name in ("megatron_patch", "convert", "accelerate", "causal_conv1d", "datasets", "deepspeed",
@@ -68,7 +71,7 @@ def run(code, *arguments, folder, before=ONLY_TORCH_AND_TRANSFORMERS):
 
 @pytest.fixture
 def exported(request, tiny_model, tmp_path):
-    """A model, and a folder with its weights and code."""
+    """A model, and a folder that holds its weights and code."""
     model = tiny_model(**KINDS[getattr(request, "param", "metala")])
     model.save_pretrained(tmp_path / "model")
     write_model_code(tmp_path / "model")
@@ -84,8 +87,11 @@ def test_the_folder_is_flat_and_names_its_code(exported):
     architecture = Path(megatron_patch.architecture.__file__).read_bytes()
     assert (folder / "architecture_metala.py").read_bytes() == architecture
     for name in CODE_FILES - {"architecture_metala.py", "ops_metala.py"}:
-        own = Path(exported_ops.__file__).with_name(name)
+        own = Path(modeling_metala.__file__).with_name(name)
         assert (folder / name).read_bytes() == own.read_bytes()
+    operators = (folder / "ops_metala.py").read_text()
+    assert operators.startswith(Path(ops.torch_ops.__file__).read_text())
+    assert operators.endswith(Path(ops_metala.__file__).read_text())
 
 
 def test_every_file_imports_nothing_that_may_be_missing(exported, tmp_path):
@@ -120,14 +126,14 @@ print(model.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=None).
 
 
 def test_recorded_steps_with_torch_and_transformers_alone(exported, tmp_path):
-    """Of a folder's own classes, as far as a CPU can: a recording runs the step anew."""
+    """The folder's own classes replay a step. On a CPU the captured graph is the step itself."""
     model, folder = exported
     code = """
 model = load(sys.argv[1])
 decoding = sys.modules[type(model).__module__.replace("modeling_metala", "decoding_metala")]
 made = []
-decoding._records_on = lambda device: True
-decoding.record_cuda_graph = lambda step: made.append(step) or step
+decoding._can_capture_on = lambda device: True
+decoding.capture_cuda_graph = lambda step: made.append(step) or step
 cache = decoding.MetaLACache(model.config, decoding_graph="eager")
 how = dict(max_new_tokens=6, do_sample=False, eos_token_id=None)
 out = model.generate(torch.tensor(eval(sys.argv[2])), past_key_values=cache, **how)
@@ -192,7 +198,7 @@ def test_the_package_loads_the_folder_by_its_own_classes_unless_trusted(exported
 
 @pytest.fixture(scope="module")
 def standalone(tmp_path_factory):
-    """The folder's operators as they are without the package."""
+    """The folder's operators, loaded where the package cannot be imported."""
     path = tmp_path_factory.mktemp("operators") / "standalone_ops.py"
     path.write_text(operators_source())
     spec = importlib.util.spec_from_file_location("standalone_ops", path)
@@ -245,7 +251,7 @@ def test_the_folders_operators_equal_the_packages(standalone, dtype, packed):
 
 
 def test_the_folders_operator_keeps_its_precision_under_autocast(standalone):
-    """As the package's: bit for bit what the same inputs give without."""
+    """Autocast changes no bit of the results, as with the package's operator."""
     q, gate_logits = torch.randn(2, 1, 70, 2, 4)
     v, out_gate = torch.randn(2, 1, 70, 2, 8)
     scalars = dict(tau=16.0, scale=0.5, norm_eps=1e-5, output_final_state=True)

@@ -1,4 +1,4 @@
-"""MetaLACache.load takes what a model left, and names what it did not."""
+"""MetaLACache.load accepts the states that a model can have left, and names the fault of others."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ PADDED = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
 
 @pytest.fixture
 def saved(tiny_model, tokens, tmp_path):
-    """Function: writes a hybrid's cache with changes of its tensors (`None` removes one) and
-    metadata; returns the file. Layer 0 has attention, layer 1 a state."""
+    """A function that writes a hybrid's cache and returns the path. It takes changes of tensors
+    (`None` removes one) and of metadata. Layer 0 has attention, layer 1 a state."""
     model = tiny_model(**HYBRID)
     cache = model(tokens(2, 5), attention_mask=PADDED).past_key_values
     cache.save(tmp_path / "whole")
@@ -73,7 +73,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("name", "change", "message"), WRONG)
-def test_states_that_no_model_leaves_are_named(saved, name, change, message):
+def test_invalid_states_are_refused(saved, name, change, message):
     path = saved({name: change(saved.tensors.get(name))})
     with pytest.raises(ValueError, match=f"^{path}: {name}: {message}"):
         MetaLACache.load(path)
@@ -92,14 +92,14 @@ def test_states_that_no_model_leaves_are_named(saved, name, change, message):
         ({"seen_tokens": "6"}, r"layers.0.keys: found shape .*, wanted \[2, 1, 6, 16\]"),
     ],
 )
-def test_metadata_that_does_not_fit_is_named(saved, metadata, message):
+def test_invalid_metadata_is_refused(saved, metadata, message):
     path = saved(**metadata)
     with pytest.raises(ValueError, match=f"^{path}: {message}"):
         MetaLACache.load(path)
 
 
-def test_the_states_of_another_model_are_named(saved, tiny_config, tiny_model, tokens):
-    """When they are read, if the model is told, and at the latest by the model."""
+def test_states_of_another_model_are_refused(saved, tiny_config, tiny_model, tokens):
+    """`load` refuses them if it is given the configuration, otherwise the model does."""
     path = saved()
     cache = MetaLACache.load(path, config=saved.model.config)
     assert saved.model(tokens(2, 1), past_key_values=cache).logits.isfinite().all()
@@ -117,7 +117,7 @@ def test_the_states_of_another_model_are_named(saved, tiny_config, tiny_model, t
             other(tokens(2, 1), past_key_values=MetaLACache.load(path))
 
 
-def test_files_that_hold_no_states(tmp_path, saved):
+def test_other_files_are_refused(tmp_path, saved):
     path = tmp_path / "state"
     for content in (b"", b"x", b"\xff" * 100, saved().read_bytes()[:-1]):
         path.write_bytes(content)
@@ -133,7 +133,7 @@ def test_files_that_hold_no_states(tmp_path, saved):
             MetaLACache.load(missing)
 
 
-def test_a_file_is_replaced_when_the_new_one_is_whole(saved, monkeypatch, tmp_path):
+def test_a_file_is_replaced_once_the_new_one_is_complete(saved, monkeypatch, tmp_path):
     path, before = saved(), saved().read_bytes()
     (tmp_path / "link").symlink_to(path)
 
@@ -159,8 +159,8 @@ def test_a_file_is_replaced_when_the_new_one_is_whole(saved, monkeypatch, tmp_pa
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(data=st.data())
-def test_any_file_is_read_or_refused_in_a_line(saved, tokens, data):
-    """Random tensors, names, metadata and bytes; what is taken, a model goes on with."""
+def test_random_files_load_or_are_refused_in_one_line(saved, tokens, data):
+    """Random tensors, names, metadata and bytes. A model can continue from whatever loads."""
     names = st.sampled_from([*saved.tensors, "layers.0.reset", "x", "layers.1.layer_type"])
     shapes = st.lists(st.integers(0, 5), max_size=4)
     kinds = st.sampled_from([torch.float32, torch.float16, torch.int8, torch.bool, torch.bfloat16])

@@ -1,4 +1,4 @@
-"""What the tests of one GPT-NeoX process share."""
+"""Fixtures of the tests that run GPT-NeoX."""
 
 from __future__ import annotations
 
@@ -10,13 +10,11 @@ from tests.neox.training import settings
 
 @pytest.fixture(scope="module")
 def in_neox(neox_checkout, tmp_path_factory):
-    """Function: runs code in a process that has imported GPT-NeoX; see `NeoXProcess`."""
-    process = NeoXProcess(neox_checkout, tmp_path_factory.mktemp("in_neox"))
-    yield process
-    process.close()
+    """Returns a function that runs code in a process with GPT-NeoX; see `NeoXProcess`."""
+    return NeoXProcess(neox_checkout, tmp_path_factory.mktemp("in_neox"))
 
 
 @pytest.fixture
 def config(token_data, tokenizer_file) -> dict:
-    """The settings of a two-layer model on the test data."""
+    """Returns the settings of a two-layer model on the test data."""
     return settings(token_data, tokenizer_file)

@@ -1,4 +1,4 @@
-"""CPU mode is on without CUDA and with gloo, and otherwise touches nothing."""
+"""CPU mode needs gloo and no CUDA device, and changes nothing otherwise."""
 
 from types import SimpleNamespace
 
@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from megatron_patch.architecture import SettingsError
-from megatron_patch.neox.cpu_mode import activate_cpu_mode
+from megatron_patch.neox.upstream_fixes.cpu_mode import activate_cpu_mode
+from tests.neox.training import stand_in
 
 
 def settings(**changes) -> SimpleNamespace:
@@ -18,7 +19,7 @@ def settings(**changes) -> SimpleNamespace:
         model_parallel_size=1,
         pipe_parallel_size=0,
     )
-    return SimpleNamespace(**{**values, **changes})
+    return stand_in(values, **changes)
 
 
 @pytest.mark.parametrize(("gpu", "backend"), [(True, "gloo"), (True, "nccl"), (False, "nccl")])

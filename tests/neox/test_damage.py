@@ -1,10 +1,10 @@
-"""One bit that a disk has lost: the checkpoint does not go on as another one."""
+"""A flipped bit in a checkpoint is found before the checkpoint is loaded."""
 
 from __future__ import annotations
 
 import torch
 
-from megatron_patch.torch_crc import damaged_record
+from megatron_patch.torch_file import damaged_record
 from tests.damage import flip_bit
 from tests.neox.training import neox, settings, train
 

@@ -8,9 +8,10 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_patch.architecture import SettingsError
-from megatron_patch.neox import launchers
-from megatron_patch.neox.cpu_mode import _local_ranks
-from megatron_patch.neox.launchers import check_launcher, name_rank
+from megatron_patch.neox.upstream_fixes import processes
+from megatron_patch.neox.upstream_fixes.cpu_mode import local_ranks
+from megatron_patch.neox.upstream_fixes.processes import check_launcher, name_rank
+from tests.neox.training import stand_in
 
 SLURM = {
     "SLURM_PROCID": "0",
@@ -23,14 +24,14 @@ SLURM = {
 
 def settings(**changes) -> SimpleNamespace:
     values = dict(launcher="pdsh", force_multi=False, deepspeed_slurm=False, deepspeed_mpi=False)
-    return SimpleNamespace(**{**values, **changes})
+    return stand_in(values, **changes)
 
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch):
     """Empty; what is set in it is not kept."""
     monkeypatch.setattr(os, "environ", {})
-    monkeypatch.setattr(launchers, "find_spec", lambda name: object())
+    monkeypatch.setattr(processes, "find_spec", lambda name: object())
     return os.environ
 
 
@@ -73,7 +74,7 @@ def test_flags_and_launcher_that_disagree_are_refused(changes, hosts, message):
 
 
 def test_a_missing_mpi4py_is_named(monkeypatch):
-    monkeypatch.setattr(launchers, "find_spec", lambda name: None)
+    monkeypatch.setattr(processes, "find_spec", lambda name: None)
     with pytest.raises(SettingsError, match="launcher: found openmpi, .* mpi4py .* extra `mpi`"):
         check_launcher(settings(launcher="openmpi", deepspeed_mpi=True), 2)
     check_launcher(settings(), 2)
@@ -120,7 +121,7 @@ def test_a_rank_knows_its_place(environment, given, rank, local, size):
     environment |= LEFT | given
     name_rank()
     assert (environment["RANK"], environment["LOCAL_RANK"]) == (rank, local)
-    assert _local_ranks() == size
+    assert local_ranks() == size
 
 
 def test_a_process_of_no_launcher_has_no_rank(environment):

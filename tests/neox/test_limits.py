@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_patch.architecture import SettingsError
-from megatron_patch.neox.limits import check_limits
-from tests.neox.training import neox, settings
+from megatron_patch.neox.run_settings import check_limits
+from tests.neox.training import neox, settings, stand_in
 
 
 def limits(**changes) -> SimpleNamespace:
@@ -20,7 +20,7 @@ def limits(**changes) -> SimpleNamespace:
         lr_decay_iters=None,
         lr_decay_fraction=None,
     )
-    return SimpleNamespace(**{**values, **changes})
+    return stand_in(values, **changes)
 
 
 @pytest.mark.parametrize("name", ["train_data_paths", "test_data_paths", "neg_valid_data_paths"])

@@ -12,15 +12,15 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_patch.neox.endings import _Child
-from megatron_patch.neox.watchdog import VARIABLE
+from megatron_patch.neox.upstream_fixes.processes import ChildProcess
+from megatron_patch.neox.upstream_fixes.watchdog import VARIABLE
 from megatron_patch.save_folder import LOCK, held
 from tests.neox.training import LOSS, free_port, neox, settings, start
 
 
 @pytest.fixture
 def config(token_data, tokenizer_file, tmp_path) -> dict:
-    """Of a run of two ranks without an end."""
+    """Returns the settings of a run of two ranks that does not end by itself."""
     return settings(
         token_data,
         tokenizer_file,
@@ -34,8 +34,8 @@ def config(token_data, tokenizer_file, tmp_path) -> dict:
 
 
 class Training:
-    """A run that trains, and its processes: DeepSpeed's launcher and the ranks. Killed at the end
-    of a `with`."""
+    """A run that trains, with its processes: DeepSpeed's launcher and the ranks. Leaving the
+    context kills them."""
 
     def __init__(self, checkout: Path, config: dict, folder: Path, **environment: str):
         self.deepy = start(checkout, "train.py", config, folder, **environment)
@@ -124,7 +124,7 @@ def test_a_stopped_rank_ends_the_run_and_is_named(neox_checkout, config, tmp_pat
 
 def test_a_child_takes_the_signals_of_its_parent():
     before = signal.getsignal(signal.SIGTERM)
-    with _Child(["sleep", "60"]) as child:
+    with ChildProcess(["sleep", "60"]) as child:
         signal.raise_signal(signal.SIGTERM)
         assert child.wait() == child.returncode == 143
     assert signal.getsignal(signal.SIGTERM) == before

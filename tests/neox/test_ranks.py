@@ -9,7 +9,8 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.launcher import runner
 
 from megatron_patch.architecture import SettingsError
-from megatron_patch.neox.ranks import check_running_ranks, count_ranks
+from megatron_patch.neox.upstream_fixes.processes import check_running_ranks, count_ranks
+from tests.neox.training import stand_in
 
 HOSTS = "worker-0 slots=4\nworker-1 slots=2\n"
 
@@ -24,7 +25,7 @@ def settings(**changes) -> SimpleNamespace:
         num_gpus=None,
         num_nodes=-1,
     )
-    return SimpleNamespace(**{**values, **changes})
+    return stand_in(values, **changes)
 
 
 @pytest.fixture(autouse=True)

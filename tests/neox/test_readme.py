@@ -1,5 +1,5 @@
-"""The commands of README's chapters, from data to a published model and on from there, as they are
-written: the paths alone are changed, and a last YAML file makes the model small."""
+"""Runs the documents' commands, from data to a published model and on from there, as they are
+written: only paths are changed, and a last YAML file makes the model small."""
 
 from __future__ import annotations
 
@@ -12,10 +12,14 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.neox.fork_server import fork_server
 from tests.neox.training import LOSS, free_port
 
 ROOT = Path(__file__).resolve().parents[2]
-README = (ROOT / "README.md").read_text()
+README, TRAINING, PUBLISHING = (
+    (ROOT / name).read_text(encoding="utf-8")
+    for name in ("README.md", "docs/training.md", "docs/publishing.md")
+)
 SMALL = {
     "num_layers": 2,
     "hidden_size": 64,
@@ -31,15 +35,15 @@ SMALL = {
 }
 
 
-def commands(heading: str) -> list[str]:
-    """The lines of the shell blocks of a chapter, without those of its sub-chapters."""
-    chapter = re.search(rf"\n##+ {heading}\n(.*?)\n##", README, re.DOTALL)[1]
+def commands(page: str, heading: str) -> list[str]:
+    """Returns the lines of the shell blocks of a chapter, without those of its sub-chapters."""
+    chapter = re.search(rf"\n##+ {heading}\n(.*?)\n##", page, re.DOTALL)[1]
     blocks = re.findall(r"```bash\n(.*?)```", chapter, re.DOTALL)
     return [line for block in blocks for line in block.splitlines() if line.strip()]
 
 
 class Shell:
-    """Runs README's commands one after another, from the repository's folder on."""
+    """Runs the documents' commands one after another, from the repository's folder on."""
 
     def __init__(self, places: dict[str, str], environment: dict[str, str]):
         self.places = places
@@ -78,7 +82,8 @@ def test_from_data_to_a_published_model_and_on(neox_checkout, tokenizer_file, tm
     (corpus / "licence.txt").write_text((ROOT / "LICENSE").read_text())
     (data / "tokenizer.json").write_bytes(tokenizer_file.read_bytes())
     save = {"save": str(tmp_path / "checkpoints"), "load": str(tmp_path / "checkpoints")}
-    on_cpu = yaml.safe_load(re.search(r"### On a CPU\n.*?```yaml\n(.*?)```", README, re.DOTALL)[1])
+    on_cpu = re.search(r"### On a CPU\n.*?```yaml\n(.*?)```", TRAINING, re.DOTALL)[1]
+    on_cpu = yaml.safe_load(on_cpu)
     local = (ROOT / "configs/local_setup.yml").read_text().replace("/data/", f"{data}/")
     (configs / "metala.yml").symlink_to(ROOT / "configs/metala.yml")
     (configs / "local_setup.yml").write_text(local)
@@ -86,6 +91,7 @@ def test_from_data_to_a_published_model_and_on(neox_checkout, tokenizer_file, tm
     (configs / "last.yml").write_text(yaml.safe_dump({**last, "master_port": free_port()}))
     shell = Shell(
         {
+            "python ./deepy.py": f"{fork_server(neox_checkout).python} ./deepy.py",
             "python ": f"{sys.executable} ",
             "corpus/": f"{corpus}/",
             "/data/": f"{data}/",
@@ -106,15 +112,15 @@ def test_from_data_to_a_published_model_and_on(neox_checkout, tokenizer_file, tm
         },
     )
 
-    cluster = [line for line in commands("Train on a cluster") if "pip install" not in line]
-    outputs = [shell(line) for line in cluster]
+    cluster = commands(TRAINING, "Train on a cluster")
+    outputs = [shell(line) for line in cluster if "pip install" not in line]
     assert sorted(losses(outputs[-1])) == [1, 2, 3, 4]
 
     shell.folder = ROOT
-    (export,) = [line for line in commands("Publish a checkpoint") if "neox_to_hf" in line]
+    (export,) = commands(PUBLISHING, "Publish a checkpoint")
     assert "verified largest logit difference" in shell(export)
 
-    convert, into, train = commands("Go on training a published model")
+    convert, into, train = commands(PUBLISHING, "Go on training a published model")
     shell(convert.replace("--tensor-parallel 2", "--tensor-parallel 1"))
     yours = {"data_path": str(data / "text_document"), "save": str(tmp_path / "tuned"), **on_cpu}
     yours |= {"checkpoint_factor": 2, "train_iters": 4, "lr_decay_iters": 8, "eval_iters": 1}
@@ -134,6 +140,15 @@ def test_from_data_to_a_published_model_and_on(neox_checkout, tokenizer_file, tm
         assert sorted(losses(output)) == [steps - 1, steps]
 
 
-@pytest.mark.parametrize("heading", ["Train on a cluster", "Publish a checkpoint"])
-def test_the_chapters_have_commands(heading):
-    assert commands(heading)
+@pytest.mark.parametrize(
+    ("page", "heading"),
+    [(TRAINING, "Train on a cluster"), (PUBLISHING, "Publish a checkpoint")],
+    ids=["training", "publishing"],
+)
+def test_the_chapters_have_commands(page, heading):
+    assert commands(page, heading)
+
+
+def test_readme_has_the_same_commands():
+    recipe = commands(TRAINING, "Train on a cluster") + commands(PUBLISHING, "Publish a checkpoint")
+    assert commands(README, "Train on a cluster") == recipe

@@ -12,8 +12,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_patch.neox.cpu_mode import _redirect_cuda
-from megatron_patch.neox.replicas import check_replicas, share_random_state
+from megatron_patch.neox.upstream_fixes.cpu_mode import _redirect_cuda
+from megatron_patch.neox.upstream_fixes.generation import share_random_state
+from megatron_patch.neox.upstream_fixes.saving import check_replicas
 from tests.neox.training import free_port
 
 

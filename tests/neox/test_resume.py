@@ -9,10 +9,11 @@ import torch
 import yaml
 
 from convert.command import ConvertError
-from convert.neox_checkpoint import find_step
+from convert.neox_reader import find_step
 from megatron_patch.architecture import SettingsError
-from megatron_patch.neox.resume import check_load, go_on_from_save
+from megatron_patch.neox.upstream_fixes.resume import check_load, go_on_from_save
 from tests.neox.training import settings as training_settings
+from tests.neox.training import stand_in
 
 
 def settings(load, **changes) -> SimpleNamespace:
@@ -43,7 +44,7 @@ def settings(load, **changes) -> SimpleNamespace:
         override_lr_scheduler=False,
         use_checkpoint_lr_scheduler=False,
     )
-    return SimpleNamespace(load=load, **{**values, **changes})
+    return stand_in(values, load=load, **changes)
 
 
 def save_step(folder, step: int, latest: bool = True) -> None:
@@ -360,7 +361,7 @@ answer(None)
 """
 LOAD = """
 from megatron.training import setup_model_and_optimizer
-from megatron_patch.neox.resume import check_load
+from megatron_patch.neox.upstream_fixes.resume import check_load
 refusal = error = None
 try:
     check_load(neox_args)
@@ -419,7 +420,7 @@ IN_OTHER_HANDS = """
 import json, os
 from pathlib import Path
 from megatron.training import save_checkpoint, setup_model_and_optimizer
-from megatron_patch.neox.save_lock import HOLDER, check_save
+from megatron_patch.neox.upstream_fixes.saving import HOLDER, check_save
 model, optimizer, lr_scheduler, _ = setup_model_and_optimizer(neox_args)
 save = Path(neox_args.save)
 lock = save / "run.lock"

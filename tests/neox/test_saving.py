@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from megatron_patch.architecture import SettingsError
-from megatron_patch.neox.saving import check_saving, delete_old_checkpoints
+from megatron_patch.neox.run_settings import check_saving
+from megatron_patch.neox.upstream_fixes.saving import delete_old_checkpoints
+from tests.neox.training import stand_in
 
 
 def settings(save, **changes) -> SimpleNamespace:
@@ -16,7 +18,7 @@ def settings(save, **changes) -> SimpleNamespace:
         extra_save_iters=None,
         keep_last_n_checkpoints=None,
     )
-    return SimpleNamespace(save=save, **{**values, **changes})
+    return stand_in(values, save=save, **changes)
 
 
 @pytest.mark.parametrize(

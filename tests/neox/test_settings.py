@@ -5,8 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_patch.architecture import GPT_NEOX_DEFAULTS, SettingsError
-from megatron_patch.neox.run_checks import check_backend
+from megatron_patch.architecture import SettingsError
+from megatron_patch.architecture_neox import GPT_NEOX_DEFAULTS
+from megatron_patch.neox.run_settings import check_backend
 from megatron_patch.neox.settings import check_settings, export_warning
 
 

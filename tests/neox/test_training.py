@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import struct
+import sys
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,9 @@ def reference(neox_checkout, token_data, tokenizer_file, make_once) -> tuple[Run
             wandb_project="metala",
         )
         wandb = {"WANDB_MODE": "offline", "WANDB_DIR": str(folder)}
-        (folder / "output").write_text(train(neox_checkout, config, folder, **wandb).output)
+        # the one training here that the plain interpreter starts
+        run = train(neox_checkout, config, folder, python=sys.executable, **wandb)
+        (folder / "output").write_text(run.output)
 
     folder = make_once("reference", run)
     return Run(0, (folder / "output").read_text()), folder
@@ -137,7 +140,7 @@ def test_a_new_model_of_two_ranks(neox_checkout, token_data, tokenizer_file, tmp
     assert not torch.equal(ranks[0]["mixer.aug_balance"], ranks[1]["mixer.aug_balance"])
 
     # in a checkout that is not linked to the plugin
-    export(find_neox(), tmp_path / "checkpoints", tmp_path / "hf", "--verify")
+    export(find_neox(), tmp_path / "checkpoints", tmp_path / "hf", "--verify", is_linked=False)
 
     # the best token of all ranks' shares of the vocabulary, with a tied head too
     config |= {"load": config.pop("save"), "finetune": True}
@@ -189,7 +192,7 @@ def test_the_reference_layout_converts_and_generates_alike(
 ):
     checkpoints = reference[1] / "checkpoints"
     # in a checkout that is not linked to the plugin
-    export(find_neox(), checkpoints, tmp_path / "hf", "--verify")
+    export(find_neox(), checkpoints, tmp_path / "hf", "--verify", is_linked=False)
     assert "verified largest logit difference" in capsys.readouterr().out
     config = settings(token_data, tokenizer_file, load=str(checkpoints))
     assert_they_generate_alike(neox_checkout, config, tmp_path, tmp_path / "hf")

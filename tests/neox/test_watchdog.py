@@ -1,4 +1,4 @@
-"""Ranks that are stopped or stuck are named, and end the run."""
+"""The watchdog names stopped and stuck ranks, and ends the run."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import time
 import pytest
 
 from megatron_patch.architecture import SettingsError
-from megatron_patch.neox.watchdog import VARIABLE, watchdog_seconds
+from megatron_patch.neox.upstream_fixes.watchdog import VARIABLE, watchdog_seconds
 from tests.neox.training import free_port
 
 RANK = """
 import sys, time
 import torch.distributed as dist
-from megatron_patch.neox import watchdog
+from megatron_patch.neox.upstream_fixes import watchdog
 rank, port, seconds, mode = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), sys.argv[4]
 store = dist.TCPStore("127.0.0.1", port, 3, rank == 0, wait_for_workers=True)
 dog = watchdog.Watchdog(watchdog._connect, rank, 3, seconds)

@@ -10,8 +10,11 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import yaml
+
+from tests.neox.fork_server import fork_server
 
 LOSS = re.compile(r"iteration\s+(\d+)/.*?lm_loss: (\S+) \|")
 VALIDATION_LOSS = re.compile(r"validation results at (.+?) \| lm_loss value: (\S+)")
@@ -102,17 +105,23 @@ def settings(token_data: Path, tokenizer_file: Path, tp: int = 1, pp: int = 0, *
 
 
 def start(
-    checkout: Path, program: str, config: dict, folder: Path, start_new_session=False, **environment
+    checkout: Path,
+    program: str,
+    config: dict,
+    folder: Path,
+    python: str | Path = sys.executable,
+    start_new_session: bool = False,
+    **environment: str,
 ) -> subprocess.Popen:
-    """Starts `deepy.py PROGRAM` on `config`, written to a YAML file in `folder`; with gloo on the
-    CPU, whatever the machine has."""
+    """Starts `deepy.py PROGRAM` on `config`, written to a YAML file in `folder`. With gloo it runs
+    on the CPU, whatever the machine has."""
     if config["distributed_backend"] == "gloo":
         environment["CUDA_VISIBLE_DEVICES"] = ""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{Path(program).stem}.yml"
     file.write_text(yaml.safe_dump({**config, "master_port": free_port()}))
     return subprocess.Popen(
-        [sys.executable, "./deepy.py", program, str(file)],
+        [python, "./deepy.py", program, str(file)],
         cwd=checkout,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         stdout=subprocess.PIPE,
@@ -123,7 +132,9 @@ def start(
 
 
 def neox(checkout: Path, program: str, config: dict, folder: Path, **environment: str) -> Run:
-    """Runs `deepy.py PROGRAM` to its end."""
+    """Runs `deepy.py PROGRAM` to its end; on the CPU by the fork server."""
+    if config["distributed_backend"] == "gloo":
+        environment.setdefault("python", fork_server(checkout).python)
     process = start(checkout, program, config, folder, **environment)
     output, _ = process.communicate(timeout=600)
     return Run(process.returncode, output)
@@ -134,3 +145,8 @@ def train(checkout: Path, config: dict, folder: Path, **environment: str) -> Run
     run = neox(checkout, "train.py", config, folder, **environment)
     assert run.returncode == 0, run.output[-6000:]
     return run
+
+
+def stand_in(defaults: dict, **changes) -> SimpleNamespace:
+    """Returns attributes that stand for GPT-NeoX's settings, for checks that read only a few."""
+    return SimpleNamespace(**{**defaults, **changes})

@@ -1,4 +1,4 @@
-"""Which backend serves a call, by what a machine and its GPUs are. All of it is pretended."""
+"""Which backend serves a call, on machines and GPUs that these tests pretend."""
 
 from __future__ import annotations
 
@@ -14,7 +14,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import megatron_patch.ops as ops
 from megatron_patch.ops import backends
-from megatron_patch.ops.backends import CHECKED_WIDTHS, REGISTRY, choose, names_of, obstacle
+from megatron_patch.ops.backends import (
+    CHECKED_WIDTHS,
+    REGISTRY,
+    choose,
+    names_of,
+    unsupported_reason,
+)
+from tests.gpu.operator_sweep import IN_ALL_DTYPES, WIDTHS
 
 CUDA, OTHER_CUDA, CPU = torch.device("cuda", 0), torch.device("cuda", 1), torch.device("cpu")
 HOPPER = (9, 0)
@@ -28,15 +35,15 @@ OURS = [
     (operator, backend)
     for operator, kinds in REGISTRY.items()
     for backend, kind in kinds.items()
-    if kind is not None and kind.ours
+    if kind.package is not None and kind.checked is not None
 ]
 
 
 @pytest.fixture(autouse=True)
 def machine(monkeypatch):
-    """Function: pretends what packages there are, what each GPU is capable of, and whose they are.
+    """Function: pretends installed packages, the GPUs' compute capabilities, and their vendor.
 
-    By default all packages, with no limits of their own, and H200s.
+    By default all packages are there, with no limits of their own, and the GPUs are H200s.
     """
 
     def pretend(
@@ -46,7 +53,9 @@ def machine(monkeypatch):
     ):
         monkeypatch.setattr(backends, "_decided", {})
         for kinds in REGISTRY.values():
-            for kind in filter(None, kinds.values()):
+            for kind in kinds.values():
+                if kind.package is None:
+                    continue
                 failure = None if kind.package in packages else "is not installed (pretended)"
                 monkeypatch.setitem(backends._failures, kind.module, failure)
                 monkeypatch.setitem(sys.modules, kind.module, SimpleNamespace())
@@ -149,7 +158,7 @@ def test_other_accelerators(caplog, kind):
 @pytest.mark.parametrize("operator", REGISTRY)
 def test_nothing_is_said_where_no_kernel_is_expected(machine, operator, caplog):
     machine(packages=())
-    plain = next(name for name, kind in REGISTRY[operator].items() if kind is None)
+    plain = next(name for name, kind in REGISTRY[operator].items() if kind.package is None)
     for dtype, device in (
         (torch.float32, CPU),
         (torch.bfloat16, torch.device("meta")),
@@ -160,7 +169,7 @@ def test_nothing_is_said_where_no_kernel_is_expected(machine, operator, caplog):
 
 
 def test_a_gpu_that_is_not_there(monkeypatch, caplog):
-    """As of fake tensors, which trace a model for another machine."""
+    """Fake tensors trace a model for another machine."""
 
     def no_driver(device):
         raise RuntimeError("Found no NVIDIA driver.\nPlease install one.")
@@ -201,23 +210,59 @@ def test_the_convolution_goes_on_to_the_next(machine, caplog):
 
 
 def test_what_a_backend_says_itself(monkeypatch, caplog):
-    """By the function `obstacle` in its module."""
+    """Its module holds a function `unsupported_reason`."""
     kind = REGISTRY["token_decoder"]["cuda"]
-    limits = SimpleNamespace(obstacle=lambda dtype, device, **sizes: f"found {sizes['H']} heads")
+    limits = SimpleNamespace(
+        unsupported_reason=lambda dtype, device, **sizes: f"found {sizes['H']} heads"
+    )
     monkeypatch.setitem(sys.modules, kind.module, limits)
-    assert auto("token_decoder") == "triton"
+    assert auto("token_decoder") == "layers"
     assert "'cuda' found 8 heads" in caplog.text
+
+
+def test_a_backend_for_another_vendor(machine, monkeypatch):
+    entry = backends.Backend("megatron_patch.ops.fla", "flash-linear-attention", vendors=("AMD",))
+    monkeypatch.setitem(REGISTRY["swiglu"], "rocm", entry)
+    reason = unsupported_reason("swiglu", "rocm", torch.bfloat16, CUDA)
+    assert reason == "found an NVIDIA GPU, wanted one of AMD"
+    machine(capabilities=(9, 4), hip="6.2")
+    assert unsupported_reason("swiglu", "rocm", torch.bfloat16, CUDA) is None
+
+
+def hopper_chunks(dtype=torch.bfloat16, device=CUDA):
+    return backends.hopper_chunks(dtype, device, 64, 128)
+
+
+def test_where_cuda_kernels_serve_chunks(machine, monkeypatch, caplog):
+    kind = backends.HOPPER_CHUNKS
+    monkeypatch.setitem(sys.modules, kind.module, SimpleNamespace())
+    monkeypatch.setitem(backends._failures, kind.module, None)
+    assert hopper_chunks()
+    assert not hopper_chunks(torch.float16) and not hopper_chunks(device=CPU)
+    limits = SimpleNamespace(unsupported_reason=lambda dtype, device, **sizes: f"found {sizes}")
+    monkeypatch.setattr(backends, "_decided", {})
+    monkeypatch.setitem(sys.modules, kind.module, limits)
+    assert not hopper_chunks()
+    for capability, hip in (((8, 0), None), ((10, 0), None), (HOPPER, "6.2")):
+        machine(capabilities=capability, hip=hip)
+        assert not hopper_chunks()
+    assert not caplog.records
+    machine()
+    monkeypatch.setitem(backends._failures, kind.module, "is not installed (pretended)")
+    assert not hopper_chunks() and not hopper_chunks()
+    (record,) = caplog.records
+    assert "cuda-bindings is not installed (pretended): on Hopper" in record.getMessage()
 
 
 def test_the_interpreter_runs_on_request_alone(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert auto("swiglu", torch.float32, CPU) == "torch"
     assert choose("swiglu", "triton", torch.float32, CPU) == "triton"
-    assert obstacle("swiglu", "triton", torch.float64, CPU).startswith("found float64")
+    assert unsupported_reason("swiglu", "triton", torch.float64, CPU).startswith("found float64")
 
 
 def test_every_operator_asks(machine, monkeypatch):
-    """On tensors without memory, which need no GPU, of a kernel that must not be taken."""
+    """Asks for a kernel that cannot run, on fake tensors, which need no GPU."""
     machine(capabilities=(7, 5))
     with FakeTensorMode():
         q, v, x = (torch.empty(1, 3, *s, device="cuda") for s in ((2, 8), (2, 16), (8,)))
@@ -230,8 +275,8 @@ def test_every_operator_asks(machine, monkeypatch):
             with pytest.raises(ValueError, match=r"backend 'triton': .* capability 7\.5"):
                 call("triton")
         taken = []
-        chunked = SimpleNamespace(meta_linear_attention=lambda *a, **k: taken.append("chunked"))
-        monkeypatch.setitem(sys.modules, "megatron_patch.ops.chunked", chunked)
+        name = "meta_linear_attention.chunked"
+        monkeypatch.setitem(backends._functions, name, lambda *a, **k: taken.append("chunked"))
         ops.meta_linear_attention(q, q, v)
     assert taken == ["chunked"]
 
@@ -249,10 +294,7 @@ def test_a_compiled_call_is_told_too(machine, caplog, dynamic):
     assert sum(record.name == backends.__name__ for record in caplog.records) == 1
 
 
-def test_widths_that_auto_takes_are_those_that_the_benchmark_checks(monkeypatch):
-    monkeypatch.syspath_prepend(str(backends.__file__).split("megatron_patch")[0] + "scripts")
-    from benchmark_ops import IN_ALL_DTYPES, WIDTHS
-
+def test_widths_that_auto_takes_are_those_that_the_sweep_checks():
     for dtype, (smallest, largest, ratios) in CHECKED_WIDTHS.items():
         checked = WIDTHS if dtype == torch.bfloat16 else IN_ALL_DTYPES
         for ratio in ratios:
@@ -274,7 +316,7 @@ meta_linear_attention(q, q, v), short_convolution(torch.ones(1, 3, 8), torch.one
 swiglu(torch.ones(3, 8))
 for kinds in backends.REGISTRY.values():
     for name, kind in kinds.items():
-        if kind is not None:
+        if kind.package is not None:
             print(kind.package, backends.import_failure(kind.module))
 """
 

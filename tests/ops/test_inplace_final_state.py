@@ -1,5 +1,5 @@
-"""The final state written over the initial one: the same numbers, in the caller's memory, and never
-where autograd needs what was there."""
+"""`inplace_final_state` gives the same numbers in the caller's memory. It is refused where autograd
+needs what was there."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_refused_while_gradients_are_recorded(operator, make):
 
 
 def test_a_state_without_entries_shares_no_memory():
-    """A convolution of one tap has no past, and operations leave strides of 0 on nothing."""
+    """A convolution with kernel_size 1 has an empty state, whose strides may be 0."""
     x, weight = torch.randn(3, 2, 6), torch.randn(6, 1, 1)
     state = torch.empty(3, 1, 0).expand(3, 6, 0)
     y, final = short_convolution(x, weight, initial_state=state, inplace_final_state=True)

@@ -1,4 +1,4 @@
-"""The public function: what it refuses, with which words, and which backend it takes."""
+"""What the public function refuses, and with which words."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ import pytest
 import torch
 
 from megatron_patch.ops import BACKENDS, meta_linear_attention
+from tests.ops.cases import make_leaves
 
 B, T, H, K, V = 2, 6, 3, 4, 5
 
 
 @pytest.fixture
-def inputs(make_inputs):
-    return make_inputs(B, T, H, K, V, dtype=torch.float32)
+def inputs():
+    return make_leaves(B, T, H, K, V, dtype=torch.float32)
 
 
 @pytest.mark.parametrize("backend", ["auto", "chunked", "reference"])
@@ -30,17 +31,17 @@ def inputs(make_inputs):
         (torch.float64, torch.float64),
     ],
 )
-def test_shapes_and_dtypes_of_the_results(make_inputs, backend, dtype, state_dtype):
-    inputs = make_inputs(B, T, H, K, V, dtype=dtype)
+def test_shapes_and_dtypes_of_the_results(backend, dtype, state_dtype):
+    inputs = make_leaves(B, T, H, K, V, dtype=dtype)
     out, state = meta_linear_attention(**inputs, output_final_state=True, backend=backend)
     assert (out.shape, out.dtype) == ((B, T, H, V), dtype)
     assert (state.shape, state.dtype) == ((B, H, K, V), state_dtype)
     assert meta_linear_attention(**inputs, backend=backend)[1] is None
 
 
-def test_parameters_may_be_of_another_float_dtype(make_inputs):
-    """Under autocast activations are bfloat16 and parameters float32."""
-    inputs = make_inputs(B, T, H, K, V, dtype=torch.bfloat16)
+def test_parameters_may_be_of_another_float_dtype():
+    """Under autocast, activations are bfloat16 and parameters float32."""
+    inputs = make_leaves(B, T, H, K, V, dtype=torch.bfloat16)
     wanted = meta_linear_attention(**inputs)[0]
     for name in ("aug", "out_gate_bias"):
         inputs[name] = inputs[name].float()
@@ -48,7 +49,7 @@ def test_parameters_may_be_of_another_float_dtype(make_inputs):
 
 
 def _wrong_shapes():
-    """(argument, wrong shape, what the message wants)"""
+    """Yields an argument, a wrong shape, and what the message wants."""
     yield "q", (B, T, H), "[B, T, H, K] = [≥ 1, ≥ 1, ≥ 1, ≥ 1]"
     yield "q", (B, 0, H, K), "[B, T, H, K] = [≥ 1, ≥ 1, ≥ 1, ≥ 1]"
     yield "gate_logits", (B, T, H, K + 1), f"[B, T, H, K] = [{B}, {T}, {H}, {K}]"
@@ -91,8 +92,8 @@ def test_wrong_dtypes(inputs, name, dtype, wanted):
         meta_linear_attention(**inputs)
 
 
-def test_state_of_half_precision_inputs_is_float32(make_inputs):
-    inputs = make_inputs(B, T, H, K, V, dtype=torch.bfloat16)
+def test_state_of_half_precision_inputs_is_float32():
+    inputs = make_leaves(B, T, H, K, V, dtype=torch.bfloat16)
     inputs["initial_state"] = inputs["initial_state"].detach().bfloat16()
     with pytest.raises(ValueError, match="initial_state .*found dtype bfloat16, wanted float32"):
         meta_linear_attention(**inputs)
@@ -156,8 +157,8 @@ def test_wrong_numbers(inputs, name, value):
     ],
 )
 @pytest.mark.parametrize("backend", ["chunked", "reference"])
-def test_wrong_boundaries(make_inputs, cu_seqlens, message, backend):
-    inputs = make_inputs(1, T, H, K, V, N=3)
+def test_wrong_boundaries(cu_seqlens, message, backend):
+    inputs = make_leaves(1, T, H, K, V, N=3)
     with pytest.raises(ValueError, match=message):
         meta_linear_attention(**inputs, cu_seqlens=cu_seqlens, backend=backend)
 
@@ -168,8 +169,8 @@ def test_packed_sequences_want_a_batch_of_one(inputs):
         meta_linear_attention(**inputs, cu_seqlens=torch.tensor([0, T]))
 
 
-def test_packed_sequences_want_a_state_each(make_inputs):
-    inputs = make_inputs(1, T, H, K, V)
+def test_packed_sequences_want_a_state_each():
+    inputs = make_leaves(1, T, H, K, V)
     message = re.escape(f"wanted [N, H, K, V] = [2, {H}, {K}, {V}]")
     with pytest.raises(ValueError, match=message):
         meta_linear_attention(**inputs, cu_seqlens=torch.tensor([0, 3, T]))

@@ -1,4 +1,4 @@
-"""The recurrence that judges every backend is itself judged by formulas written another way."""
+"""The reference recurrence, the oracle of every backend, against formulas written another way."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from megatron_patch.ops import meta_linear_attention
+from tests.ops.cases import make_leaves
 
 
 def explicit_operator(
     q, gate_logits, v, aug, out_gate, out_gate_bias, initial_state, tau, scale, norm_eps
 ):
-    """MetaLA as attention over all pairs of tokens, from the definitions of sigmoid, variance and
-    so on. The decay is sigmoid(a) ** (1 / tau), the product of decays is taken as a product."""
+    """Computes MetaLA as attention over all pairs of tokens, from the definitions of sigmoid and
+    variance. The decay is sigmoid(a) ** (1 / tau), and products of decays are products."""
     T = q.shape[1]
     decay = (1 / (1 + torch.exp(-gate_logits))) ** (1 / tau)
     key = 1 - decay
@@ -27,8 +28,8 @@ def explicit_operator(
     read_out = torch.einsum("bihk,bijhk,bjhk,bjhv->bihv", q, products, key, v)
     since_start = products[:, :, 0] * decay[:, :1]
     read_out = read_out + torch.einsum("bihk,bihk,bhkv->bihv", q, since_start, initial_state)
-    similarity = torch.einsum("bthk,hk,bthk->bth", q, aug, key)
-    y = scale * read_out + 1 / (1 + torch.exp(-similarity[..., None] * v))
+    aug_score = torch.einsum("bthk,hk,bthk->bth", q, aug, key)
+    y = scale * read_out + 1 / (1 + torch.exp(-aug_score[..., None] * v))
     centred = y - y.mean(-1, keepdim=True)
     normed = centred / torch.sqrt((centred**2).mean(-1, keepdim=True) + norm_eps)
     z = out_gate + out_gate_bias
@@ -40,8 +41,8 @@ def explicit_operator(
 @pytest.mark.parametrize(
     ("B", "T", "H", "K", "V"), [(1, 1, 1, 1, 2), (2, 2, 1, 3, 5), (2, 19, 3, 8, 6)]
 )
-def test_equals_attention_over_all_pairs(make_inputs, B, T, H, K, V):
-    inputs = make_inputs(B, T, H, K, V)
+def test_equals_attention_over_all_pairs(B, T, H, K, V):
+    inputs = make_leaves(B, T, H, K, V)
     settings = {"tau": 3.0, "scale": 0.7, "norm_eps": 1e-3}
     wanted = explicit_operator(**inputs, **settings)
     found = meta_linear_attention(
@@ -51,7 +52,7 @@ def test_equals_attention_over_all_pairs(make_inputs, B, T, H, K, V):
 
 
 def test_two_tokens_by_hand():
-    """K = 1, V = 2, tau = 1: a = 0 halves the state and admits half of v."""
+    """With K = 1, V = 2, tau = 1, a gate logit of 0 halves the state and admits half of v."""
 
     def token_and_head(values):
         return torch.tensor(values, dtype=torch.float64)[None, :, None]
@@ -68,8 +69,8 @@ def test_two_tokens_by_hand():
     assert state.tolist() == [[[[3.0, 1.0]]]]
 
 
-def test_defaults_are_those_of_the_paper(make_inputs):
-    inputs = make_inputs(K=7)
+def test_defaults_are_those_of_the_paper():
+    inputs = make_leaves(K=7)
     default = meta_linear_attention(**inputs, backend="reference")[0]
     spelled_out = meta_linear_attention(
         **inputs, tau=16.0, scale=1 / math.sqrt(7), norm_eps=1e-5, backend="reference"
@@ -77,9 +78,9 @@ def test_defaults_are_those_of_the_paper(make_inputs):
     torch.testing.assert_close(default, spelled_out, rtol=1e-12, atol=1e-12)
 
 
-def test_without_gate_bias_and_augmentation(make_inputs):
-    """Leaving a part out equals neutralising it."""
-    inputs = make_inputs(T=5)
+def test_without_gate_bias_and_augmentation():
+    """A part left out equals a part that does nothing."""
+    inputs = make_leaves(T=5)
     q, gate_logits, v = inputs["q"], inputs["gate_logits"], inputs["v"]
     ungated = meta_linear_attention(q, gate_logits, v, inputs["aug"], backend="reference")[0]
     gated = meta_linear_attention(
@@ -95,8 +96,8 @@ def test_without_gate_bias_and_augmentation(make_inputs):
     )
 
 
-def test_gradients(make_inputs):
-    inputs = make_inputs(1, 3, 1, 2, 3)
+def test_gradients():
+    inputs = make_leaves(1, 3, 1, 2, 3)
 
     def operator(*tensors):
         named = dict(zip(inputs, tensors, strict=True))
@@ -106,7 +107,7 @@ def test_gradients(make_inputs):
 
 
 def test_key_keeps_its_digits_where_the_gate_is_open():
-    """k = 1 - exp(g) is about 7e-9 at a = 16 and tau = 16: as a difference it would be 0."""
+    """At a = 16 and tau = 16, k = 1 - exp(g) is about 7e-9; a float32 difference would give 0."""
     one = torch.ones(1, 1, 1, 1)
     _, state = meta_linear_attention(
         one, 16 * one, one.expand(1, 1, 1, 2), output_final_state=True, backend="reference"

@@ -17,7 +17,7 @@ from megatron_patch.ops import CONVOLUTION_BACKENDS, short_convolution
 
 
 def make(B=2, T=9, D=8, W=4, *, N=None, dtype=torch.float64):
-    """x, weight and initial state, leaves."""
+    """Draws x, weight and initial state, which require gradients."""
     generator = torch.Generator().manual_seed(0)
     shapes = (B, T, D), (D, 1, W), (B if N is None else N, D, W - 1)
     return tuple(
@@ -177,7 +177,7 @@ def test_half_precision_is_one_rounding_from_float64(dtype, rounding):
 
 
 def test_float32_weight_on_half_precision_inputs():
-    """As under autocast, where parameters stay float32."""
+    """Under autocast, parameters stay float32."""
     x, weight, _ = make(dtype=torch.bfloat16)
     y, _ = short_convolution(x, weight.float())
     assert torch.equal(y, short_convolution(x, weight)[0])
@@ -256,7 +256,7 @@ def test_error_messages(change, message):
 
 
 def with_package(monkeypatch, causal_conv1d_fn):
-    """The backend of the package causal-conv1d, which has this function."""
+    """Returns the backend with this function in place of the package's."""
     package = SimpleNamespace(causal_conv1d_fn=causal_conv1d_fn)
     monkeypatch.setitem(sys.modules, "causal_conv1d", package)
     spec = find_spec("megatron_patch.ops.causal_conv1d")
@@ -269,8 +269,8 @@ def with_package(monkeypatch, causal_conv1d_fn):
 @pytest.mark.parametrize("last_dim_in_memory", ["B", "T", "D"])
 @pytest.mark.parametrize("with_state", [False, True])
 def test_causal_conv1d_gets_what_it_wants(monkeypatch, T, last_dim_in_memory, with_state):
-    """The package's kernel runs on CUDA alone; this stands in for it and insists on the layouts
-    that the kernel insists on."""
+    """The package's kernel runs on CUDA alone. A stand-in insists on the layouts that the kernel
+    insists on."""
 
     def causal_conv1d_fn(x, weight, bias=None, seq_idx=None, initial_states=None, activation=None):
         assert x.stride(1) == 1 and x.stride(2) > 1
@@ -320,7 +320,7 @@ def test_causal_conv1d_is_told_the_packed_sequences(monkeypatch):
 )
 def test_limits_of_causal_conv1d(monkeypatch, W, D, packed_state, reason):
     backend = with_package(monkeypatch, None)
-    found = backend.obstacle(
+    found = backend.unsupported_reason(
         torch.bfloat16, torch.device("cuda"), D=D, W=W, packed_state=packed_state
     )
     assert (found is None) if reason is None else (reason in found)

@@ -1,4 +1,4 @@
-"""SwiGLU against its formula, and what it refuses."""
+"""SwiGLU against its formula, and the arguments that it refuses."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|endoftext|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-# Loses all but the last message, as templates do in part that leave out earlier reasoning.
+# Drops all but the last message; real templates drop earlier reasoning in the same way.
 FORGETFUL_TEMPLATE = TEMPLATE.replace(
     "{{ m.content }}", "{{ m.content if loop.last else '(forgotten)' }}"
 )

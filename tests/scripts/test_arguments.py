@@ -1,10 +1,9 @@
-"""Wrong arguments of every script: one line that names the argument, and nothing left behind."""
+"""Wrong arguments of any script give one line that names the argument, and write nothing."""
 
 from __future__ import annotations
 
 import json
 import re
-import runpy
 import signal
 import subprocess
 import sys
@@ -20,7 +19,7 @@ NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
 
 @pytest.fixture
 def work(tmp_path, monkeypatch) -> Path:
-    """The current folder: an empty file, one with text, a folder, and what is no tokenizer."""
+    """The current folder, with files of several kinds, none of which is what a script wants."""
     (tmp_path / "folder").mkdir()
     (tmp_path / "empty.txt").touch()
     (tmp_path / "blank.txt").write_text(" \n")
@@ -34,23 +33,15 @@ def work(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.fixture
-def run_here(monkeypatch, capsys):
-    """Function: runs a script in this process, which has imported what takes long; returns its exit
-    code and what it wrote to standard error."""
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    before = signal.getsignal(signal.SIGTERM)
+def run_here(run_command):
+    """Function: runs a script in this process; returns its exit code and standard error."""
 
     def run(script: str, arguments: str) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", [str(SCRIPTS / script), *arguments.split()])
-        with pytest.raises(SystemExit) as end:
-            runpy.run_path(str(SCRIPTS / script), run_name="__main__")
-        written = capsys.readouterr().err
-        if isinstance(end.value.code, str):  # Python prints it
-            return 1, written + end.value.code + "\n"
-        return end.value.code, written
+        folder = "benchmarks/" if script.startswith("benchmark_") else ""
+        result = run_command(folder + script, *arguments.split())
+        return result.returncode, result.stderr
 
-    yield run
-    signal.signal(signal.SIGTERM, before)
+    return run
 
 
 def listing(folder: Path) -> list[str]:
@@ -103,33 +94,34 @@ CASES = [
     ("chat.py", "folder --seed -1", "--seed: found -1, wanted a whole number from 0"),
     ("chat.py", "folder --device junk", "--device: found junk, wanted a device"),
     ("chat.py", "folder --dtype int8", "--dtype: found int8, wanted one of auto, float32"),
-    ("benchmarks/benchmark_ops.py", "--jobs 0", "--jobs: found 0, wanted a whole number from 1"),
-    ("benchmarks/benchmark_ops.py", "--plot folder", "--plot: found the folder folder, wanted the name"),
-    ("benchmarks/benchmark_ops.py", "--junk", "unrecognized arguments: --junk"),
-    ("benchmarks/benchmark_decoding.py", "--sizes 7b", "--sizes: found 7b, wanted one of 1b, 380m, 3b, tiny"),
-    ("benchmarks/benchmark_convolution.py", "--junk", "unrecognized arguments: --junk"),
-    ("benchmarks/benchmark_swiglu.py", "junk", "unrecognized arguments: junk"),
-    ("benchmarks/benchmark_generate.py", "--size 7b", "--size: found 7b, wanted one of 1b, 380m, 3b, tiny"),
-    ("benchmarks/benchmark_generate.py", "--batches 1 0", "--batches: found 0, wanted a whole number from 1"),
-    ("benchmarks/benchmark_generate.py", "--contexts x", "--contexts: found x, wanted a whole number from 1"),
-    ("benchmarks/benchmark_generate.py", "--steps -3", "--steps: found -3, wanted a whole number from 1"),
-    ("benchmarks/benchmark_generate.py", "--budget nan", "--budget: found nan, wanted a number of seconds"),
-    ("benchmarks/benchmark_generate.py", "--budget -1", "--budget: found -1, wanted a number of seconds"),
-    ("benchmarks/benchmark_generate.py", "--plot text.txt/x.png", "--plot: found text.txt/x.png, wanted"),
-    ("benchmarks/benchmark_generate.py", "--device cuda:99", "--device: found cuda:99, wanted a device"),
-    ("benchmarks/benchmark_generate.py", "--device meta", "--device: found meta, wanted a device"),
-    ("benchmarks/benchmark_generate.py", "--decoding-graph x", "--decoding-graph: found x, wanted one of"),
-    ("benchmarks/benchmark_training.py", "--config no.yml", f"--config: found no.yml, {NO_FILE}"),
-    ("benchmarks/benchmark_training.py", "--config folder", "--config: found the folder folder, wanted"),
-    ("benchmarks/benchmark_training.py", "--config list.yml", "list.yml: .*"),
-    ("benchmarks/benchmark_training.py", "--config little.yml", "little.yml: found no seq_length, wanted"),
-    ("benchmarks/benchmark_training.py", "--gpus 0", "--gpus: found 0, wanted a whole number from 1"),
-    ("benchmarks/benchmark_training.py", "--tensor-parallel 0", "--tensor-parallel: found 0, wanted"),
-    ("benchmarks/benchmark_training.py", "--tensor-parallel 2", "--gpus: found 1, wanted a multiple of"),
-    ("benchmarks/benchmark_training.py", "--micro-batch -2", "--micro-batch: found -2, wanted a whole number"),
-    ("benchmarks/benchmark_training.py", "--steps 19", "--steps: found 19, wanted a whole number from 20"),
+    ("benchmark_ops.py", "--jobs 0", "unrecognized arguments: --jobs 0"),
+    ("benchmark_ops.py", "--no-check", "unrecognized arguments: --no-check"),
+    ("benchmark_ops.py", "--plot folder", "--plot: found the folder folder, wanted the name"),
+    ("benchmark_ops.py", "--junk", "unrecognized arguments: --junk"),
+    ("benchmark_decoding.py", "--sizes 7b", "--sizes: found 7b, wanted one of 1b, 380m, 3b, tiny"),
+    ("benchmark_convolution.py", "--junk", "unrecognized arguments: --junk"),
+    ("benchmark_swiglu.py", "junk", "unrecognized arguments: junk"),
+    ("benchmark_generate.py", "--size 7b", "--size: found 7b, wanted one of 1b, 380m, 3b, tiny"),
+    ("benchmark_generate.py", "--batches 1 0", "--batches: found 0, wanted a whole number from 1"),
+    ("benchmark_generate.py", "--contexts x", "--contexts: found x, wanted a whole number from 1"),
+    ("benchmark_generate.py", "--steps -3", "--steps: found -3, wanted a whole number from 1"),
+    ("benchmark_generate.py", "--budget nan", "--budget: found nan, wanted a number of seconds"),
+    ("benchmark_generate.py", "--budget -1", "--budget: found -1, wanted a number of seconds"),
+    ("benchmark_generate.py", "--plot text.txt/x.png", "--plot: found text.txt/x.png, wanted"),
+    ("benchmark_generate.py", "--device cuda:99", "--device: found cuda:99, wanted a device"),
+    ("benchmark_generate.py", "--device meta", "--device: found meta, wanted a device"),
+    ("benchmark_generate.py", "--decoding-graph x", "--decoding-graph: found x, wanted one of"),
+    ("benchmark_training.py", "--config no.yml", f"--config: found no.yml, {NO_FILE}"),
+    ("benchmark_training.py", "--config folder", "--config: found the folder folder, wanted"),
+    ("benchmark_training.py", "--config list.yml", "list.yml: .*"),
+    ("benchmark_training.py", "--config little.yml", "little.yml: found no seq_length, wanted"),
+    ("benchmark_training.py", "--gpus 0", "--gpus: found 0, wanted a whole number from 1"),
+    ("benchmark_training.py", "--tensor-parallel 0", "--tensor-parallel: found 0, wanted"),
+    ("benchmark_training.py", "--tensor-parallel 2", "--gpus: found 1, wanted a multiple of"),
+    ("benchmark_training.py", "--micro-batch -2", "--micro-batch: found -2, wanted a whole number"),
+    ("benchmark_training.py", "--steps 19", "--steps: found 19, wanted a whole number from 20"),
     *(
-        pytest.param(f"benchmarks/benchmark_{name}.py", "", "found no CUDA device, wanted one", marks=NO_GPU)
+        pytest.param(f"benchmark_{name}.py", "", "found no CUDA device, wanted one", marks=NO_GPU)
         for name in ("ops", "decoding", "convolution", "swiglu")
     ),
 ]  # fmt: skip
@@ -146,14 +138,14 @@ def test_one_line_and_nothing_else(work, run_here, tokenizer_file, script, argum
 
 
 def test_every_script_is_among_them():
-    shared = {"command_line.py", "documents.py", "special_tokens.py", "text_pieces.py"}
-    shared |= {"link_neox.py", "benchmarks/benchmark_convert.py"}  # which have tests of their own
+    others = {"link_neox.py", "benchmark_convert.py"}  # have tests of their own
     named = {getattr(case, "values", case)[0] for case in CASES}
-    assert named == {path.name for path in SCRIPTS.glob("*.py")} - shared
+    scripts = [*SCRIPTS.glob("*.py"), *SCRIPTS.glob("benchmarks/benchmark_*.py")]
+    assert named == {path.name for path in scripts} - others
 
 
 def test_a_folder_that_nothing_can_be_written_to(work, run_here, monkeypatch):
-    """Whoever runs the tests may write everywhere."""
+    """Root, who may run the tests, can write everywhere."""
     monkeypatch.setattr("os.access", lambda path, mode: Path(path).name != "folder")
     code, written = run_here("train_tokenizer.py", "text.txt --output folder/new/t.json")
     assert code == 2 and "--output: found folder/new/t.json, wanted a file in a folder" in written
@@ -169,15 +161,15 @@ def test_matplotlib_missing_is_told_before_the_work(work, run_here, monkeypatch)
 
 
 def test_terminated_a_script_leaves_nothing(work, tokenizer_file):
-    """As interrupted: what it was writing goes."""
+    """SIGTERM removes a half-written output, as Ctrl-C does."""
     (work / "pipe.jsonl").write_text(json.dumps({"text": "word " * 50}) + "\n")
     code = (
-        "import os, signal, sys, runpy, megatron_patch.indexed_dataset as data\n"
+        "import os, signal, sys, megatron_patch.indexed_dataset as data\n"
+        "from megatron_patch.commands.prepare_data import cli\n"
         "data.IndexedDatasetWriter.add_document = lambda *_: os.kill(os.getpid(), signal.SIGTERM)\n"
-        f"sys.path.insert(0, {str(SCRIPTS)!r})\n"
         f"sys.argv = ['prepare_data.py', 'pipe.jsonl', '--output', 'data', '--tokenizer', "
         f"{str(tokenizer_file)!r}]\n"
-        f"runpy.run_path({str(SCRIPTS / 'prepare_data.py')!r}, run_name='__main__')"
+        "cli()"
     )
     before = listing(work)
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""The benchmark of the conversion, on a small model: it runs, and no whole model is in memory."""
+"""The conversion benchmark runs on a small model, and never holds the whole model in memory."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_the_model_is_streamed(run_script, tmp_path):
 
 
 def test_a_conversion_that_fails_ends_it(tmp_path):
-    """The thread that measures memory ends with the conversion, and does not keep the process."""
+    """The thread that measures memory must not keep the process alive."""
     command = [
         sys.executable,
         ROOT / "scripts/benchmarks/benchmark_convert.py",
@@ -60,8 +60,8 @@ def test_a_conversion_that_fails_ends_it(tmp_path):
         (["--config", "nowhere.yml"], "error: nowhere.yml: cannot be read"),
     ],
 )
-def test_wrong_arguments_are_named(run_script, flags, message, tmp_path):
+def test_wrong_arguments_are_named(run_command, flags, message, tmp_path):
     config = ["--folder", tmp_path, "--config", CONFIGS / "metala_tiny.yml"]
-    process = run_script("benchmarks/benchmark_convert.py", *config, *flags)
+    process = run_command("benchmarks/benchmark_convert.py", *config, *flags)
     assert process.returncode and message in process.stderr
     assert "Traceback" not in process.stderr and not list(tmp_path.iterdir())

@@ -1,15 +1,19 @@
-"""The decoding benchmark, in small on the CPU."""
+"""The decoding benchmark runs on the CPU with tiny models."""
 
 import re
 
+import benchmark_generate as benchmark
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from megatron_patch.hf import MetaLAConfig, MetaLAForCausalLM
 
 
-def test_on_the_cpu(run_script, tmp_path):
-    result = run_script(
-        "benchmarks/benchmark_generate.py", "--device", "cpu", "--size", "tiny", "--batches", "1", "2",
-        "--contexts", "24", "8", "--steps", "2", "--plot", tmp_path / "speed.png",
-    )  # fmt: skip
+def test_on_the_cpu(run_command, tmp_path):
+    options = "--device cpu --size tiny --batches 1 2 --contexts 24 8 --steps 2 --plot".split()
+    picture = tmp_path / "speed.png"
+    result = run_command("benchmarks/benchmark_generate.py", *options, picture)
     assert result.returncode == 0, result.stderr
     rows = re.findall(
         r"^ +(\d+) +(\d+) \| +(\d+) .* \| +(\d+) .* \| +([\d.]+)x", result.stdout, re.M
@@ -17,17 +21,12 @@ def test_on_the_cpu(run_script, tmp_path):
     assert [row[:2] for row in rows] == [("1", "8"), ("1", "24"), ("2", "8"), ("2", "24")]
     for *_, ours, theirs, ratio in rows:
         assert float(ratio) == pytest.approx(int(ours) / int(theirs), rel=0.1)
-    assert len(re.findall(r"\d%$", result.stdout, re.M)) == 2  # of the limit, at batch 1
-    assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
+    assert len(re.findall(r"\d%$", result.stdout, re.M)) == 2  # of the roofline, at batch 1
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_steps_that_are_timed(script_modules):
-    """LLaMA attends to the whole context that it is said to, and MetaLA has read it."""
-    import benchmark_generate as benchmark
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from megatron_patch.hf import MetaLAConfig, MetaLAForCausalLM
+def test_the_steps_that_are_timed():
+    """LLaMA attends to a full context of the stated length, and MetaLA has read as much."""
 
     shape = dict(
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,

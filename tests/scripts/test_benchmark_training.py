@@ -1,4 +1,4 @@
-"""The benchmark of training, on a small model and the CPU: it says what GPT-NeoX measured."""
+"""The training benchmark runs a small model on the CPU and reports what GPT-NeoX measured."""
 
 from __future__ import annotations
 
@@ -35,16 +35,17 @@ def test_both_models_are_trained_and_compared(neox_checkout, run_script, tmp_pat
         speeds.append(tokens)
     ratio = float(re.search(r"ratio +([\d.]+)", process.stdout)[1])
     assert ratio == pytest.approx(speeds[0] / speeds[1], abs=0.01)
-    # An MLP of another width would differ by three times that.
+    # Another MLP width would change the number by three times the tolerance.
     parameters = [number(row[5]) for row in rows]
     assert parameters[0] == pytest.approx(parameters[1], rel=1e-3)
 
 
-def test_a_checkout_that_is_not_linked_is_refused(run_script, tmp_path):
+def test_a_checkout_that_is_not_linked_is_refused(run_command, tmp_path, monkeypatch):
     for name in ("deepy.py", "train.py", "megatron/__init__.py", "megatron/model/gpt2_model.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    process = run_script("benchmarks/benchmark_training.py", GPT_NEOX_PATH=str(tmp_path))
+    monkeypatch.setenv("GPT_NEOX_PATH", str(tmp_path))
+    process = run_command("benchmarks/benchmark_training.py")
     assert process.returncode == 1
-    wanted = f"benchmarks/benchmark_training.py: link it first: scripts/link_neox.py {tmp_path}\n"
+    wanted = f"benchmark_training.py: link it first: scripts/link_neox.py {tmp_path}\n"
     assert process.stderr == wanted

@@ -1,7 +1,8 @@
-"""scripts/chat.py: what is typed, what is read, what is answered."""
+"""chat.py: what the user types, what the model reads, what it answers."""
 
 from __future__ import annotations
 
+import io
 import os
 import pty
 import re
@@ -11,8 +12,10 @@ import subprocess
 import sys
 import time
 
+import chat
 import pytest
 import torch
+from chat import ChatError, Conversation, chooser
 
 from megatron_patch.hf import MetaLAConfig, MetaLAForCausalLM
 from tests.scripts.talking import (
@@ -28,7 +31,7 @@ from tests.scripts.talking import (
 
 @pytest.fixture
 def fed(model, monkeypatch):
-    """The lengths of all inputs that the model is given from now on."""
+    """A list that records the length of each input to the model."""
     lengths = []
     forward = model.forward
 
@@ -41,16 +44,14 @@ def fed(model, monkeypatch):
 
 
 @pytest.mark.parametrize("template", [None, TEMPLATE])
-def test_a_turn_reads_only_what_is_new(script_modules, model, tokenizer_file, fed, template):
-    from chat import Conversation
-
+def test_a_turn_reads_only_what_is_new(model, tokenizer_file, fed, template):
     tokenizer = build_tokenizer(tokenizer_file, template)
     conversation = Conversation(model, tokenizer, system="Be brief.")
     turns = talk(conversation, "def read(self):", "and now?", "go on")
     read = [turn.tokens_read for turn, _ in turns]
     assert fed == [n for count in read for n in (count, 1, 1, 1, 1, 1)]
 
-    # Each answer is that of one run over everything before it.
+    # Each answer equals that of one pass over everything before it.
     size = conversation.cache.nbytes
     whole: list[int] = []
     if template is None:
@@ -72,9 +73,7 @@ def test_a_turn_reads_only_what_is_new(script_modules, model, tokenizer_file, fe
     assert conversation.cache.nbytes == size
 
 
-def test_a_long_text_is_read_in_pieces(script_modules, model, tokenizer_file, fed, monkeypatch):
-    import chat
-
+def test_a_long_text_is_read_in_pieces(model, tokenizer_file, fed, monkeypatch):
     whole = chat.Conversation(model, build_tokenizer(tokenizer_file))
     ((turn, answer),) = talk(whole, "to read " * 40, tokens=2)
     fed.clear()
@@ -83,9 +82,7 @@ def test_a_long_text_is_read_in_pieces(script_modules, model, tokenizer_file, fe
     assert again == answer and max(fed) == 16 and sum(fed) == turn.tokens_read + 2
 
 
-def test_an_end_token_ends_and_is_not_read(script_modules, model, tokenizer_file):
-    from chat import Conversation
-
+def test_an_end_token_ends_and_is_not_read(model, tokenizer_file):
     conversation = Conversation(model, build_tokenizer(tokenizer_file, TEMPLATE))
     script = iter([7, 8, 0, 9, 0])
     shown = []
@@ -98,11 +95,7 @@ def test_an_end_token_ends_and_is_not_read(script_modules, model, tokenizer_file
     assert [m["role"] for m in conversation.messages] == ["user", "assistant"] * 2
 
 
-def test_a_template_that_rewrites_the_past_reads_all_again(
-    script_modules, model, tokenizer_file, capsys
-):
-    from chat import Conversation
-
+def test_a_template_that_rewrites_the_past_reads_all_again(model, tokenizer_file, capsys):
     tokenizer = build_tokenizer(tokenizer_file, FORGETFUL_TEMPLATE)
     conversation = Conversation(model, tokenizer)
     *_, (turn, _) = talk(conversation, "words that are soon forgotten", "more", tokens=12)
@@ -115,9 +108,7 @@ def test_a_template_that_rewrites_the_past_reads_all_again(
     assert conversation.cache.get_seq_length() == count + 12
 
 
-def test_a_template_that_refuses_says_so(script_modules, model, tokenizer_file):
-    from chat import ChatError, Conversation
-
+def test_a_template_that_refuses_says_so(model, tokenizer_file):
     tokenizer = build_tokenizer(tokenizer_file, NO_SYSTEM_TEMPLATE)
     conversation = Conversation(model, tokenizer, system="Be brief.")
     with pytest.raises(ChatError, match="the chat template: no system role"):
@@ -125,9 +116,7 @@ def test_a_template_that_refuses_says_so(script_modules, model, tokenizer_file):
     assert [m["role"] for m in conversation.messages] == ["system"]
 
 
-def test_saved_and_loaded(script_modules, model, tokenizer_file, tmp_path):
-    from chat import ChatError, Conversation
-
+def test_saved_and_loaded(model, tokenizer_file, tmp_path):
     tokenizer = build_tokenizer(tokenizer_file, TEMPLATE)
     conversation = Conversation(model, tokenizer)
     talk(conversation, "one", "two")
@@ -158,9 +147,7 @@ def test_saved_and_loaded(script_modules, model, tokenizer_file, tmp_path):
     assert other.messages == conversation.messages  # a failed load changes nothing
 
 
-def test_a_hybrid_is_saved_and_loaded(script_modules, model, tokenizer_file, tmp_path):
-    from chat import ChatError, Conversation
-
+def test_a_hybrid_is_saved_and_loaded(model, tokenizer_file, tmp_path):
     def build(*layer_types):
         config = {**model.config.to_dict(), "layer_types": list(layer_types)}
         return MetaLAForCausalLM(MetaLAConfig(**config)).eval()
@@ -177,20 +164,16 @@ def test_a_hybrid_is_saved_and_loaded(script_modules, model, tokenizer_file, tmp
             Conversation(another, tokenizer).load(tmp_path / "talk")
 
 
-def test_words_without_tokens_are_no_turn(script_modules, model, tokenizer_file):
-    from chat import ChatError, Conversation
-
+def test_words_without_tokens_are_no_turn(model, tokenizer_file):
     conversation = Conversation(model, build_tokenizer(tokenizer_file), special_tokens=True)
     with pytest.raises(ChatError, match="no tokens"):
-        talk(conversation, "<|endoftext|>")  # which is left out of a text's start
+        talk(conversation, "<|endoftext|>")  # left out at the start of a text
     ((_, answer),) = talk(conversation, "one")
     fresh = Conversation(model, conversation.tokenizer)
     assert talk(fresh, "one")[0][1] == answer and fresh.text == conversation.text
 
 
-def test_choosing(script_modules):
-    from chat import chooser
-
+def test_choosing():
     torch.manual_seed(0)
     logits = torch.tensor([0.0, 3.0, 2.0, -9.0])
     assert chooser(0, 0.5)(logits) == 1
@@ -201,18 +184,20 @@ def test_choosing(script_modules):
     torch.testing.assert_close(shares, logits.softmax(-1), atol=0.04, rtol=0)
 
 
-def run(folder, typed, *options):
-    return subprocess.run(
-        [sys.executable, SCRIPT, folder, "--temperature=0", "--max-new-tokens=6", *options],
-        input=typed,
-        capture_output=True,
-        text=True,
-        cwd=folder.parent,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-    )
+@pytest.fixture
+def run(run_command, monkeypatch):
+    """Function: runs chat.py in this process with what is typed."""
+
+    def run(folder, typed, *options):
+        monkeypatch.chdir(folder.parent)
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(typed.encode())))
+        options = ("--device=cpu", "--temperature=0", "--max-new-tokens=6", *options)
+        return run_command("chat.py", folder, *options)
+
+    return run
 
 
-def test_driven_from_standard_input(folder):
+def test_driven_from_standard_input(folder, run):
     result = run(
         folder(TEMPLATE),
         "hello\n/save talk\nmore\n/reset\n/load talk\nmore\n/reset\nhello\n\n"
@@ -233,14 +218,14 @@ def test_driven_from_standard_input(folder):
     assert "(missing: no saved conversation" in out
 
 
-def test_plain_text_and_the_end_of_input(folder):
+def test_plain_text_and_the_end_of_input(folder, run):
     result = run(folder(), "def read(self):\n/usr/bin is a path, not a command\n", "--stats")
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("tokens read") == 2 and "no such command" not in result.stdout
 
 
 def test_ctrl_c_ends_the_answer_alone(folder):
-    """At a terminal, where the script prompts: the answer is cut, the conversation goes on."""
+    """At a terminal, Ctrl-C cuts the answer and the conversation goes on."""
     main, terminal = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, SCRIPT, folder(), "--max-new-tokens=1000000", "--seed=0", "--stats"],

@@ -1,4 +1,4 @@
-"""lm_eval on model folders, against likelihoods and texts computed without it, and the table."""
+"""lm_eval on model folders, against likelihoods and texts computed here, and the table."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from evaluation_table import PUBLISHED, PUBLISHED_AVERAGE, newest_results, read_results, table
 from transformers import PreTrainedTokenizerFast
 
 from megatron_patch.hf.remote_code import write_model_code
@@ -39,7 +40,7 @@ def tokenizer(tokenizer_file):
 
 @pytest.fixture
 def prepared(model, tokenizer, tmp_path):
-    """A folder with a model that carries its code, and two tasks on data of its own."""
+    """A folder with a model, its code, and two tasks with their data."""
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     write_model_code(tmp_path / "model")
@@ -100,7 +101,7 @@ def run(command, folder, **environment):
 
 
 def log_likelihood(model, tokenizer, question, choice):
-    """Of the choice's tokens after the question's, and whether each is the likeliest."""
+    """Returns the log-likelihood of the choice's tokens after the question's."""
     context = tokenizer(question)["input_ids"]
     ids = torch.tensor([tokenizer(question + choice)["input_ids"]])
     with torch.no_grad():
@@ -145,7 +146,7 @@ def test_lm_eval_on_a_folder_with_its_code(prepared, model, tokenizer):
 
 @needs_lm_eval
 def test_evaluate_script(prepared):
-    """With this package's classes, also where the folder carries no code."""
+    """evaluate.sh uses this package's classes, so the folder needs no code."""
     for file in (prepared / "model").glob("*.py"):
         file.unlink()
     out = run(
@@ -175,16 +176,8 @@ def test_evaluate_script_says_what_is_missing(tmp_path):
     assert result.returncode == 1 and "lm_eval is not installed" in result.stderr
 
 
-def test_table(script_modules, tmp_path):
-    from evaluation_table import (
-        PUBLISHED,
-        PUBLISHED_AVERAGE,
-        newest_results,
-        read_results,
-        table,
-    )
-
-    for size, average in enumerate(PUBLISHED_AVERAGE):  # no slip in copying
+def test_table(tmp_path):
+    for size, average in enumerate(PUBLISHED_AVERAGE):  # no typing error in the table
         assert sum(row[size] for row in PUBLISHED.values()) / 7 == pytest.approx(average, abs=0.011)
 
     values = {task: {"alias": task, "acc,none": 0.5, "acc_stderr,none": 0.1} for task in PUBLISHED}

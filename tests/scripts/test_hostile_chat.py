@@ -1,4 +1,4 @@
-"""chat.py on what is typed, kept and computed out of the ordinary: a line, and it goes on."""
+"""chat.py with unusual input, saved files and logits: it prints a line and goes on."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ import sys
 
 import pytest
 import torch
+from chat import ChatError, Conversation, chooser
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
+from megatron_patch.commands.special_tokens import Typed
 from tests.scripts.talking import (
     FORGETFUL_TEMPLATE,
     SCRIPT,
@@ -28,7 +31,7 @@ END = "<|endoftext|>"
 
 
 def parts_of(tokenizer_file, template, *parts):
-    """Ids of text in parts: strings are text, a 0 in between is the real end token."""
+    """Returns the ids of parts: strings are text, a 0 is the special end token."""
     plain = Tokenizer.from_file(str(tokenizer_file))
     plain.encode_special_tokens = True
     return [i for part in parts for i in ([0] if part == 0 else plain.encode(part).ids)]
@@ -36,7 +39,7 @@ def parts_of(tokenizer_file, template, *parts):
 
 @pytest.fixture
 def read(model, monkeypatch):
-    """All ids that the model is given from now on, each answer's among them."""
+    """A list that records every id the model reads, answers included."""
     ids = []
     forward = model.forward
 
@@ -50,15 +53,12 @@ def read(model, monkeypatch):
 
 @pytest.mark.parametrize("is_special", [True, False])
 def test_special_tokens_that_are_typed_are_text(
-    script_modules,
     model,
     tokenizer_file,
     read,
     is_special,
     tmp_path,
 ):
-    from chat import Conversation
-
     description = json.loads(tokenizer_file.read_text())
     description["added_tokens"][0]["special"] = is_special
     (tmp_path / "tokenizer.json").write_text(json.dumps(description))
@@ -70,7 +70,7 @@ def test_special_tokens_that_are_typed_are_text(
         tokenizer_file, TEMPLATE, f"<|system|>No {END}.", 0, f"<|user|>{words}", 0, "<|assistant|>"
     )
     assert read == start
-    # What the model writes is text too, and turns before are not read again.
+    # The model's own words are text too, and earlier turns are not read again.
     written = parts_of(tokenizer_file, TEMPLATE, f"an {END} end")
     script = iter([*written, 0])
     conversation.say("one", lambda _: next(script), 100, lambda _: None)
@@ -85,24 +85,17 @@ def test_special_tokens_that_are_typed_are_text(
 
 
 def test_special_tokens_in_plain_text_are_text(
-    script_modules,
     model,
     tokenizer_file,
     read,
 ):
-    from chat import Conversation
-
     conversation = Conversation(model, build_tokenizer(tokenizer_file))
     talk(conversation, END, f"a{END}", tokens=0)
     assert read == parts_of(tokenizer_file, None, END, f"\na{END}")
 
 
-def test_stand_ins_take_space_as_their_tokens_do(script_modules, tokenizer_file):
-    """A token that takes the space around it, in a tokenizer that marks a text's first word."""
-    from tokenizers import models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    from megatron_patch.commands.special_tokens import Typed
+def test_stand_ins_take_space_as_their_tokens_do(tokenizer_file):
+    """A special token strips the spaces around it, and the tokenizer marks a text's first word."""
 
     letters = {character: place for place, character in enumerate("▁abc<|e>xyz")}
     own = Tokenizer(models.BPE(letters, [("▁", "a")] if "▁a" in letters else []))
@@ -117,9 +110,7 @@ def test_stand_ins_take_space_as_their_tokens_do(script_modules, tokenizer_file)
         assert ids[len(wanted) :] == [letters[c] for c in "▁<x>"]
 
 
-def test_a_failed_turn_changes_nothing(script_modules, model, tokenizer_file, monkeypatch):
-    from chat import ChatError, Conversation, chooser
-
+def test_a_failed_turn_changes_nothing(model, tokenizer_file, monkeypatch):
     for template in (None, TEMPLATE, FORGETFUL_TEMPLATE):
         conversation = Conversation(model, build_tokenizer(tokenizer_file, template))
         talk(conversation, "one")
@@ -151,17 +142,13 @@ def test_a_failed_turn_changes_nothing(script_modules, model, tokenizer_file, mo
 
 @pytest.mark.parametrize("temperature", [5e-324, 1e-320, 1e-30, 1e308])
 @pytest.mark.parametrize("top_p", [5e-324, 0.5, 1.0])
-def test_every_temperature_gives_a_token(script_modules, temperature, top_p):
-    from chat import chooser
-
+def test_every_temperature_gives_a_token(temperature, top_p):
     logits = torch.tensor([0.0, 3.0, 2.0, -9.0])
     token = chooser(temperature, top_p)(logits)
     assert token in range(4) and (temperature > 1 or token == 1)
 
 
-def test_a_template_that_breaks_says_so(script_modules, model, tokenizer_file):
-    from chat import ChatError, Conversation
-
+def test_a_template_that_breaks_says_so(model, tokenizer_file):
     for template in ("{{ 1 / 0 }}", "{{ messages[0].content + 1 }}", "{{ none.x.y }}", "{{"):
         conversation = Conversation(model, build_tokenizer(tokenizer_file, template))
         with pytest.raises(ChatError, match="^the chat template: .+"):
@@ -200,14 +187,11 @@ KEPT = {"messages": [TEXT], "text": "a", "plain": False}
     ],
 )
 def test_altered_conversations_are_told(
-    script_modules,
     model,
     tokenizer_file,
     tmp_path,
     conversation,
 ):
-    from chat import ChatError, Conversation
-
     talking = Conversation(model, build_tokenizer(tokenizer_file, TEMPLATE))
     talk(talking, "one")
     talking.cache.save(tmp_path / "talk", metadata={"conversation": conversation})
@@ -217,9 +201,7 @@ def test_altered_conversations_are_told(
     assert talking.cache is before
 
 
-def test_states_of_other_kinds_are_told(script_modules, model, tokenizer_file, tmp_path):
-    from chat import ChatError, Conversation
-
+def test_states_of_other_kinds_are_told(model, tokenizer_file, tmp_path):
     path = tmp_path / "talk"
     talking = Conversation(model, build_tokenizer(tokenizer_file))
     talk(talking, "one")
@@ -266,15 +248,12 @@ def test_states_of_other_kinds_are_told(script_modules, model, tokenizer_file, t
 )
 @given(data=st.data())
 def test_any_conversation_is_taken_or_told(
-    script_modules,
     model,
     tokenizer_file,
     tmp_path,
     data,
 ):
-    """And with what is taken, another turn is answered or told."""
-    from chat import ChatError, Conversation
-
+    """After a file is loaded, another turn is answered or refused in a line."""
     talking = Conversation(model, build_tokenizer(tokenizer_file, TEMPLATE))
     talk(talking, "one", tokens=1)
     text = st.text(max_size=5) | st.sampled_from([END, "\ufdd0", "\ufdd0999\ufdd2", "user", "a"])
@@ -302,7 +281,7 @@ def test_any_conversation_is_taken_or_told(
 
 
 def test_bytes_that_are_no_text_end_nothing(folder, tmp_path):
-    """Nor does a terminal that cannot show what the model writes."""
+    """A terminal that cannot show the model's words does not end the chat either."""
     typed = b"hello\n\xff\xfe words\n/save talk\n/save a\x00b\n/save ~nobody-of-this-name/x\n"
     typed += b"/load /dev/zero\n/load talk\nmore\n/save \xff\n"
     result = subprocess.run(

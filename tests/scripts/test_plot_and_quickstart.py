@@ -1,8 +1,13 @@
-"""Reading the logs of both engines, and the quickstart's small parts."""
+"""plot_loss.py reads the logs of both engines; small parts of the quickstart."""
 
 from __future__ import annotations
 
 import pytest
+import quickstart
+from plot_loss import read_losses
+from quickstart import StepFailed, largest_difference, start_anew_if_changed
+
+from convert.verify import Comparison
 
 NEOX_LOG = """\
 > building HFTokenizer tokenizer ...
@@ -29,29 +34,24 @@ def logs(tmp_path):
     return tmp_path / "train.log", tmp_path / "metrics.jsonl"
 
 
-def test_losses_of_both_engines(script_modules, logs):
-    from plot_loss import read_losses
-
-    neox, embedded = map(read_losses, logs)
+def test_losses_of_both_engines(logs):
+    neox, trainer = map(read_losses, logs)
     assert (neox.train, neox.valid) == ({5: 8.096175, 10: 7.5}, {5: 7.642954})
-    assert (embedded.train, embedded.valid) == ({6: 8.25, 12: 7.75}, {6: 8.0})
+    assert (trainer.train, trainer.valid) == ({6: 8.25, 12: 7.75}, {6: 8.0})
 
 
-def test_picture(run_script, logs, tmp_path):
+def test_picture(run_command, logs, tmp_path):
     output = tmp_path / "loss.png"
-    result = run_script("plot_loss.py", *logs, "--output", output, "--labels", "a", "b")
+    result = run_command("plot_loss.py", *logs, "--output", output, "--labels", "a", "b")
     assert result.returncode == 0, result.stderr
     assert output.read_bytes().startswith(b"\x89PNG")
     (tmp_path / "empty.log").write_text("nothing\n")
-    failed = run_script("plot_loss.py", tmp_path / "empty.log", "--output", output)
+    failed = run_command("plot_loss.py", tmp_path / "empty.log", "--output", output)
     assert failed.returncode == 1
     assert "empty.log: holds no training losses" in failed.stderr
 
 
-def test_quickstart_reads_what_the_verifications_print(script_modules):
-    from quickstart import StepFailed, largest_difference
-
-    from convert.verify import Comparison
+def test_quickstart_reads_what_the_verifications_print():
 
     comparison = Comparison(9.45e-06, 1e-3, 10.45, 320)
     assert largest_difference(f"wrote x\nverified {comparison}\n") == 9.45e-06
@@ -60,9 +60,7 @@ def test_quickstart_reads_what_the_verifications_print(script_modules):
         largest_difference("verified no\n")
 
 
-def test_quickstart_repeats_a_training_only_of_other_inputs(script_modules, tmp_path):
-    from quickstart import start_anew_if_changed
-
+def test_quickstart_repeats_a_training_only_of_other_inputs(tmp_path):
     config, folder = tmp_path / "a.yml", tmp_path / "neox"
     config.write_text("x: 1")
     start_anew_if_changed(folder, config)
@@ -74,9 +72,7 @@ def test_quickstart_repeats_a_training_only_of_other_inputs(script_modules, tmp_
     assert not (folder / "checkpoint").exists()
 
 
-def test_quickstart_text_is_reproducible(script_modules, tmp_path, monkeypatch):
-    import quickstart
-
+def test_quickstart_text_is_reproducible(tmp_path, monkeypatch):
     monkeypatch.setattr(quickstart, "TEXT_BYTES", 100_000)
     for name in ("a.jsonl", "b.jsonl"):
         quickstart.write_text(tmp_path / name)

@@ -1,4 +1,4 @@
-"""setup.sh finds, clones and links GPT-NeoX, or says in a line why not."""
+"""setup.sh finds, clones and links GPT-NeoX, or prints a line that says why not."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def git(folder, *arguments):
 
 @pytest.fixture
 def origin(tmp_path):
-    """A repository with the files that GPT-NeoX is known by."""
+    """A git repository with the files by which GPT-NeoX is recognised."""
     folder = tmp_path / "origin"
     for name in NEOX_FILES:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -40,16 +40,16 @@ def origin(tmp_path):
 
 @pytest.fixture
 def set_up(tmp_path, origin):
-    """Runs a copy of setup.sh, for which `origin` is GPT-NeoX, in an environment where all packages
-    are installed already."""
+    """Function: runs a copy of setup.sh in an environment with all packages; `origin` is its
+    GPT-NeoX."""
     if not shutil.which("make") or not shutil.which("g++"):
         pytest.skip("setup.sh wants a compiler for GPT-NeoX")
     copy = tmp_path / "repository"
-    shutil.copytree(ROOT / "scripts", copy / "scripts")
-    shutil.copytree(ROOT / "configs", copy / "configs", symlinks=True)
+    for name in ("scripts", "configs", "megatron_patch/commands"):
+        shutil.copytree(ROOT / name, copy / name, symlinks=True)
     for name in ("constraints.txt", "setup.py"):
         shutil.copy(ROOT / name, copy)
-    link = copy / "scripts" / "link_neox.py"
+    link = copy / "megatron_patch/commands/link_neox.py"
     commit = git(origin, "rev-parse", "HEAD")
     link.write_text(re.sub('TESTED_COMMIT = ".*"', f'TESTED_COMMIT = "{commit}"', link.read_text()))
 
@@ -84,7 +84,7 @@ def set_up(tmp_path, origin):
 
 def test_clones_links_and_reuses(set_up, origin):
     part = origin.parent / "repository" / "third_party" / "gpt-neox.part"
-    part.mkdir(parents=True)  # of a clone that was interrupted
+    part.mkdir(parents=True)  # an interrupted clone leaves it
     result, clone = set_up()
     assert result.returncode == 0, result.stderr
     assert f"{clone}: linked" in result.stdout
@@ -95,11 +95,11 @@ def test_clones_links_and_reuses(set_up, origin):
     assert f"{clone}: already linked" in again.stdout
 
 
-def test_an_unreachable_clone_means_the_embedded_engine(set_up):
+def test_an_unreachable_clone_means_the_trainer(set_up):
     result, clone = set_up(url="file:///nowhere")
     assert result.returncode == 0, result.stderr
-    assert "embedded engine: cannot clone file:///nowhere" in result.stdout
-    assert result.stdout.rstrip().endswith("engine embedded")
+    assert "Hugging Face Trainer: cannot clone file:///nowhere" in result.stdout
+    assert result.stdout.rstrip().endswith("engine Hugging Face Trainer")
     assert not clone.exists()
 
 
@@ -113,19 +113,21 @@ def test_a_checkout_that_is_named(set_up, origin):
     assert other.returncode == 1 and "is not a GPT-NeoX checkout" in other.stderr
 
 
-def test_the_embedded_engine_can_be_asked_for(set_up):
-    result, clone = set_up(METALA_ENGINE="embedded")
-    assert "embedded engine, as METALA_ENGINE says" in result.stdout
+@pytest.mark.parametrize("name", ["trainer", "embedded"])
+def test_the_trainer_can_be_asked_for(set_up, name):
+    """`embedded` is its earlier name."""
+    result, clone = set_up(METALA_ENGINE=name)
+    assert "Hugging Face Trainer, as METALA_ENGINE says" in result.stdout
     assert not clone.exists()
 
 
 def test_what_could_not_be_installed_is_tried_again(set_up, tmp_path):
-    """As where there was no network, or no compiler, at the first time."""
+    """The first time there was no network, or no compiler."""
     stamp, python = (tmp_path / "environment" / name for name in (".metala-set-up", "bin/python"))
     stamp.write_text(stamp.read_text().replace("yes", "no"))
     python.write_text(f'#!/bin/sh\n[ "$2" = pip ] || exec "{sys.executable}" "$@"\n')
-    result, clone = set_up(METALA_ENGINE="embedded")
-    assert result.stdout.rstrip().endswith("engine embedded")
+    result, clone = set_up(METALA_ENGINE="trainer")
+    assert result.stdout.rstrip().endswith("engine Hugging Face Trainer")
     assert stamp.read_text().endswith("no\n")
     result, clone = set_up()
     assert f"engine {clone}" in result.stdout

@@ -1,69 +1,66 @@
-// One token of one sequence through a whole MetaLA decoder, as a single launch, for GPUs with bulk
-// copies (compute capability 9.0 or later). `megatron_patch.ops.triton.decoder` is for the others.
+// One token of one sequence through a whole MetaLA model in a single launch: a persistent,
+// warp-specialised kernel for GPUs with bulk copies (compute capability 9.0 or later).
 //
-// Such a step takes as long as it takes to read the weights, if the memory is never left idle. But
-// a stage needs what the one before it has computed in all blocks, and so many waits, five per
-// layer, take longer than the reading. So the two are taken apart here:
+// A step at batch 1 takes at least as long as reading the weights once, and no longer if memory is
+// never idle. But each operation needs the results of the one before from all blocks, and waiting
+// for those, five times a layer, takes longer than the reading. So the two are decoupled:
 //
-// What a block reads of the weights does not depend on any result. It is one stream of rows, the
-// same at every token. A warp or two (copier.cuh) copy it into shared memory, a ring of slots
-// (ring.cuh), as far ahead as the ring is long. The warps that compute (compute.cuh) take the rows
-// from there; one more (sender.cuh) sums up what they have and sends it to all blocks.
+// - What a block reads of the weights depends on no result. Producer warps (producer.cuh) copy this
+//   fixed stream of rows into a multi-stage pipeline in shared memory (stages.cuh), as far ahead as
+//   it has stages.
+// - Consumer warps (consumer.cuh) multiply the rows with the current vector (matvec.cuh).
+// - A reducer warp (reducer.cuh) adds up the consumers' partial sums and sends the results to all
+//   blocks, through global memory (exchange.cuh).
 //
-// What blocks send each other goes through global memory, each number by itself (exchange.cuh): the
-// last bit of its mantissa tells the turn, which is another one in every layer. Who needs a number
-// reads until the turn is the right one. So there is one way to memory and one back per stage, no
-// fence and no counter. No number is overwritten too early: whatever is sent in a layer is needed,
-// by way of other blocks, for all that is sent a layer later.
+// The operations of a layer, whose rows are divided among the blocks:
 //
-// A layer's stages, in each of which a block has its share of the rows:
+//     in_proj     norm and convolution; projection to q, gate logits, v and output gate
+//     recurrence  update and output of some columns of a head's state
+//     out_proj    LayerNorm and output gate of all heads; output projection, residual
+//     gate_up     norm; the MLP's first two products and SwiGLU
+//     down        the MLP's last product, residual
 //
-//     project   norm, convolution; rows of the projections to q, gate logits, v and output gate
-//     mix       recurrence and read-out of some columns of a head's state
-//     emit      LayerNorm and gate of all heads; rows of the output projection, residual
-//     expand    norm; rows of the first two products of the MLP, SwiGLU
-//     contract  rows of the last product of the MLP, residual
+// The embedding precedes the first layer; the final norm and the logits follow the last. Between
+// operations everything is float32, and sums have a fixed order.
 //
-// The first layer begins with the token's embedding; behind the last are norm and rows of the
-// logits. Between stages all is float32, and sums have a fixed order.
-//
-// decoder.py compiles this file for a model, with its numbers for names in capital letters.
+// decoder.py compiles this file for a model; `macros_for` lists its macros.
 
-#include "compute.cuh"
-#include "copier.cuh"
-#include "sender.cuh"
+#include "consumer.cuh"
+#include "producer.cuh"
+#include "reducer.cuh"
 
-extern "C" __global__ void __launch_bounds__(THREADS + 32 + 32 * COPIERS, 1)
+extern "C" __global__ void __launch_bounds__(CONSUMER_THREADS + 32 + 32 * PRODUCERS, 1)
     decode_token(const Arguments a) {
-    // First of all, for its embedding is another way to memory away.
+    // The token comes first, because its embedding takes another trip to memory.
     const long long token = *(volatile const long long*)a.token;
     extern __shared__ __align__(128) char memory[];
-    Shared& s = *(Shared*)(memory + SLOTS * SLOT);
-    const u32 slots = shared_address(memory), full = shared_address(&s + 1),
-              empty = full + 8 * SLOTS;
-    const Ring ring{slots, full, empty, 0};
+    Shared& s = *(Shared*)(memory + STAGES * STAGE_BYTES);
+    const u32 stages = shared_address(memory), full = shared_address(&s + 1),
+              empty = full + 8 * STAGES;
+    const Pipeline pipeline{stages, full, empty, 0};
     for (int i = threadIdx.x; i < LAYERS * FIELDS; i += blockDim.x) s.table[i] = a.table[i];
-    if (threadIdx.x < SLOTS) {
+    if (threadIdx.x < STAGES) {
         asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(full + 8 * threadIdx.x));
         asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(empty + 8 * threadIdx.x),
-                     "n"(WARPS));
+                     "n"(CONSUMERS));
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     const u32 steps = *(volatile u32*)a.counters;
     if (threadIdx.x == 0) {
-        s.place = Place(blockIdx.x);
-        s.embedding = a.embedding_of(token);
+        s.rows = BlockRows(blockIdx.x);
+        if ((u64)token >= VOCABULARY) __trap();  // an error of the GPU, as in PyTorch's embedding
+        s.embedding = a.embedding + token * D;
     }
     __syncthreads();
-    const u32 turn = (steps * LAYERS + 1) & 1;
-    if (threadIdx.x < THREADS) {
-        Compute{a, s, ring, 0, s.table, turn}.run();
-    } else if (threadIdx.x < THREADS + 32) {
-        Sender{a, s, s.table, turn}.run();
+    const u32 phase = (steps * LAYERS + 1) & 1;
+    if (threadIdx.x < CONSUMER_THREADS) {
+        Consumer{a, s, pipeline, 0, s.table, phase}.run();
+    } else if (threadIdx.x < CONSUMER_THREADS + 32) {
+        Reducer{a, s, s.table, phase}.run();
     } else {
-        copy_stream(a, s, ring);
+        produce(a, s, pipeline);
     }
-    // All blocks have read the number of steps when the last of them is here.
+    // The last block to finish counts the step: by then all have read the counter.
     if (threadIdx.x == 0 && atomicAdd(a.counters + 1, 1) == BLOCKS - 1) {
         a.counters[0] = steps + 1;
         a.counters[1] = 0;

@@ -1,4 +1,4 @@
-"""A whole decoder's step for one token of one sequence, by the kernel in decoder.cu."""
+"""Compiles and launches decoder.cu, a whole model's step for one token of one sequence."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import torch
 from cuda.bindings import driver
 from torch import Tensor
 
-from megatron_patch.ops.decoding.token_decoder import LayerTensors
-from megatron_patch.ops.hopper.compilation import (
+from megatron_patch.ops.decoding import LayerTensors
+from megatron_patch.ops.hopper.nvrtc import (
     architecture_of,
     checked,
     known_architectures,
     load_kernel,
 )
 
-WARPS = 8  # of a block, that compute; one more sends, and one or two copy
-ROWS_TOGETHER = 8  # that blocks send each other: so many lie on a line of memory
-SMALL_LAYER = 2**18  # bytes of a layer, of a block
-SMALLEST_ARCHITECTURE = 90  # with bulk copies into shared memory
-# For what a block keeps in shared memory beside eight rows of weights at least.
+CONSUMERS = 8  # warps of a block that multiply, beside a reducer and one or two producer warps
+LINE_NUMBERS = 8  # numbers on a cache line of the exchange between blocks
+SMALL_LAYER = 2**18  # bytes of a layer's weights that a block reads
+SMALLEST_ARCHITECTURE = 90  # the first with bulk copies into shared memory
+# Below these a block's vectors and eight rows of weights would not fit its shared memory.
 SHARED_BYTES, MULTIPROCESSORS = 227 * 1024, 64
 LARGEST_DIM, LARGEST_INNER = 4096, 8192
 LARGEST_STATE = 16384  # entries of a head's state
@@ -31,7 +31,7 @@ SOURCE = Path(__file__).with_suffix(".cu")
 
 
 class Arguments(ctypes.Structure):
-    """Of the kernel, as in arguments.cuh: what stays, tensors before numbers; then a step's own."""
+    """The kernel's arguments, as in layout.cuh. The last two change at every step."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in (
@@ -46,7 +46,7 @@ class Arguments(ctypes.Structure):
 
 
 class Decoder:
-    """What `megatron_patch.ops.decoding.token_decoder` says."""
+    """A model's step on the GPU; see `token_decoder`."""
 
     def __init__(
         self,
@@ -60,15 +60,14 @@ class Decoder:
         (inner, dim), (vocabulary, _) = first.l1.shape, head.shape
         properties = torch.cuda.get_device_properties(device)
         shared_bytes = properties.shared_memory_per_block_optin
-        constants = numbers_of(
+        macros = macros_for(
             layers=len(layers), dim=dim, heads=first.state.shape[1], inner=inner,
-            taps=first.convolution.shape[-1], vocabulary=vocabulary, dtype=dtype,
+            kernel_size=first.convolution.shape[-1], vocabulary=vocabulary, dtype=dtype,
             multiprocessors=properties.multi_processor_count, shared_bytes=shared_bytes,
         )  # fmt: skip
-        self._kernel = load_kernel(device, SOURCE, "decode_token", shared_bytes, **constants)
-        # What adds to the warps that compute: one that sends, and those that copy.
-        threads = 32 * (WARPS + 1 + constants["COPIERS"])
-        self._launch = (constants["BLOCKS"], 1, 1, threads, 1, 1, shared_bytes)
+        self._kernel = load_kernel(device, SOURCE, "decode_token", shared_bytes, **macros)
+        threads = 32 * (CONSUMERS + 1 + macros["PRODUCERS"])  # one more warp is the reducer
+        self._launch = (macros["BLOCKS"], 1, 1, threads, 1, 1, shared_bytes)
         addresses = [[0 if x is None else x.data_ptr() for x in layer] for layer in layers]
 
         def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -77,18 +76,18 @@ class Decoder:
         table = torch.tensor(addresses, dtype=torch.int64, device=device)
         exchange, counters = zeros(4 * (7 * dim + inner)), zeros(2, dtype=torch.int32)
         tensors = [table, embedding, head, final_norm, exchange, counters]
-        self._tensors = layers, tensors  # kept alive: the kernel has their addresses alone
+        self._tensors = layers, tensors  # kept alive: the kernel has only their addresses
         self._arguments = Arguments(*(0 if x is None else x.data_ptr() for x in tensors), *numbers)
         self._pointers = (ctypes.c_void_p * 1)(ctypes.addressof(self._arguments))
         self._parameters = ctypes.addressof(self._pointers)
 
     def step(self, token: Tensor, logits: Tensor) -> None:
-        """See `token_decoder`. The launch takes a copy of the arguments."""
+        """Reads a token and writes logits; see `token_decoder`. The launch copies its arguments."""
         self._arguments.token = token.data_ptr()
         self._arguments.logits = logits.data_ptr()
         with torch.cuda.device_of(logits):
             stream = torch.cuda.current_stream().cuda_stream
-            # Cooperative: all blocks run at once, since they wait for each other.
+            # A cooperative launch, because blocks wait for each other and must all be resident.
             checked(
                 driver.cuLaunchCooperativeKernel(
                     self._kernel, *self._launch, stream, self._parameters
@@ -96,10 +95,13 @@ class Decoder:
             )
 
 
-def obstacle(
+def unsupported_reason(
     dtype: torch.dtype, device: torch.device, *, D: int, H: int, K: int, V: int, F: int
 ) -> str | None:
-    """Why there is no kernel for such a model on a device, or `None` if there is one."""
+    """Returns why the kernel does not serve such a model on a device, or `None` if it does.
+
+    D channels, H heads with keys K and values V wide, F channels in the MLP.
+    """
     if dtype not in (torch.bfloat16, torch.float16):
         return f"found {str(dtype).removeprefix('torch.')}, wanted bfloat16 or float16"
     architecture = architecture_of(device)
@@ -108,14 +110,14 @@ def obstacle(
     if architecture not in known_architectures():
         return f"finds no compiler of NVIDIA's that makes code for sm_{architecture}"
     properties = torch.cuda.get_device_properties(device)
-    return misfit(
+    return unsupported_sizes(
         dim=D, heads=H, key_width=K, value_width=V, inner=F,
         multiprocessors=properties.multi_processor_count,
         shared_bytes=properties.shared_memory_per_block_optin,
     )  # fmt: skip
 
 
-def misfit(
+def unsupported_sizes(
     *,
     dim: int,
     heads: int,
@@ -125,7 +127,8 @@ def misfit(
     multiprocessors: int,
     shared_bytes: int,
 ) -> str | None:
-    """What of a model's widths, or of a GPU, decoder.cu is not made for; or `None`."""
+    """Returns which of a model's widths or of a GPU's numbers decoder.cu is not written for, or
+    `None`."""
     found = f"D = {dim}, F = {inner}, {heads} heads of K = {key_width} and V = {value_width}"
     if shared_bytes < SHARED_BYTES or multiprocessors < MULTIPROCESSORS:
         return (
@@ -134,7 +137,7 @@ def misfit(
         )
     if (2 * key_width, heads * value_width) != (value_width, dim):
         return f"found {found}, wanted V = 2 K = D / heads"
-    if not heads <= multiprocessors <= inner:  # each block has rows of the MLP
+    if not heads <= multiprocessors <= inner:  # every block computes rows of the MLP
         return f"found {found}, wanted heads ≤ {multiprocessors} multiprocessors ≤ F"
     if dim > LARGEST_DIM or inner > LARGEST_INNER or key_width * value_width > LARGEST_STATE:
         return (
@@ -146,25 +149,30 @@ def misfit(
     return None
 
 
-def numbers_of(
+def macros_for(
     *,
     layers: int,
     dim: int,
     heads: int,
     inner: int,
-    taps: int,
+    kernel_size: int,
     vocabulary: int,
     dtype: torch.dtype,
     multiprocessors: int,
     shared_bytes: int,
 ) -> dict[str, int]:
-    """What decoder.cu has to be compiled with, for a model and a GPU."""
-    blocks = max(heads, multiprocessors // ROWS_TOGETHER * ROWS_TOGETHER)
-    # Where a block's part of a layer about fits the ring, to read it sooner would only delay what
-    # blocks send each other.
+    """Returns the macros that decoder.cu is compiled with for a model and a GPU.
+
+    CONSUMERS and PRODUCERS count a block's warps. PREFETCH_WORDS is how many registers of a lane
+    hold weights that are loaded before their vector is there. KERNEL_SIZE is the convolution's.
+    """
+    blocks = max(heads, multiprocessors // LINE_NUMBERS * LINE_NUMBERS)
+    # Where a block's part of a layer about fits the pipeline, reading it even sooner with a second
+    # producer would only delay the exchange between blocks.
     is_small = (4 * dim + 3 * inner) * dim * dtype.itemsize <= blocks * SMALL_LAYER
     return dict(
-        LAYERS=layers, D=dim, H=heads, F=inner, TAPS=taps, VOCABULARY=vocabulary,
-        BFLOAT16=int(dtype == torch.bfloat16), BLOCKS=blocks, WARPS=WARPS,
-        COPIERS=1 if is_small else 2, HELD_WORDS=64 if is_small else 32, SHARED_BYTES=shared_bytes,
+        LAYERS=layers, D=dim, H=heads, F=inner, KERNEL_SIZE=kernel_size, VOCABULARY=vocabulary,
+        BFLOAT16=int(dtype == torch.bfloat16), BLOCKS=blocks,
+        CONSUMERS=CONSUMERS, PRODUCERS=1 if is_small else 2,
+        PREFETCH_WORDS=64 if is_small else 32, SHARED_BYTES=shared_bytes,
     )  # fmt: skip

@@ -1,28 +1,35 @@
-// How blocks hand each other numbers.
+// How blocks exchange vectors through global memory inside one launch, without fences or counters.
+//
+// Every number carries its own flag, as in NCCL's low-latency (LL) protocol: the last bit of the
+// mantissa is the phase, which flips with every layer. A reader polls a number until its phase is
+// right, so data and flag arrive in one trip to memory. A number is never overwritten too early:
+// whatever is sent in one layer is needed, by way of other blocks, for everything sent one layer
+// later.
 
 #pragma once
 
 #include "layout.cuh"
 
-// Where blocks find each other's numbers: residual stream behind the mixer and behind the MLP [D],
-// projections [3 D] with decays in place of gate logits, keys [D / 2], read-outs [D], the MLP's
-// inner values [F]. Eight numbers lie on a line of memory: the more blocks write and read on one,
-// the later they find what they look for.
-constexpr int MIDDLE = 0, OUTER = D, PROJECTIONS = 2 * D, KEYS = 5 * D, READ_OUT = 6 * D,
-              INNER = 7 * D;
-[[maybe_unused]] constexpr int EXCHANGED = 32 * ceil_div(7 * D + F, 8);
-__device__ int place_of(int number) { return number / 8 * 32 + number % 8; }
+// Offsets of the vectors: the residual stream after the mixer and after the MLP [D], the
+// projections [3 D] with decays in place of gate logits, keys [D / 2], the outputs of the heads
+// [D], and the hidden vector of the MLP [F].
+constexpr int AFTER_MIXER = 0, AFTER_MLP = D, PROJECTIONS = 2 * D, KEYS = 5 * D, OUTPUTS = 6 * D,
+              MLP_HIDDEN = 7 * D;
+// Only eight numbers lie on a line of 128 bytes: the more blocks write and poll one line, the later
+// they see each other's numbers.
+__device__ int exchange_index(int i) { return i / 8 * 32 + i % 8; }
 
-// To all blocks, with the turn in the last bit.
-__device__ void send(float* exchange, int number, float x, u32 turn) {
-    const u32 word = (__float_as_uint(x) & ~1u) | turn;
-    asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(exchange + place_of(number)), "r"(word)
+// Sends number i to all blocks.
+__device__ void send(float* exchange, int i, float x, u32 phase) {
+    const u32 word = (__float_as_uint(x) & ~1u) | phase;
+    asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(exchange + exchange_index(i)),
+                 "r"(word)
                  : "memory");
 }
 
-// COUNT of them, from the addresses at(i); all are asked for before any is looked at.
+// Receives COUNT numbers from the addresses at(i). All loads are issued before any is looked at.
 template <int COUNT, typename At>
-__device__ void receive(float (&x)[COUNT], u32 turn, At at) {
+__device__ void receive(float (&x)[COUNT], u32 phase, At at) {
     bool all;
     do {
         all = true;
@@ -35,23 +42,23 @@ __device__ void receive(float (&x)[COUNT], u32 turn, At at) {
                          : "memory");
 #pragma unroll
         for (int i = 0; i < COUNT; ++i) {
-            all &= (words[i] & 1) == turn;
+            all &= (words[i] & 1) == phase;
             x[i] = __uint_as_float(words[i]);
         }
     } while (!all);
 }
 
-// The same with four at each address, a multiple of 16 bytes. The last lane looks for its last
-// number before the others ask, for it is mostly too early, and all are in each other's way.
+// The same with four numbers at each address, a multiple of 16 bytes. One lane polls its last
+// number first: mostly it is not there yet, and all lanes polling would slow each other down.
 template <int COUNT, typename At>
-__device__ void receive(float4 (&x)[COUNT], u32 turn, At at) {
+__device__ void receive(float4 (&x)[COUNT], u32 phase, At at) {
     u32 last;
     do
         asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];"
                      : "=r"(last)
                      : "l"(at(COUNT - 1))
                      : "memory");
-    while (threadIdx.x % 32 == 31 && (last & 1) != turn);
+    while (threadIdx.x % 32 == 31 && (last & 1) != phase);
     __syncwarp();
     bool all;
     do {
@@ -66,7 +73,7 @@ __device__ void receive(float4 (&x)[COUNT], u32 turn, At at) {
 #pragma unroll
         for (int i = 0; i < COUNT; ++i) {
             const uint4 w = words[i];
-            all &= ((turn ? w.x & w.y & w.z & w.w : w.x | w.y | w.z | w.w) & 1) == turn;
+            all &= ((phase ? w.x & w.y & w.z & w.w : w.x | w.y | w.z | w.w) & 1) == phase;
             x[i] = make_float4(__uint_as_float(w.x), __uint_as_float(w.y), __uint_as_float(w.z),
                                __uint_as_float(w.w));
         }

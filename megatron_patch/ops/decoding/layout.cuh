@@ -1,4 +1,5 @@
-// The model's numbers, who has which share of its rows, and what lies where in shared memory.
+// The kernel's arguments, which rows of each weight a block multiplies, and what lies where in
+// shared memory.
 
 #pragma once
 
@@ -8,11 +9,11 @@ using u64 = unsigned long long;
 
 using Weight = u16;  // bfloat16 or float16
 
-constexpr int K = D / (2 * H), V = D / H;  // widths of a head
-constexpr int THREADS = 32 * WARPS;        // that compute; COPIERS more warps copy
-constexpr int PARTS = BLOCKS / H;          // blocks of a head
+constexpr int K = D / (2 * H), V = D / H;         // widths of a head
+constexpr int CONSUMER_THREADS = 32 * CONSUMERS;  // CONSUMERS and PRODUCERS count warps
+constexpr int HEAD_BLOCKS = BLOCKS / H;           // blocks that share a head's state
 
-// Fields of a row of the table, in the order of `LayerTensors`.
+// Columns of the table of addresses, in the order of `LayerTensors`.
 enum Field {
     TOKEN_NORM,
     CONVOLUTION,
@@ -35,110 +36,135 @@ enum Field {
     FIELDS
 };
 
-__host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
-__host__ __device__ constexpr int smaller(int a, int b) { return a < b ? a : b; }
-__host__ __device__ constexpr int larger(int a, int b) { return a > b ? a : b; }
-__host__ __device__ constexpr int power_from(int n) {
-    return n <= 1 ? 1 : 2 * power_from((n + 1) / 2);
-}
-__host__ __device__ constexpr int power_to(int n) { return n <= 1 ? 1 : 2 * power_to(n / 2); }
-
-// The larger of a block's shares of so many rows, over so many blocks.
-__host__ __device__ constexpr int share(int rows, int blocks) { return ceil_div(rows, blocks); }
-
-constexpr int PROJECTED = share(3 * D, BLOCKS), EXPANDED = 2 * share(F, BLOCKS);
-constexpr int OWN = share(D, BLOCKS);   // rows of the other two products
-constexpr int HEAD_ROWS = 128;          // of the logits, between two barriers
-constexpr int SIDES = 3;                // see `hand_over`
-constexpr int IN_FLIGHT = COPIERS + 2;  // slots: with more, what blocks send each other comes later
-
-// Which threads take the columns of a block's part of a head's state.
-struct OfState {
-    static constexpr int COLUMNS = share(V, PARTS);
-    static constexpr int ACROSS = power_from(COLUMNS);
-    static constexpr int DOWN = THREADS / ACROSS;
-    static constexpr int ROWS = ceil_div(K, DOWN);     // of a thread
-    static constexpr int SUMS = smaller(DOWN, WARPS);  // of a column
-    static_assert(ACROSS <= THREADS, "a head's value is too wide");
+// In the order of `Arguments` in decoder.py.
+struct Arguments {
+    const void* const* table;        // [LAYERS, FIELDS]
+    const Weight *embedding, *head;  // [VOCABULARY, D]
+    const Weight* final_norm;        // [D] or null
+    float* exchange;                 // [4 (7 D + F)], see exchange.cuh; zero before the first step
+    u32* counters;                   // [2]: steps done, blocks that finished; zero at first
+    float embedding_scale, scale, inverse_tau, norm_eps, output_norm_eps;
+    // These change at every step.
+    const long long* token;  // [1]
+    Weight* logits;          // [VOCABULARY]
 };
 
-// A part's share of so many rows.
-struct Share {
+__host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+__host__ __device__ constexpr int min_of(int a, int b) { return a < b ? a : b; }
+__host__ __device__ constexpr int max_of(int a, int b) { return a > b ? a : b; }
+__host__ __device__ constexpr int next_power_of_2(int n) {
+    return n <= 1 ? 1 : 2 * next_power_of_2((n + 1) / 2);
+}
+__host__ __device__ constexpr int previous_power_of_2(int n) {
+    return n <= 1 ? 1 : 2 * previous_power_of_2(n / 2);
+}
+
+// The most rows of each product that one block computes.
+constexpr int IN_PROJ_ROWS = ceil_div(3 * D, BLOCKS), GATE_UP_ROWS = 2 * ceil_div(F, BLOCKS);
+constexpr int CHANNEL_ROWS = ceil_div(D, BLOCKS);  // of the output projection and of l3
+constexpr int LOGIT_ROWS = 128;                    // of the head, at a time
+constexpr int SUM_BUFFERS = 3;                     // see `signal_reducer`
+constexpr int IN_FLIGHT = PRODUCERS + 2;  // stages: more copies in flight delay the exchange
+
+// How a block's threads divide its columns of a head's state: ACROSS threads side by side, DOWN
+// rows of them.
+struct StateLayout {
+    static constexpr int COLUMNS = ceil_div(V, HEAD_BLOCKS);
+    static constexpr int ACROSS = next_power_of_2(COLUMNS);
+    static constexpr int DOWN = CONSUMER_THREADS / ACROSS;
+    static constexpr int ROWS = ceil_div(K, DOWN);        // of a thread
+    static constexpr int SUMS = min_of(DOWN, CONSUMERS);  // partial sums of a column
+    static_assert(ACROSS <= CONSUMER_THREADS, "a head's value is too wide");
+};
+
+// Part number `part` of `parts` nearly equal parts of some rows.
+struct RowRange {
     int first, count;
-    __device__ Share(int rows, int part, int parts) {
+    __device__ RowRange(int rows, int part, int parts) {
         first = (int)((long long)rows * part / parts);
         count = (int)((long long)rows * (part + 1) / parts) - first;
     }
     __device__ bool has(int row) const { return first <= row && row < first + count; }
 };
 
-// A block's.
-struct Place {
+// The rows of each operation that a block computes.
+struct BlockRows {
     int block, head = block % H;
-    Share project{3 * D, block, BLOCKS}, expand{F, block, BLOCKS}, own{D, block, BLOCKS};
-    Share logits{VOCABULARY, block, BLOCKS};
-    Share columns{block / H < PARTS ? V : 0, block / H < PARTS ? block / H : 0, PARTS};
-    __device__ Place(int block) : block(block) {}
+    RowRange in_proj{3 * D, block, BLOCKS}, gate_up{F, block, BLOCKS}, channels{D, block, BLOCKS};
+    RowRange logits{VOCABULARY, block, BLOCKS};
+    RowRange state_columns{block / H < HEAD_BLOCKS ? V : 0, block / H < HEAD_BLOCKS ? block / H : 0,
+                           HEAD_BLOCKS};
+    __device__ BlockRows(int block) : block(block) {}
 };
 
-// The right side of a product: each number is the sum of two of the weights' type. Words are
-// sixteen for 32 numbers; a warp makes those that it reads.
+// The vector of a matrix-vector product, split in two 16-bit parts, x = high + low, which keep
+// twice the digits of one. Each 32 entries take sixteen words. A warp writes just the words that it
+// reads.
 template <int COLUMNS>
-struct alignas(16) Factor {
+struct alignas(16) SplitVector {
     u32 high[16 * ceil_div(COLUMNS, 32)], low[16 * ceil_div(COLUMNS, 32)];
 };
 
 struct alignas(16) Shared {
-    Factor<D> channels;
-    Factor<F> inner;  // of its own, for other warps may still read the former
-    float sums[SIDES][WARPS * larger(larger(PROJECTED, EXPANDED), HEAD_ROWS)];
-    float read_out[OfState::SUMS][OfState::ACROSS], aug[OfState::SUMS], value[OfState::ACROSS];
-    float squares[WARPS];
-    float residual[OWN];  // this block's share of the residual stream
-    Place place;
+    SplitVector<D> x;
+    SplitVector<F> mlp_hidden;  // separate, because other warps may still read x
+    float sums[SUM_BUFFERS][CONSUMERS * max_of(max_of(IN_PROJ_ROWS, GATE_UP_ROWS), LOGIT_ROWS)];
+    float o[StateLayout::SUMS][StateLayout::ACROSS], aug[StateLayout::SUMS],
+        value[StateLayout::ACROSS];
+    float squares[CONSUMERS];
+    float residual[CHANNEL_ROWS];  // this block's channels of the residual stream
+    BlockRows rows;
     const Weight* embedding;  // [D], the token's
     const void* table[LAYERS * FIELDS];
 };
 
-// The rest is the ring: slots, which take at least a row, and their barriers. Eight rows in
-// succession, of a slot or of several, begin in different banks of four words.
+// The rest of shared memory holds the stages of the pipeline, each of at least one row of weights,
+// and their barriers. Rows are padded so that any eight in succession, of one stage or of several,
+// begin in different banks, as ldmatrix needs: `padded` is the next stride of `bank` bytes past a
+// multiple of 128.
 __host__ __device__ constexpr int padded(int bytes, int bank) {
     return 128 * ceil_div(bytes - bank, 128) + bank;
 }
-__host__ __device__ constexpr int stride_of(int bytes, int in_slot) {
-    return padded(bytes, 128 / in_slot);
+__host__ __device__ constexpr int row_stride(int bytes, int stage_rows) {
+    return padded(bytes, 128 / stage_rows);
 }
-constexpr int SLOT =
-    padded(larger(larger(2 * F, 2 * D), power_to(8448 / (2 * D)) * stride_of(2 * D, 4)), 16);
-constexpr int SLOTS = (SHARED_BYTES - (int)sizeof(Shared)) / (SLOT + 2 * (int)sizeof(u64));
-__host__ __device__ constexpr int rows_in_slot(int bytes, int most) {
-    return most == 1 || most * stride_of(bytes, most) <= SLOT ? most
-                                                              : rows_in_slot(bytes, most / 2);
+constexpr int STAGE_BYTES = padded(
+    max_of(max_of(2 * F, 2 * D), previous_power_of_2(8448 / (2 * D)) * row_stride(2 * D, 4)), 16);
+constexpr int STAGES = (SHARED_BYTES - (int)sizeof(Shared)) / (STAGE_BYTES + 2 * (int)sizeof(u64));
+__host__ __device__ constexpr int rows_in_stage(int bytes, int most) {
+    return most == 1 || most * row_stride(bytes, most) <= STAGE_BYTES
+               ? most
+               : rows_in_stage(bytes, most / 2);
 }
 
-// How rows of so many weights lie in the ring, of which a share has at most MOST, and who takes
-// what: each warp some units of 32 columns of all rows.
-template <int COLUMNS_, int MOST>
-struct Rows {
+// How rows of COLUMNS weights lie in the pipeline when a block has at most MAX_ROWS of them, and
+// how the consumer warps divide their product: each warp takes some units of 32 columns, of all
+// rows.
+template <int COLUMNS_, int MAX_ROWS>
+struct RowLayout {
     static constexpr int COLUMNS = COLUMNS_;
-    static constexpr int SIZE = 2 * COLUMNS, IN_SLOT = rows_in_slot(SIZE, 8),
-                         STRIDE = stride_of(SIZE, IN_SLOT);
-    static constexpr int UNITS = ceil_div(COLUMNS, 32), TURNS = ceil_div(UNITS, WARPS);
-    // Tiles at a time, which have to be in the ring together; of eight rows, if that is all.
-    static constexpr bool LOW = MOST <= 8 || SLOTS * IN_SLOT < 32 || 8 * TURNS > HELD_WORDS;
-    static constexpr int HEIGHT = LOW ? 8 : 16, WORDS = HEIGHT / 2;  // of a lane, of a unit
-    static constexpr int IN_RING = larger(1, SLOTS / 2 * IN_SLOT / HEIGHT);
-    static constexpr int TILES =
-        smaller(smaller(ceil_div(MOST, HEIGHT), IN_RING), larger(1, HELD_WORDS / (WORDS * TURNS)));
-    static constexpr int BATCH = HEIGHT * TILES;
-    // Units that a thread has in registers ahead, of each tile.
-    static constexpr int HELD = smaller(TURNS, HELD_WORDS / (TILES * WORDS));
-    static_assert(SIZE % 16 == 0, "a row has to be of whole vectors");
-    static_assert(BATCH / IN_SLOT <= smaller(SLOTS, 32), "");
+    static constexpr int ROW_BYTES = 2 * COLUMNS, STAGE_ROWS = rows_in_stage(ROW_BYTES, 8),
+                         STRIDE = row_stride(ROW_BYTES, STAGE_ROWS);
+    static constexpr int UNITS = ceil_div(COLUMNS, 32), WARP_UNITS = ceil_div(UNITS, CONSUMERS);
+    // Tiles have the 16 rows of mma.sync, or 8 where a block has so few rows, or the pipeline or
+    // the registers take no more.
+    static constexpr bool EIGHT_ROWS =
+        MAX_ROWS <= 8 || STAGES * STAGE_ROWS < 32 || 8 * WARP_UNITS > PREFETCH_WORDS;
+    static constexpr int TILE_ROWS = EIGHT_ROWS ? 8 : 16;
+    static constexpr int UNIT_WORDS = TILE_ROWS / 2;  // registers of a lane for a unit of a tile
+    // A batch is the tiles that are multiplied together. They must be in the pipeline together.
+    static constexpr int PIPELINE_TILES = max_of(1, STAGES / 2 * STAGE_ROWS / TILE_ROWS);
+    static constexpr int TILES = min_of(min_of(ceil_div(MAX_ROWS, TILE_ROWS), PIPELINE_TILES),
+                                        max_of(1, PREFETCH_WORDS / (UNIT_WORDS * WARP_UNITS)));
+    static constexpr int BATCH_ROWS = TILE_ROWS * TILES;
+    // Units of each tile that are loaded into registers before the vector is there.
+    static constexpr int PREFETCHED = min_of(WARP_UNITS, PREFETCH_WORDS / (TILES * UNIT_WORDS));
+    static_assert(ROW_BYTES % 16 == 0, "a row has to be of whole vectors");
+    static_assert(BATCH_ROWS / STAGE_ROWS <= min_of(STAGES, 32), "");
 };
 
-using ProjectRows = Rows<D, PROJECTED>;
-using EmitRows = Rows<D, OWN>;
-using ExpandRows = Rows<D, EXPANDED>;
-using ContractRows = Rows<F, OWN>;
-using HeadRows = Rows<D, HEAD_ROWS>;
+using InProj = RowLayout<D, IN_PROJ_ROWS>;
+using OutProj = RowLayout<D, CHANNEL_ROWS>;
+using GateUp = RowLayout<D, GATE_UP_ROWS>;
+using Down = RowLayout<F, CHANNEL_ROWS>;
+using Logits = RowLayout<D, LOGIT_ROWS>;

@@ -1,1 +1,1 @@
-"""The read-out and the gradients of a chunk, in CUDA C++ for Hopper."""
+"""Hopper's own kernels for chunked gated linear attention, in CUDA C++: output and gradients."""

@@ -11,13 +11,13 @@ import triton
 import triton.language as tl
 from torch import Tensor, distributed
 
-BLOCK, WARPS = 4096, 8  # columns a program holds at a time
+BLOCK, WARPS = 4096, 8  # columns of a row that a program reads at a time
 
 
 @triton.jit(do_not_specialize=["start"])
 def cross_entropy_fwd(logits, target, lse, picked, start, V, stride, BLOCK: tl.constexpr):
-    """Writes log(sum(exp(logits))) of a row of V logits, and the logit of its target, or 0 where the
-    target is not among the columns [start, start + V). One program a row."""
+    """Writes log(sum(exp(logits))) of a row of V logits, and the logit of its target, or 0 if the
+    target is not among the columns [start, start + V). One program serves a row."""
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
     largest = tl.full([BLOCK], -float("inf"), tl.float32)
@@ -26,7 +26,7 @@ def cross_entropy_fwd(logits, target, lse, picked, start, V, stride, BLOCK: tl.c
         column = first + tl.arange(0, BLOCK)
         x = tl.load(logits + column, mask=column < V, other=-float("inf")).to(tl.float32)
         higher = tl.maximum(largest, x)
-        # A column beyond the vocabulary leaves both at -inf, whose difference is no number.
+        # Where no column has been read yet both are -inf, and their difference would be NaN.
         shift = tl.where(higher == -float("inf"), 0.0, higher)
         total = total * tl.exp(largest - shift) + tl.exp(x - shift)
         largest = higher

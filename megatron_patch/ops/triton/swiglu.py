@@ -1,5 +1,8 @@
-"""SwiGLU on one tensor of both halves or on two: a kernel forward, and one backward, which computes
-the activation again and writes the gradients of both halves, into one tensor where they are one."""
+"""SwiGLU, silu(gate) * up, on one tensor of both halves or on two tensors.
+
+The backward kernel computes the activation again, so that only the inputs are saved, and writes
+both gradients at once, into one tensor if the halves came in one.
+"""
 
 from __future__ import annotations
 
@@ -12,25 +15,25 @@ from torch import Tensor
 
 from megatron_patch.ops.triton.tiles import sigmoid
 
-ROWS, COLUMNS = 4, 1024  # of a program: eight values of 16 bits a thread and row, words of 16 bytes
+ROWS, COLUMNS = 4, 1024  # per program; a thread then loads 16 bytes per row of 16-bit values
 
 
 @triton.jit
-def place(count, F: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Row and column of this program's values as [ROWS, 1] and [1, COLUMNS], and which exist."""
+def tile_indices(count, F: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Returns this program's rows [ROWS, 1] and columns [1, COLUMNS], and which are in range."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     return row, column, (row < count) & (column < F)
 
 
 @triton.jit(do_not_specialize=["count"])
-def forward(
+def swiglu_fwd_kernel(
     gate, up, y, count, F: tl.constexpr, STRIDE: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """y [count, F] = silu(gate) * up, whose rows lie STRIDE apart. Grid: (blocks of rows, of
-    columns)."""
-    row, column, mask = place(count, F, ROWS, COLUMNS)
+    """y [count, F] = silu(gate) * up. Rows of gate and up are STRIDE apart. Grid: (blocks of rows,
+    blocks of columns)."""
+    row, column, mask = tile_indices(count, F, ROWS, COLUMNS)
     at = row * STRIDE + column
     gate = tl.load(gate + at, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(up + at, mask=mask, other=0.0).to(tl.float32)
@@ -39,21 +42,21 @@ def forward(
 
 
 @triton.jit(do_not_specialize=["count"])
-def backward(
+def swiglu_bwd_kernel(
     gate, up, d_y, d_gate, d_up, count, F: tl.constexpr, STRIDE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """d_gate and d_up, laid out as gate and up, from d_y [count, F]. Grid: as `forward`."""
-    row, column, mask = place(count, F, ROWS, COLUMNS)
+    """Turns d_y [count, F] into d_gate and d_up, with the strides of gate and up. Same grid."""
+    row, column, mask = tile_indices(count, F, ROWS, COLUMNS)
     at = row * STRIDE + column
     gate = tl.load(gate + at, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(up + at, mask=mask, other=0.0).to(tl.float32)
     gradient = tl.load(d_y + row * F + column, mask=mask, other=0.0).to(tl.float32)
-    open_ = sigmoid(gate)
-    of_gate = gradient * up * open_ * (1.0 + gate * (1.0 - open_))
-    of_up = gradient * gate * open_
-    tl.store(d_gate + at, of_gate.to(d_gate.dtype.element_ty), mask=mask)
-    tl.store(d_up + at, of_up.to(d_up.dtype.element_ty), mask=mask)
+    s = sigmoid(gate)
+    gate_gradient = gradient * up * s * (1.0 + gate * (1.0 - s))
+    up_gradient = gradient * gate * s
+    tl.store(d_gate + at, gate_gradient.to(d_gate.dtype.element_ty), mask=mask)
+    tl.store(d_up + at, up_gradient.to(d_up.dtype.element_ty), mask=mask)
 
 
 def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,14 +77,14 @@ def _launch(kernel: Any, gate: Tensor, up: Tensor, *others: Tensor, stride: int)
 
 
 class _SwiGLU(torch.autograd.Function):
-    """Of both halves in one tensor, and the second `None`; or of two."""
+    """Takes (gate, up), or (both halves in one tensor, `None`)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, up: Tensor | None) -> Tensor:
         kept = [part.contiguous() for part in (x, up) if part is not None]
         gate, up = kept if up is not None else _halves(kept[0])
         y = x.new_empty(gate.shape)
-        _launch(forward, gate, up, y, stride=kept[0].shape[-1])
+        _launch(swiglu_fwd_kernel, gate, up, y, stride=kept[0].shape[-1])
         ctx.save_for_backward(*kept)
         return y
 
@@ -91,7 +94,7 @@ class _SwiGLU(torch.autograd.Function):
         kept = ctx.saved_tensors
         gradients = [torch.empty_like(part) for part in kept]
         inputs, outputs = ((*x,) if len(x) == 2 else _halves(x[0]) for x in (kept, gradients))
-        _launch(backward, *inputs, d_y.contiguous(), *outputs, stride=kept[0].shape[-1])
+        _launch(swiglu_bwd_kernel, *inputs, d_y.contiguous(), *outputs, stride=kept[0].shape[-1])
         return gradients[0], gradients[1] if len(gradients) == 2 else None
 
 

@@ -1,47 +1,122 @@
-"""What the kernels share: where chunks lie, and the arithmetic of decays, scores and products.
+"""Building blocks of the chunk kernels: chunk indices, decays and matrix products.
 
-Tiles are [C, BK] or [C, BV]: C tokens of a chunk by a padded width. Log decays are in base 2, so
-that `exp2` is one instruction. Rows past the sequence's end hold zeros, and zero log decay.
+Tiles are [C, BK] or [C, BV]: the C tokens of a chunk times a padded width. Log decays are in base
+2, so that one `exp2` instruction applies them. Rows past the end of a sequence hold zeros and zero
+log decay.
 """
 
-import os
+from __future__ import annotations
 
+import os
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
 
-# Triton's interpreter has neither assembly nor products of bfloat16 matrices.
+# Triton's interpreter has neither inline assembly nor bfloat16 matrix products.
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 LOG2_E = tl.constexpr(1.4426950408889634)
-# Where a chunk's whole log decay is below this in any channel, its scores do not factor
-# (`factors`). With m half of the log decay, factors stay within 2^+-58, and the scores above the
-# diagonal, which are dropped, within 2^116 times q k: inside the range of float32 and bfloat16.
+# A chunk whose total log decay falls below this in any channel takes the fallback path. Above it,
+# the scaling factors of `chunk_prepare` stay within 2^+-58, and the scores above the diagonal,
+# which are computed and dropped, within 2^116 times q k: in the range of float32 and bfloat16.
 FACTOR_LIMIT = tl.constexpr(-116.0)
 # 2^-300 is zero in float32. The bound keeps sums of log decays finite for any gate logits.
 LOWEST_LOG_DECAY = tl.constexpr(-300.0)
 
 
+class ChunkIndices(NamedTuple):
+    """The chunks and segments of a call, numbered across all its sequences.
+
+    A segment is the run of chunks that one program of the inter-chunk scan walks.
+
+    chunks, segments: number per sequence; 0 for packed sequences.
+    chunk_count, segment_count: number in all. For packed sequences an upper bound, because only the
+        device knows the lengths; the entries beyond the last have sequence -1.
+    chunk_indices, segment_indices: [count, 2] int32, the sequence of each and its index within it.
+        This and the offsets are `None` unless sequences are packed.
+    chunk_offsets, segment_offsets: [N + 1] int32, the first chunk or segment of each sequence.
+    """
+
+    sequences: int
+    chunks: int
+    segments: int
+    chunk_count: int
+    segment_count: int
+    chunk_indices: torch.Tensor | None = None
+    segment_indices: torch.Tensor | None = None
+    chunk_offsets: torch.Tensor | None = None
+    segment_offsets: torch.Tensor | None = None
+
+
+def count_chunks(batch: int, time: int, size: int, cu_seqlens: torch.Tensor | None) -> int:
+    """Returns the number of chunks of `size` tokens; an upper bound for packed sequences."""
+    if cu_seqlens is None:
+        return batch * -(-time // size)
+    return time // size + cu_seqlens.shape[0] - 1
+
+
+def prepare_chunk_indices(
+    batch: int, time: int, chunk: int, segment: int, cu_seqlens: torch.Tensor | None
+) -> ChunkIndices:
+    """Returns the indices for B sequences of T tokens, or for packed ones, without waiting for the
+    device."""
+    chunk_count = count_chunks(batch, time, chunk, cu_seqlens)
+    segment_count = count_chunks(batch, time, segment, cu_seqlens)
+    if cu_seqlens is None:
+        return ChunkIndices(
+            batch, chunk_count // batch, segment_count // batch, chunk_count, segment_count
+        )
+    cu_seqlens = cu_seqlens.long()
+    lengths = cu_seqlens.diff()
+    chunk_offsets = _offsets((lengths + chunk - 1) // chunk)
+    segment_offsets = _offsets((lengths + segment - 1) // segment)
+    return ChunkIndices(
+        len(lengths), 0, 0, chunk_count, segment_count,
+        _indices(chunk_offsets, chunk_count), _indices(segment_offsets, segment_count),
+        chunk_offsets.int(), segment_offsets.int(),
+    )  # fmt: skip
+
+
+def _offsets(counts: torch.Tensor) -> torch.Tensor:
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+
+
+def _indices(offsets: torch.Tensor, count: int) -> torch.Tensor:
+    """Returns (sequence or -1, index within it) of the chunks 0 .. count - 1, as [count, 2]."""
+    chunk = torch.arange(count, device=offsets.device)
+    sequence = torch.searchsorted(offsets[1:], chunk, right=True)
+    exists = sequence < len(offsets) - 1
+    sequence = torch.where(exists, sequence, 0)
+    index = chunk - offsets[sequence]
+    return torch.stack([torch.where(exists, sequence, -1), index], 1).int()
+
+
 @triton.jit
-def unit_and_head(H: tl.constexpr, TILES: tl.constexpr = 1):
-    """This program's chunk or segment, which TILES programs in a row share, and its head as int64:
-    heads first, for they are neighbours in memory."""
+def chunk_and_head(H: tl.constexpr, TILES: tl.constexpr = 1):
+    """Returns this program's chunk (or segment) and its head as int64. TILES neighbouring programs
+    share a chunk; heads come next, because they are neighbours in memory."""
     program = tl.program_id(0) // TILES
     return program // H, (program % H).to(tl.int64)
 
 
 @triton.jit
-def locate(unit, units, table, bounds, T, SIZE: tl.constexpr, PACKED: tl.constexpr):
-    """Where the chunk or segment `unit` lies, as int64: sequence (negative: none), index within it,
-    batch entry, first token and the token after the last of the sequence."""
-    if PACKED:
-        sequence = tl.load(table + unit * 2).to(tl.int64)
-        index = tl.load(table + unit * 2 + 1).to(tl.int64)
+def locate(chunk, chunks, chunk_indices, cu_seqlens, T, SIZE: tl.constexpr):
+    """Returns, as int64, where a chunk (or segment) of SIZE tokens lies: its sequence (negative if
+    it has none), its index there, the batch entry, its first token, and the end of the sequence.
+
+    chunks: the number per sequence, used unless sequences are packed.
+    """
+    if cu_seqlens is not None:
+        sequence = tl.load(chunk_indices + chunk * 2).to(tl.int64)
+        index = tl.load(chunk_indices + chunk * 2 + 1).to(tl.int64)
         known = tl.maximum(sequence, 0)
-        start = tl.load(bounds + known).to(tl.int64) + index * SIZE
-        end = tl.load(bounds + known + 1).to(tl.int64)
+        start = tl.load(cu_seqlens + known).to(tl.int64) + index * SIZE
+        end = tl.load(cu_seqlens + known + 1).to(tl.int64)
         batch = sequence * 0
     else:
-        sequence = (unit // units).to(tl.int64)
-        index = (unit % units).to(tl.int64)
+        sequence = (chunk // chunks).to(tl.int64)
+        index = (chunk % chunks).to(tl.int64)
         start = index * SIZE
         end = sequence * 0 + T
         batch = sequence
@@ -50,7 +125,8 @@ def locate(unit, units, table, bounds, T, SIZE: tl.constexpr, PACKED: tl.constex
 
 @triton.jit
 def matmul(a, b, PRECISION: tl.constexpr):
-    """a @ b in float32, with operands in bfloat16, or split in TensorFloat-32."""
+    """Returns a @ b in float32. The operands are rounded to bfloat16 ("bf16"), split into three
+    TensorFloat-32 terms ("tf32x3"), or kept ("ieee")."""
     if PRECISION == "bf16":
         a = a.to(tl.bfloat16)
         b = b.to(tl.bfloat16)
@@ -64,7 +140,7 @@ def matmul(a, b, PRECISION: tl.constexpr):
 
 @triton.jit
 def exp2(x, PRECISION: tl.constexpr):
-    """2^x. For bfloat16 one instruction, which flushes results below 2^-126 to zero."""
+    """Returns 2^x. "bf16" takes one instruction, which flushes results below 2^-126 to zero."""
     if INTERPRETED or PRECISION != "bf16":
         return tl.exp2(x)
     else:
@@ -75,7 +151,7 @@ def exp2(x, PRECISION: tl.constexpr):
 
 @triton.jit
 def reciprocal(x):
-    """1 / x, to one unit in the last place, by one instruction."""
+    """Returns 1 / x by one instruction, accurate to one unit in the last place."""
     if INTERPRETED:
         return 1.0 / x
     else:
@@ -86,13 +162,13 @@ def reciprocal(x):
 
 @triton.jit
 def sigmoid(x):
-    # What `exp2` flushes to zero is lost beside 1 anyhow.
+    # The results that this `exp2` flushes to zero would vanish in 1 + x anyway.
     return reciprocal(1.0 + exp2(x * -LOG2_E, "bf16"))
 
 
 @triton.jit
-def widen(x):
-    """x in float32. Of two bfloat16 numbers in a register by two instructions: alone, Triton takes
+def to_float32(x):
+    """Returns x in float32. Unpacks two bfloat16 numbers with two instructions; Triton takes
     three."""
     if INTERPRETED or x.dtype != tl.bfloat16:
         return x.to(tl.float32)
@@ -105,18 +181,17 @@ def widen(x):
 
 @triton.jit
 def log_decay(logits, inverse_tau, PRECISION: tl.constexpr):
-    """logsigmoid(logits) / tau in base 2; zero for infinite logits."""
+    """Returns logsigmoid(logits) / tau in base 2; zero for infinite logits."""
     x = exp2(tl.abs(logits) * -LOG2_E, PRECISION)
-    # log(1 + x) = x p(x) keeps the digits of small x.
+    # log(1 + x) = x p(x) with a polynomial p fitted on [0, 1] keeps the digits of small x, which
+    # log2(1 + x) would lose. Relative error 8.4e-6 for "bf16", else 5.2e-9.
     if PRECISION == "bf16":
-        # Fitted on [0, 1]; relative error 8.4e-6.
         p = 0.10122223943 - 0.02386915684 * x
         p = -0.21004858613 + x * p
         p = 0.32520660758 + x * p
         p = -0.49936133623 + x * p
         log1p = x * (0.99999159575 + x * p)
     else:
-        # As above; relative error 5.2e-9. `log2` of 1 + x would lose digits where x is below 1.
         p = 0.0195425273 - 0.0031760570 * x
         p = -0.0563736128 + x * p
         p = 0.1054362380 + x * p
@@ -130,21 +205,23 @@ def log_decay(logits, inverse_tau, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def bounded_log_decay(logits, inverse_tau, PRECISION: tl.constexpr):
-    """`log_decay`, never below `LOWEST_LOG_DECAY`."""
+def load_log_decay(gates, mask, inverse_tau, PRECISION: tl.constexpr):
+    """Returns the log decays of the gate logits at the pointers `gates`: zero where masked, never
+    below LOWEST_LOG_DECAY."""
+    logits = tl.load(gates, mask=mask, other=float("inf")).to(tl.float32)
     g = log_decay(logits, inverse_tau, PRECISION)
     return tl.where(g < LOWEST_LOG_DECAY, LOWEST_LOG_DECAY, g)
 
 
 @triton.jit
 def key(g, PRECISION: tl.constexpr):
-    """k = 1 - 2^g, with all digits where the decay is close to one."""
+    """Returns k = 1 - 2^g. A series near g = 0 keeps all digits where the decay is close to one."""
     if PRECISION == "bf16":
-        # Fitted on [-1 / 32, 0]; relative error 9.8e-6, and 1.1e-5 where `exp2` serves.
+        # Fitted on [-1 / 32, 0]: relative error 9.8e-6. The `exp2` branch has 1.1e-5.
         series = g * (-0.69314042222 - 0.23849897567 * g)
         return tl.where(g > -0.03125, series, 1.0 - exp2(g, PRECISION))
     else:
-        # Fitted on [-1, 0]; relative error 1.2e-10.
+        # Fitted on [-1, 0]: relative error 1.2e-10.
         p = -0.00014889238 - 0.00001130384 * g
         p = -0.00132993988 + g * p
         p = -0.00961695071 + g * p
@@ -155,17 +232,10 @@ def key(g, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def decays(gates, mask, inverse_tau, PRECISION: tl.constexpr):
-    """Log decays of the tile behind the pointers `gates`, zero where masked, never below
-    `LOWEST_LOG_DECAY`."""
-    logits = tl.load(gates, mask=mask, other=float("inf")).to(tl.float32)
-    return bounded_log_decay(logits, inverse_tau, PRECISION)
-
-
-@triton.jit
-def beside(x, product):
-    """x in float32, held by the threads that hold `product`, the result of a matrix product of its
-    shape: what is computed from both is then computed once, and not once where x was loaded too."""
+def convert_layout_like(x, product):
+    """Returns x in float32, in the register layout of `product`, a matrix product of the same
+    shape. The assembly makes both operands of one instruction, so Triton converts x once and keeps
+    the arithmetic on both in the product's layout."""
     x = x.to(tl.float32)
     if INTERPRETED:
         return x
@@ -176,23 +246,31 @@ def beside(x, product):
 
 
 @triton.jit
-def hi_lo(x):
-    """x as the sum of two bfloat16 numbers, to 2^-17."""
+def split_bf16(x):
+    """Returns two bfloat16 numbers whose sum is x to 2^-17."""
     hi = x.to(tl.bfloat16)
     return hi, (x - hi.to(tl.float32)).to(tl.bfloat16)
 
 
 @triton.jit
-def sums_along_time(x, C: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr):
-    """Sums of each row of x [C, ...] and those before it (REVERSE: after it).
+def cumsum_over_tokens(x, C: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr):
+    """Returns the inclusive cumulative sum of x [C, ...] over rows, from the last row if REVERSE.
 
-    As products with a triangle of ones where products are exact enough: their result lies in
-    registers as other products' results do, which a scan's does not.
+    In "bf16" it is a product with a triangle of ones, because a scan's result has another register
+    layout than that of the products around it.
     """
     if PRECISION == "bf16":
         rows, columns = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
         ones = ((columns >= rows) if REVERSE else (columns <= rows)).to(tl.float32)
-        hi, lo = hi_lo(x)
+        hi, lo = split_bf16(x)
         return matmul(ones, hi, PRECISION) + matmul(ones, lo, PRECISION)
     else:
         return tl.cumsum(x, 0, reverse=REVERSE)
+
+
+@triton.jit
+def load_h(h, chunk_at, k_columns, v_columns, K: tl.constexpr, V: tl.constexpr):
+    """Returns a tile [BK, BV] of h [chunks, H, K, V]; chunk_at is chunk * H + head."""
+    mask = (k_columns < K)[:, None] & (v_columns < V)[None, :]
+    offsets = k_columns[:, None] * V + v_columns[None, :]
+    return tl.load(h + chunk_at * (K * V) + offsets, mask=mask, other=0.0)

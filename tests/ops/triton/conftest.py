@@ -1,5 +1,4 @@
-"""Where there is no GPU, the kernels run in Triton's interpreter, which must be chosen before
-Triton is imported."""
+"""Selects Triton's interpreter on machines without a GPU, before anything imports Triton."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Tensors on the second GPU while the first is the current one: kernels must be launched where the
-tensors are. Against float64, as in the tests of one GPU."""
+"""Kernels launch on the tensors' GPU, the second, while the first is the current one. Results are
+compared with float64, as in the tests on one GPU."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from megatron_patch.ops import meta_linear_attention, short_convolution
+from tests.ops import cases
 from tests.ops.triton import test_triton_convolution, test_triton_mixer, test_triton_step
 
 pytestmark = pytest.mark.usefixtures("two_gpus")
@@ -15,8 +16,7 @@ DTYPES = [torch.bfloat16, torch.float32]
 
 @pytest.fixture(autouse=True)
 def tensors_on_the_second_gpu(two_gpus, monkeypatch):
-    for module in (test_triton_convolution, test_triton_mixer, test_triton_step):
-        monkeypatch.setattr(module, "DEVICE", "cuda:1")
+    monkeypatch.setattr(cases, "DEVICE", "cuda:1")
     assert torch.cuda.current_device() == 0
     yield
     assert torch.cuda.current_device() == 0

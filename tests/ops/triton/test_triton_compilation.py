@@ -1,4 +1,5 @@
-"""What the first call compiles, and when: by a driver that launches nothing, on any machine."""
+"""Which kernels the first call compiles, and when. A fake driver, which launches nothing, lets this
+run on any machine."""
 
 from __future__ import annotations
 
@@ -14,9 +15,9 @@ import torch
 import triton
 from triton.backends import backends
 
-from megatron_patch.ops.triton import compilation
+from megatron_patch.ops.triton import launch
 
-# In a process of its own, without Triton's interpreter: the kernels are compiled for Hopper.
+# Runs in a process of its own, without Triton's interpreter. Compiles for Hopper.
 DRIVER = """
 import json
 import threading
@@ -26,12 +27,12 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from megatron_patch.ops.triton import compilation, operator
+from megatron_patch.ops.triton import chunk, launch
 
 launched, compiled, rounds, lock = [], [], [], threading.Lock()
 
 
-def launcher(source, metadata):  # stands for the one that Triton makes of the kernel's signature
+def launcher(source, metadata):  # replaces the one that Triton generates for a signature
     return lambda *arguments: launched.append(source.name)
 
 
@@ -47,11 +48,11 @@ driver = SimpleNamespace(
     utils=utils,
 )
 triton.runtime.driver.set_active(driver)
-# `is_manual_warmup`: before the launch, and not by it.
+# `is_manual_warmup` is true for kernels compiled ahead of their launch.
 triton.knobs.runtime.jit_post_compile_hook = lambda *, fn, is_manual_warmup, **_: compiled.append(
     [fn.name, is_manual_warmup]
 )
-one_round = compilation._compile
+one_round = launch._compile
 
 
 def counted(run, arguments):
@@ -59,7 +60,7 @@ def counted(run, arguments):
     one_round(run, arguments)
 
 
-compilation._compile = counted
+launch._compile = counted
 
 
 def call(T, **arguments):
@@ -68,7 +69,7 @@ def call(T, **arguments):
     q, gate_logits, v, out_gate = inputs
     parameters = [torch.ones(1, w, requires_grad=True) for w in (16, 32)]
     aug, bias = parameters
-    out, _ = operator.meta_linear_attention(
+    out, _ = chunk.meta_linear_attention(
         q, gate_logits, v, aug, out_gate, out_gate_bias=bias, tau=16.0, scale=0.25, norm_eps=1e-5,
         **arguments,
     )
@@ -79,10 +80,15 @@ def call(T, **arguments):
 def answer():
     print(json.dumps([compiled, launched, rounds]))
 """
-FORWARD = ["factors", "carry", "output"]
+FORWARD = ["chunk_prepare_kernel", "chunk_h_kernel", "chunk_fwd_o_kernel"]
 BACKWARD = [
-    "output_backward", "carry", "gradients", "exact_gradients", "sum_shares", "sum_shares",
-]  # fmt: skip
+    "chunk_bwd_o_kernel",
+    "chunk_h_kernel",
+    "chunk_bwd_kernel",
+    "chunk_bwd_fallback_kernel",
+    "sum_partials_kernel",
+    "sum_partials_kernel",
+]
 
 needs_asynchronous_compilation = pytest.mark.skipif(
     not hasattr(triton, "AsyncCompileMode"), reason="Triton before 3.5"
@@ -105,8 +111,8 @@ def in_new_process(code: str, folder) -> list:
 @pytest.mark.skipif("nvidia" not in backends, reason="this Triton compiles for no NVIDIA GPU")
 @needs_asynchronous_compilation
 def test_both_passes_compile_their_kernels_together_and_once(tmp_path):
-    """Nothing is left for the launches to compile, from two threads at once; a second call, of
-    another length, compiles nothing, and looks for nothing to compile."""
+    """Two threads call at once, and the launches themselves compile nothing. A later call of
+    another length neither compiles nor starts a compile pass."""
     code = """
     threads = [threading.Thread(target=call, args=[length]) for length in (40, 40)]
     for thread in threads:
@@ -117,9 +123,9 @@ def test_both_passes_compile_their_kernels_together_and_once(tmp_path):
     """
     compiled, launched, rounds = in_new_process(code, tmp_path)
     assert sorted(launched) == sorted(3 * (FORWARD + BACKWARD))
-    # The second `sum_shares` is compiled already, `carry` runs in two directions.
+    # The second `sum_partials` is already compiled; the inter-chunk scan runs in two directions.
     kernels = {*FORWARD, *BACKWARD}
-    assert sorted(compiled) == sorted([[kernel, True] for kernel in [*kernels, "carry"]])
+    assert sorted(compiled) == sorted([[kernel, True] for kernel in [*kernels, "chunk_h_kernel"]])
     assert rounds == ["forward"]
 
 
@@ -138,13 +144,13 @@ def test_without_gradients_only_the_forward_pass_is_compiled(tmp_path):
 
 @needs_asynchronous_compilation
 def test_a_compilation_that_failed_is_tried_again(monkeypatch):
-    """Also where the caller compiles asynchronously himself."""
+    """Even where the caller uses AsyncCompileMode as well."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    rounds = []  # whether each is the one that compiles
+    rounds = []  # per run, whether it was a compile pass
 
-    @compilation.compiled_together(lambda x: x.shape)
+    @launch.compiled_together(lambda x: x.shape)
     def run(x):
-        rounds.append(compilation._compiling.get())
+        rounds.append(launch._compiling.get())
         if len(rounds) == 1:
             raise RuntimeError("no memory")
         return x + 1
@@ -167,4 +173,4 @@ def test_nothing_changes_where_nothing_can_be_compiled_together(monkeypatch, rea
     else:
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)
         monkeypatch.delattr(triton, "AsyncCompileMode", raising=False)
-    assert compilation.compiled_together(len)(print) is print
+    assert launch.compiled_together(len)(print) is print

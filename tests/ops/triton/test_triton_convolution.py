@@ -12,31 +12,20 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from megatron_patch.ops import short_convolution
 from megatron_patch.ops.triton import convolution
+from tests.ops import cases
+from tests.ops.cases import DEVICE
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 6e-3}
 
 
-def make(B=1, T=9, D=6, W=4, *, N=None, dtype=torch.float32, state=True):
-    generator = torch.Generator().manual_seed(0)
-    shapes = {"x": (B, T, D), "weight": (D, 1, W), "initial_state": (N or B, D, W - 1)}
-    tensors = {
-        name: torch.randn(shape, generator=generator).to(dtype).to(DEVICE)
-        for name, shape in shapes.items()
-    }
-    if not state:
-        del tensors["initial_state"]
-    return tensors
+def make(B=1, T=9, D=6, W=4, *, state=True, **how):
+    return cases.make_convolution(B, T, D, W, absent=() if state else ("initial_state",), **how)
 
 
-def evaluate(tensors, backend, dtype=None, rows=slice(None), **arguments):
-    """Results and gradients of a fixed functional of them; of y, its `rows` alone."""
-    leaves = {name: x.detach().to(dtype or x.dtype).requires_grad_() for name, x in tensors.items()}
-    y, state = short_convolution(**leaves, backend=backend, **arguments)
-    results = [y[:, rows]] if state is None else [y[:, rows], state]
-    generator = torch.Generator().manual_seed(1)
-    weights = [torch.randn(x.shape, generator=generator).bfloat16().to(x) for x in results]
-    return [*results, *torch.autograd.grad(results, list(leaves.values()), weights)]
+def evaluate(tensors, backend, dtype=None, **arguments):
+    """Returns results and gradients in order."""
+    found = cases.evaluate(short_convolution, tensors, dtype, backend=backend, **arguments)
+    return list(found.values())
 
 
 def assert_right(tensors, **arguments):
@@ -51,7 +40,7 @@ def assert_right(tensors, **arguments):
 
 @pytest.fixture
 def short_runs(monkeypatch):
-    """Programs of few tokens, so that short sequences have several."""
+    """Makes programs so short that short sequences have several."""
     monkeypatch.setattr(convolution, "FORWARD_RUN", 8)
     monkeypatch.setattr(convolution, "BACKWARD_RUN", 8)
 
@@ -102,7 +91,7 @@ def test_boundaries_with_gaps_in_memory():
 
 
 def test_rows_behind_the_last_sequence(short_runs):
-    """They may hold anything and get zeros: NaN there reaches neither results nor gradients."""
+    """Rows past the last sequence may hold NaN, which reaches neither results nor gradients."""
     tensors = make(T=20, N=2)
     cut = {"x": tensors["x"][:, :13]} | {n: x for n, x in tensors.items() if n != "x"}
     bounds = torch.tensor([0, 4, 13])
@@ -110,8 +99,8 @@ def test_rows_behind_the_last_sequence(short_runs):
     wanted = evaluate(cut, "torch", torch.float64, cu_seqlens=bounds.to(DEVICE), **how)
     tensors["x"][:, 13:] = math.nan
     leaves = {name: x.requires_grad_() for name, x in tensors.items()}
-    # The public function refuses such boundaries where it can read them for free.
-    y, state = convolution.short_convolution(*_ordered(leaves), bounds.to(DEVICE), True, True)
+    # The public function rejects such cu_seqlens on the CPU, so call the kernels directly.
+    y, state = convolution._with_gradients(*_ordered(leaves), bounds.to(DEVICE), True, True)
     assert (y[:, 13:] == 0).all()
     generator = torch.Generator().manual_seed(1)
     weights = [
@@ -223,8 +212,7 @@ def test_compiles_without_graph_breaks():
     assert all(map(torch.equal, first, second))
 
 
-def test_who_looks_at_operators_finds_one():
-    """`vmap` and `make_fx` on plain tensors."""
+def test_vmap_and_make_fx_see_the_operator():
     x, weight = torch.randn(3, 2, 9, 6, device=DEVICE), torch.randn(6, 1, 4, device=DEVICE)
 
     def convolve(x):

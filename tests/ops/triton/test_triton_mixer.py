@@ -1,4 +1,4 @@
-"""The Triton kernels against chunked PyTorch in float64: on a GPU, or on small shapes in Triton's
+"""The chunk kernels against chunked PyTorch in float64: on a GPU, or on small shapes in Triton's
 interpreter."""
 
 from __future__ import annotations
@@ -10,43 +10,21 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from megatron_patch.ops import meta_linear_attention
-from megatron_patch.ops.triton.configuration import configure
-from megatron_patch.ops.triton.layout import lay_out
+from megatron_patch.ops.triton.config import configure
+from megatron_patch.ops.triton.tiles import prepare_chunk_indices
+from tests.ops import cases
+from tests.ops.cases import DEVICE, NAMES, make
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Relative errors (2-norm). Triton's interpreter cuts digits off where a GPU rounds to bfloat16.
 TOLERANCE = {
     torch.float32: 3e-5,
     torch.float16: 2e-3,
     torch.bfloat16: 1e-2 if DEVICE == "cuda" else 2e-2,
 }
-NAMES = ("q", "gate_logits", "v", "aug", "out_gate", "out_gate_bias", "initial_state")
-
-
-def make(B, T, H, K, V, *, N=None, dtype=torch.float32, gates=1.0, absent=(), seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    shapes = (
-        (B, T, H, K), (B, T, H, K), (B, T, H, V), (H, K), (B, T, H, V), (H, V), (N or B, H, K, V),
-    )  # fmt: skip
-    tensors = {}
-    for name, shape in zip(NAMES, shapes, strict=True):
-        x = torch.randn(shape, generator=generator, dtype=torch.float64)
-        x = x * gates if name == "gate_logits" else x
-        if name not in absent:
-            tensors[name] = x.to(torch.float32 if name == "initial_state" else dtype).to(DEVICE)
-    return tensors
 
 
 def evaluate(tensors, backend, dtype=None, **arguments):
-    """Outputs and gradients of a fixed functional of them, by name."""
-    leaves = {name: x.detach().to(dtype or x.dtype).requires_grad_() for name, x in tensors.items()}
-    out, final_state = meta_linear_attention(**leaves, backend=backend, **arguments)
-    results = {"out": out} if final_state is None else {"out": out, "final_state": final_state}
-    generator = torch.Generator().manual_seed(1)
-    weights = [torch.randn(x.shape, generator=generator).bfloat16().to(x) for x in results.values()]
-    gradients = torch.autograd.grad(list(results.values()), list(leaves.values()), weights)
-    results |= {f"d {name}": x for name, x in zip(leaves, gradients, strict=True)}
-    return {name: x.detach() for name, x in results.items()}
+    return cases.evaluate(meta_linear_attention, tensors, dtype, backend=backend, **arguments)
 
 
 def assert_right(tensors, tolerance=None, backend_of_oracle="chunked", **arguments):
@@ -61,7 +39,7 @@ def assert_right(tensors, tolerance=None, backend_of_oracle="chunked", **argumen
             assert error <= (tolerance or TOLERANCE[dtype]), (name, error)
 
 
-# With two entries or fewer, LayerNorm divides differences by themselves: V is wide enough here.
+# V is at least 16, because LayerNorm over two entries or fewer is ill-conditioned.
 @pytest.mark.parametrize("T", [*range(1, 18), 31, 32, 33, 64, 65])
 def test_every_length(T):
     assert_right(make(1, T, 2, 16, 16))
@@ -79,7 +57,7 @@ def test_every_width(K, V):
     ("K", "V"), [(16, 16), (32, 32), (64, 64), (128, 128), (32, 16), (64, 32), (128, 64)]
 )
 def test_keys_as_wide_as_values_and_wider(K, V, dtype):
-    """Two chunks and a state. Products of K = 128 in bfloat16 have several tiles of K."""
+    """Covers two chunks with a state, and several tiles of K (K = 128 in bfloat16)."""
     assert_right(make(1, 70, 1, K, V, dtype=dtype), backend_of_oracle="reference")
 
 
@@ -122,7 +100,7 @@ def test_boundaries_with_gaps_in_memory():
 def test_many_segments(monkeypatch):
     segment = 128
     monkeypatch.setattr(
-        "megatron_patch.ops.triton.launches.configure",
+        "megatron_patch.ops.triton.config.configure",
         lambda *widths: configure(*widths)._replace(segment=segment),
     )
     assert_right(make(1, segment + 70, 1, 16, 16))
@@ -135,8 +113,9 @@ def test_many_segments(monkeypatch):
     [(72, (), None), (72, ("aug",), None), (72, (), [0, 9, 10, 70]), (130, (), None)],
 )
 def test_wide_heads(K, absent, boundaries):
-    """Two kernels share their gradients. Strong decays, of one sequence, go to a third."""
-    assert configure(K, 40, torch.bfloat16).gradient_k < K
+    """Covers the two-kernel backward pass, and the fallback path where one sequence has strong
+    decays."""
+    assert configure(K, 40, torch.bfloat16).bwd_k < K
     N = 1 if boundaries is None else len(boundaries) - 1
     tensors = make(1, 70, 2, K, 40, N=N, dtype=torch.bfloat16, absent=absent)
     bounds = None
@@ -149,12 +128,12 @@ def test_wide_heads(K, absent, boundaries):
 @pytest.mark.parametrize("gates", [30.0, 1e4, 1e30])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gates_of_any_size(gates, dtype):
-    """Beyond the range in which scores factor, the exact path serves; and both in one sequence."""
+    """Covers the fallback path alone, and beside the fast path in one sequence."""
     tensors = make(1, 40, 2, 16, 32, dtype=dtype, gates=gates)
     assert_right(tensors)
     tensors["gate_logits"][:, :, 1] *= 1e-3 / gates
-    # These inputs are ill-conditioned: in float64, q and v moved by up to half of bfloat16's unit
-    # roundoff move d q by 6.5e-3, six times as much as with gates of unit size.
+    # These inputs are ill-conditioned: perturbing q and v by half a bfloat16 roundoff changes the
+    # float64 d q by 6.5e-3, six times as much as with gates of unit size.
     tolerance = max(TOLERANCE[dtype], 1.5e-2) if dtype == torch.bfloat16 else None
     assert_right(tensors, tolerance, tau=1.0)
 
@@ -173,7 +152,7 @@ def test_gates_at_the_bounds(gate):
 def test_strided_inputs_are_read_where_they_lie():
     B, T, H, K, V = 2, 37, 2, 16, 32
     dense = make(B, T, H, K, V)
-    # One projection, time first and head by head, as the NeoX layer has it.
+    # Slices of one time-first projection, head by head, as in the NeoX layer.
     fused = torch.cat([dense[name] for name in ("q", "gate_logits", "v", "out_gate")], -1)
     fused = fused.transpose(0, 1).contiguous().transpose(0, 1)
     slices = fused.split([K, K, V, V], -1)
@@ -183,7 +162,7 @@ def test_strided_inputs_are_read_where_they_lie():
         wanted = meta_linear_attention(**dense, backend="triton")[0]
     assert torch.equal(found, wanted)
     x = fused.clone().requires_grad_()
-    # With a state, for LayerNorm may magnify the rounding of a first token without one.
+    # With an initial state: without one, LayerNorm may magnify the rounding of the first token.
     names = ("aug", "out_gate_bias", "initial_state")
     arguments = {name: x for name, x in dense.items() if name in names}
 
@@ -192,10 +171,18 @@ def test_strided_inputs_are_read_where_they_lie():
         out, _ = meta_linear_attention(
             q, gate_logits, v, out_gate=out_gate, backend=backend, **arguments
         )
-        # The gradient of a transposed sum is strided too.
+        # This makes the gradient of `out` strided too.
         return torch.autograd.grad((out.transpose(1, 2) * 0.5).square().sum(), x)[0]
 
     assert torch.allclose(loss("triton"), loss("chunked"), rtol=1e-4, atol=1e-5)
+
+
+def test_a_last_stride_other_than_one_changes_nothing():
+    """The kernels assume a last stride of 1, so the host code copies such tensors."""
+    dense = make(2, 37, 2, 16, 32)
+    strided = {name: x.mT.contiguous().mT for name, x in dense.items()}
+    wanted, found = (evaluate(x, "triton", output_final_state=True) for x in (dense, strided))
+    assert all(torch.equal(found[name], want) for name, want in wanted.items())
 
 
 def test_two_runs_have_equal_bits_and_inputs_stay():
@@ -209,7 +196,7 @@ def test_two_runs_have_equal_bits_and_inputs_stay():
 
 @pytest.mark.parametrize(("K", "dtype"), [(16, torch.float32), (72, torch.bfloat16)])
 def test_a_retained_graph_gives_the_same_gradients_again(K, dtype):
-    """Gradients take the memory of what the forward pass kept, but not where it is needed again."""
+    """Gradients reuse the memory of saved tensors, but not under `retain_graph`."""
     tensors = make(1, 40, 1, K, 32, dtype=dtype)
     leaves = {name: x.requires_grad_() for name, x in tensors.items()}
     out, _ = meta_linear_attention(**leaves, backend="triton")
@@ -244,7 +231,7 @@ def test_state_continues_a_sequence():
 
 
 def test_operator_check():
-    from megatron_patch.ops.triton.operator import _forward
+    from megatron_patch.ops.triton.chunk import _forward
 
     for absent in ((), ("initial_state", "aug")):
         x = make(1, 5, 1, 16, 16, absent=absent)
@@ -281,23 +268,26 @@ def test_non_finite_inputs_are_not_hidden():
         assert out[0, 3].isnan().all(), name
 
 
-def test_layout_of_packed_sequences():
+def test_chunk_indices_of_packed_sequences():
     bounds = torch.tensor([0, 0, 5, 70, 200], device=DEVICE)
-    layout = lay_out(1, 200, 16, 64, bounds)
+    indices = prepare_chunk_indices(1, 200, 16, 64, bounds)
     lengths = [0, 5, 65, 130]
     wanted = [[n, i] for n, length in enumerate(lengths) for i in range(-(-length // 16))]
-    chunks = layout.chunk_table.tolist()
+    chunks = indices.chunk_indices.tolist()
     assert chunks[: len(wanted)] == wanted
     assert all(row[0] == -1 for row in chunks[len(wanted) :])
-    segments = [row for row in layout.segment_table.tolist() if row[0] >= 0]
+    segments = [row for row in indices.segment_indices.tolist() if row[0] >= 0]
     assert segments == [[1, 0], [2, 0], [2, 1], [3, 0], [3, 1], [3, 2]]
-    assert layout.chunk_bounds.tolist() == [0, 0, 1, 6, 15]
-    assert layout.segment_bounds.tolist() == [0, 0, 1, 3, 6]
+    assert indices.chunk_offsets.tolist() == [0, 0, 1, 6, 15]
+    assert indices.segment_offsets.tolist() == [0, 0, 1, 3, 6]
 
 
 def test_who_looks_at_operators_finds_one():
     """`vmap` and `make_fx` on plain tensors."""
-    tensors = [make(1, 20, 1, 16, 32, absent=("initial_state",), seed=seed) for seed in range(2)]
+    generator = torch.Generator().manual_seed(0)
+    tensors = [
+        make(1, 20, 1, 16, 32, absent=("initial_state",), generator=generator) for _ in range(2)
+    ]
     stacked = [torch.stack(parts) for parts in zip(*(t.values() for t in tensors), strict=True)]
 
     def mix(*parts):

@@ -10,53 +10,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_patch.ops import meta_linear_attention, short_convolution
-from megatron_patch.ops.triton import step
+from megatron_patch.ops.triton import fused_recurrent
+from tests.ops import cases
+from tests.ops.cases import NAMES
+from tests.ops.cases import assert_step_right as assert_right
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-NAMES = ("q", "gate_logits", "v", "aug", "out_gate", "out_gate_bias", "initial_state")
 
 
-def make(B=2, H=2, K=16, V=32, *, dtype=torch.float32, gates=1.0, absent=()):
-    generator = torch.Generator().manual_seed(0)
-    shapes = (
-        (B, 1, H, K), (B, 1, H, K), (B, 1, H, V), (H, K), (B, 1, H, V), (H, V), (B, H, K, V),
-    )  # fmt: skip
-    tensors = {}
-    for name, shape in zip(NAMES, shapes, strict=True):
-        x = torch.randn(shape, generator=generator, dtype=torch.float64)
-        x = x * gates if name == "gate_logits" else x
-        if name not in absent:
-            tensors[name] = x.to(torch.float32 if name == "initial_state" else dtype).to(DEVICE)
-    return tensors
+def make(B=2, H=2, K=16, V=32, **how):
+    return cases.make(B, 1, H, K, V, **how)
 
 
-def make_convolution(B=2, D=10, W=4, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(0)
-    shapes = {"x": (B, 1, D), "weight": (D, 1, W), "initial_state": (B, D, W - 1)}
-    return {
-        name: torch.randn(shape, generator=generator).to(dtype).to(DEVICE)
-        for name, shape in shapes.items()
-    }
-
-
-def assert_right(operator, tensors, judge, tolerance, **arguments):
-    """Both forms of the step against float64, and each other; only the state may change."""
-    exact = {name: x.double() for name, x in tensors.items()}
-    wanted = operator(**exact, output_final_state=True, backend=judge, **arguments)
-    kept = {name: x.clone() for name, x in tensors.items()}
-    found = operator(**tensors, output_final_state=True, backend="triton", **arguments)
-    assert all(torch.equal(kept[name], x) for name, x in tensors.items())
-    for x, want in zip(found, wanted, strict=True):
-        assert x.shape == want.shape
-        assert (x.double() - want).norm() <= tolerance * want.norm()
-    if "initial_state" in tensors:
-        state = tensors["initial_state"]
-        del kept["initial_state"]
-        again = operator(**tensors, inplace_final_state=True, backend="triton", **arguments)
-        assert again[1] is state
-        assert torch.equal(again[0], found[0]) and torch.equal(state, found[1])
-        assert all(torch.equal(kept[name], tensors[name]) for name in kept)
+def make_convolution(B=2, D=10, W=4, **how):
+    return cases.make_convolution(B, 1, D, W, **how)
 
 
 @pytest.mark.parametrize(
@@ -156,11 +123,11 @@ def test_operator_check():
     for absent in ((), ("aug", "out_gate_bias")):
         x = make(1, 1, absent=absent)
         arguments = (*(x.get(name) for name in NAMES), 16.0, 0.25, 1e-5)
-        torch.library.opcheck(step.attention, arguments)
-        torch.library.opcheck(step.attention_, arguments)
+        torch.library.opcheck(fused_recurrent.attention, arguments)
+        torch.library.opcheck(fused_recurrent.attention_, arguments)
     arguments = (*make_convolution(1).values(), True)
-    torch.library.opcheck(step.convolution, arguments)
-    torch.library.opcheck(step.convolution_, arguments)
+    torch.library.opcheck(fused_recurrent.convolution, arguments)
+    torch.library.opcheck(fused_recurrent.convolution_, arguments)
 
 
 @pytest.mark.parametrize("inplace", [False, True])

@@ -10,8 +10,8 @@ import torch
 from megatron_patch.ops import swiglu
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# Half of a unit in the last place, and what the approximate exponential adds. The interpreter cuts
-# digits off in place of rounding to bfloat16.
+# Half a unit in the last place, plus the error of the approximate exponential. The interpreter
+# truncates to bfloat16 instead of rounding.
 TOLERANCE = {
     torch.float32: 1e-6,
     torch.float16: 5e-4,
@@ -33,7 +33,7 @@ def draw(*shape, dtype=torch.float32, scale=3.0):
 
 
 def assert_right(x, d_y):
-    """Of one tensor, and of its two halves, whose gradients are those of the one."""
+    """Checks one tensor against float64, and its two halves against the one tensor."""
     found = evaluate(x, d_y, "triton")
     wanted = evaluate(x, d_y, "torch", torch.float64)
     for value, want in zip(found, wanted, strict=True):

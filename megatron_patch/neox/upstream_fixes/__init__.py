@@ -1,0 +1,65 @@
+"""Repairs of faults in GPT-NeoX (at ea7aefd8) and DeepSpeed (0.19.8). None is part of MetaLA.
+
+Each repair stands beside the place upstream that it mends and the faulty text there. It is applied
+only while that text is in the source, so a release that mends the fault is left alone. It acts in
+runs with MetaLA layers only, except where the repaired function knows no run (`small.py`, and the
+logits in `generation.py`).
+
+The modules also hold the checks that the plugin calls itself: `resume.py` before a checkpoint is
+loaded, `saving.py` for the folder, `processes.py` for launchers and ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from megatron_patch.neox.upstream_fixes import (
+    cpu_mode,
+    data,
+    generation,
+    gradient_norm,
+    processes,
+    saving,
+    small,
+    watchdog,
+)
+
+# Later repairs wrap earlier ones of the same function, so the order counts.
+FIXES = (
+    cpu_mode.initialize_without_cuda,
+    saving.check_save_at_start,
+    small.open_inferred_data_sets,
+    data.name_index_maps_after_data,
+    processes.check_ranks_before_training,
+    saving.check_before_saving,
+    saving.delete_old_checkpoints_alone,
+    saving.refuse_damaged_files,
+    small.return_metrics_in_pipelines,
+    generation.forget_earlier_prompts,
+    generation.gather_logits,
+    small.log_to_wandb_offline,
+    small.repair_gpt2_tokenizer,
+    gradient_norm.clip_each_parameter_once,
+    gradient_norm.reduce_equally_often,
+    processes.fail_where_it_failed,
+    watchdog.watch_ranks,
+)
+# Repairs of the launcher, applied when it has read the settings of a run with MetaLA layers.
+LAUNCHER_FIXES = (processes.fail_where_launched_was_killed,)
+
+_is_applied: dict[str, bool] = {}  # by the repair's name
+
+
+def apply(fixes: Iterable[Callable[[], None]] = FIXES) -> None:
+    """Applies the repairs whose fault is still there."""
+    for fix in fixes:
+        _is_applied[fix.repair] = fix.is_needed()
+        if _is_applied[fix.repair]:
+            fix()
+
+
+def summary() -> str:
+    """Returns the line that names the repairs of this process, and those that upstream mended."""
+    applied = ", ".join(name for name, is_applied in _is_applied.items() if is_applied)
+    mended = ", ".join(name for name, is_applied in _is_applied.items() if not is_applied)
+    return f"repairs of GPT-NeoX and DeepSpeed: {applied}" + (f"; mended: {mended}" * bool(mended))

@@ -1,0 +1,101 @@
+"""Repairs of GPT-NeoX that take a few lines each."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+import sys
+from types import SimpleNamespace
+
+from megatron_patch.neox.patching import repairs, replace
+
+
+# megatron/data/indexed_dataset.py:71
+@repairs("data_impl: infer", "megatron.data.indexed_dataset:make_dataset", 'elif impl == "cached"')
+def open_inferred_data_sets() -> None:
+    """Lets `data_impl: infer`, the default, open the data set whose format it has recognised."""
+    from megatron.data.indexed_dataset import infer_dataset_impl, make_dataset
+
+    @functools.wraps(make_dataset)
+    def make_inferred_dataset(path, impl, skip_warmup=False):
+        if impl == "infer":
+            impl = infer_dataset_impl(path)
+        return make_dataset(path, impl, skip_warmup)
+
+    replace(make_dataset, make_inferred_dataset)
+
+
+# megatron/training.py:544, unpacked in line 1611. Of the same kind as
+# https://github.com/EleutherAI/gpt-neox/issues/1320
+@repairs(
+    "validation in a pipeline",
+    "megatron.training:forward_step",
+    "return model.eval_batch(data_iterator",
+)
+def return_metrics_in_pipelines() -> None:
+    """Lets `forward_step` return a loss and metrics with `pipe_parallel_size` >= 1 too, as its
+    caller `evaluate` expects."""
+    from megatron.training import forward_step
+
+    @functools.wraps(forward_step)
+    def forward_step_with_metrics(data_iterator, model, neox_args, timers, *args, **kwargs):
+        result = forward_step(data_iterator, model, neox_args, timers, *args, **kwargs)
+        return result if isinstance(result, tuple) else (result, {})
+
+    replace(forward_step, forward_step_with_metrics)
+
+
+# megatron/utils.py:144, megatron/neox_arguments/arguments.py:453
+@repairs("wandb offline", "megatron.utils:get_wandb_api_key", 'if "WANDB_LOCAL" in os.environ')
+def log_to_wandb_offline() -> None:
+    """Keeps wandb on without an API key under WANDB_MODE=offline, and gives back to `wandb.util`
+    the function that GPT-NeoX calls there."""
+    from megatron.utils import get_wandb_api_key
+
+    wandb = sys.modules.get("wandb")  # GPT-NeoX has imported it where it is installed
+    util = getattr(wandb, "util", None)  # another module named wandb has none
+    if util is not None and not hasattr(util, "generate_id"):
+        util.generate_id = wandb.sdk.lib.runid.generate_id
+
+    @functools.wraps(get_wandb_api_key)
+    def key_unless_offline(neox_args):
+        if os.environ.get("WANDB_MODE") == "offline":
+            return "LOCAL"  # GPT-NeoX's own answer for a local wandb server
+        return get_wandb_api_key(neox_args)
+
+    replace(get_wandb_api_key, key_unless_offline)
+
+
+# megatron/tokenizer/tokenizer.py:160
+@repairs(
+    "GPT2BPETokenizer", "megatron.tokenizer.tokenizer:_GPT2BPETokenizer.__init__", "GPT2Tokenizer("
+)
+def repair_gpt2_tokenizer() -> None:
+    """Lets `GPT2BPETokenizer` read its two files under transformers 5.
+
+    GPT-NeoX builds transformers' `GPT2Tokenizer` from file names and reads its `encoder` and
+    `decoder`. Since transformers 5 that class takes no file names and has neither attribute.
+    Nothing changes where it still takes a `vocab_file`.
+    """
+    from megatron.tokenizer.tokenizer import AbstractTokenizer, _GPT2BPETokenizer
+    from transformers import GPT2Tokenizer
+
+    if "vocab_file" in inspect.signature(GPT2Tokenizer.__init__).parameters:
+        return
+
+    def read_files(self, vocab_file: str, merge_file: str) -> None:
+        from tokenizers.models import BPE
+
+        AbstractTokenizer.__init__(self, "GPT2 BPE")
+        vocab, merges = BPE.read_file(vocab_file, merge_file)
+        tokenizer = GPT2Tokenizer(vocab=vocab, merges=merges)
+        self.tokenizer = SimpleNamespace(
+            encoder=vocab,
+            decoder={number: token for token, number in vocab.items()},
+            encode=tokenizer.encode,
+            decode=tokenizer.decode,
+        )
+        self.eod_id = vocab["<|endoftext|>"]
+
+    _GPT2BPETokenizer.__init__ = read_files

@@ -1,0 +1,154 @@
+"""Host code that the Triton operators share: compiling kernels together, launching them, and
+connecting them to autograd."""
+
+from __future__ import annotations
+
+import contextvars
+import functools
+import inspect
+import threading
+from collections.abc import Callable, Hashable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from megatron_patch.ops.checks import is_traced, records_gradients
+
+_compiling = contextvars.ContextVar("compiling", default=False)
+_lock = threading.Lock()
+
+
+def is_compiling() -> bool:
+    """Returns whether this pass only compiles kernels and launches nothing."""
+    return _compiling.get()
+
+
+def launcher(kernel: Any, grid: tuple[int, ...]) -> Callable:
+    """Returns `kernel[grid]`, or during a compile pass the function that only compiles it."""
+    return functools.partial(kernel.warmup, grid=grid) if is_compiling() else kernel[grid]
+
+
+def compiled_together(cache_key: Callable[..., Hashable]) -> Callable[[Callable], Callable]:
+    """Decorates a function that launches kernels, so that its first call compiles them in parallel.
+
+    Triton compiles a kernel when it is first launched, one after the other. Almost all of that time
+    goes to MLIR, LLVM, ptxas and the C compiler, which release Python's lock, so threads are
+    enough. The function must launch through `launcher`, must have no other side effect, and takes a
+    tensor on the kernels' device as its first argument.
+
+    Args:
+        cache_key: maps the function's arguments to a value that decides which kernels it launches.
+            For a new value the function runs twice; the first run only compiles. That run may call
+            other decorated functions, whose kernels then compile too. Variants that the value does
+            not tell apart (Triton also specialises on strides) compile when they are launched.
+    """
+
+    def decorate(run: Callable) -> Callable:
+        # Triton before 3.5 cannot compile in threads.
+        if not hasattr(triton, "AsyncCompileMode") or triton.knobs.runtime.interpret:
+            return run
+        compiled = set()
+
+        @functools.wraps(run)
+        def compiling_first(*arguments: Any) -> Any:
+            key = cache_key(*arguments)
+            if is_compiling():  # called from another decorated function's compile pass
+                compiled.add(key)
+            elif key not in compiled:
+                with _lock:
+                    if key not in compiled:
+                        # A fresh context, because the caller may use AsyncCompileMode as well.
+                        contextvars.Context().run(_compile, run, arguments)
+                        compiled.add(key)
+            return run(*arguments)
+
+        # torch.library reads the schema from the signature and cannot resolve string annotations.
+        compiling_first.__signature__ = inspect.signature(run, eval_str=True)
+        return compiling_first
+
+    return decorate
+
+
+def _compile(run: Callable, arguments: tuple) -> None:
+    _compiling.set(True)
+    with _Loader(arguments[0]) as loader, triton.AsyncCompileMode(loader):
+        run(*arguments)
+
+
+class _Loader(ThreadPoolExecutor):
+    """A thread pool that compiles kernels and loads them on the tensor's device."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        super().__init__()
+        self.tensor = tensor
+
+    def submit(self, compile_kernel: Callable, /) -> Future:
+        return super().submit(self._load, compile_kernel)
+
+    def _load(self, compile_kernel: Callable) -> Any:
+        with torch.cuda.device_of(self.tensor):
+            kernel = compile_kernel()
+            # Reading this property loads the kernel and its launcher. Up to Triton 3.6 that runs
+            # the C compiler.
+            _ = kernel.run
+        return kernel
+
+
+def differentiable(
+    operator: torch.library.CustomOpDef,
+    run: Callable[..., tuple[Tensor, ...]],
+    setup_context: Callable[[Any, tuple, tuple], None],
+    gradients: Callable[..., tuple[Tensor | None, ...]],
+) -> Callable[..., tuple[Tensor, ...]]:
+    """Returns `operator` with gradients, and with a fast path for eager calls.
+
+    Dispatching a custom operator takes longer than the kernels do on short sequences. So eager
+    calls go through a plain `autograd.Function`; the operator serves `torch.compile`, fake tensors
+    and `torch.func`, which need to see it.
+
+    Args:
+        operator: takes a tensor first.
+        run: the function that `operator` wraps.
+        setup_context: takes (ctx, inputs, output), as in `register_autograd`.
+        gradients: takes (ctx, whether the call is eager, the gradient of each result).
+    """
+
+    def traced_gradients(ctx: Any, *found: Tensor | None) -> tuple[Tensor | None, ...]:
+        return gradients(ctx, False, *found)
+
+    operator.register_autograd(traced_gradients, setup_context=setup_context)
+
+    class Eager(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+            output = run(*inputs)
+            setup_context(ctx, inputs, output)
+            return output
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx: Any, *found: Tensor | None) -> tuple[Tensor | None, ...]:
+            return gradients(ctx, True, *found)
+
+    def call(x: Tensor, *others: Any) -> tuple[Tensor, ...]:
+        return (operator if is_traced(x) else Eager.apply)(x, *others)
+
+    return call
+
+
+def is_decoding_step(x: Tensor, cu_seqlens: Tensor | None, *tensors: Tensor | None) -> bool:
+    """Returns whether the one-token kernels can serve a call on x [B, T, ...]."""
+    return x.shape[1] == 1 and cu_seqlens is None and not records_gradients(*tensors)
+
+
+def last_stride_one(x: Tensor | None) -> Tensor | None:
+    """Returns x itself if its last stride is 1, as every kernel assumes, or else a copy."""
+    return x if x is None or x.stride(-1) == 1 else x.contiguous()
+
+
+def contiguous(x: Tensor | None) -> Tensor | None:
+    """Returns x in contiguous memory; `None` stays `None`."""
+    return None if x is None else x.contiguous()
