@@ -173,8 +173,13 @@ class MetaLAOptions:
     cuda_graphs: str = _option(
         "auto",
         one_of("auto", "never"),
-        "'auto': where they can be, the layers of a training step are captured and launched as CUDA "
-        "graphs; 'never': none is",
+        "'auto': a training step launches its layers as CUDA graphs where it can; 'never'",
+        of_model=False,
+    )
+    recompute: str = _option(
+        "cheap",
+        one_of("cheap", "nothing"),
+        "'cheap': the backward pass computes norms and SwiGLU again and they are not kept",
         of_model=False,
     )
     side: InitVar[str] = "neox"

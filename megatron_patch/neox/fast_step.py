@@ -135,7 +135,7 @@ def _note_gradient(optimizer: Any, parameter: Any, total: Any, group: int, index
 
 
 def _accumulators(optimizer: Any) -> dict[torch.nn.Parameter, Accumulator]:
-    """Returns, by parameter, the float32 sum of its gradients and what to call after an addition."""
+    """Returns each parameter's float32 sum of gradients, and what to call after an addition."""
     return {
         parameter: (
             total,
@@ -176,7 +176,7 @@ def _fuse_norm_and_clipping() -> None:
     def norm_of_all(input_tensors, norm_type=2, **kwargs):
         tensors = [tensor.detach() for tensor in input_tensors]
         if norm_type == 2 and tensors:
-            tensors = [torch.stack(torch._foreach_norm(tensors)).norm()]
+            tensors = [torch.stack(torch._foreach_norm(tensors, 2, torch.float32)).norm()]
         # DeepSpeed compares it several times. On the CPU that waits for the GPU once.
         return get_norm(tensors, norm_type=norm_type, **kwargs).cpu()
 

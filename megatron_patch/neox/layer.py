@@ -14,8 +14,10 @@ from megatron import mpu
 from megatron.model import norms
 from torch import nn
 
+from megatron_patch.architecture import MetaLAOptions
 from megatron_patch.architecture_neox import from_neox
 from megatron_patch.neox.mixer import MixerState, ParallelMetaLAMixer
+from megatron_patch.neox.recompute import recomputed
 from megatron_patch.ops import swiglu
 
 
@@ -58,6 +60,7 @@ class ParallelSwiGLU(nn.Module):
         output_layer_init_method: Callable[[torch.Tensor], object],
     ):
         super().__init__()
+        self.recompute = MetaLAOptions.parse(neox_args.metala).recompute == "cheap"
         self.gate_up_proj = mpu.ColumnParallelLinear(
             neox_args=neox_args,
             input_size=neox_args.hidden_size,
@@ -79,7 +82,10 @@ class ParallelSwiGLU(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Maps [s, b, h] to [s, b, h]; input and output are identical on all tensor-parallel
         ranks."""
-        return self.down_proj(swiglu(self.gate_up_proj(x)[0]))[0]
+        gate_and_up, _ = self.gate_up_proj(x)
+        hidden = swiglu(gate_and_up)
+        with recomputed(hidden, partial(swiglu, gate_and_up.detach()), self.recompute):
+            return self.down_proj(hidden)[0]
 
 
 class ParallelMetaLALayer(nn.Module):
@@ -114,6 +120,8 @@ class ParallelMetaLALayer(nn.Module):
         )
         # GPT-NeoX's generation sets `use_cache`. When it unsets it again, to train or to evaluate,
         # `layer_past` still holds the last state, so `forward` reads both.
+        # ZeRO 3 gathers a norm's weights for its forward pass alone.
+        self.recompute = model.metala.recompute == "cheap" and neox_args.zero_stage != 3
         self.use_cache = False
         self.layer_past: MixerState | None = None
         types = neox_args.attention_config
@@ -140,9 +148,13 @@ class ParallelMetaLALayer(nn.Module):
         """
         past = self.layer_past if self.use_cache else None
         x = x.transpose(0, 1).contiguous()
-        mixed, self.layer_past = self.mixer(self.input_norm(x), past, self.use_cache)
+        normed = self.input_norm(x)
+        with recomputed(normed, partial(self.input_norm, x.detach()), self.recompute):
+            mixed, self.layer_past = self.mixer(normed, past, self.use_cache)
         x = x + self._dropout(mixed)
-        x = x + self._dropout(self.mlp(self.mlp_norm(x)))
+        normed = self.mlp_norm(x)
+        with recomputed(normed, partial(self.mlp_norm, x.detach()), self.recompute):
+            x = x + self._dropout(self.mlp(normed))
         if x.requires_grad:
             # An attention layer returns a gradient that is transposed in memory. Without this one
             # copy, each matrix product of this layer would copy it again.

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Prints where the time of a training step in GPT-NeoX goes: kernels by part, gaps, launches.
 
-    python scripts/benchmarks/profile_step.py                       # metala_380m.yml, 8 x 2,048 tokens
+    python scripts/benchmarks/profile_step.py                  # metala_380m.yml, 8 x 2,048
     python scripts/benchmarks/profile_step.py --micro-batch 1 --kernels 40
 
 needs a linked GPT-NeoX checkout, as benchmark_training.py does. It trains on random tokens and
@@ -68,6 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--kernels", type=whole(0), default=25, help="how many to list")
     options = parser.parse_args(argv)
     options.gpus = options.tensor_parallel = 1
+    options.length = None
     options.steps = FIRST + STEPS + 12
     with tempfile.TemporaryDirectory() as work:
         checkout, trace = need_neox(), Path(work) / "trace.json"
