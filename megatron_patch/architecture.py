@@ -170,6 +170,18 @@ class MetaLAOptions:
         of_model=False,
     )
     backend: str = _option("auto", TEXT, "implementation of the operator", of_model=False)
+    cuda_graphs: str = _option(
+        "auto",
+        one_of("auto", "never"),
+        "'auto': a training step launches its layers as CUDA graphs where it can; 'never'",
+        of_model=False,
+    )
+    recompute: str = _option(
+        "cheap",
+        one_of("cheap", "nothing"),
+        "'cheap': the backward pass computes norms and SwiGLU again and they are not kept",
+        of_model=False,
+    )
     side: InitVar[str] = "neox"
 
     def __post_init__(self, side: str) -> None:

@@ -14,8 +14,10 @@ from megatron import mpu
 from megatron.model import norms
 from torch import nn
 
+from megatron_patch.architecture import MetaLAOptions
 from megatron_patch.architecture_neox import from_neox
 from megatron_patch.neox.mixer import MixerState, ParallelMetaLAMixer
+from megatron_patch.neox.recompute import recomputed
 from megatron_patch.ops import swiglu
 
 
@@ -58,6 +60,7 @@ class ParallelSwiGLU(nn.Module):
         output_layer_init_method: Callable[[torch.Tensor], object],
     ):
         super().__init__()
+        self.recompute = MetaLAOptions.parse(neox_args.metala).recompute == "cheap"
         self.gate_up_proj = mpu.ColumnParallelLinear(
             neox_args=neox_args,
             input_size=neox_args.hidden_size,
@@ -79,7 +82,10 @@ class ParallelSwiGLU(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Maps [s, b, h] to [s, b, h]; input and output are identical on all tensor-parallel
         ranks."""
-        return self.down_proj(swiglu(self.gate_up_proj(x)[0]))[0]
+        gate_and_up, _ = self.gate_up_proj(x)
+        hidden = swiglu(gate_and_up)
+        with recomputed(hidden, partial(swiglu, gate_and_up.detach()), self.recompute):
+            return self.down_proj(hidden)[0]
 
 
 class ParallelMetaLALayer(nn.Module):
@@ -114,21 +120,47 @@ class ParallelMetaLALayer(nn.Module):
         )
         # GPT-NeoX's generation sets `use_cache`. When it unsets it again, to train or to evaluate,
         # `layer_past` still holds the last state, so `forward` reads both.
+        # ZeRO 3 gathers a norm's weights for its forward pass alone.
+        self.recompute = model.metala.recompute == "cheap" and neox_args.zero_stage != 3
         self.use_cache = False
         self.layer_past: MixerState | None = None
+        types = neox_args.attention_config
+        # Between pipeline stages only tensors that are contiguous can be sent.
+        self.is_batch_first = neox_args.pipe_parallel_size <= 1 and all(
+            name == types[layer_number] for name in types[layer_number + 1 : layer_number + 2]
+        )
+        self.graphs, self.index = None, 0  # CUDA graphs of all layers, and which of them this is
 
     def forward(self, x: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """Maps hidden states [s, b, h] to [s, b, h]. It ignores `attention_mask`: the recurrence is
         causal."""
+        if self.graphs is not None and self.training and not self.use_cache:
+            if (y := self.graphs.run(self.index, x)) is not None:
+                return y
+        return self.compute(x)
+
+    def compute(self, x: torch.Tensor) -> torch.Tensor:
+        """Runs the layer without CUDA graphs.
+
+        The convolution and the operator want [b, s, h] in memory, so the layer works in that order.
+        Between MetaLA layers the hidden states stay so, seen as [s, b, h], and nothing is
+        transposed.
+        """
         past = self.layer_past if self.use_cache else None
-        mixed, self.layer_past = self.mixer(self.input_norm(x), past, self.use_cache)
+        x = x.transpose(0, 1).contiguous()
+        normed = self.input_norm(x)
+        with recomputed(normed, partial(self.input_norm, x.detach()), self.recompute):
+            mixed, self.layer_past = self.mixer(normed, past, self.use_cache)
         x = x + self._dropout(mixed)
-        x = x + self._dropout(self.mlp(self.mlp_norm(x)))
+        normed = self.mlp_norm(x)
+        with recomputed(normed, partial(self.mlp_norm, x.detach()), self.recompute):
+            x = x + self._dropout(self.mlp(normed))
         if x.requires_grad:
-            # GPT-NeoX transposes the output of its last layer, and with it this gradient. Without
-            # this one copy, each product of each layer would copy the gradient again.
+            # An attention layer returns a gradient that is transposed in memory. Without this one
+            # copy, each matrix product of this layer would copy it again.
             x.register_hook(torch.Tensor.contiguous)
-        return x
+        y = x.transpose(0, 1)
+        return y if self.is_batch_first else y.contiguous()
 
     def _dropout(self, x: torch.Tensor) -> torch.Tensor:
         return F.dropout(x, self.hidden_dropout, self.training)

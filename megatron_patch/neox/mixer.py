@@ -141,18 +141,16 @@ class ParallelMetaLAMixer(nn.Module):
         """Mixes tokens.
 
         Args:
-            x: normed hidden states [s, b, h], identical on all tensor-parallel ranks.
+            x: normed hidden states [b, s, h], identical on all tensor-parallel ranks.
             past: the state that an earlier call returned for the tokens before these.
             use_cache: whether to return the state after the last token.
 
         Returns:
-            The output [s, b, h], identical on all ranks, and the state, or `None` without
+            The output [b, s, h], identical on all ranks, and the state, or `None` without
             `use_cache`.
         """
         conv_state, state = past if past is not None else (None, None)
-        # On a GPU the convolution reads strided input and writes a contiguous [b, s, h]. So neither
-        # the projection's output, which is three times as wide, nor its gradient is transposed.
-        x, conv_state = self.conv1d(x.transpose(0, 1), conv_state, use_cache)
+        x, conv_state = self.conv1d(x, conv_state, use_cache)
         projected, _ = self.in_proj(x)
         heads = projected.unflatten(-1, (self.num_heads, -1))
         q, gate_logits, v, out_gate = heads.split(
@@ -172,4 +170,4 @@ class ParallelMetaLAMixer(nn.Module):
             backend=self.options.backend,
         )
         output, _ = self.out_proj(out.flatten(-2))
-        return output.transpose(0, 1), (conv_state, state) if use_cache else None
+        return output, (conv_state, state) if use_cache else None

@@ -22,7 +22,9 @@ from typing import Any, Literal
 from megatron_patch.architecture import METALA, SettingsError
 from megatron_patch.neox import upstream_fixes
 from megatron_patch.neox.attention_mask import shrink_unread_attention_mask
+from megatron_patch.neox.fast_step import speed_up_steps
 from megatron_patch.neox.flops import flops_per_second
+from megatron_patch.neox.loss import fuse_loss
 from megatron_patch.neox.patching import (
     has_metala_layers,
     in_metala_runs,
@@ -70,6 +72,8 @@ def register() -> None:
     _recompute_layer()
     _count_flops()
     shrink_unread_attention_mask()
+    fuse_loss()
+    speed_up_steps()
     upstream_fixes.apply()
 
 

@@ -87,6 +87,10 @@ REGISTRY: dict[str, dict[str, Backend]] = {
         "triton": Backend("megatron_patch.ops.triton", "triton"),
         "torch": Backend("megatron_patch.ops.torch_ops"),
     },
+    "cross_entropy": {
+        "triton": Backend("megatron_patch.ops.triton", "triton"),
+        "neox": Backend(""),  # GPT-NeoX's own
+    },
     "token_decoder": {
         "cuda": Backend("megatron_patch.ops.decoding.decoder", "cuda-bindings"),
         "layers": Backend(""),  # the model's own

@@ -1,23 +1,27 @@
 #!/usr/bin/env python3
-"""Times training steps in GPT-NeoX, beside the same model with softmax attention.
+"""Times training steps in GPT-NeoX, beside models of the same size with softmax attention.
 
     python scripts/benchmarks/benchmark_training.py                                # one GPU
+    python scripts/benchmarks/benchmark_training.py --micro-batch 1 --length 32768 --models metala
     python scripts/benchmarks/benchmark_training.py --gpus 2                       # data parallel
     python scripts/benchmarks/benchmark_training.py --gpus 2 --tensor-parallel 2
 
 Prints, for each model: milliseconds of a step (mean, fastest and slowest interval), tokens per
-second of all GPUs, the largest allocation on the first GPU, and parameters. Then the ratios.
+second of all GPUs, the memory that PyTorch reserved on the first GPU, and parameters. Then MetaLA's
+speed and memory divided by each of the others'.
 
 It needs a linked GPT-NeoX checkout (`GPT_NEOX_PATH`, or the one of scripts/setup.sh). The stock
 `deepy.py train.py` trains on random tokens with the settings of `--config`, without accumulation.
-The numbers are those that GPT-NeoX prints after the first ten iterations. The baseline has
+The numbers are those that GPT-NeoX prints after the first ten iterations. `attention` has
 GPT-NeoX's attention of type `flash` where flash-attn is installed, else `global`, with rotary
-positions and MLPs of the same width.
+positions and MLPs of the same width. `llama` is no GPT-NeoX: llama_step.py trains a compiled LLaMA
+in a bare loop, on one GPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import socket
 import statistics
@@ -39,6 +43,7 @@ from megatron_patch.commands.command_line import (
     CommandError,
     Parser,
     existing_file,
+    one_of,
     run_script,
     whole,
 )
@@ -47,10 +52,11 @@ from megatron_patch.indexed_dataset import IndexedDatasetWriter
 from megatron_patch.neox.yaml_config import merge_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
+MODELS = ("metala", "attention", "llama")
 TOKENS = 32_000
 INTERVAL = 10  # GPT-NeoX prints the mean time of so many iterations; the first mean is left out
 TIME = re.compile(r"elapsed time per iteration \(ms\): (\S+) \|")
-MEMORY = re.compile(r"\| max allocated: (\S+) \|")
+MEMORY = re.compile(r"\| max reserved: (\S+)")
 PARAMETERS = re.compile(r"number of parameters on model parallel rank 0: (\d+)")
 
 
@@ -61,7 +67,7 @@ class Measurement:
     Attributes:
         milliseconds: an iteration's time, the mean of each interval after the first.
         tokens_per_second: all GPUs together.
-        gigabytes: the largest allocation on the first GPU.
+        gigabytes: memory that PyTorch reserved on the first GPU.
         parameters: those of the first rank.
     """
 
@@ -96,8 +102,11 @@ def training_settings(options: argparse.Namespace) -> dict[str, Any]:
     if missing := [name for name in needed if name not in given]:
         raise SettingsError(f"{options.config}: found no {missing[0]}, wanted a model's settings")
     micro = options.micro_batch or given["train_micro_batch_size_per_gpu"]
+    length = options.length or given["seq_length"]
     return {
         **given,
+        "seq_length": length,
+        "max_position_embeddings": length,
         "num_gpus": options.gpus,
         "global_num_gpus": options.gpus,  # GPT-NeoX counts all of the machine's, used or not
         "model_parallel_size": options.tensor_parallel,
@@ -133,8 +142,14 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def measure(checkout: Path, settings: dict[str, Any], folder: Path, name: str) -> Measurement:
-    """Trains, and reads what GPT-NeoX printed.
+def measure(
+    checkout: Path,
+    settings: dict[str, Any],
+    folder: Path,
+    name: str,
+    program: str | Path = "train.py",
+) -> Measurement:
+    """Trains, and reads what was printed.
 
     Raises:
         CommandError: the training failed; its last 40 lines were printed to stderr.
@@ -142,7 +157,7 @@ def measure(checkout: Path, settings: dict[str, Any], folder: Path, name: str) -
     config = folder / f"{name}.yml"
     config.write_text(yaml.safe_dump({**settings, "master_port": free_port()}))
     done = subprocess.run(
-        [sys.executable, "./deepy.py", "train.py", str(config)],
+        [sys.executable, "./deepy.py", str(program), str(config)],
         cwd=checkout,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -161,15 +176,42 @@ def measure(checkout: Path, settings: dict[str, Any], folder: Path, name: str) -
     )
 
 
-def main() -> None:
+def measure_llama(settings: dict[str, Any]) -> Measurement:
+    """Runs llama_step.py for the sizes of a model in GPT-NeoX."""
+    sizes = {
+        "layers": settings["num_layers"],
+        "width": settings["hidden_size"],
+        "heads": settings["num_attention_heads"],
+        "mlp": settings["intermediate_size"],
+        "vocabulary": TOKENS,
+        "length": settings["seq_length"],
+        "micro-batch": settings["train_micro_batch_size_per_gpu"],
+    }
+    flags = [str(part) for name, size in sizes.items() for part in (f"--{name}", size)]
+    script = Path(__file__).with_name("llama_step.py")
+    done = subprocess.run([sys.executable, script, *flags], capture_output=True, text=True)
+    if done.returncode:
+        raise CommandError(f"{script.name} failed: {done.stderr.strip().splitlines()[-1]}")
+    found = json.loads(done.stdout.splitlines()[-1])
+    tokens = sizes["micro-batch"] * sizes["length"]
+    times = found["milliseconds"]
+    return Measurement(
+        times, tokens / (statistics.mean(times) / 1e3), found["gigabytes"], found["parameters"]
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", type=existing_file, default=ROOT / "configs/metala_380m.yml")
     parser.add_argument("--gpus", type=whole(1), default=1, help="of this machine (default: 1)")
     parser.add_argument("--tensor-parallel", type=whole(1), default=1, help="ranks (default: 1)")
     parser.add_argument("--micro-batch", type=whole(1), help="sequences (default: as in --config)")
+    parser.add_argument("--length", type=whole(1), help="tokens (default: as in --config)")
     parser.add_argument("--steps", type=whole(2 * INTERVAL), default=40, help="default: 40")
-    parser.add_argument("--no-peer", action="store_true", help="MetaLA alone")
-    options = parser.parse_args()
+    parser.add_argument(
+        "--models", nargs="+", type=one_of(MODELS), help=f"of {', '.join(MODELS)} (default: all)"
+    )
+    options = parser.parse_args(argv)
     if options.gpus % options.tensor_parallel:
         parser.error(f"--gpus: found {options.gpus}, wanted a multiple of --tensor-parallel")
     if torch.cuda.is_available() and options.gpus > torch.cuda.device_count():
@@ -186,28 +228,37 @@ def main() -> None:
         f"{settings['seq_length']:,} tokens a step",
         flush=True,
     )
+    wanted = options.models or MODELS
     kind = "flash" if find_spec("flash_attn") else "global"
-    models = {"metala": settings}
-    if not options.no_peer:
-        models[f"attention, {kind}"] = with_attention(settings, kind)
+    models = {"metala": settings, f"attention, {kind}": with_attention(settings, kind)}
+    models = {name: model for name, model in models.items() if name.split(",")[0] in wanted}
     head = f"{'':<20}{'step':>12}{'intervals':>20}{'tokens/s':>12}{'memory':>11}"
     print(f"{head}{'parameters':>14}")
-    found = []
+    found = {}
     with tempfile.TemporaryDirectory() as work:
         data = write_data(Path(work))
-        for name, changes in models.items():
-            one = measure(checkout, {**changes, **data}, Path(work), name.split(",")[0])
-            found.append(one)
-            span = f"{min(one.milliseconds):.1f} to {max(one.milliseconds):.1f}"
-            print(
-                f"{name:<20}{statistics.mean(one.milliseconds):>9.1f} ms{span:>20}"
-                f"{one.tokens_per_second:>12,.0f}{one.gigabytes:>8.1f} GB{one.parameters:>14,}",
-                flush=True,
-            )
-    if len(found) == 2:
-        speed = found[0].tokens_per_second / found[1].tokens_per_second
-        memory = found[0].gigabytes / found[1].gigabytes if found[1].gigabytes else float("nan")
-        print(f"{'ratio':<52}{speed:>12.2f}{memory:>8.2f}")
+        for name, model in models.items():
+            one = measure(checkout, {**model, **data}, Path(work), name.split(",")[0])
+            found[name] = one
+            report(name, one)
+    if "llama" in wanted and options.gpus == 1 and torch.cuda.is_available():
+        found["llama, compiled"] = measure_llama(settings)
+        report("llama, compiled", found["llama, compiled"])
+    ours = found.pop("metala", None)
+    for name, other in found.items() if ours else ():
+        speed = ours.tokens_per_second / other.tokens_per_second
+        memory = ours.gigabytes / other.gigabytes if other.gigabytes else float("nan")
+        print(f"{f'metala / {name}':<52}{speed:>12.2f}{memory:>8.2f}")
+
+
+def report(name: str, one: Measurement) -> None:
+    """Prints a model's row."""
+    span = f"{min(one.milliseconds):.1f} to {max(one.milliseconds):.1f}"
+    print(
+        f"{name:<20}{statistics.mean(one.milliseconds):>9.1f} ms{span:>20}"
+        f"{one.tokens_per_second:>12,.0f}{one.gigabytes:>8.1f} GB{one.parameters:>14,}",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ def test_both_models_are_trained_and_compared(neox_checkout, run_script, tmp_pat
         assert fastest <= step <= slowest
         assert tokens == pytest.approx(2 * 64 / (step / 1e3), rel=0.05 / step + 1 / tokens)
         speeds.append(tokens)
-    ratio = float(re.search(r"ratio +([\d.]+)", process.stdout)[1])
+    ratio = float(re.search(r"metala / attention, global +([\d.]+)", process.stdout)[1])
     assert ratio == pytest.approx(speeds[0] / speeds[1], abs=0.01)
     # Another MLP width would change the number by three times the tolerance.
     parameters = [number(row[5]) for row in rows]

@@ -2,6 +2,7 @@
 
 from megatron_patch.ops.triton.chunk import meta_linear_attention
 from megatron_patch.ops.triton.convolution import short_convolution
+from megatron_patch.ops.triton.cross_entropy import cross_entropy
 from megatron_patch.ops.triton.swiglu import swiglu
 
-__all__ = ["meta_linear_attention", "short_convolution", "swiglu"]
+__all__ = ["cross_entropy", "meta_linear_attention", "short_convolution", "swiglu"]

@@ -1,0 +1,228 @@
+"""CUDA graphs of MetaLA layers: one launch for a layer's forward pass, one for its backward pass.
+
+A layer launches about forty kernels a step, and at 2,048 tokens a GPU runs them faster than Python
+can launch them. So after a few steps the layers of a rank are captured once, for the shape they
+train on, as `torch.cuda.make_graphed_callables` would, with three differences: a layer's output is
+the next one's input where it lies, gradients of parameters may be added where the optimizer keeps
+them, and whatever does not fit the captured order of passes runs without graphs.
+
+The memory of all graphs is one pool, in which a buffer is used again as soon as the captured order
+(all layers forward, then all backward) allows it. Replaying that order is right; another one would
+overwrite what is still needed. `LayerGraph.is_free` guards it: a layer whose forward pass has been
+replayed is computed without its graph until its backward pass has run, or until autograd has
+dropped it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+WARM_UP = 3  # training forward passes, in which kernels are compiled and libraries choose theirs
+
+# Where the gradient of a parameter is added, and what is called when that has happened.
+Accumulator = tuple[Tensor, Callable[[], None]]
+
+
+class LayerGraphs:
+    """The layers of one rank, in the order of their execution.
+
+    Args:
+        layers: their `compute` is what is captured: [T, B, d] to [T, B, d].
+        accumulators: by parameter; `None` where autograd is to get the gradients.
+        say: prints a line.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[nn.Module],
+        accumulators: dict[nn.Parameter, Accumulator] | None,
+        say: Callable[[str], None],
+    ):
+        self.layers, self.accumulators, self.say = list(layers), accumulators, say
+        self.graphs: list[LayerGraph] = []
+        self.passes = 0
+        self.is_on = True
+
+    def run(self, index: int, x: Tensor) -> Tensor | None:
+        """The output of a layer by its graph, or `None` where it has to be computed without."""
+        if not (self.is_on and torch.is_grad_enabled() and x.requires_grad):
+            return None
+        if index == 0 and any(graph.has_moved() for graph in self.graphs):
+            self.graphs = []
+        if not self.graphs:
+            if index > 0:
+                return None
+            self.passes += 1
+            if self.passes <= WARM_UP or not self._capture(x):
+                return None
+        graph = self.graphs[index]
+        if not graph.fits(x):
+            return None
+        return graph(x)
+
+    def _capture(self, x: Tensor) -> bool:
+        start = time.perf_counter()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # a graph's pool cannot use what PyTorch keeps for others
+        before = torch.cuda.memory_reserved()
+        try:
+            self.graphs = capture(self.layers, x, self.accumulators)
+        except RuntimeError as error:
+            self.graphs, self.is_on = [], False
+            self.say(f"CUDA graphs off: the capture failed ({str(error).splitlines()[0]})")
+            return False
+        torch.cuda.synchronize()
+        self.say(
+            f"CUDA graphs of {len(self.layers)} layers for {list(x.shape)}: "
+            f"{(torch.cuda.memory_reserved() - before) / 1e9:.1f} GB, captured in "
+            f"{time.perf_counter() - start:.1f} s"
+        )
+        return True
+
+
+class LayerGraph:
+    """One layer's two graphs and the tensors they read and write."""
+
+    def __init__(self, layer: nn.Module, x: Tensor, accumulators: dict | None):
+        self.layer, self.x = layer, x
+        self.parameters = [p for p in layer.parameters() if p.requires_grad]
+        self.aliases = [p.detach().requires_grad_() for p in self.parameters]
+        self.accumulators = accumulators and [accumulators[p] for p in self.parameters]
+        self.addresses = self._addresses()
+        self.pending: weakref.ref | None = None
+
+    def capture_forward(self, pool: Any, stream: torch.cuda.Stream) -> None:
+        with _in_place_of(self.layer, dict(zip(self.parameters, self.aliases, strict=True))):
+            self.forward, self.y = _capture(lambda: self.layer.compute(self.x), pool, stream)
+
+    def capture_backward(self, d_y: Tensor, pool: Any, stream: torch.cuda.Stream) -> None:
+        self.d_y = d_y
+
+        def work() -> list[Tensor]:
+            wanted = [self.x, *self.aliases]
+            d_x, *gradients = torch.autograd.grad(self.y, wanted, d_y)
+            if self.accumulators is None:
+                return [d_x, *gradients]
+            with torch.no_grad():
+                for (total, _), gradient in zip(self.accumulators, gradients, strict=True):
+                    total.add_(gradient.view_as(total))
+            return [d_x]
+
+        self.backward, (self.d_x, *self.gradients) = _capture(work, pool, stream)
+        self.y = self.y.detach()
+
+    def fits(self, x: Tensor) -> bool:
+        """Whether this call is the one that was captured, and the last one is over."""
+        return (
+            x.shape == self.x.shape
+            and x.dtype == self.x.dtype
+            and (self.pending is None or self.pending() is None)
+        )
+
+    def has_moved(self) -> bool:
+        """Whether a parameter, or the sum of its gradients, is no longer where it was."""
+        return self._addresses() != self.addresses
+
+    def _addresses(self) -> list[int]:
+        found = [p.data_ptr() for p in self.parameters]
+        return found + [total.data_ptr() for total, _ in self.accumulators or ()]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        given = () if self.accumulators is not None else self.parameters
+        return _Replay.apply(self, x, *given)
+
+
+class _Replay(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, graph: LayerGraph, x: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.graph, ctx.token = graph, _Token()
+        graph.pending = weakref.ref(ctx.token)
+        _place(x, graph.x)
+        graph.forward.replay()
+        return graph.y.detach()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
+        graph, ctx.token = ctx.graph, None
+        _place(d_y, graph.d_y)
+        graph.backward.replay()
+        for _, done in graph.accumulators or ():
+            done()
+        # Autograd copies the gradients of parameters, since this object holds them too.
+        return None, graph.d_x.detach(), *graph.gradients
+
+
+class _Token:
+    """Lives as long as a forward pass can still be followed by its backward pass."""
+
+    __slots__ = ("__weakref__",)
+
+
+@contextlib.contextmanager
+def _in_place_of(module: nn.Module, aliases: dict[nn.Parameter, Tensor]) -> Iterator[None]:
+    """Computes with other leaves of the same memory: what autograd does for the parameters, with
+    DeepSpeed's hooks on them, belongs to the stream of the training, which is not captured."""
+    owners = [
+        (owner._parameters, name, p)
+        for owner in module.modules()
+        for name, p in owner._parameters.items()
+        if p in aliases
+    ]
+    for parameters, name, p in owners:
+        parameters[name] = aliases[p]
+    try:
+        yield
+    finally:
+        for parameters, name, p in owners:
+            parameters[name] = p
+
+
+def _place(source: Tensor, target: Tensor) -> None:
+    if source.data_ptr() != target.data_ptr() or source.stride() != target.stride():
+        target.copy_(source)
+
+
+def _capture(
+    work: Callable[[], Any], pool: Any, stream: torch.cuda.Stream
+) -> tuple[torch.cuda.CUDAGraph, Any]:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
+        # Other threads, such as the one that pins batches, may go on calling CUDA.
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+        try:
+            result = work()
+        finally:
+            graph.capture_end()
+    return graph, result
+
+
+def capture(
+    layers: Sequence[nn.Module], x: Tensor, accumulators: dict[nn.Parameter, Accumulator] | None
+) -> list[LayerGraph]:
+    """Captures layers that run one after another on inputs like x, [T, B, d].
+
+    Raises:
+        RuntimeError: CUDA or PyTorch refuses to capture something that a layer does.
+    """
+    pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    graphs: list[LayerGraph] = []
+    for layer in layers:
+        follows = graphs and graphs[-1].layer.layer_number + 1 == layer.layer_number
+        static_x = graphs[-1].y.detach() if follows else torch.empty_like(x)
+        graphs.append(LayerGraph(layer, static_x.detach().requires_grad_(), accumulators))
+        graphs[-1].capture_forward(pool, stream)
+    for graph, after in zip(reversed(graphs), [None, *reversed(graphs)], strict=False):
+        follows = after is not None and graph.layer.layer_number + 1 == after.layer.layer_number
+        d_y = after.d_x if follows else torch.empty_like(graph.y)
+        graph.capture_backward(d_y.detach(), pool, stream)
+    torch.cuda.current_stream().wait_stream(stream)
+    return graphs

@@ -1,0 +1,254 @@
+"""Makes a training step as fast as its kernels: the host gets out of the way.
+
+- Layers are launched as CUDA graphs (`cuda_graphs.py`).
+- DeepSpeed's bfloat16 optimizer adds each gradient to its float32 sum at once and in one kernel,
+  computes the norm and clips with a handful of kernels, and leaves the gradients of a single rank
+  where they are.
+- GPT-NeoX no longer waits for the GPU between the parts of a step.
+"""
+
+from __future__ import annotations
+
+import functools
+from types import MethodType
+from typing import Any
+
+import torch
+
+from megatron_patch.architecture import MetaLAOptions
+from megatron_patch.neox.cuda_graphs import Accumulator, LayerGraphs
+from megatron_patch.neox.patching import in_metala_runs, replace
+from megatron_patch.neox.upstream_fixes.cpu_mode import runs_on_cpu
+
+# The parts of a step that GPT-NeoX times.
+STEP_TIMERS = ("forward", "backward", "backward-backward", "optimizer", "batch generator")
+
+
+def speed_up_steps() -> None:
+    """Hooks everything of this module into GPT-NeoX."""
+    from megatron.training import setup_model_and_optimizer
+
+    @in_metala_runs(setup_model_and_optimizer)
+    def set_up_fast(setup, neox_args, *args, **kwargs):
+        engine, optimizer, *others = setup(neox_args, *args, **kwargs)
+        if optimizer is not None:
+            prepare_engine(engine, neox_args)
+        return engine, optimizer, *others
+
+    _let_the_host_run_ahead()
+    _keep_the_batch_of_a_single_rank()
+
+
+def prepare_engine(engine: Any, neox_args: Any) -> None:
+    """Prepares a DeepSpeed engine that trains a model with MetaLA layers."""
+    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+
+    from megatron_patch.neox.layer import ParallelMetaLALayer
+
+    accumulators = None
+    if isinstance(engine.optimizer, BF16_Optimizer):
+        _add_gradients_at_once(engine)
+        _reduce_gradients_in_place(engine)
+        _fuse_norm_and_clipping()
+        accumulators = _accumulators(engine.optimizer)
+    if runs_on_cpu(neox_args):
+        return
+    if (reason := why_no_graphs(neox_args)) is not None:
+        say(f"CUDA graphs off: {reason}")
+        return
+    layers = [m for m in engine.module.modules() if isinstance(m, ParallelMetaLALayer)]
+    graphs = LayerGraphs(layers, accumulators, say)
+    for index, layer in enumerate(layers):
+        layer.graphs, layer.index = graphs, index
+
+
+def why_no_graphs(neox_args: Any) -> str | None:
+    """Returns why the layers of a run are not captured, or `None`."""
+    zero = neox_args.zero_optimization or {}
+    offloads = ("cpu_offload", "offload_optimizer", "offload_param")
+    reasons = {
+        "metala.cuda_graphs is never": (
+            MetaLAOptions.parse(neox_args.metala).cuda_graphs == "never"
+        ),
+        "model_parallel_size is above 1, and captured all-reduces have not been tested": (
+            neox_args.model_parallel_size > 1
+        ),
+        "pipe_parallel_size is above 1, and a stage has several micro-batches in flight": (
+            neox_args.pipe_parallel_size > 1
+        ),
+        "checkpoint_activations computes layers again in the backward pass": (
+            neox_args.checkpoint_activations
+        ),
+        "hidden_dropout is above 0, and random numbers in graphs have not been tested": (
+            neox_args.hidden_dropout > 0
+        ),
+        "zero_optimization.stage is 3, which gathers the weights for each layer": (
+            zero.get("stage") == 3
+        ),
+        "zero_optimization offloads to the CPU, which has not been tested": any(
+            zero.get(name) for name in offloads
+        ),
+        "log_gradient_noise_scale reads each micro-batch's gradients from the parameters": (
+            neox_args.log_gradient_noise_scale
+        ),
+        "torch runs on ROCm, where captures have not been tested": torch.version.hip is not None,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def say(line: str) -> None:
+    """Prints a line, on the first rank alone."""
+    if torch.distributed.get_rank() == 0:
+        print(f"MetaLA: {line}", flush=True)
+
+
+# ---- DeepSpeed's bfloat16 optimizer, which keeps float32 sums of gradients in flat tensors
+
+
+def _add_gradients_at_once(engine: Any) -> None:
+    """Lets each parameter's gradient be added to its float32 sum as soon as it exists.
+
+    DeepSpeed keeps all bfloat16 gradients until the end of the backward pass, then converts and
+    adds them one by one. It has a switch for this, `immediate_grad_update`, which GPT-NeoX's
+    settings do not reach.
+    """
+    optimizer = engine.optimizer
+    if not optimizer.immediate_grad_update:
+        optimizer.immediate_grad_update = True
+        engine._config.bfloat16_config.immediate_grad_update = True
+        optimizer.create_grad_acc_hooks()
+
+    @torch.no_grad()
+    def add_in_one_kernel(self, lp, group_idx, param_idx, clear_lp_grads):
+        if lp.grad is not None:
+            total = self.fp32_groups_gradients[group_idx][param_idx]
+            total.add_(lp.grad.view_as(total))
+            _note_gradient(self, lp, total, group_idx, param_idx)
+
+    optimizer._update_hp_grad = MethodType(add_in_one_kernel, optimizer)
+
+
+def _note_gradient(optimizer: Any, parameter: Any, total: Any, group: int, index: int) -> None:
+    """Does what DeepSpeed does when a gradient has been added to its sum."""
+    parameter._hp_grad = total
+    optimizer.fp32_groups_has_gradients[group][index] = True
+
+
+def _accumulators(optimizer: Any) -> dict[torch.nn.Parameter, Accumulator]:
+    """Returns each parameter's float32 sum of gradients, and what to call after an addition."""
+    return {
+        parameter: (
+            total,
+            functools.partial(_note_gradient, optimizer, parameter, total, group, index),
+        )
+        for group, parameters in enumerate(optimizer.bf16_groups)
+        for index, (parameter, total) in enumerate(
+            zip(parameters, optimizer.fp32_groups_gradients[group], strict=True)
+        )
+    }
+
+
+def _reduce_gradients_in_place(engine: Any) -> None:
+    """Reduces the flat sums without joining them first.
+
+    DeepSpeed concatenates all gradients, rounds them to the dtype of the communication and copies
+    them back, for a single rank too. There is nothing to reduce there.
+    """
+    reduce = engine.buffered_allreduce_fallback
+
+    @functools.wraps(reduce)
+    def reduce_each(grads=None, elements_per_buffer=0):
+        if torch.distributed.get_world_size(engine.seq_data_parallel_group) > 1:
+            reduce(grads, elements_per_buffer=0)  # so each flat tensor is a bucket of its own
+
+    engine.buffered_allreduce_fallback = reduce_each
+
+
+def _fuse_norm_and_clipping() -> None:
+    """Replaces a kernel or two for each parameter's norm, and another that scales it."""
+    from deepspeed.runtime import bf16_optimizer
+
+    get_norm = bf16_optimizer.get_global_norm_of_tensors
+    if hasattr(get_norm, "__wrapped__"):
+        return
+
+    @functools.wraps(get_norm)
+    def norm_of_all(input_tensors, norm_type=2, **kwargs):
+        tensors = [tensor.detach() for tensor in input_tensors]
+        if norm_type == 2 and tensors:
+            tensors = [torch.stack(torch._foreach_norm(tensors, 2, torch.float32)).norm()]
+        # DeepSpeed compares it several times. On the CPU that waits for the GPU once.
+        return get_norm(tensors, norm_type=norm_type, **kwargs).cpu()
+
+    def clip_all(input_tensors, max_norm=1.0, global_norm=None, mpu=None, eps=1e-6):
+        factor = float(max_norm / (global_norm + eps))
+        if factor < 1:
+            torch._foreach_mul_([tensor.detach() for tensor in input_tensors], factor)
+        return global_norm
+
+    bf16_optimizer.get_global_norm_of_tensors = norm_of_all
+    bf16_optimizer.clip_tensors_by_global_norm = clip_all
+
+
+# ---- GPT-NeoX's waits for the GPU, during which the host launches nothing
+
+
+class _Untimed:
+    """Stands in for a timer of GPT-NeoX and does nothing."""
+
+    def start(self) -> None: ...
+
+    def stop(self) -> None: ...
+
+    def reset(self) -> None: ...
+
+
+def _let_the_host_run_ahead() -> None:
+    """Times the parts of a step only where `wall_clock_breakdown` asks for it.
+
+    GPT-NeoX waits for the GPU at each start and stop of its timers, ten times a step, and the GPU
+    then waits for the next launch.
+    """
+    from megatron.training import train
+    from megatron.utils import Timers
+
+    log, write = Timers.log, Timers.write
+
+    @in_metala_runs(train)
+    def train_ahead(train, neox_args, timers, *args, **kwargs):
+        if not (neox_args.wall_clock_breakdown or runs_on_cpu(neox_args)):
+            timers.timers.update({name: _Untimed() for name in STEP_TIMERS})
+            say("the parts of a step are not timed, which would make the GPU wait; "
+                "wall_clock_breakdown: true times them")  # fmt: skip
+        return train(neox_args, timers, *args, **kwargs)
+
+    def timed(timers, names) -> list[str]:
+        return [name for name in names if not isinstance(timers.timers[name], _Untimed)]
+
+    def log_timed(self, names, normalizer=1.0, reset=True):
+        if names := timed(self, names):
+            log(self, names, normalizer, reset)
+
+    def write_timed(self, names, iteration, normalizer=1.0, reset=False):
+        write(self, timed(self, names), iteration, normalizer, reset)
+
+    Timers.log, Timers.write = log_timed, write_timed
+
+
+def _keep_the_batch_of_a_single_rank() -> None:
+    """Copies a batch to the GPU without waiting where no tensor-parallel rank needs it.
+
+    GPT-NeoX broadcasts a batch and its sizes to a group of one rank too, and waits for the sizes.
+    """
+    from megatron import mpu
+
+    broadcast = mpu.broadcast_data
+
+    @functools.wraps(broadcast)
+    def copy_or_broadcast(keys, data, datatype):
+        alone = mpu.get_model_parallel_world_size() == 1 and torch.cuda.is_available()
+        if not alone or any(data[key].dtype != datatype for key in keys):
+            return broadcast(keys, data, datatype)
+        return {key: data[key].cuda(non_blocking=True) for key in keys}
+
+    replace(broadcast, copy_or_broadcast)

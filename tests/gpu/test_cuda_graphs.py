@@ -1,0 +1,172 @@
+"""CUDA graphs of layers give the bits of the layers without them, whatever happens between."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from megatron_patch.neox.cuda_graphs import WARM_UP, LayerGraphs
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+SHAPE, LAYERS = (64, 4, 128), 3
+
+
+class Layer(nn.Module):
+    """What LayerGraphs asks of a layer: `compute` and its place."""
+
+    def __init__(self, number: int):
+        super().__init__()
+        self.layer_number = number
+        self.up = nn.Linear(SHAPE[-1], 256, bias=False)
+        self.down = nn.Linear(256, SHAPE[-1])
+        self.graphs: LayerGraphs | None = None
+
+    def compute(self, x):
+        return x + self.down(F.silu(self.up(F.rms_norm(x, SHAPE[-1:]))))
+
+
+class Model:
+    """Three layers, the last two numbers apart, as where an attention layer lies between."""
+
+    def __init__(self, with_graphs: bool, with_totals: bool = False):
+        torch.manual_seed(0)
+        self.layers = [Layer(number).cuda().bfloat16() for number in (0, 1, 3)]
+        self.parameters = [p for layer in self.layers for p in layer.parameters()]
+        self.totals, self.told, self.lines = None, [], []
+        if with_totals:
+            self.totals = {
+                p: (torch.zeros(p.numel(), device="cuda"), lambda p=p: self.told.append(p))
+                for p in self.parameters
+            }
+        self.graphs = LayerGraphs(self.layers, self.totals, self.lines.append)
+        self.graphs.is_on = with_graphs
+        self.by_graph = 0
+
+    def __call__(self, x):
+        for index, layer in enumerate(self.layers):
+            y = self.graphs.run(index, x)
+            self.by_graph += y is not None
+            x = layer.compute(x) if y is None else y
+        return x
+
+    def gradients(self):
+        return [p.grad.clone() for p in self.parameters]
+
+
+def batch(seed: int, shape=SHAPE):
+    generator = torch.Generator("cuda").manual_seed(seed)
+    x = torch.randn(shape, generator=generator, device="cuda").bfloat16().requires_grad_()
+    return x, torch.randn(shape, generator=generator, device="cuda").bfloat16()
+
+
+def step(model, seed, shape=SHAPE):
+    x, d_y = batch(seed, shape)
+    y = model(x)
+    y.backward(d_y)
+    return [y.detach().clone(), x.grad.clone()]
+
+
+def both(**options):
+    return Model(True, **options), Model(False)
+
+
+def assert_equal(found, wanted):
+    assert all(map(torch.equal, found, wanted))
+
+
+def test_bits_over_accumulation_and_updates():
+    graphs, plain = both()
+    for seed in range(WARM_UP + 6):
+        assert_equal(step(graphs, seed), step(plain, seed))
+        assert_equal(graphs.gradients(), plain.gradients())  # sums over micro-batches
+        if seed % 2:
+            with torch.no_grad():
+                for model in (graphs, plain):
+                    for p in model.parameters:
+                        p -= 0.01 * p.grad
+                        p.grad = None
+    assert graphs.by_graph == 6 * LAYERS
+    assert len(graphs.lines) == 1 and "CUDA graphs of 3 layers" in graphs.lines[0]
+
+
+def test_gradients_are_added_where_the_optimizer_keeps_them():
+    graphs, plain = both(with_totals=True)
+    for seed in range(WARM_UP):
+        step(graphs, seed)
+    for p in graphs.parameters:
+        p.grad = None
+    wanted = [torch.zeros(p.numel(), device="cuda") for p in plain.parameters]
+    for seed in range(3):
+        assert_equal(step(graphs, seed), step(plain, seed))
+        for total, p in zip(wanted, plain.parameters, strict=True):
+            total += p.grad.flatten()
+            p.grad = None
+    assert_equal([total for total, _ in graphs.totals.values()], wanted)
+    assert all(p.grad is None for p in graphs.parameters)
+    assert len(graphs.told) == 3 * len(graphs.parameters)
+
+
+def test_two_forward_passes_before_a_backward_pass():
+    """As in a pipeline: the second runs without graphs, and both gradients are right."""
+    graphs, plain = both()
+    for seed in range(WARM_UP + 1):
+        step(graphs, seed), step(plain, seed)
+    found = []
+    for model in (graphs, plain):
+        before = model.by_graph
+        (x1, d1), (x2, d2) = batch(8), batch(9)
+        y1, y2 = model(x1), model(x2)
+        kept = [y1.detach().clone(), y2.detach().clone()]
+        y1.backward(d1)
+        y2.backward(d2)
+        found.append([*kept, x1.grad, x2.grad, *model.gradients()])
+        assert model.by_graph - before == (LAYERS if model is graphs else 0)
+    assert_equal(*found)
+
+
+def test_what_does_not_fit_runs_without():
+    graphs, plain = both()
+    for seed in range(WARM_UP + 1):
+        step(graphs, seed), step(plain, seed)
+    before = graphs.by_graph
+    shape = (32, 2, SHAPE[-1])
+    assert_equal(step(graphs, 5, shape), step(plain, 5, shape))
+    with torch.no_grad():  # validation
+        assert_equal([graphs(batch(6)[0])], [plain(batch(6)[0])])
+    assert graphs.by_graph == before
+    graphs(batch(7)[0])  # whose backward pass never comes
+    assert_equal(step(graphs, 8), step(plain, 8))
+    assert graphs.by_graph == before + 2 * LAYERS
+
+
+def test_parameters_that_move_are_captured_again():
+    graphs, plain = both()
+    for seed in range(WARM_UP + 1):
+        step(graphs, seed), step(plain, seed)
+    for p in graphs.parameters:
+        p.data = p.data.clone()
+    before = graphs.by_graph
+    for seed in (5, 6):
+        assert_equal(step(graphs, seed), step(plain, seed))
+    assert graphs.by_graph == before + 2 * LAYERS and len(graphs.lines) == 2
+
+
+def test_a_capture_that_fails_is_told_and_trains_on():
+    graphs, plain = both()
+    compute = graphs.layers[1].compute
+
+    def waits_for_the_gpu(x):
+        if torch.cuda.is_current_stream_capturing():
+            x.sum().item()
+        return compute(x)
+
+    graphs.layers[1].compute = waits_for_the_gpu
+    for seed in range(WARM_UP + 2):
+        assert_equal(step(graphs, seed), step(plain, seed))
+    assert graphs.by_graph == 0
+    assert len(graphs.lines) == 1 and graphs.lines[0].startswith("CUDA graphs off: the capture")
