@@ -109,16 +109,20 @@ def _redirect_cuda() -> None:
 
 
 class _FusedAdamW(torch.optim.AdamW):
-    """PyTorch's AdamW in one pass over a tensor."""
+    """Makes PyTorch's AdamW that updates a tensor in one pass. The optimizer is no subclass, which
+    DeepSpeed's ZeRO would refuse."""
 
-    def __init__(self, params, **options):
-        super().__init__(params, fused=True, **options)
+    def __new__(cls, params, **options):
+        return torch.optim.AdamW(params, fused=True, **options)
 
 
 def _avoid_compiled_ops() -> None:
-    """Puts PyTorch's fused AdamW in place of DeepSpeed's compiled Adams: GPT-NeoX builds the CPU one
-    for `cpu_torch_adam`, and the CUDA one for `adam`. Also stops DeepSpeed from compiling its
-    shared-memory all-reduce, which takes a minute at the first start and serves inference alone."""
+    """Puts PyTorch's fused AdamW in place of DeepSpeed's compiled Adams.
+
+    GPT-NeoX builds the CPU one for `cpu_torch_adam`, and the CUDA one for `adam`. Also stops
+    DeepSpeed from compiling its shared-memory all-reduce, which takes a minute at the first start
+    and serves inference alone.
+    """
     import deepspeed.ops.adam
 
     deepspeed.ops.adam.DeepSpeedCPUAdam = _FusedAdamW
