@@ -1,9 +1,9 @@
 """Makes a training step as fast as its kernels: the host gets out of the way.
 
 - Layers are launched as CUDA graphs (`cuda_graphs.py`).
-- DeepSpeed's bfloat16 optimizer adds each gradient to its float32 sum at once and in one kernel,
-  computes the norm and clips with a handful of kernels, and leaves the gradients of a single rank
-  where they are.
+- DeepSpeed leaves the gradients of a single data-parallel rank where they are. Its bfloat16
+  optimizer adds each gradient to its float32 sum at once and in one kernel, computes the norm and
+  clips with a handful of kernels.
 - GPT-NeoX no longer waits for the GPU between the parts of a step.
 """
 
@@ -45,10 +45,10 @@ def prepare_engine(engine: Any, neox_args: Any) -> None:
 
     from megatron_patch.neox.layer import ParallelMetaLALayer
 
+    _reduce_gradients_in_place(engine)
     accumulators = None
     if isinstance(engine.optimizer, BF16_Optimizer):
         _add_gradients_at_once(engine)
-        _reduce_gradients_in_place(engine)
         _fuse_norm_and_clipping()
         accumulators = _accumulators(engine.optimizer)
     if runs_on_cpu(neox_args):
@@ -149,17 +149,21 @@ def _accumulators(optimizer: Any) -> dict[torch.nn.Parameter, Accumulator]:
 
 
 def _reduce_gradients_in_place(engine: Any) -> None:
-    """Reduces the flat sums without joining them first.
+    """Reduces gradients over data-parallel ranks without joining them first, where that can be.
 
     DeepSpeed concatenates all gradients, rounds them to the dtype of the communication and copies
-    them back, for a single rank too. There is nothing to reduce there.
+    them back, for a single rank too, which has nothing to reduce. The bfloat16 optimizer's
+    gradients lie in a few flat tensors, each a bucket of its own.
     """
+    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+
     reduce = engine.buffered_allreduce_fallback
+    is_flat = isinstance(engine.optimizer, BF16_Optimizer)
 
     @functools.wraps(reduce)
-    def reduce_each(grads=None, elements_per_buffer=0):
+    def reduce_each(grads=None, elements_per_buffer=500_000_000):
         if torch.distributed.get_world_size(engine.seq_data_parallel_group) > 1:
-            reduce(grads, elements_per_buffer=0)  # so each flat tensor is a bucket of its own
+            reduce(grads, 0 if is_flat else elements_per_buffer)
 
     engine.buffered_allreduce_fallback = reduce_each
 

@@ -1,36 +1,39 @@
-"""GPT-NeoX's loss in one pass over the logits, where there is a kernel for it."""
+"""GPT-NeoX's loss in fewer passes over the logits."""
 
 from __future__ import annotations
 
 import functools
 
 import torch
+import torch.nn.functional as F
 
 from megatron_patch.neox.patching import replace
 from megatron_patch.ops.backends import choose, function_of
 
 
 def fuse_loss() -> None:
-    """Replaces GPT-NeoX's cross entropy on a GPU whose kernels were checked.
+    """Replaces GPT-NeoX's cross entropy, which passes over float32 logits thirteen times.
 
-    GPT-NeoX copies the logits to float32 and passes over them thirteen times. The kernels read
-    16-bit logits once, compute in float32, and overwrite the logits with their gradient.
+    On a GPU whose kernels were checked, they read 16-bit logits once, compute in float32, and
+    overwrite the logits with their gradient. Elsewhere PyTorch's cross entropy serves a vocabulary
+    that is not split over tensor-parallel ranks.
     """
     from megatron import mpu
     from megatron.model.gpt2_model import cross_entropy
 
     @functools.wraps(cross_entropy)
-    def cross_entropy_in_one_pass(output, labels, _fp16=False):
-        backend = choose("cross_entropy", "auto", output.dtype, output.device)
-        if _fp16 or backend != "triton":
-            return cross_entropy(output, labels, _fp16=_fp16)
-        target, mask = labels[0], labels[1].view(-1)
+    def cross_entropy_in_few_passes(output, labels, _fp16=False):
         is_split = mpu.get_model_parallel_world_size() > 1
-        losses = function_of("cross_entropy", "triton")(
-            output.reshape(-1, output.shape[-1]),
-            target.reshape(-1),
-            mpu.get_model_parallel_group() if is_split else None,
-        )
+        has_kernel = choose("cross_entropy", "auto", output.dtype, output.device) == "triton"
+        if _fp16 or (is_split and not has_kernel):
+            return cross_entropy(output, labels, _fp16=_fp16)
+        logits = output.reshape(-1, output.shape[-1])
+        target, mask = labels[0].reshape(-1), labels[1].view(-1)
+        if has_kernel:
+            group = mpu.get_model_parallel_group() if is_split else None
+            losses = function_of("cross_entropy", "triton")(logits, target, group)
+        else:
+            losses = F.cross_entropy(logits.float(), target, reduction="none")
         return torch.sum(losses * mask) / mask.sum()
 
-    replace(cross_entropy, cross_entropy_in_one_pass)
+    replace(cross_entropy, cross_entropy_in_few_passes)

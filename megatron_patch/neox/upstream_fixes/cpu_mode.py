@@ -108,13 +108,24 @@ def _redirect_cuda() -> None:
     torch.nn.Module.cuda = lambda self, device=None: self
 
 
+class _FusedAdamW(torch.optim.AdamW):
+    """Makes PyTorch's AdamW that updates a tensor in one pass. The optimizer is no subclass, which
+    DeepSpeed's ZeRO would refuse."""
+
+    def __new__(cls, params, **options):
+        return torch.optim.AdamW(params, fused=True, **options)
+
+
 def _avoid_compiled_ops() -> None:
-    """Puts PyTorch's AdamW in place of DeepSpeed's compiled Adams: GPT-NeoX builds the CPU one for
-    `cpu_torch_adam`, and the CUDA one for `adam`. Also stops DeepSpeed from compiling its
-    shared-memory all-reduce, which takes a minute at the first start and serves inference alone."""
+    """Puts PyTorch's fused AdamW in place of DeepSpeed's compiled Adams.
+
+    GPT-NeoX builds the CPU one for `cpu_torch_adam`, and the CUDA one for `adam`. Also stops
+    DeepSpeed from compiling its shared-memory all-reduce, which takes a minute at the first start
+    and serves inference alone.
+    """
     import deepspeed.ops.adam
 
-    deepspeed.ops.adam.DeepSpeedCPUAdam = torch.optim.AdamW
-    deepspeed.ops.adam.FusedAdam = torch.optim.AdamW
+    deepspeed.ops.adam.DeepSpeedCPUAdam = _FusedAdamW
+    deepspeed.ops.adam.FusedAdam = _FusedAdamW
     # By its full name: the attribute `torch` of `deepspeed.comm` is PyTorch.
     import_module("deepspeed.comm.torch").build_shm_op = lambda: None
