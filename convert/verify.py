@@ -68,11 +68,7 @@ class Comparison:
 
 
 def verify(
-    neox: Path,
-    source: NeoXCheckpoint,
-    folder: Path,
-    tokens: int,
-    rounded_to: torch.dtype | None,
+    neox: Path, source: NeoXCheckpoint, folder: Path, tokens: int, rounded_to: torch.dtype | None
 ) -> Comparison:
     """Compares a folder with the checkpoint that it was exported from.
 

@@ -33,12 +33,7 @@ from megatron_patch.commands.command_line import (
 from megatron_patch.commands.documents import MAX_BYTES, Document, iterate_documents, with_a_first
 from megatron_patch.commands.special_tokens import any_of, read_as_text, special_contents
 from megatron_patch.commands.text_pieces import MAX_STRETCH, PIECE, pieces, safe_cut
-from megatron_patch.indexed_dataset import (
-    IndexedDatasetWriter,
-    bin_path,
-    idx_path,
-    index_map_paths,
-)
+from megatron_patch.indexed_dataset import IndexedDatasetWriter, bin_path, idx_path, index_map_paths
 
 END_OF_TEXT = "<|endoftext|>"
 BATCH, AHEAD = 256, 4  # texts in a message to a worker, messages that wait for each worker

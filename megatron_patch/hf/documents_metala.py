@@ -66,11 +66,7 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
 
 
 def read_mask(
-    mask: torch.Tensor | None,
-    batch: int,
-    time: int,
-    past: int,
-    past_padding: torch.Tensor | None,
+    mask: torch.Tensor | None, batch: int, time: int, past: int, past_padding: torch.Tensor | None
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Reads padding and document numbers from an attention mask.
 

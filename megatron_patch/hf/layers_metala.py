@@ -204,11 +204,7 @@ class MetaLATokenMixer(nn.Module):
         """
         inputs, padded = x, lengths is not None
         x, new_conv_state = self.conv1d(
-            x,
-            conv_state,
-            output_state and not padded,
-            cu_seqlens,
-            overwrite_state and not padded,
+            x, conv_state, output_state and not padded, cu_seqlens, overwrite_state and not padded
         )
         if output_state and padded:
             new_conv_state = convolution_state_at(inputs, conv_state, lengths, self.kernel_size)

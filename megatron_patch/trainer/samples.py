@@ -205,11 +205,7 @@ def _open(key: str, path: str) -> IndexedDataset:
 
 
 def _samples(
-    key: str,
-    settings: TrainerSettings,
-    dataset: IndexedDataset,
-    documents: np.ndarray,
-    number: int,
+    key: str, settings: TrainerSettings, dataset: IndexedDataset, documents: np.ndarray, number: int
 ) -> PackedSamples:
     try:
         return PackedSamples(dataset, documents, settings.seq_length, number, settings.seed)

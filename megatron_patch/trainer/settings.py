@@ -289,11 +289,7 @@ def _as_neox(settings: TrainerSettings) -> SimpleNamespace:
     """Returns the settings that `check_settings` reads. A setting that is refused here has its
     default."""
     return SimpleNamespace(
-        **{
-            **GPT_NEOX_DEFAULTS,
-            **settings.model_dump(),
-            "pipe_partition_method": "type:metala",
-        }
+        **{**GPT_NEOX_DEFAULTS, **settings.model_dump(), "pipe_partition_method": "type:metala"}
     )
 
 
