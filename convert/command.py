@@ -63,10 +63,7 @@ def command_parser(
 
 def find_neox() -> Path | None:
     """Returns the checkout that `GPT_NEOX_PATH` names, else the one in third_party, else `None`.
-
-    Raises:
-        ConvertError: `GPT_NEOX_PATH` names a folder that is no GPT-NeoX checkout.
-    """
+    Raises a ConvertError if `GPT_NEOX_PATH` names a folder that is no GPT-NeoX checkout."""
     given = os.environ.get("GPT_NEOX_PATH")
     path = Path(given).resolve() if given else ROOT / "third_party" / "gpt-neox"
     if (path / "megatron" / "__init__.py").is_file():
@@ -77,11 +74,8 @@ def find_neox() -> Path | None:
 
 
 def need_neox() -> Path:
-    """Returns the GPT-NeoX checkout, as `find_neox` does.
-
-    Raises:
-        ConvertError: there is none.
-    """
+    """Returns the GPT-NeoX checkout, as `find_neox` does. Raises a ConvertError if there is
+    none."""
     path = find_neox()
     if path is None:
         raise ConvertError(

@@ -78,12 +78,8 @@ def check_record(folder: Path, names: Iterable[str] | None = None) -> int:
 
 
 def check_model_export(folder: Path) -> None:
-    """Checks that a folder holds an exported Hugging Face model and nothing else, so that it may
-    be removed.
-
-    Raises:
-        ConvertError: it holds something else.
-    """
+    """Checks that a folder holds an exported Hugging Face model and nothing else, so that it may be
+    removed. Raises a ConvertError if it holds something else."""
     _check_export(folder, "config.json", _is_earlier_model)
 
 

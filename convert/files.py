@@ -76,11 +76,9 @@ def write_json(path: Path, value: object) -> None:
 def load_torch_file(path: Path, inside: Path | None = None) -> Mapping[str, Any]:
     """Returns the mapping that `torch.save` wrote to `path`.
 
-    Tensors are memory-mapped and not yet compared with their CRC-32; see `check_bytes`.
-
-    Raises:
-        ConvertError: the file fails `check_regular`, is damaged, or holds more than tensors and
-            plain data.
+    Tensors are memory-mapped and not yet compared with their CRC-32; see `check_bytes`. Raises a
+    ConvertError if the file fails `check_regular`, is damaged, or holds more than tensors and plain
+    data.
     """
     check_regular(path, inside)
     _check_records(path)
@@ -95,11 +93,8 @@ def load_torch_file(path: Path, inside: Path | None = None) -> Mapping[str, Any]
 
 def plain_tensors(tensors: Mapping[Any, Any], path: Path) -> dict[str, torch.Tensor]:
     """Returns the tensors, detached, after checking that each is dense and floating-point and that
-    the file holds all its bytes (a strided view may claim more than any memory holds).
-
-    Raises:
-        ConvertError: names the first tensor that is not.
-    """
+    the file holds all its bytes (a strided view may claim more than any memory holds). Raises a
+    ConvertError that names the first tensor that is not."""
     for name, tensor in tensors.items():
         if not isinstance(tensor, torch.Tensor) or not isinstance(name, str):
             raise ConvertError(f"{path}: {name} is a {type(tensor).__name__}, no tensor")
@@ -163,11 +158,8 @@ def _check_records(path: Path) -> None:
 
 def saved_name(path: Path, inside: Path | None = None) -> str | None:
     """Returns the file name that `torch.save` was given, which a later renaming does not change;
-    `None` if the file does not store one.
-
-    Raises:
-        ConvertError: the file fails `check_regular`.
-    """
+    `None` if the file does not store one. Raises a ConvertError if the file fails
+    `check_regular`."""
     check_regular(path, inside)
     try:
         with zipfile.ZipFile(path) as file:

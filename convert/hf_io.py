@@ -214,11 +214,8 @@ HASHED_BYTES = 2**20
 
 
 def parse_size(text: str) -> int:
-    """Returns the bytes of a size such as `5GB`, `500MB` or `2GiB`.
-
-    Raises:
-        ValueError: the text is no size, or none that a file can have.
-    """
+    """Returns the bytes of a size such as `5GB`, `500MB` or `2GiB`. Raises a ValueError if the text
+    is no size, or none that a file can have."""
     found = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]+)?)\s*([KMG]I?)?B?", text.strip().upper())
     size = int(float(found[1]) * UNITS[found[2] or ""]) if found else 0
     if size < 1:
@@ -341,11 +338,7 @@ class SafetensorsWriter:
         return not self._waiting
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Appends the next tensor.
-
-        Raises:
-            ValueError: it is not the one that was announced.
-        """
+        """Appends the next tensor. Raises a ValueError if it is not the one that was announced."""
         next_name, announced = self._waiting.pop()
         found, wanted = (tensor.dtype, tensor.shape), (announced.dtype, announced.shape)
         if name != next_name or found != wanted:
@@ -353,11 +346,8 @@ class SafetensorsWriter:
         self._append(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
 
     def _append(self, data: memoryview) -> None:
-        """Appends bytes.
-
-        Raises:
-            OSError: the disk is full, or an earlier flush failed; names the file.
-        """
+        """Appends bytes. Raises an OSError if the disk is full, or an earlier flush failed; names
+        the file."""
         while data.nbytes:
             try:
                 written = self._file.write(data)
@@ -385,12 +375,9 @@ class SafetensorsWriter:
                 self._hashed += len(piece)
 
     def close(self) -> str:
-        """Closes the file once it is on the disk, and returns its SHA-256.
-
-        Raises:
-            ValueError: an announced tensor was not written.
-            OSError: the file could not be written to the disk.
-        """
+        """Closes the file once it is on the disk, and returns its SHA-256. Raises a ValueError if
+        an announced tensor was not written, and an OSError if the file could not be written to the
+        disk."""
         try:
             if self._waiting:
                 raise ValueError(f"{self._waiting[-1][0]} was announced and not written")

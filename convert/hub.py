@@ -131,11 +131,8 @@ WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]
 
 
 def check_push(repository: str) -> None:
-    """Checks the name and the login, without the network, before any work is done.
-
-    Raises:
-        ConvertError: the name is malformed, or nobody is logged in.
-    """
+    """Checks the name and the login, without the network, before any work is done. Raises a
+    ConvertError if the name is malformed, or nobody is logged in."""
     from huggingface_hub import get_token
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 

@@ -55,11 +55,8 @@ def layer_and_rank(name: str) -> tuple[int, ...] | None:
 
 
 def find_step(checkpoint: Path, iteration: int | None) -> Path:
-    """Returns the `global_stepN` folder of an iteration, by default of the one in `latest`.
-
-    Raises:
-        ConvertError: there is none; the line lists those present.
-    """
+    """Returns the `global_stepN` folder of an iteration, by default of the one in `latest`. Raises
+    a ConvertError if there is none; the line lists those present."""
     with refusing(checkpoint):
         if not checkpoint.is_dir():
             raise ConvertError(f"{checkpoint} is no checkpoint: no such folder")
@@ -85,11 +82,8 @@ def find_step(checkpoint: Path, iteration: int | None) -> Path:
 
 def read_settings(step: Path, config: Sequence[Path] | None) -> dict[str, Any]:
     """Returns the run's merged settings, from the files `config` or else the checkpoint's own.
-
-    Raises:
-        ConvertError: the checkpoint has none.
-        SettingsError: a file cannot be read, or a key is given twice.
-    """
+    Raises a ConvertError if the checkpoint has none, and a SettingsError if a file cannot be read,
+    or a key is given twice."""
     if config:
         return merge_yaml(config)
     texts = config_texts(step)
@@ -216,11 +210,7 @@ class NeoXCheckpoint:
 
     def shards(self, rule: TensorRule) -> list[torch.Tensor]:
         """Returns a tensor's shards in rank order, memory-mapped, after comparing each with its
-        CRC-32.
-
-        Raises:
-            ConvertError: a file is damaged.
-        """
+        CRC-32. Raises a ConvertError if a file is damaged."""
         if self._zero3:
             return [self._zero3.read(f"sequential.{rule.layer}.{rule.name}")]
         if rule.layer not in self._layers or self._bytes_read > MAPPED_BYTES:

@@ -124,11 +124,8 @@ def neox_to_hf(
 
 
 def vocabulary_to_write(source: NeoXCheckpoint, tokenizer: RunTokenizer, keep_padding: bool) -> int:
-    """Returns the rows of the vocabulary to export: the tokenizer's tokens, or all.
-
-    Raises:
-        ConvertError: the tokenizer does not fit the checkpoint.
-    """
+    """Returns the rows of the vocabulary to export: the tokenizer's tokens, or all. Raises a
+    ConvertError if the tokenizer does not fit the checkpoint."""
     rows = source.shape.padded_vocab_size
     args = with_defaults(source.settings)
     padded = padded_vocabulary(

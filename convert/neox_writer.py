@@ -100,10 +100,7 @@ def _write_layers(
 
 def _copy(shard: torch.Tensor, rule: TensorRule) -> torch.Tensor:
     """Returns a copy, since `torch.save` would write the whole tensor that a view belongs to.
-
-    Raises:
-        ConvertError: a number is not finite.
-    """
+    Raises a ConvertError if a number is not finite."""
     check_finite(shard, f"layer {rule.layer}: {rule.name}")
     return shard.clone(memory_format=torch.contiguous_format)
 

@@ -57,10 +57,7 @@ def find_tokenizer(given: Path | None, args: SimpleNamespace) -> Path:
     """Returns the tokenizer.json or the folder that is given, else the one in the settings.
 
     A relative `vocab_file` is looked up in the current folder and in the GPT-NeoX checkout, one of
-    which the training was started in.
-
-    Raises:
-        ConvertError: there is none.
+    which the training was started in. Raises a ConvertError if there is none.
     """
     if given is not None:
         if not _exists(given):
@@ -88,11 +85,8 @@ def _exists(path: Path) -> bool:
 
 
 def read_tokenizer(source: Path) -> RunTokenizer:
-    """Returns the tokenizer of a tokenizer.json, or of a folder that transformers can load.
-
-    Raises:
-        ConvertError: it cannot be read.
-    """
+    """Returns the tokenizer of a tokenizer.json, or of a folder that transformers can load. Raises
+    a ConvertError if it cannot be read."""
     return _from_folder(source) if source.is_dir() else _from_file(source)
 
 
@@ -130,12 +124,8 @@ def _from_file(path: Path) -> RunTokenizer:
 
 def load_tokenizer(folder: Path) -> Any:
     """Returns the transformers tokenizer of a folder, without running code of the folder and
-    without reading files outside of it.
-
-    Raises:
-        ConvertError: there is none, it needs code of its own, or an entry of the folder is no
-            regular file or a link out of it.
-    """
+    without reading files outside of it. Raises a ConvertError if there is none, it needs code of
+    its own, or an entry of the folder is no regular file or a link out of it."""
     from transformers import AutoTokenizer
 
     with refusing(folder):

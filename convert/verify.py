@@ -317,11 +317,8 @@ def build_model(settings: dict, ranks: int, padded_vocab_size: int, length: int)
 
 
 def load(model: torch.nn.Module, layers: dict[int, dict]) -> None:
-    """Loads the tensors of each layer strictly.
-
-    Raises:
-        RuntimeError: a tensor is missing, unexpected or of another shape.
-    """
+    """Loads the tensors of each layer strictly. Raises a RuntimeError if a tensor is missing,
+    unexpected or of another shape."""
     for index, module in enumerate(model.forward_funcs):
         state = layers.pop(index, {})
         if isinstance(module, torch.nn.Module):

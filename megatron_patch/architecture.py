@@ -177,11 +177,8 @@ class MetaLAOptions:
 
     @classmethod
     def parse(cls, mapping: Any) -> MetaLAOptions:
-        """Returns the options in the mapping under `metala:`; `None` gives the defaults.
-
-        Raises:
-            SettingsError: names the key, what was found and what was wanted.
-        """
+        """Returns the options in the mapping under `metala:`; `None` gives the defaults. Raises a
+        SettingsError that names the key, what was found and what was wanted."""
         names = [item.name for item in fields(cls)]
         known = ", ".join(names)
         if mapping is not None and not isinstance(mapping, Mapping):
@@ -326,11 +323,8 @@ class Architecture:
 
     @classmethod
     def from_hf(cls, config: Any) -> Architecture:
-        """Returns the description of the model that a `MetaLAConfig` builds.
-
-        Raises:
-            SettingsError: a value cannot be used; the line names the configuration's key.
-        """
+        """Returns the description of the model that a `MetaLAConfig` builds. Raises a SettingsError
+        if a value cannot be used; the line names the configuration's key."""
         types: tuple[str, ...] = ()
         if config.layer_types is not None:
             known = {HF_METALA: METALA, HF_ATTENTION: SOFTMAX_TYPES[0]}

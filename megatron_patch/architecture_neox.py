@@ -112,11 +112,8 @@ KINDS = {
 
 
 def with_defaults(settings: Mapping[str, Any]) -> SimpleNamespace:
-    """Returns the settings of YAML files as attributes, with GPT-NeoX's defaults filled in.
-
-    Raises:
-        SettingsError: a size that has no default is missing, or a value is not of its kind.
-    """
+    """Returns the settings of YAML files as attributes, with GPT-NeoX's defaults filled in. Raises
+    a SettingsError if a size that has no default is missing, or a value is not of its kind."""
     values = {METALA: None, **GPT_NEOX_DEFAULTS}
     for key, value in settings.items():
         if value is not None or values.get(key) is None:
@@ -184,12 +181,9 @@ def _attention_from_neox(settings: Any, types: set[str]) -> AttentionLayers:
 
 
 def to_neox(model: Architecture) -> dict[str, Any]:
-    """Returns GPT-NeoX's settings of a model, without parallelism, data and files.
-
-    Raises:
-        SettingsError: GPT-NeoX has no settings for it. The line uses the names of a Hugging Face
-            configuration, which such a model comes from.
-    """
+    """Returns GPT-NeoX's settings of a model, without parallelism, data and files. Raises a
+    SettingsError if GPT-NeoX has no settings for it. The line uses the names of a Hugging Face
+    configuration, which such a model comes from."""
     settings = {
         "num_layers": model.num_layers,
         "hidden_size": model.hidden_size,
@@ -249,10 +243,7 @@ def _mlp_widths_to_neox(model: Architecture) -> dict[str, Any]:
 
 def expand_attention_config(attention_config: Any, num_layers: int) -> list[str]:
     """Returns the type of each layer from GPT-NeoX's shorthand, e.g. `[[["metala", "global"], 8]]`.
-
-    Raises:
-        SettingsError: the shorthand is malformed, or gives another number of layers.
-    """
+    Raises a SettingsError if the shorthand is malformed, or gives another number of layers."""
     if not LAYERS.accepts(num_layers):
         refuse("num_layers", num_layers, LAYERS.wanted)
     if attention_config is None:
@@ -286,22 +277,15 @@ def expand_attention_config(attention_config: Any, num_layers: int) -> list[str]
 def metala_intermediate_size(settings: Any) -> int:
     """Returns the width of a MetaLA layer's MLP: `intermediate_size`, else `expansion_factor` times
     the hidden size, else 8/3 of the hidden size rounded up to a multiple of 256 (2816 for 1024, as
-    in the authors' 0.38B model).
-
-    Raises:
-        SettingsError: one of the two is no positive number.
-    """
+    in the authors' 0.38B model). Raises a SettingsError if one of the two is no positive number."""
     return _mlp_size(settings) or -(-8 * settings.hidden_size // (3 * 256)) * 256
 
 
 def attention_intermediate_size(settings: Any) -> int:
     """Returns the width of the gated MLP that GPT-NeoX gives a hybrid's attention layers: a third
     of `intermediate_size` (else of `expansion_factor` times the hidden size, else of four times
-    it), rounded up to a multiple of `mlp_multiple_of`.
-
-    Raises:
-        SettingsError: GPT-NeoX would build two matrices that do not fit each other.
-    """
+    it), rounded up to a multiple of `mlp_multiple_of`. Raises a SettingsError if GPT-NeoX would
+    build two matrices that do not fit each other."""
     total = _mlp_size(settings) or 4 * settings.hidden_size
     multiple = settings.mlp_multiple_of
     if not WHOLE.accepts(multiple):

@@ -203,12 +203,8 @@ class IndexedDatasetWriter:
         self._file = _open_alone(self._temporary[0])
 
     def add_document(self, tokens: np.ndarray | list[int]) -> None:
-        """Appends one document.
-
-        Raises:
-            IndexedDatasetError: a token is negative or not below `vocab_size`, or the document has
-                2^31 tokens or more.
-        """
+        """Appends one document. Raises an IndexedDatasetError if a token is negative or not below
+        `vocab_size`, or the document has 2^31 tokens or more."""
         tokens = np.asarray(tokens).reshape(-1)
         if tokens.size >= 2**31:
             raise IndexedDatasetError(
@@ -225,11 +221,8 @@ class IndexedDatasetWriter:
         self._sizes.append(tokens.size)
 
     def close(self) -> None:
-        """Completes the pair and renames it to its own name.
-
-        Raises:
-            IndexedDatasetError: no token was written, and GPT-NeoX could not map an empty file.
-        """
+        """Completes the pair and renames it to its own name. Raises an IndexedDatasetError if no
+        token was written, and GPT-NeoX could not map an empty file."""
         try:
             self._file.flush()
             if not sum(self._sizes):

@@ -56,11 +56,8 @@ _allow_deepspeed_states()
 
 
 def load_safely(path: Path) -> Any:
-    """Returns what `torch.save` wrote to `path`, with memory-mapped tensors.
-
-    Raises:
-        UnreadableFile: the file is absent, damaged, or holds more than tensors and plain data.
-    """
+    """Returns what `torch.save` wrote to `path`, with memory-mapped tensors. Raises an
+    UnreadableFile if the file is absent, damaged, or holds more than tensors and plain data."""
     for mmap in (True, False):  # a file in the format before PyTorch 1.6 cannot be mapped
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
@@ -86,11 +83,7 @@ def load_safely(path: Path) -> Any:
 def records_with_crc(path: Path) -> list[zipfile.ZipInfo]:
     """Returns the records of a file with the CRC-32 that `torch.save` stored for them. The list is
     empty for a file in the format before PyTorch 1.6, and for one that was written with
-    `torch.serialization.set_crc32_options(False)`.
-
-    Raises:
-        OSError: the file cannot be read.
-    """
+    `torch.serialization.set_crc32_options(False)`. Raises an OSError if the file cannot be read."""
     try:
         with zipfile.ZipFile(path) as file:
             records = file.infolist()
@@ -102,11 +95,7 @@ def records_with_crc(path: Path) -> list[zipfile.ZipInfo]:
 def damaged_record(path: Path) -> str | None:
     """Returns the name of the first record whose CRC-32 is wrong, `None` if all are right or none
     is stored. `torch.load` does not compare them, so that damage passes as other weights. Reads the
-    whole file, in pieces.
-
-    Raises:
-        OSError: the file cannot be read.
-    """
+    whole file, in pieces. Raises an OSError if the file cannot be read."""
     stored = records_with_crc(path)
     if not stored:
         return None

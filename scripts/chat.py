@@ -227,11 +227,8 @@ class Conversation:
             raise ChatError(f"{path}: {told(error)}") from None
 
     def load(self, path: Path) -> None:
-        """Goes on with the conversation in a file.
-
-        Raises:
-            ChatError: the file is missing, holds no conversation, or one with another model.
-        """
+        """Goes on with the conversation in a file. Raises a ChatError if the file is missing, holds
+        no conversation, or one with another model."""
         try:
             cache = MetaLACache.load(path, device=self.model.device)
             with safe_open(path, framework="pt") as file:
@@ -255,11 +252,8 @@ class Conversation:
 
 
 def _checked(conversation: str) -> dict[str, Any]:
-    """Parses the JSON that `save` writes beside the state.
-
-    Raises:
-        ValueError: it is malformed.
-    """
+    """Parses the JSON that `save` writes beside the state. Raises a ValueError if it is
+    malformed."""
     try:
         kept = json.loads(conversation)
     except (ValueError, RecursionError):

@@ -131,11 +131,8 @@ def _check_size(size: int, origin: str, max_bytes: int) -> None:
 
 
 def with_a_first(documents: Iterable[Document]) -> Iterator[Document]:
-    """Reads the first document, and returns an iterator over all of them.
-
-    Raises:
-        ValueError: there is no document.
-    """
+    """Reads the first document, and returns an iterator over all of them. Raises a ValueError if
+    there is no document."""
     documents = iter(documents)
     for first in documents:
         return chain([first], documents)

@@ -42,11 +42,8 @@ LINKED = "# configurations are links to"
 
 
 def entry_point(checkout: Path) -> Path:
-    """Returns megatron/__init__.py, which every GPT-NeoX program imports first.
-
-    Raises:
-        FileNotFoundError: `checkout` is not GPT-NeoX.
-    """
+    """Returns megatron/__init__.py, which every GPT-NeoX program imports first. Raises a
+    FileNotFoundError if `checkout` is not GPT-NeoX."""
     needed = ("deepy.py", "train.py", "megatron/__init__.py", "megatron/model/gpt2_model.py")
     missing = [name for name in needed if not (checkout / name).is_file()]
     if missing:

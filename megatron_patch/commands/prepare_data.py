@@ -79,11 +79,8 @@ class Encoder:
         self.tokenizer.no_padding()
 
     def __call__(self, texts: Iterable[str]) -> tuple[list[np.ndarray], Counter[str]]:
-        """Returns the tokens of each text, int32, and how often each special token occurs.
-
-        Raises:
-            ValueError: the tokenizer turns other text into the token that ends documents.
-        """
+        """Returns the tokens of each text, int32, and how often each special token occurs. Raises a
+        ValueError if the tokenizer turns other text into the token that ends documents."""
         found: Counter[str] = Counter()
         encoded = []
         for text in texts:
@@ -127,12 +124,8 @@ def prepare(
     max_stretch: int = MAX_STRETCH,
     overwrite: bool = True,
 ) -> Prepared:
-    """Writes PREFIX.bin and PREFIX.idx.
-
-    Raises:
-        ValueError: there is no text, or one is too long for its tokenizer, or another process
-            writes this data set. Nothing is left behind then.
-    """
+    """Writes PREFIX.bin and PREFIX.idx. Raises a ValueError if there is no text, or one is too long
+    for its tokenizer, or another process writes this data set. Nothing is left behind then."""
     documents = with_a_first(documents)
     cut = safe_cut(encoder.tokenizer, encoder.special_tokens)
     count = tokens = 0

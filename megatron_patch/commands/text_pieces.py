@@ -98,11 +98,8 @@ def pieces(
     document: Document, cut: re.Pattern | None, size: int = PIECE, longest: int = MAX_STRETCH
 ) -> Iterator[tuple[str, bool]]:
     """Yields a document's text in pieces of about `size` characters, each with whether it is the
-    last.
-
-    Raises:
-        ValueError: more than `longest` characters have no place to cut; names file and line.
-    """
+    last. Raises a ValueError if more than `longest` characters have no place to cut; names file and
+    line."""
     text, start = document.text, 0
     size = max(1, min(size, longest // 2))
     while start < len(text):

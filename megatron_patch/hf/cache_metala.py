@@ -391,11 +391,8 @@ class MetaLACache(Cache):
         return cache
 
     def _fill(self, metadata: dict[str, str], tensors: dict[str, torch.Tensor]) -> None:
-        """Fills an empty cache with the contents of a file.
-
-        Raises:
-            ValueError: a name is not one that `save` writes.
-        """
+        """Fills an empty cache with the contents of a file. Raises a ValueError if a name is not
+        one that `save` writes."""
         types = metadata["layers"].split(",") if metadata["layers"] else []
         for name in types:
             if name not in LAYER_CLASSES:

@@ -27,12 +27,9 @@ CU_SEQLENS_ARGUMENTS = ("cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k")
 
 
 def require(holds: torch.Tensor, message: str) -> None:
-    """Raises unless a bool tensor of one entry is true.
-
-    Raises:
-        ValueError: it is false. A compiled graph cannot look into tensors before it runs: it raises
-            a RuntimeError instead, and on a GPU a device-side assertion fails.
-    """
+    """Raises a ValueError if a bool tensor of one entry is false. A compiled graph cannot look into
+    tensors before it runs: it raises a RuntimeError instead, and on a GPU a device-side assertion
+    fails."""
     if torch.compiler.is_compiling():
         torch._assert_async(holds, message)
     elif not holds:
@@ -40,11 +37,8 @@ def require(holds: torch.Tensor, message: str) -> None:
 
 
 def check_arguments(arguments: Mapping[str, Any]) -> None:
-    """Checks the arguments that `forward` does not name.
-
-    Raises:
-        ValueError: one of them is unknown, or asks for something that MetaLA does not have.
-    """
+    """Checks the arguments that `forward` does not name. Raises a ValueError if one of them is
+    unknown, or asks for something that MetaLA does not have."""
     for name, value in arguments.items():
         if value is None or name in UNREAD_ARGUMENTS or name in CU_SEQLENS_ARGUMENTS:
             continue
@@ -137,11 +131,8 @@ def tokens_first(padding: torch.Tensor) -> torch.Tensor:
 def for_each_token(
     name: str, values: torch.Tensor | None, batch: int, time: int
 ) -> torch.Tensor | None:
-    """Expands an argument of shape [B, T] or [1, T] to [B, T].
-
-    Raises:
-        ValueError: it has another shape; names the argument.
-    """
+    """Expands an argument of shape [B, T] or [1, T] to [B, T]. Raises a ValueError if it has
+    another shape; names the argument."""
     if values is None:
         return None
     if (shape := list(values.shape)) not in ([1, time], [batch, time]):

@@ -73,11 +73,8 @@ _WORDS = {
 
 def check_values(args: Any) -> None:
     """Checks each field of GPT-NeoX's dataclass of settings by its annotation, and those of the
-    table above by their range.
-
-    Raises:
-        SettingsError: one line that names the setting, what was found and what was wanted.
-    """
+    table above by their range. Raises a SettingsError, one line that names the setting, what was
+    found and what was wanted."""
     for field in dataclasses.fields(args):
         value = getattr(args, field.name)
         if value is None or (args.autotuning is not None and value == "auto"):
@@ -207,11 +204,8 @@ def check_run(args: Any) -> None:
 
 def check_backend(args: Any) -> None:
     """Checks that this machine can run the operator's backend, where a run names one. Each rank
-    calls it, and the launcher of a run on the CPU.
-
-    Raises:
-        SettingsError: the backend cannot run; the line says why.
-    """
+    calls it, and the launcher of a run on the CPU. Raises a SettingsError if the backend cannot
+    run; the line says why."""
     if METALA not in args.attention_config:
         return
     model = from_neox(args)
@@ -230,11 +224,8 @@ def check_backend(args: Any) -> None:
 
 def check_limits(args: Any) -> None:
     """Checks the settings that GPT-NeoX has expanded. The launcher calls it, and it also warns of a
-    warm-up that is too short.
-
-    Raises:
-        SettingsError: there are more data sets than GPT-NeoX can blend.
-    """
+    warm-up that is too short. Raises a SettingsError if there are more data sets than GPT-NeoX can
+    blend."""
     if METALA not in (args.attention_config or ()):
         return
     for prefix in ("", "pos_", "neg_"):

@@ -25,20 +25,15 @@ MAX_DIGITS = 40
 def merge_yaml(paths: Iterable[str | Path]) -> dict[str, Any]:
     """Returns the settings of all files as one mapping, with '_' for each '-' in a key.
 
-    Like on GPT-NeoX's command line, a file name may leave out `.yml`.
-
-    Raises:
-        SettingsError: a file cannot be read, is not YAML or not a mapping. The line names the file.
+    Like on GPT-NeoX's command line, a file name may leave out `.yml`. Raises a SettingsError if a
+    file cannot be read, is not YAML or not a mapping. The line names the file.
     """
     return merge_yaml_texts(read_yaml(paths))
 
 
 def read_yaml(paths: Iterable[str | Path]) -> dict[str, str]:
     """Returns the text of each file by its name, to which `.yml` is added if it has no suffix.
-
-    Raises:
-        SettingsError: a file cannot be read or is given twice.
-    """
+    Raises a SettingsError if a file cannot be read or is given twice."""
     texts: dict[str, str] = {}
     for path in paths:
         name = str(path) if str(path).endswith(SUFFIXES) else f"{path}.yml"
@@ -123,11 +118,8 @@ def _top_level_items(name: str, text: str) -> list[tuple[str, Any]]:
 
 
 def _count_values(name: str, node: yaml.Node, counted: dict[int, int | None]) -> int:
-    """Counts the values in a node; a value that aliases repeat counts each time.
-
-    Raises:
-        SettingsError: there are too many values, a value holds itself, or a number is too long.
-    """
+    """Counts the values in a node; a value that aliases repeat counts each time. Raises a
+    SettingsError if there are too many values, a value holds itself, or a number is too long."""
     if id(node) in counted:
         if counted[id(node)] is None:
             raise SettingsError(f"{name}: not YAML of settings: a value holds itself")

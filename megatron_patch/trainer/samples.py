@@ -127,10 +127,7 @@ class LoadedSamples(Dataset):
 
 def split_documents(split: str, count: int) -> list[np.ndarray]:
     """Returns the indices of the training, validation and test documents for GPT-NeoX's `split`.
-
-    Raises:
-        SettingsError: `split` is not up to three numbers with a positive sum.
-    """
+    Raises a SettingsError if `split` is not up to three numbers with a positive sum."""
     try:
         weights = [float(part) for part in split.replace("/", ",").split(",")][:3]
     except ValueError:
@@ -150,11 +147,8 @@ def build_samples(
     settings: TrainerSettings, world_size: int
 ) -> tuple[Dataset, Callable[[int], Dataset] | None]:
     """Returns the training samples, and a function that gives those of evaluation 0, 1, ..., or
-    `None` where there is no validation. An evaluation starts where the one before it ended.
-
-    Raises:
-        SettingsError: a path holds no data set, or one without tokens.
-    """
+    `None` where there is no validation. An evaluation starts where the one before it ended. Raises
+    a SettingsError if a path holds no data set, or one without tokens."""
     micro, steps = settings.batch(world_size)
     batch = micro * steps * world_size
     train_number = settings.train_iters * batch

@@ -72,11 +72,8 @@ class ResumableLR(torch.optim.lr_scheduler.LambdaLR):
 
 def check_schedule(settings: TrainerSettings, checkpoint: Path) -> None:
     """Checks that a resumed run has the optimizer and the schedule of its checkpoint, because the
-    Trainer silently takes both from there.
-
-    Raises:
-        SettingsError: names the setting, what was found and what the checkpoint has.
-    """
+    Trainer silently takes both from there. Raises a SettingsError that names the setting, what was
+    found and what the checkpoint has."""
 
     def refuse(name: str, found: object, saved: object, remedy: str = "") -> None:
         raise SettingsError(f"{name}: found {found!r}, wanted {saved!r} as in {checkpoint}{remedy}")

@@ -254,12 +254,9 @@ class TrainerSettings(BaseModel):
 
 
 def read_settings(paths: Iterable[str | Path]) -> tuple[TrainerSettings, list[str]]:
-    """Returns the settings of YAML files, and the names of those that are ignored.
-
-    Raises:
-        SettingsError: one line that names every setting that cannot be honoured, what was found and
-            what was wanted.
-    """
+    """Returns the settings of YAML files, and the names of those that are ignored. Raises a
+    SettingsError, one line that names every setting that cannot be honoured, what was found and
+    what was wanted."""
     given = merge_yaml(paths)
     ignored = sorted(key for key in given if key in IGNORED_SETTINGS)
     try:

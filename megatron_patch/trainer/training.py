@@ -173,11 +173,8 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 
 
 def find_checkpoint(settings: TrainerSettings) -> Path | None:
-    """Returns the newest complete checkpoint in `load`, or `None` to start a new run.
-
-    Raises:
-        SettingsError: `load` is not `save` and has no checkpoint, or has only GPT-NeoX's.
-    """
+    """Returns the newest complete checkpoint in `load`, or `None` to start a new run. Raises a
+    SettingsError if `load` is not `save` and has no checkpoint, or has only GPT-NeoX's."""
     if settings.load is None:
         return None
     found = {
@@ -207,11 +204,8 @@ def checkpoint_step(checkpoint: Path) -> int:
 
 def wandb_wanted(settings: TrainerSettings) -> bool:
     """Returns whether to log to wandb, and sets its environment variables. As in GPT-NeoX, a run
-    logs only with an API key, or offline.
-
-    Raises:
-        SettingsError: `use_wandb` is on, but wandb cannot be imported.
-    """
+    logs only with an API key, or offline. Raises a SettingsError if `use_wandb` is on, but wandb
+    cannot be imported."""
     mode = os.environ.get("WANDB_MODE", "online")
     if not settings.use_wandb or mode == "disabled":
         return False

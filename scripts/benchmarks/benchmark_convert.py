@@ -106,11 +106,8 @@ def copy_seconds(source: Path, target: Path) -> float:
 
 
 def convert_in_child(source: Path, target: Path, max_shard_size: str) -> dict[str, float]:
-    """Converts in a new process and returns what `child` prints there.
-
-    Raises:
-        ConvertError: the conversion failed; the child has said why.
-    """
+    """Converts in a new process and returns what `child` prints there. Raises a ConvertError if the
+    conversion failed; the child has said why."""
     command = [sys.executable, __file__, "--child", source, target, max_shard_size]
     process = subprocess.run([*map(str, command)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
     if process.returncode:

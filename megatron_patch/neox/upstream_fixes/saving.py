@@ -35,11 +35,8 @@ HOLDER = "METALA_HOLDER"  # the variable that tells the ranks which run holds th
 
 def hold_save(args: Any) -> None:
     """Holds the folder `save` for as long as this process, the launcher, lives. SIGTERM then ends
-    the process as Ctrl-C does, so that the folder is released.
-
-    Raises:
-        SettingsError: nothing can be saved or uploaded, or another run holds the folder.
-    """
+    the process as Ctrl-C does, so that the folder is released. Raises a SettingsError if nothing
+    can be saved or uploaded, or another run holds the folder."""
     if not args.save or not args.user_script or program(args) != "train.py":
         return
     for package in ("boto3", "hf_transfer") if args.s3_path else ():
@@ -56,11 +53,7 @@ def hold_save(args: Any) -> None:
 
 def check_save(args: Any) -> None:
     """Ends the run if a host cannot write to `save`, which may be another folder there. Every rank
-    calls this after torch.distributed is initialised.
-
-    Raises:
-        SystemExit: on every rank.
-    """
+    calls this after torch.distributed is initialised. Raises SystemExit on every rank."""
     if not args.save or program(args) != "train.py":
         return
     reason = None
@@ -86,11 +79,7 @@ def check_save_at_start() -> None:
 
 def check_holder(save: str) -> None:
     """Ends the run if another run holds `save`: the launcher was lost with its host, or somebody
-    removed the lock. Every rank calls this before it saves.
-
-    Raises:
-        SystemExit: on every rank.
-    """
+    removed the lock. Every rank calls this before it saves. Raises SystemExit on every rank."""
     reason = None
     if dist.get_rank() == 0 and HOLDER in os.environ:
         if (found := holder(save)) not in (None, os.environ[HOLDER]):

@@ -67,11 +67,8 @@ def watch_ranks() -> None:
 
 
 def watchdog_seconds() -> float | None:
-    """Returns the time limit of the environment in seconds, `None` for no watchdog.
-
-    Raises:
-        SettingsError: the variable holds no number of seconds.
-    """
+    """Returns the time limit of the environment in seconds, `None` for no watchdog. Raises a
+    SettingsError if the variable holds no number of seconds."""
     text = os.environ.get(VARIABLE) or str(DEFAULT_SECONDS)
     try:
         seconds = float(text)
