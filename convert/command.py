@@ -33,14 +33,8 @@ def one_line_errors() -> Iterator[None]:
 def command_parser(
     description: str, output: str, reads_checkpoint: bool = False, takes_layout: bool = False
 ) -> Parser:
-    """Returns a parser with the arguments that commands share.
-
-    Args:
-        description: what the command does.
-        output: the kind of folder that it writes.
-        reads_checkpoint: whether it reads a GPT-NeoX checkpoint.
-        takes_layout: whether it writes for a given parallel layout.
-    """
+    """Returns a parser with the arguments that commands share, for a command that writes a folder
+    of the kind `output`, and may read a GPT-NeoX checkpoint or write for a given layout."""
     parser = Parser(description=description)
     add = parser.add_argument
     if reads_checkpoint:

@@ -37,15 +37,8 @@ def refusing(path: Path) -> Iterator[None]:
 
 
 def check_regular(path: Path, inside: Path | None = None) -> Path:
-    """Returns `path` if it is a regular file.
-
-    Args:
-        path: the file.
-        inside: a folder that the file, with links resolved, must lie in.
-
-    Raises:
-        ConvertError: it is no regular file, or lies elsewhere.
-    """
+    """Returns `path` if it is a regular file that, with links resolved, lies in the folder
+    `inside`. Raises a ConvertError otherwise."""
     with refusing(path):
         files.check_regular(path, inside)
     return path
@@ -112,16 +105,8 @@ def plain_tensors(tensors: Mapping[Any, Any], path: Path) -> dict[str, torch.Ten
 
 
 def check_bytes(path: Path, name: str, tensor: torch.Tensor) -> None:
-    """Compares the record that a tensor lies in with the CRC-32 that `torch.save` stored.
-
-    Args:
-        path: the file.
-        name: the tensor's name, for the error.
-        tensor: a tensor from `load_torch_file`.
-
-    Raises:
-        ConvertError: the bytes are not those that were saved.
-    """
+    """Compares the record that a tensor of `load_torch_file` lies in with the CRC-32 that
+    `torch.save` stored. Raises a ConvertError, which tells its name, if they differ."""
     with refusing(path):
         status = path.stat()
     stored = _stored_crcs(path, status.st_mtime_ns, status.st_size)

@@ -46,17 +46,12 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 class HFFolder:
     """A model's configuration and weights, the authors' or ours, checked when it is opened.
 
-    One weight file at a time is open, memory-mapped.
+    One weight file at a time is open, memory-mapped. Raises a ConvertError if a file is missing or
+    damaged, GPT-NeoX has no such model, or a tensor is missing, unexpected or of another shape.
 
     Attributes:
-        folder: where the model is.
-        config: its configuration.
-        shape: its shape, with a vocabulary without padding.
+        shape: the model's shape, with a vocabulary without padding.
         dtypes: the dtype of each tensor by name.
-
-    Raises:
-        ConvertError: a file is missing or damaged, GPT-NeoX has no such model, or a tensor is
-            missing, unexpected or of another shape.
     """
 
     def __init__(self, folder: Path):
@@ -72,12 +67,8 @@ class HFFolder:
         self._embed_scale = 1.0 if self.config.no_scale_embedding else self.shape.hidden_size**0.5
 
     def full(self, rule: TensorRule) -> torch.Tensor:
-        """Returns a GPT-NeoX tensor over all ranks.
-
-        Args:
-            rule: a rule of this model's table, or of a table with a padded vocabulary, whose
-                padding rows become zeros.
-        """
+        """Returns a GPT-NeoX tensor over all ranks. The rule may be of a table with a padded
+        vocabulary, whose padding rows become zeros."""
         tensors = {piece.name: self._tensor(piece.name) for piece in rule.pieces}
         if rule.split is not Split.VOCAB:
             return rule.from_hf(tensors)
@@ -230,7 +221,8 @@ def write_weights(
     dtypes: Mapping[TensorRule, torch.dtype],
     max_shard_bytes: int,
 ) -> tuple[int, dict[str, str]]:
-    """Writes all tensors as safetensors files, with an index if there are several.
+    """Writes all tensors as safetensors files, with an index if there are several. Returns the
+    bytes of data written, and the SHA-256 of the files by name.
 
     Args:
         folder: where to write.
@@ -238,9 +230,6 @@ def write_weights(
         full: returns a tensor over all ranks.
         dtypes: the dtype to write each tensor in.
         max_shard_bytes: largest size of a file's data. A larger tensor gets a file of its own.
-
-    Returns:
-        the bytes of data written, and the SHA-256 of the files by name.
 
     Raises:
         ConvertError: the disk has not enough room, or a value is not finite, or does not fit into
@@ -297,15 +286,12 @@ def _cast(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
 
 
 class SafetensorsWriter:
-    """A safetensors file that is written tensor by tensor, in the order announced first.
+    """A safetensors file that is written tensor by tensor, in the order of `tensors` on the meta
+    device.
 
     The format (https://huggingface.co/docs/safetensors): length of the header as 8 bytes
     little-endian, JSON header, data. A thread hashes what was written, from the page cache, while
     the next tensor is read.
-
-    Args:
-        path: the file to create.
-        tensors: the tensors to come, on the meta device, in their order.
     """
 
     def __init__(self, path: Path, tensors: Mapping[str, torch.Tensor]):
@@ -400,17 +386,8 @@ def write_config(
     folder: Path, shape: Architecture, special: Mapping[str, int | None], dtype: torch.dtype
 ) -> None:
     """Writes config.json, generation_config.json and the model's code, which loads the folder where
-    this package is not installed.
-
-    Args:
-        folder: where to write.
-        shape: the model's shape as written.
-        special: the ids of the special tokens, as in `RunTokenizer`.
-        dtype: the dtype of most tensors.
-
-    Raises:
-        ConvertError: the Hugging Face model does not accept a value.
-    """
+    this package is not installed. `special` is that of `RunTokenizer`, `dtype` that of most
+    tensors. Raises a ConvertError if the Hugging Face model does not accept a value."""
     from transformers import GenerationConfig
 
     from megatron_patch.hf.remote_code import write_model_code

@@ -56,7 +56,8 @@ def hf_to_neox(
     tokenizer: Path | None = None,
     overwrite: bool = False,
 ) -> NeoXCheckpoint:
-    """Writes `output`, a folder for GPT-NeoX's `load`. If anything fails, it is as it was before.
+    """Writes `output`, a folder for GPT-NeoX's `load`, and returns it opened. If anything fails, it
+    is as it was before.
 
     The folder holds the checkpoint, as iteration 0, `tokenizer.json`, and `configs` with the YAML.
 
@@ -66,9 +67,6 @@ def hf_to_neox(
         tensor_parallel, pipeline_parallel: the layout; 0 stages write mp_rank files.
         tokenizer: tokenizer.json or a tokenizer's folder, in place of the model's own.
         overwrite: whether to replace a checkpoint folder that is there.
-
-    Returns:
-        the checkpoint written, opened.
 
     Raises:
         ConvertError: something is missing, damaged or impossible; the line says what.

@@ -87,15 +87,8 @@ def write_model_card(
     dtype: torch.dtype,
     comparison: Comparison | None,
 ) -> None:
-    """Writes README.md, the model card.
-
-    Args:
-        folder: where to write.
-        shape: the model's shape as written.
-        source: the checkpoint that was exported.
-        dtype: the dtype of most tensors.
-        comparison: the result of `--verify`, `None` without it.
-    """
+    """Writes README.md, the model card, for a model of `shape`, most of whose tensors have `dtype`.
+    `comparison` is the result of `--verify`, `None` without it."""
     from huggingface_hub import ModelCard, ModelCardData
 
     metadata = ModelCardData(
@@ -147,20 +140,9 @@ def check_push(repository: str) -> None:
 
 
 def push_to_hub(folder: Path, repository: str, private: bool) -> str:
-    """Uploads a folder as one commit, to a repository that is created if there is none. Replaces
-    files of the same name and all weights.
-
-    Args:
-        folder: a complete Hugging Face folder.
-        repository: NAME or OWNER/NAME.
-        private: whether a new repository is private.
-
-    Returns:
-        the repository's address.
-
-    Raises:
-        ConvertError: the upload failed; the folder is unchanged.
-    """
+    """Uploads a Hugging Face folder as one commit to `repository`, NAME or OWNER/NAME, which is
+    created if there is none. Replaces files of the same name and all weights. Returns the address.
+    Raises a ConvertError if the upload failed; the folder is unchanged."""
     from huggingface_hub import HfApi
 
     api = HfApi()

@@ -108,16 +108,9 @@ def config_texts(step: Path) -> dict[str, str]:
 def described_model(
     settings: Mapping[str, Any], padded_vocab_size: int | None = None
 ) -> Architecture:
-    """Returns the model that a run's settings describe, if it can be exported.
-
-    Args:
-        settings: merged YAML settings, with '-' in keys already '_'.
-        padded_vocab_size: rows of the embedding over all tensor-parallel ranks.
-
-    Raises:
-        ConvertError: it cannot be exported; the line says why.
-        SettingsError: the settings are malformed.
-    """
+    """Returns the model that a run's merged settings describe, with `padded_vocab_size` rows over
+    all tensor-parallel ranks. Raises a ConvertError if it cannot be exported, which says why, and a
+    SettingsError if the settings are malformed."""
     args = with_defaults(settings)
     model = from_neox(args, padded_vocab_size)
     for name, found, wanted in why_not_exportable(args):
@@ -149,8 +142,7 @@ class NeoXCheckpoint:
         settings: the run's merged YAML settings.
         tensor_parallel: number of ranks that a tensor is split over.
         form: which files it has: `layer-file`, `mp_rank` or `ZeRO 3`.
-        shape: the model's shape.
-        table: the rules of all its tensors.
+        shape, table: the model's shape, and the rules of all its tensors.
         samples: sequences trained on until this iteration, `None` if not recorded.
 
     Raises:
@@ -232,16 +224,9 @@ class NeoXCheckpoint:
         return shards
 
     def full(self, rule: TensorRule, out: torch.Tensor | None = None) -> torch.Tensor:
-        """Returns a tensor over all ranks.
-
-        Args:
-            rule: a rule of this model's table, or of a table with another vocabulary size, to
-                which the tensor is then cut or padded.
-            out: memory for merging, see `TensorRule.merge`.
-
-        Raises:
-            ConvertError: replicated copies differ, or a file is damaged.
-        """
+        """Returns a tensor over all ranks. The rule may be of a table with another vocabulary size,
+        to which the tensor is then cut or padded; `out` is memory for `TensorRule.merge`. Raises a
+        ConvertError if replicated copies differ, or a file is damaged."""
         files = [self.file(rule.layer, rank) for rank in range(self.tensor_parallel)]
         tensor = rule.merge(self.shards(rule), files, out)
         return fit_vocabulary(tensor, rule.shape[0]) if rule.split is Split.VOCAB else tensor
@@ -251,11 +236,8 @@ class NeoXCheckpoint:
         return self._held[0][rule.layer][rule.name].dtype
 
     def _find_files(self) -> tuple[dict[tuple[int, ...], str], dict[int, str]]:
-        """Sets `form`, opens ZeRO stage 3 files, and checks names against the settings.
-
-        Returns:
-            the names of layer files by (layer, rank), and of mp_rank files by rank.
-        """
+        """Sets `form`, opens ZeRO stage 3 files, and checks names against the settings. Returns the
+        names of layer files by (layer, rank), and of mp_rank files by rank."""
         with refusing(self.step):
             names = [path.name for path in self.step.iterdir()]
         found = {key: name for name in names if (key := layer_and_rank(name))}

@@ -63,14 +63,11 @@ def neox_to_hf(
         tokenizer: tokenizer.json or a tokenizer's folder, in place of the settings' `vocab_file`.
         dtype: the dtype to write, by default each tensor's dtype in training (to which the float32
             weights of ZeRO stage 3 are rounded).
-        check: whether to compare the result with the GPT-NeoX model.
+        check: whether to compare the result with the GPT-NeoX model, and to return the comparison.
         keep_vocab_padding: whether to keep the vocabulary's padding rows.
         overwrite: whether to replace a Hugging Face folder that is there.
         max_shard_bytes: largest size of a safetensors file.
         fold_norms: whether to fold the scales of norms into the weights that follow.
-
-    Returns:
-        the result of the comparison, `None` without `check`.
 
     Raises:
         ConvertError: something is missing, damaged, ambiguous or not equal; the line says what.
@@ -143,14 +140,9 @@ def vocabulary_to_write(source: NeoXCheckpoint, tokenizer: RunTokenizer, keep_pa
 class FoldedNorms:
     """A checkpoint with weighted RMS norms as the same model with the authors' parameter-free ones.
 
-    Each norm's scale is folded, channel by channel, into the weights that follow the norm.
-
-    Attributes:
-        shape: the model's shape, with parameter-free norms.
-
-    Raises:
-        ConvertError: the norm has a mean to subtract, or the head is tied to the embedding, so that
-            no weights follow the last norm alone.
+    Each norm's scale is folded, channel by channel, into the weights that follow the norm. Raises a
+    ConvertError if the norm has a mean to subtract, or the head is tied to the embedding, so that
+    no weights follow the last norm alone.
     """
 
     def __init__(self, source: NeoXCheckpoint):

@@ -50,8 +50,7 @@ def write_checkpoint(
         full: returns a tensor over all ranks for a rule of `tensor_table(shape)`.
         tensor_parallel, pipeline_parallel: the new layout; 0 stages write mp_rank files.
         iteration: the iteration's number.
-        settings: the merged settings of the new layout.
-        configs: its YAML files, text by name.
+        settings, configs: the new layout's settings, merged, and as YAML texts by file name.
     """
     step = folder / f"global_step{iteration}"
     (step / "configs").mkdir(parents=True)
@@ -141,15 +140,11 @@ def adapt_configs(
     pipeline_parallel: int,
     others: Mapping[str, Any] | None = None,
 ) -> dict[str, str]:
-    """Returns a run's YAML files with the settings of another layout; comments stay.
+    """Returns a run's YAML texts with the settings of another layout; comments stay. `others` are
+    further settings to change: numbers, or a mapping with another `stage`.
 
-    A key that no file has is added to the first file. A file in which a value cannot be replaced
-    in place is dumped again, without its comments.
-
-    Args:
-        configs: the files' texts by name.
-        tensor_parallel, pipeline_parallel: the new layout.
-        others: further settings to change: numbers, or a mapping with another `stage`.
+    A key that no file has is added to the first file. A file in which a value cannot be replaced in
+    place is dumped again, without its comments.
     """
     changed = dict(configs)
     wanted = {
@@ -187,16 +182,11 @@ def padded_vocabulary(tokens: int, divisible_by: int, tensor_parallel: int) -> i
 
 
 def divisor_that_keeps(rows: int, tokens: int, tensor_parallel: int, preferred: int = 128) -> int:
-    """Returns the `make_vocab_size_divisible_by` that keeps all rows and adds the fewest.
+    """Returns the `make_vocab_size_divisible_by` that keeps all rows and adds the fewest,
+    `preferred` among equally good ones.
 
     The number of rows is part of the model: the head has no bias, so that a new row of zeros has
     the logit 0, which counts in the loss; and the padding rows that are there were trained.
-
-    Args:
-        rows: rows of the model, at least `tokens`.
-        tokens: number of tokens of the tokenizer.
-        tensor_parallel: number of ranks of the new layout.
-        preferred: the divisor to take among equally good ones.
     """
     powers = [128, 64, 32, 16, 8, 4, 2, 1]
     candidates = [preferred, *powers, -(-rows // tensor_parallel)]

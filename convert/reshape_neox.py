@@ -41,7 +41,8 @@ def reshape_neox(
     tokenizer: Path | None = None,
     overwrite: bool = False,
 ) -> NeoXCheckpoint:
-    """Writes `output`, a folder for GPT-NeoX's `load`. If anything fails, it is as it was before.
+    """Writes `output`, a folder for GPT-NeoX's `load`, and returns it opened. If anything fails, it
+    is as it was before. For arguments and errors not described here, see `neox_to_hf`.
 
     The vocabulary keeps its rows: `make_vocab_size_divisible_by` changes if GPT-NeoX would pad to
     other rows in the new layout. If the ranks cannot have equal parts of the rows, the fewest
@@ -49,21 +50,8 @@ def reshape_neox(
     are new.
 
     Args:
-        checkpoint: the folder that GPT-NeoX's `save` named.
-        output: the folder to write.
         tensor_parallel, pipeline_parallel: the new layout; 0 stages write mp_rank files.
-        iteration: the iteration to read, by default the latest.
-        config: YAML files of the run, in place of those inside the checkpoint.
-        tokenizer: tokenizer.json or a tokenizer's folder, in place of the settings' `vocab_file`;
-            read only if `tensor_parallel` changes.
-        overwrite: whether to replace a checkpoint folder that is there.
-
-    Returns:
-        the checkpoint written, opened.
-
-    Raises:
-        ConvertError: something is missing, damaged or impossible; the line says what.
-        SettingsError: the settings are malformed.
+        tokenizer: read only if `tensor_parallel` changes.
     """
     check_target(output, overwrite, check_checkpoint_export)
     source = NeoXCheckpoint(checkpoint, iteration, config)

@@ -115,16 +115,11 @@ class TensorRule:
         files: Sequence[object],
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Returns the full tensor; the inverse of `shard`.
+        """Returns the full tensor of the shards in rank order; the inverse of `shard`. Raises a
+        ConvertError, which tells the ranks' `files`, if replicated copies differ in any bit.
 
-        Args:
-            shards: the shards in rank order.
-            files: each rank's file, for the error.
-            out: uint8 memory for the result, which stays valid until `out` is used again.
-                Allocating new memory for each tensor takes longer than merging.
-
-        Raises:
-            ConvertError: replicated copies differ in any bit.
+        `out` is uint8 memory for the result, which stays valid until `out` is used again.
+        Allocating new memory for each tensor takes longer than merging.
         """
         if self.split is Split.REPLICATED:
             for rank, copy in enumerate(shards):

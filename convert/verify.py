@@ -70,7 +70,8 @@ class Comparison:
 def verify(
     neox: Path, source: NeoXCheckpoint, folder: Path, tokens: int, rounded_to: torch.dtype | None
 ) -> Comparison:
-    """Compares a folder with the checkpoint that it was exported from.
+    """Compares a folder with the checkpoint that it was exported from. Raises a ConvertError if the
+    two differ, or one of them cannot be run.
 
     Args:
         neox: the GPT-NeoX checkout, linked to the plugin or not.
@@ -78,9 +79,6 @@ def verify(
         folder: the Hugging Face folder.
         tokens: number of tokens of the tokenizer.
         rounded_to: the dtype that weights were rounded to, `None` if they kept theirs.
-
-    Raises:
-        ConvertError: the two differ, or one of them cannot be run.
     """
     generator = torch.Generator().manual_seed(0)
     token_ids = torch.randint(tokens, (BATCH, LENGTH), generator=generator)
@@ -96,13 +94,8 @@ def verify(
 def compare(
     expected: torch.Tensor, found: torch.Tensor, rounding: float, rounded_to: torch.dtype | None
 ) -> Comparison:
-    """Compares the logits of two models.
-
-    Args:
-        expected, found: the logits, [batch, time, vocabulary].
-        rounding: how far the last bits of the embedding move the logits.
-        rounded_to: see `verify`.
-    """
+    """Compares the logits of two models, [batch, time, vocabulary]. `rounding` is how far the last
+    bits of the embedding move them; see `verify` for `rounded_to`."""
     largest = expected.abs().max().item()
     return Comparison(
         largest_difference=(expected - found).abs().max().item(),
@@ -257,14 +250,9 @@ def zero3_tensors(step: Path) -> dict[str, torch.Tensor]:
 
 
 def build_model(settings: dict, ranks: int, padded_vocab_size: int, length: int) -> torch.nn.Module:
-    """Builds the run's GPT-NeoX model on this rank, in float32, with all pipeline stages.
-
-    Args:
-        settings: the run's settings; those that describe a model are used.
-        ranks: number of tensor-parallel ranks.
-        padded_vocab_size: rows of the embedding over all ranks.
-        length: sequence length.
-    """
+    """Builds the run's GPT-NeoX model on this one of `ranks` tensor-parallel ranks, in float32,
+    with all pipeline stages, for sequences of `length` tokens and `padded_vocab_size` rows over all
+    ranks."""
     import megatron  # noqa: F401  (a linked checkout registers MetaLA here)
 
     import megatron_patch.neox

@@ -127,15 +127,10 @@ def with_defaults(settings: Mapping[str, Any]) -> SimpleNamespace:
 
 
 def from_neox(settings: Any, padded_vocab_size: int | None = None) -> Architecture:
-    """Returns the model that GPT-NeoX's settings describe.
-
-    Args:
-        settings: has the settings as attributes: GPT-NeoX's own object, or that of `with_defaults`.
-        padded_vocab_size: rows of the embedding over all tensor-parallel ranks.
-
-    Raises:
-        SettingsError: they describe no MetaLA model; the line names the setting.
-    """
+    """Returns the model that GPT-NeoX's settings describe, with `padded_vocab_size` rows over all
+    tensor-parallel ranks. The settings are attributes: of GPT-NeoX's own object, or of that of
+    `with_defaults`. Raises a SettingsError, which names the setting, if they describe no MetaLA
+    model."""
     for item in fields(Architecture)[:3]:  # the sizes that have no default
         _check(settings, item.metadata["neox"], item.metadata["kind"])
     layer_types = expand_attention_config(settings.attention_config, settings.num_layers)
@@ -332,13 +327,9 @@ EXPORTED_WITH_ATTENTION = {
 
 
 def why_not_exportable(settings: Any) -> list[tuple[str, str, str]]:
-    """Returns why the Hugging Face model has no counterpart of a model: (setting, what was found,
-    what was wanted) of each reason. The converter refuses such a model; a training warns at its
-    start.
-
-    Args:
-        settings: GPT-NeoX's, of a model that `from_neox` accepts.
-    """
+    """Returns why the Hugging Face model has no counterpart of a model that `from_neox` accepts:
+    (setting, what was found, what was wanted) of each reason. The converter refuses such a model; a
+    training warns at its start."""
     layer_types = expand_attention_config(settings.attention_config, settings.num_layers)
     known = (METALA, *SOFTMAX_TYPES)
     reasons = []

@@ -82,15 +82,9 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 class IndexedDataset:
-    """The documents of a `.bin` / `.idx` pair, memory-mapped.
-
-    Args:
-        prefix: path of the pair without the ending.
-
-    Raises:
-        FileNotFoundError: one of the two files is not there.
-        IndexedDatasetError: the pair is damaged, or shorter than its header or index says.
-    """
+    """The documents of a `.bin` / `.idx` pair, memory-mapped. `prefix` is the pair's path without
+    the ending. Raises a FileNotFoundError if one of the two files is not there, and an
+    IndexedDatasetError if the pair is damaged, or shorter than its header or index says."""
 
     def __init__(self, prefix: str | Path):
         self.prefix = str(prefix)
@@ -176,21 +170,15 @@ def _open_alone(path: Path) -> BinaryIO:
 
 
 class IndexedDatasetWriter:
-    """Writes a `.bin` / `.idx` pair, one document at a time.
+    """Writes a `.bin` / `.idx` pair, one document at a time, with the paths `paths`.
 
     The files have temporary names until `close`, and an exception inside `with` removes them, so
     that a pair under its own name is always complete. Files that a killed process left are
-    overwritten.
+    overwritten. Raises an IndexedDatasetError if another process is writing this pair.
 
     Args:
         prefix: path of the pair without the ending; its folder is made, an existing pair replaced.
         vocab_size: limit of the token ids, which also decides on two or four bytes per token.
-
-    Attributes:
-        paths: the paths of the two files.
-
-    Raises:
-        IndexedDatasetError: another process is writing this pair.
     """
 
     def __init__(self, prefix: str | Path, vocab_size: int):

@@ -64,13 +64,7 @@ class ChatError(Exception):
 
 @dataclass
 class Turn:
-    """Statistics of one turn.
-
-    Attributes:
-        tokens_read: number of tokens that the model read before the answer.
-        tokens_written: number of tokens in the answer.
-        seconds: time for both.
-    """
+    """The numbers of tokens that the model read and then wrote in a turn, and the time for both."""
 
     tokens_read: int
     tokens_written: int
@@ -81,8 +75,6 @@ class Conversation:
     """A model, its state, and the text that led to the state.
 
     Args:
-        model: the model.
-        tokenizer: the model's tokenizer.
         system: system message, or the first line of plain text.
         plain: whether to ignore the chat template.
         special_tokens: whether special tokens that the user types stay special. Otherwise they are
@@ -126,7 +118,8 @@ class Conversation:
         show: Callable[[int], None],
         stopped: Callable[[], bool] = lambda: False,
     ) -> Turn:
-        """Reads the user's words and writes an answer, token by token.
+        """Reads the user's words and writes an answer, token by token. Raises a ChatError if the
+        words cannot be read, or the model fails; the conversation is then as it was before.
 
         Args:
             words: what the user typed.
@@ -134,10 +127,6 @@ class Conversation:
             max_new_tokens: longest answer.
             show: called with each id of the answer, without the end token.
             stopped: called before each token; returns whether to end the answer.
-
-        Raises:
-            ChatError: the words cannot be read, or the model fails. The conversation stays as it
-                was before.
         """
         start = time.perf_counter()
         before = copy.deepcopy(self.cache), self.messages, self.text

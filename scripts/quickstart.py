@@ -65,17 +65,8 @@ def run(
     folder: Path = ROOT,
     on_line: Callable[[str], None] | None = None,
 ) -> str:
-    """Runs a Python command and returns its output.
-
-    Args:
-        arguments: the arguments of `python`.
-        log: file to append the output to; without it, command and output are shown.
-        folder: working directory.
-        on_line: called with each line of output.
-
-    Raises:
-        StepFailed: the exit code is not 0.
-    """
+    """Runs a Python command and returns its output, which is shown after the command, or appended
+    to `log`. Calls `on_line` with each line. Raises StepFailed if the exit code is not 0."""
     if not log:
         print_command(arguments, folder)
     process = subprocess.Popen(

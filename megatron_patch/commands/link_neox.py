@@ -154,15 +154,9 @@ def set_link(path: Path, target: str | None) -> None:
 
 def link(checkout: Path) -> tuple[bool, list[str]]:
     """Adds the lines and the configuration links, in place of those of an earlier version or of
-    another clone.
-
-    Returns:
-        Whether anything changed, and the names of the user's own configurations, which stay.
-
-    Raises:
-        FileNotFoundError: `checkout` is not GPT-NeoX.
-        CommandError: the plugin's configurations are missing.
-    """
+    another clone. Returns whether anything changed, and the names of the user's own configurations,
+    which stay. Raises a FileNotFoundError if `checkout` is not GPT-NeoX, and a CommandError if the
+    plugin's configurations are missing."""
     init = entry_point(checkout)
     if not (checkout / "configs").is_dir():
         raise FileNotFoundError(f"{checkout} is not a GPT-NeoX checkout: it has no configs")

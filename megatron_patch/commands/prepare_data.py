@@ -47,15 +47,9 @@ def refuse_existing(outputs: Iterable[Path], overwrite: bool) -> None:
 
 
 class Encoder:
-    """Turns text into tokens, in this process or in a worker.
-
-    Args:
-        tokenizer_file: a tokenizer.json with an `END_OF_TEXT` token.
-        special_tokens: whether special tokens in a text stay special; otherwise they are text.
-
-    Raises:
-        ValueError: the file is no tokenizer, or lacks that token.
-    """
+    """Turns text into tokens, in this process or in a worker. With `special_tokens`, special tokens
+    in a text stay special; otherwise they are text. Raises a ValueError if the file is no
+    tokenizer.json, or lacks an `END_OF_TEXT` token."""
 
     def __init__(self, tokenizer_file: Path, special_tokens: bool = False):
         try:

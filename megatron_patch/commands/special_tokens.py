@@ -41,8 +41,7 @@ class Typed:
 
     Args:
         tokenizer: a tokenizer of transformers.
-        end_ids: tokens that end an answer. They count as special even if the tokenizer does not
-            mark them.
+        end_ids: tokens that end an answer, special even if the tokenizer does not mark them.
         as_tokens: whether typed special tokens stay special; nothing is quoted then.
     """
 

@@ -67,8 +67,6 @@ def read_mask(
     Args:
         mask: [B, T], or with a cache [B, past + T]; 0 for padding, 1 for tokens. Values above 1
             number the documents of a row: a document begins where the number changes.
-        batch: B.
-        time: T.
         past: number of columns that the cache has read, 0 without a cache.
         past_padding: `key_padding` of the cache.
 
@@ -146,7 +144,8 @@ def document_starts(
     padding: torch.Tensor | None,
     order: torch.Tensor | None,
 ) -> torch.Tensor | None:
-    """Finds where documents begin within rows.
+    """Finds where documents begin within rows: bool [B, T - 1] for all tokens but the first, in the
+    order of computation. `None` if nothing was given.
 
     Args:
         position_ids: [B, T] or `None`. A document begins where they do not increase; gaps are
@@ -154,10 +153,6 @@ def document_starts(
         document_ids: tensors [B, T] or `None`. A document begins where they change.
         padding: bool [B, T], true behind each row's tokens, or `None`.
         order: int64 [B, T], the order of computation (see `tokens_first`), or `None`.
-
-    Returns:
-        bool [B, T - 1] for all tokens but the first, in the order of computation. `None` if nothing
-        was given.
     """
     starts = None
     for values, compare in ((position_ids, torch.le), *((x, torch.ne) for x in document_ids)):
@@ -180,7 +175,9 @@ def find_cu_seqlens(
     continued: bool,
     check_values: bool,
 ) -> torch.Tensor | None:
-    """Finds the boundaries of the documents in a call.
+    """Finds the boundaries of the documents in a call: int [N + 1] of the B rows laid end to end,
+    or `None` if each row is one document. Raises a ValueError if the arguments contradict each
+    other, or need a row of their own.
 
     Args:
         arguments: the call's, which may hold some of `CU_SEQLENS_ARGUMENTS`.
@@ -189,12 +186,6 @@ def find_cu_seqlens(
         padded: whether the call has padding.
         continued: whether the call continues from a cache.
         check_values: whether to read given boundaries on a GPU too, which waits for it.
-
-    Returns:
-        cu_seqlens int [N + 1] of the B rows laid end to end, or `None` if each row is one document.
-
-    Raises:
-        ValueError: the arguments contradict each other, or need a row of their own.
     """
     batch, time = inputs.shape[:2]
     name = next((name for name in CU_SEQLENS_ARGUMENTS if arguments.get(name) is not None), None)
@@ -231,17 +222,9 @@ def find_cu_seqlens(
 def read_cu_seqlens(
     arguments: Mapping[str, Any], time: int, device: torch.device, check_values: bool
 ) -> torch.Tensor:
-    """Reads the boundaries of packed sequences, of which at least one name is given.
-
-    Args:
-        arguments: hold one or more of `CU_SEQLENS_ARGUMENTS`.
-        time: T, where the last sequence ends.
-        device: where the boundaries must be.
-        check_values: whether to read the values on a GPU too, which waits for it.
-
-    Raises:
-        ValueError: they are no int tensor [N + 1] that rises from 0 to T, or two names differ.
-    """
+    """Reads the boundaries of packed sequences from one or more of `CU_SEQLENS_ARGUMENTS`. With
+    `check_values` it reads the values on a GPU too, and waits for it. Raises a ValueError if they
+    are no int tensor [N + 1] on `device` that rises from 0 to T, or two names differ."""
     given = {name: x for name in CU_SEQLENS_ARGUMENTS if (x := arguments.get(name)) is not None}
     for name, cu_seqlens in given.items():
         wanted = f"wanted int32 or int64 [N + 1], from 0 to T = {time}, on {device}"

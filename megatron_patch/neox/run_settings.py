@@ -168,16 +168,10 @@ def program(args: Any) -> str:
 
 
 def check_run(args: Any) -> None:
-    """Checks the settings of a run with MetaLA layers against what its program can do, and takes
-    away the "/" at the end of `save`, with which GPT-NeoX finds no old checkpoints and uploads all
-    runs under one name.
-
-    Args:
-        args: GPT-NeoX's settings, before values are derived from them.
-
-    Raises:
-        SettingsError: one line that names the setting, what was found and what was wanted.
-    """
+    """Checks the settings of a run with MetaLA layers, before GPT-NeoX derives others, against what
+    its program can do, and takes away the "/" at the end of `save`, with which GPT-NeoX finds no
+    old checkpoints and uploads all runs under one name. Raises a SettingsError, one line that names
+    the setting, what was found and what was wanted."""
     if not args.deepspeed:
         refuse("deepspeed", args.deepspeed, "true: GPT-NeoX trains with DeepSpeed alone")
     if args.seq_length is None:
@@ -245,12 +239,8 @@ def check_limits(args: Any) -> None:
 
 
 def warn_of_short_warmup(warmup: float, iterations: int) -> None:
-    """Warns of a warm-up of less than one step: the first learning rate is then larger than `lr`.
-
-    Args:
-        warmup: the share of the iterations that warm up.
-        iterations: the length of the learning rate's schedule.
-    """
+    """Warns if `warmup`, a share of the schedule's iterations, is less than one step: the first
+    learning rate is then larger than `lr`."""
     if 0 < warmup * iterations < 1:
         print(
             f"MetaLA: warmup: {warmup} of {iterations} iterations is less than one, which makes "

@@ -72,17 +72,9 @@ FUSED_NORMS = {"layernorm_fusion": "layernorm", "rmsnorm_fusion": "rmsnorm"}
 
 
 def check_settings(args: Any) -> Architecture | None:
-    """Checks the settings of a model before it is built.
-
-    Args:
-        args: any object with GPT-NeoX's settings as attributes. Derived values are not needed.
-
-    Returns:
-        The model, or `None` if no layer is of type `metala`.
-
-    Raises:
-        SettingsError: one line that names the setting, what was found and what was wanted.
-    """
+    """Checks the settings of a model before it is built. They are attributes of any object; derived
+    values are not needed. Returns the model, or `None` if no layer is of type `metala`. Raises a
+    SettingsError, one line that names the setting, what was found and what was wanted."""
     if not _has_metala_layers(args):
         if args.metala is not None:
             raise SettingsError(

@@ -47,13 +47,8 @@ def read_yaml(paths: Iterable[str | Path]) -> dict[str, str]:
 
 
 def merge_yaml_texts(texts: Mapping[str, str], in_order: bool = True) -> dict[str, Any]:
-    """Does the same as :func:`merge_yaml` for texts by file name.
-
-    Args:
-        texts: the text of each file.
-        in_order: whether the files have an order. The files in a checkpoint have none, so two of
-            them must not give a key different values.
-    """
+    """Does the same as :func:`merge_yaml` for texts by file name. The files in a checkpoint have no
+    order (`in_order` false), so two of them must not give a key different values."""
     merged: dict[str, Any] = {}
     origin: dict[str, str] = {}
     for name, text in texts.items():

@@ -21,6 +21,7 @@ from megatron_patch.trainer.settings import TrainerSettings
 
 class PackedSamples(Dataset):
     """Samples of packed documents: `input_ids` and `labels` (already shifted), int64 [seq_length].
+    Raises a ValueError if the documents have no tokens.
 
     Args:
         dataset: the documents.
@@ -28,9 +29,6 @@ class PackedSamples(Dataset):
         seq_length: T.
         num_samples: smallest number of samples; the documents are repeated as often as it takes.
         seed: seed of both shuffles.
-
-    Raises:
-        ValueError: the documents have no tokens.
     """
 
     def __init__(
@@ -79,14 +77,9 @@ class PackedSamples(Dataset):
 
 
 class BlendedSamples(Dataset):
-    """Samples of several data sets, mixed by weight (GPT-NeoX's `BlendableDataset`): the next one
-    comes from the data set that is furthest below its weight.
-
-    Args:
-        parts: the data sets.
-        weights: weight of each data set; their sum is 1.
-        num_samples: number of samples, or fewer where the data sets have fewer.
-    """
+    """`num_samples` samples (or fewer where the data sets have fewer) of several data sets, mixed
+    by weights of sum 1 (GPT-NeoX's `BlendableDataset`): the next one comes from the data set that
+    is furthest below its weight."""
 
     def __init__(self, parts: Sequence[Dataset], weights: Sequence[float], num_samples: int):
         self.parts = parts

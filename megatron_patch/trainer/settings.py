@@ -227,14 +227,9 @@ class TrainerSettings(BaseModel):
         return max(1, math.floor(self.train_iters * (self.lr_decay_fraction or 1.0)))
 
     def batch(self, world_size: int) -> tuple[int, int]:
-        """Returns (sequences per process and micro-batch, accumulation steps).
-
-        Args:
-            world_size: number of processes.
-
-        Raises:
-            SettingsError: the three batch settings contradict each other for `world_size`.
-        """
+        """Returns (sequences per process and micro-batch, accumulation steps). Raises a
+        SettingsError if the three batch settings contradict each other for a number of
+        processes."""
         total, micro = self.train_batch_size, self.train_micro_batch_size_per_gpu
         steps = self.gradient_accumulation_steps
         if total is None and micro is None:

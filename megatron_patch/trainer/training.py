@@ -40,12 +40,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 class MetaLATrainer(Trainer):
-    """The Trainer for samples in a fixed order, whose `labels` are already shifted.
-
-    Args:
-        settings: the run's settings.
-        validation: returns the samples of evaluation 0, 1, ...; `None` for no validation.
-    """
+    """The Trainer for samples in a fixed order, whose `labels` are already shifted. `validation`
+    returns the samples of evaluation 0, 1, ...; `None` for no validation."""
 
     def __init__(
         self, settings: TrainerSettings, validation: Callable[[int], Dataset] | None, **kwargs: Any
@@ -288,11 +284,8 @@ def train(
     METRICS to `save`. Evaluates every `eval_interval` steps and, as GPT-NeoX does, once more at the
     end, on the samples that `validation` returns for evaluation 0, 1, ...
 
-    Returns:
-        The trained model, without the Trainer's wrappers for autocast and data parallelism.
-
-    Raises:
-        SettingsError: `save` cannot be written to, or another run holds it.
+    Returns the trained model, without the Trainer's wrappers for autocast and data parallelism.
+    Raises a SettingsError if `save` cannot be written to, or another run holds it.
     """
     if settings.checkpoint_activations:
         model.gradient_checkpointing_enable()

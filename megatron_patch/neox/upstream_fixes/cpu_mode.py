@@ -40,15 +40,9 @@ def initialize_without_cuda() -> None:
 
 
 def activate_cpu_mode(args) -> None:
-    """Redirects `torch.cuda` to the CPU for a run on the CPU.
-
-    Args:
-        args: GPT-NeoX's settings. `num_gpus` is the number of ranks on this machine, by default as
-            many as tensor and pipeline parallelism need.
-
-    Raises:
-        SettingsError: the precision is fp16, which the CPU does not have.
-    """
+    """Redirects `torch.cuda` to the CPU for a run on the CPU. The setting `num_gpus` is the number
+    of ranks on this machine, by default as many as tensor and pipeline parallelism need. Raises a
+    SettingsError if the precision is fp16, which the CPU does not have."""
     if not runs_on_cpu(args):
         return
     if args.precision == "fp16" or (args.fp16 or {}).get("enabled"):

@@ -20,17 +20,12 @@ from megatron_patch.torch_file import UnreadableFile, load_safely
 
 
 def go_on_from_save(args) -> None:
-    """Lets a stopped run go on from its own last checkpoint.
+    """Lets a stopped run go on from its own last checkpoint. The launcher calls this.
 
     A run that does not load from `save` (because of `finetune: true`, a `load` of another folder,
     or none) would begin again each time it is started, and write over its checkpoints. If `save`
     holds steps of this very run, this changes the settings so that it loads the last of them.
-
-    Args:
-        args: GPT-NeoX's settings in the launcher, which hands them to all ranks.
-
-    Raises:
-        SettingsError: `save` holds steps of a run that began elsewhere.
+    Raises a SettingsError if `save` holds steps of a run that began elsewhere.
     """
     if not _is_training(args) or not args.save or not _saved("save", Path(args.save)):
         return
@@ -274,14 +269,9 @@ def _check_files(
     """Checks that all files exist that the settings' layout needs, and that none is cut off.
     `torch.save` writes a zip file with its list of contents at the end, so no tensor is read.
 
-    Args:
-        args: GPT-NeoX's settings.
-        step: the `global_stepN` folder.
-        stage: the ZeRO stage, 0 for a program that does not train.
-        model_ranks, data_ranks: how many ranks wrote the checkpoint, `None` where it does not say.
-
-    Raises:
-        SettingsError: names the first file that is missing or damaged.
+    `stage` is 0 for a program that does not train. `model_ranks` and `data_ranks` wrote the
+    checkpoint, `None` where it does not say. Raises a SettingsError that names the first file that
+    is missing or damaged.
     """
     names = set()
     for name in _names(args, stage, model_ranks, data_ranks or 1):

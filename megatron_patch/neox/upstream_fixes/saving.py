@@ -105,17 +105,10 @@ def check_replicas(module: torch.nn.Module, group, source: int) -> None:
     """Ends the run if a replicated parameter (one without the `model_parallel` mark) differs in any
     bit between tensor-parallel ranks. Such a model can neither be exported nor go on.
 
-    Every rank calls this. It broadcasts the replicated parameters once; they are small: norms,
-    convolutions, biases after a row-parallel product.
-
-    Args:
-        module: the model of this rank's pipeline stage.
-        group: this rank's tensor-parallel group.
-        source: global rank of the group's first member.
-
-    Raises:
-        SystemExit: on every rank. The first rank of a group with a difference names the first such
-            parameter and the ranks.
+    Every rank calls this with its `group`, whose first member is the global rank `source`. It
+    broadcasts the replicated parameters once; they are small: norms, convolutions, biases after a
+    row-parallel product. Raises SystemExit on every rank; the first rank of a group with a
+    difference names the first such parameter and the ranks.
     """
     reason = None
     drifted = _first_drifted(module, group, source)
