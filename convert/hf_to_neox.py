@@ -13,6 +13,7 @@ import os
 import shutil
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -178,8 +179,7 @@ def main(argv: list[str] | None = None) -> None:
     hf_to_neox(**vars(parser.parse_args(argv)))
 
 
-def cli() -> None:
-    run_script(main)
+cli = partial(run_script, main)
 
 
 if __name__ == "__main__":

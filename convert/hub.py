@@ -15,24 +15,11 @@ from convert.verify import Comparison
 from megatron_patch.architecture import Architecture
 
 # The settings that the model card quotes. They say nothing about machines, layouts and paths.
-TRAINING_SETTINGS = (
-    "seq_length",
-    "train_batch_size",
-    "train_iters",
-    "optimizer",
-    "lr_decay_style",
-    "lr_decay_iters",
-    "min_lr",
-    "warmup",
-    "weight_decay",
-    "gradient_clipping",
-    "hidden_dropout",
-    "precision",
-    "init_method",
-    "output_layer_init_method",
-    "init_method_std",
-    "metala",
-)
+TRAINING_SETTINGS = """
+    seq_length train_batch_size train_iters optimizer lr_decay_style lr_decay_iters min_lr
+    warmup weight_decay gradient_clipping hidden_dropout precision init_method
+    output_layer_init_method init_method_std metala
+""".split()
 
 TEMPLATE = """\
 ---

@@ -32,11 +32,16 @@ from convert.files import (
     refusing,
     saved_name,
 )
-from convert.tensor_table import Split, TensorRule, fit_vocabulary, module_layers, tensor_table
+from convert.tensor_table import Split, TensorRule, fit_vocabulary, tensor_table
 from convert.zero3 import MAPPED_BYTES, Zero3Checkpoint
 from convert.zero3 import MODEL_FILE as ZERO3_FILE
 from megatron_patch.architecture import WHOLE, Architecture, shown
-from megatron_patch.architecture_neox import from_neox, why_not_exportable, with_defaults
+from megatron_patch.architecture_neox import (
+    from_neox,
+    module_layers,
+    why_not_exportable,
+    with_defaults,
+)
 from megatron_patch.neox.yaml_config import SUFFIXES, merge_yaml, merge_yaml_texts
 from megatron_patch.steps import STEP, latest_step, saved_steps
 
@@ -326,7 +331,7 @@ class NeoXCheckpoint:
 
     def _check_layers(self) -> None:
         """Checks that the model's layers are there, and no others."""
-        wanted = module_layers(self.shape)
+        wanted = module_layers(self.shape.num_layers, self.shape.tied)
         described = f"num_layers is {self.shape.num_layers}"
         for rank, held in enumerate(self._held):
             for layer in wanted:
@@ -342,7 +347,7 @@ class NeoXCheckpoint:
 
     def _check_tensors(self) -> None:
         """Checks that every file holds the table's tensors, in its shapes, and no others."""
-        for layer in module_layers(self.shape):
+        for layer in module_layers(self.shape.num_layers, self.shape.tied):
             rules = {rule.name: rule for rule in self.table if rule.layer == layer}
             for rank, held in enumerate(self._held):
                 tensors = held.get(layer, {})

@@ -199,63 +199,37 @@ def main(argv: list[str] | None = None) -> None:
         "Hugging Face",
         reads_checkpoint=True,
     )
-    parser.add_argument("--dtype", choices=DTYPES, help="default: that of the training")
-    parser.add_argument(
-        "--verify",
-        action="store_true",
-        help="run the GPT-NeoX model and the result on the same tokens; fail if they differ",
-    )
-    parser.add_argument(
-        "--keep-vocab-padding",
-        action="store_true",
-        help="keep the rows that GPT-NeoX added to the vocabulary; default: trim to the tokenizer",
-    )
-    parser.add_argument(
-        "--fold-norms",
-        action="store_true",
-        help="fold the weights of `norm: rmsnorm` into those that follow: the authors' format",
-    )
-    parser.add_argument(
-        "--max-shard-size", default="5GB", metavar="SIZE", help="of one file, default: 5GB"
-    )
-    parser.add_argument(
-        "--push-to-hub",
-        metavar="REPO",
-        help="upload the folder to this repository of the Hugging Face Hub, made if there is none",
-    )
-    parser.add_argument(
-        "--private", action="store_true", help="with --push-to-hub: make a private repository"
-    )
-    options = parser.parse_args(argv)
+    add = parser.add_argument
+    add("--dtype", choices=DTYPES, help="default: that of the training")
+    verify_help = "run the GPT-NeoX model and the result on the same tokens; fail if they differ"
+    add("--verify", dest="check", action="store_true", help=verify_help)
+    padding = "keep the rows that GPT-NeoX added to the vocabulary; default: trim to the tokenizer"
+    add("--keep-vocab-padding", action="store_true", help=padding)
+    fold = "fold the weights of `norm: rmsnorm` into those that follow: the authors' format"
+    add("--fold-norms", action="store_true", help=fold)
+    size = {"dest": "max_shard_bytes", "default": "5GB", "metavar": "SIZE"}
+    add("--max-shard-size", **size, help="of one file, default: 5GB")
+    push = "upload the folder to this repository of the Hugging Face Hub, made if there is none"
+    add("--push-to-hub", metavar="REPO", help=push)
+    add("--private", action="store_true", help="with --push-to-hub: make a private repository")
+    options = vars(parser.parse_args(argv))
+    repository, private = options.pop("push_to_hub"), options.pop("private")
     try:
-        max_shard_bytes = parse_size(options.max_shard_size)
+        options["max_shard_bytes"] = parse_size(options["max_shard_bytes"])
     except ValueError as error:
         parser.error(f"--max-shard-size: {error}")
-    is_pushed = options.push_to_hub is not None
-    if options.private and not is_pushed:
+    options["dtype"] = DTYPES.get(options["dtype"])
+    if repository is not None:
+        check_push(repository)
+    elif private:
         parser.error("--private: without --push-to-hub")
-    if is_pushed:
-        check_push(options.push_to_hub)
-    neox_to_hf(
-        options.checkpoint,
-        options.output,
-        options.iteration,
-        options.config,
-        options.tokenizer,
-        DTYPES.get(options.dtype),
-        options.verify,
-        options.keep_vocab_padding,
-        options.overwrite,
-        max_shard_bytes,
-        options.fold_norms,
-    )
-    if is_pushed:
-        address = push_to_hub(options.output, options.push_to_hub, options.private)
+    neox_to_hf(**options)
+    if repository is not None:
+        address = push_to_hub(options["output"], repository, private)
         print(f"uploaded to {address}")
 
 
-def cli() -> None:
-    run_script(main)
+cli = partial(run_script, main)
 
 
 if __name__ == "__main__":

@@ -15,9 +15,9 @@ from tqdm import tqdm
 
 from convert.command import ConvertError
 from convert.neox_reader import LAYER_FILE_NAME, RANK_FILE_NAME, check_tensor_parallel
-from convert.tensor_table import TensorRule, check_finite, module_layers, tensor_table
+from convert.tensor_table import TensorRule, check_finite, tensor_table
 from megatron_patch.architecture import Architecture
-from megatron_patch.architecture_neox import with_defaults
+from megatron_patch.architecture_neox import module_layers, with_defaults
 from megatron_patch.neox.yaml_config import merge_yaml_texts
 
 
@@ -86,7 +86,7 @@ def _write_layers(
     bar: tqdm,
 ) -> None:
     """Writes a file for each layer and rank. DeepSpeed wants one for layers without tensors too."""
-    for layer in module_layers(shape):
+    for layer in module_layers(shape.num_layers, shape.tied):
         shards: list[OrderedDict] = [OrderedDict() for _ in range(tensor_parallel)]
         for rule in (rule for rule in table if rule.layer == layer):
             tensor = full(rule)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -144,8 +145,7 @@ def main(argv: list[str] | None = None) -> None:
     reshape_neox(**vars(parser.parse_args(argv)))
 
 
-def cli() -> None:
-    run_script(main)
+cli = partial(run_script, main)
 
 
 if __name__ == "__main__":

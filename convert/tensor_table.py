@@ -146,14 +146,6 @@ class TensorRule:
         return torch.cat(parts, dim=self._dim, out=out)
 
 
-def module_layers(shape: Architecture) -> list[int]:
-    """Returns the indices of the layers that have a file in a layer-file checkpoint: embedding (0),
-    blocks (from 2), last norm and head. Layers 1 and n + 2 are functions without tensors, as is
-    a tied head; the last norm has a file even if it holds no tensors."""
-    n = shape.num_layers
-    return [0, *range(2, n + 2), n + 3, *([] if shape.tied else [n + 4])]
-
-
 def tensor_table(shape: Architecture) -> list[TensorRule]:
     """Returns the rules of all tensors of a model, layer by layer."""
     n, vocabulary = shape.num_layers, (shape.padded_vocab_size, shape.hidden_size)

@@ -15,18 +15,10 @@ from convert.files import check_regular, read_json, read_text, refusing, write_j
 from megatron_patch.architecture_neox import why_tokenizer_not_exportable
 
 # The files that transformers saves for a tokenizer.
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "tokenizer.model",
-    "spiece.model",
-    "chat_template.jinja",
-)
+TOKENIZER_FILES = """
+    tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json
+    vocab.txt merges.txt tokenizer.model spiece.model chat_template.jinja
+""".split()
 # A tokenizer.json does not say which tokens are special in what way, so they are found by their
 # usual names. GPT-NeoX ends documents with <|endoftext|> and has no token for their beginning, so a
 # text begins after the end of the document before it.

@@ -269,6 +269,13 @@ def expand_attention_config(attention_config: Any, num_layers: int) -> list[str]
     return [kind for pattern, times in patterns for kind in pattern * times]
 
 
+def module_layers(num_layers: int, tied: bool) -> list[int]:
+    """Returns the indices of the layers that have a file in a layer-file checkpoint: embedding (0),
+    blocks (from 2), last norm and head. Layers 1 and n + 2 are functions without tensors, as is
+    a tied head; the last norm has a file even if it holds no tensors."""
+    return [0, *range(2, num_layers + 2), num_layers + 3, *([] if tied else [num_layers + 4])]
+
+
 def metala_intermediate_size(settings: Any) -> int:
     """Returns the width of a MetaLA layer's MLP: `intermediate_size`, else `expansion_factor` times
     the hidden size, else 8/3 of the hidden size rounded up to a multiple of 256 (2816 for 1024, as

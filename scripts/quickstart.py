@@ -24,7 +24,7 @@ from pathlib import Path
 from plot_loss import plot, read_losses
 from tqdm import tqdm
 
-from megatron_patch.commands.command_line import Parser
+from megatron_patch.commands.command_line import Parser, replacing
 from megatron_patch.commands.link_neox import commit_of
 from megatron_patch.neox.yaml_config import merge_yaml
 
@@ -117,8 +117,7 @@ def write_text(path: Path) -> None:
     ]
     files.sort(key=lambda p: hashlib.sha256(p.as_posix().encode()).digest())
     size = 0
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "w", encoding="utf-8") as out:
+    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as out:
         for file in tqdm(files, desc=f"Reading {library}", unit=" files"):
             try:
                 text = (library / file).read_text(encoding="utf-8")
@@ -128,7 +127,6 @@ def write_text(path: Path) -> None:
             size += len(text)
             if size > TEXT_BYTES:
                 break
-    temporary.replace(path)
 
 
 def prepare_data() -> tuple[Path, Path]:

@@ -11,10 +11,11 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import megatron_patch
-from megatron_patch.commands.command_line import CommandError, Parser, run_script
+from megatron_patch.commands.command_line import CommandError, Parser, replacing, run_script
 
 TESTED_COMMIT = "ea7aefd8f8e183256992d9fede4d7c71a46d67a5"
 MARK = "# MetaLA plugin, added by link_neox.py"
@@ -54,15 +55,11 @@ def entry_point(checkout: Path) -> Path:
 def write(path: Path, content: bytes) -> None:
     """Replaces a file's content in one step. The file's mode stays, and links to it stay valid."""
     path = path.resolve()
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
+    with replacing(path) as temporary:
         temporary.write_bytes(content)
         shutil.copymode(path, temporary)
         if os.geteuid() == 0:  # for root the new file would have another owner
             os.chown(temporary, path.stat().st_uid, path.stat().st_gid)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def own_content(content: bytes) -> bytes:
@@ -217,6 +214,4 @@ def main(argv: list[str] | None = None) -> None:
         print(f"  this checkout is at {commit or 'an unknown commit'}, tested with {TESTED_COMMIT}")
 
 
-def cli() -> None:
-    """Runs the command from a terminal."""
-    run_script(main)
+cli = partial(run_script, main)

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,6 +45,19 @@ def refuse_existing(outputs: Iterable[Path], overwrite: bool) -> None:
     for path in outputs:
         if path.exists() and not overwrite:
             raise FileExistsError(f"{path} is already there; --overwrite replaces it")
+
+
+def text_parser(description: str) -> Parser:
+    """Returns a parser with the arguments of `iterate_documents`, and --overwrite."""
+    parser = Parser(description=description)
+    add = parser.add_argument
+    add("inputs", type=existing, nargs="+", help="text files, .jsonl files, folders")
+    add("--json-key", default="text", help="key of the text in .jsonl files")
+    add("--suffix", action="append", help="in folders: only such files, e.g. .py")
+    most = "bytes of the largest document"
+    add("--max-document", type=whole(1), default=MAX_BYTES, help=most)
+    add("--overwrite", action="store_true", help="replace existing output")
+    return parser
 
 
 class Encoder:
@@ -206,25 +220,16 @@ def report_special_tokens(special: Counter[str], as_tokens: bool) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(description=__doc__)
-    parser.add_argument(
-        "inputs", type=existing, nargs="+", help="text files, .jsonl files, folders"
-    )
+    parser = text_parser(__doc__)
     parser.add_argument(
         "--output", type=output_prefix, required=True, help="PREFIX of the files to write"
     )
     parser.add_argument("--tokenizer", type=existing_file, required=True, help="a tokenizer.json")
-    parser.add_argument("--json-key", default="text", help="key of the text in .jsonl files")
-    parser.add_argument("--suffix", action="append", help="in folders: only such files, e.g. .py")
     parser.add_argument("--workers", type=whole(1), default=1, help="processes that tokenize")
-    parser.add_argument("--overwrite", action="store_true", help="replace existing output")
     parser.add_argument(
         "--special-tokens",
         action="store_true",
         help=f"read special tokens in the text, such as {END_OF_TEXT}, as such, not as text",
-    )
-    parser.add_argument(
-        "--max-document", type=whole(1), default=MAX_BYTES, help="bytes of the largest document"
     )
     parser.add_argument(
         "--max-stretch",
@@ -249,6 +254,4 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{args.output}.bin, .idx: {prepared.documents:,} documents, {prepared.tokens:,} tokens")
 
 
-def cli() -> None:
-    """Runs the command from a terminal."""
-    run_script(main)
+cli = partial(run_script, main)

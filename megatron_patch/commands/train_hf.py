@@ -5,6 +5,7 @@ Trainer, and writes a Hugging Face folder. The same command goes on where a run 
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -115,6 +116,4 @@ def main(argv: list[str] | None = None) -> None:
             raise CommandError(f"wanted at most {TOLERANCE:.0e}")
 
 
-def cli() -> None:
-    """Runs the command from a terminal."""
-    run_script(main)
+cli = partial(run_script, main)

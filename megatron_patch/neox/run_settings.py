@@ -11,14 +11,13 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 import torch
 
-from megatron_patch.architecture import METALA, SettingsError, refuse
+from megatron_patch.architecture import METALA, SettingsError, refuse, yaml_number_hint
 from megatron_patch.architecture_neox import expand_attention_config, from_neox
 from megatron_patch.ops.backends import unsupported_reason
 
@@ -26,8 +25,6 @@ from megatron_patch.ops.backends import unsupported_reason
 
 # GPT-NeoX compares these two in lower case.
 _ANY_CASE = ("optimizer_type", "tokenizer_type")
-# YAML 1.1 reads such a number as text if it lacks the dot or the exponent's sign.
-_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 _RANGES = (
     (
         "at least 1",
@@ -58,7 +55,7 @@ _RANGES = (
     ),
     ("from 0 to 1", lambda x: 0 <= x <= 1, "warmup top_p"),
 )
-# Of the settings above that have a default, GPT-NeoX derives only these two from `null`.
+# GPT-NeoX derives only these two from `null` among the settings above that have a default.
 _DERIVED = ("gradient_accumulation_steps", "steps_per_print")
 _WORDS = {
     Any: "none",
@@ -82,7 +79,7 @@ def check_values(args: Any) -> None:
         _check_type(field.name, value, field.type)
         if isinstance(value, (dict, list)) and field.name != "config_files":
             for name, leaf in _leaves(field.name, value):
-                if isinstance(leaf, str) and _NUMBER.fullmatch(leaf):
+                if yaml_number_hint(leaf):
                     refuse(name, leaf, "a number")
                 _check_finite(name, leaf)
     for wanted, is_inside, names in _RANGES:

@@ -42,31 +42,14 @@ ONLY = {
     "num_unique_layers": (None, "GPT-NeoX shares no layers any more"),
 }
 # Settings that only attention layers read. Without such layers they would have no effect.
-OF_ATTENTION = (
-    "apply_query_key_layer_scaling",
-    "attention_dropout",
-    "attention_softmax_in_fp32",
-    "bias_dropout_fusion",
-    "bias_gelu_fusion",
-    "gmlp_attn_dim",
-    "gpt_j_tied",
-    "mlp_multiple_of",
-    "opt_pos_emb_offset",
-    "rope_fusion",
-    "rotary_emb_base",
-    "rotary_pct",
-    "rotary_save_freqs_buffer",
-    "rpe_max_distance",
-    "rpe_num_buckets",
-    "scaled_masked_softmax_fusion",
-    "scaled_upper_triang_masked_softmax_fusion",
-    "sliding_window_width",
-    "sparsity_config",
-    "te_fp8_mha",
-    "te_mha",
-    "use_flashattn_swiglu",
-    "use_qk_layernorm",
-)
+OF_ATTENTION = """
+    apply_query_key_layer_scaling attention_dropout attention_softmax_in_fp32
+    bias_dropout_fusion bias_gelu_fusion gmlp_attn_dim gpt_j_tied mlp_multiple_of
+    opt_pos_emb_offset rope_fusion rotary_emb_base rotary_pct rotary_save_freqs_buffer
+    rpe_max_distance rpe_num_buckets scaled_masked_softmax_fusion
+    scaled_upper_triang_masked_softmax_fusion sliding_window_width sparsity_config te_fp8_mha
+    te_mha use_flashattn_swiglu use_qk_layernorm
+""".split()
 # Settings of GPT-NeoX's compiled norms, each with the norm that it computes.
 FUSED_NORMS = {"layernorm_fusion": "layernorm", "rmsnorm_fusion": "rmsnorm"}
 

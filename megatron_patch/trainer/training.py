@@ -11,13 +11,14 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+# Lets `torch.load` read NumPy's random state in checkpoints, which transformers 4.46 does not.
+import megatron_patch.torch_file  # noqa: F401
 from megatron_patch.architecture import SettingsError
 from megatron_patch.save_folder import held
 from megatron_patch.trainer.schedule import ResumableLR, Schedule
@@ -265,14 +266,6 @@ def training_arguments(settings: TrainerSettings) -> TrainingArguments:
     return arguments
 
 
-def _allow_random_states() -> None:
-    """Allows `torch.load` to read the NumPy random state in a checkpoint, which torch 2.6 and later
-    refuse by default. transformers 4.46 does not allow it itself; newer releases do."""
-    core = np._core if hasattr(np, "_core") else np.core
-    types = [np.ndarray, np.dtype, type(np.dtype(np.uint32))]
-    torch.serialization.add_safe_globals([core.multiarray._reconstruct, *types])
-
-
 def train(
     settings: TrainerSettings,
     model: nn.Module,
@@ -300,7 +293,6 @@ def train(
         train_dataset=train_samples,
         callbacks=callbacks,
     )
-    _allow_random_states()
     is_first = os.environ.get("RANK", "0") == "0"
     with held(str(settings.save)) if is_first else nullcontext():
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))

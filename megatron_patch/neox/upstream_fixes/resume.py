@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_patch.architecture import METALA, SettingsError
+from megatron_patch.architecture_neox import module_layers
 from megatron_patch.neox.run_settings import program
 from megatron_patch.neox.yaml_config import SUFFIXES, merge_yaml_texts, read_yaml
 from megatron_patch.steps import latest_step, saved_steps
@@ -296,7 +297,7 @@ def _names(args, stage: int, model_ranks: int | None, data_ranks: int) -> Iterat
         for rank in range(model_ranks):
             yield f"mp_rank_{rank:02d}_model_states.pt"
     if args.pipe_parallel_size:
-        for layer in _layers(args):
+        for layer in module_layers(args.num_layers, not args.no_weight_tying):
             for rank in range(tensor_ranks):
                 yield f"layer_{layer:02d}-model_{rank:02d}-model_states.pt"
     if stage == 3 or (stage and not args.finetune):
@@ -304,14 +305,6 @@ def _names(args, stage: int, model_ranks: int | None, data_ranks: int) -> Iterat
         for data_rank in range(data_ranks):
             for rank in range(model_ranks):
                 yield f"{prefix}zero_pp_rank_{data_rank}_mp_rank_{rank:02d}_optim_states.pt"
-
-
-def _layers(args) -> list[int]:
-    """Returns the numbers of GPT-NeoX's layers that have a file: embedding, blocks, norm, and the
-    head unless it is tied. One function without a file stands before the blocks, one after them."""
-    blocks = [2 + block for block in range(args.num_layers)]
-    head = [args.num_layers + 4] if args.no_weight_tying else []
-    return [0, *blocks, args.num_layers + 3, *head]
 
 
 def _damage(file: Path) -> str | None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import atexit
 import os
-import re
 import shutil
 import signal
 import sys
@@ -25,6 +24,7 @@ from megatron_patch.architecture import SettingsError
 from megatron_patch.neox.patching import in_metala_runs, repairs, swapped
 from megatron_patch.neox.run_settings import program
 from megatron_patch.save_folder import held, holder, try_saving
+from megatron_patch.steps import STEP, saved_steps
 from megatron_patch.torch_file import damaged_record
 
 HOLDER = "METALA_HOLDER"  # the variable that tells the ranks which run holds the save folder
@@ -175,16 +175,11 @@ def delete_old_checkpoints(save_dir: str, n_to_keep: int) -> None:
     if dist.get_rank() != 0:
         return
     folder = Path(save_dir)
-    latest = _step((folder / "latest").read_text().strip())
-    steps = sorted(step for path in folder.iterdir() if (step := _step(path.name)) is not None)
-    for step in [step for step in steps if latest is None or step <= latest][:-n_to_keep]:
+    latest = STEP.fullmatch((folder / "latest").read_text().strip())
+    steps = [n for n in saved_steps(folder) if latest is None or n <= int(latest[1])]
+    for step in steps[:-n_to_keep]:
         print(f"MetaLA: keep_last_n_checkpoints: deleting {folder}/global_step{step}", flush=True)
         shutil.rmtree(folder / f"global_step{step}", ignore_errors=True)
-
-
-def _step(name: str) -> int | None:
-    match = re.fullmatch(r"global_step(\d+)", name)
-    return int(match[1]) if match else None
 
 
 # megatron/checkpointing.py:158
