@@ -1,4 +1,4 @@
-"""What the commands of this folder share: errors, arguments, and the GPT-NeoX checkout."""
+"""Errors, arguments and the GPT-NeoX checkout, which the commands of this folder share."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ from convert.tensor_table import Split, TensorRule, check_finite, fit_vocabulary
 from megatron_patch.architecture import Architecture, shown
 from megatron_patch.hf import MetaLAConfig
 
-# Where transformers saves weights; the first file that is there is read.
+# The files in which transformers saves weights; the first that is there is read.
 WEIGHT_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",

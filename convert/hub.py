@@ -1,4 +1,4 @@
-"""What the Hugging Face Hub gets: the model card of an exported folder, and the upload."""
+"""Writes the model card of an exported folder, and uploads the folder to the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from convert.neox_reader import NeoXCheckpoint
 from convert.tensor_table import tensor_table
 from convert.verify import Comparison
 from megatron_patch.architecture import Architecture
+from megatron_patch.commands.command_line import first_line
 
 # The settings that the model card quotes. They say nothing about machines, layouts and paths.
 TRAINING_SETTINGS = """
@@ -119,7 +120,7 @@ def check_push(repository: str) -> None:
     try:
         validate_repo_id(repository)
     except HFValidationError as error:
-        raise ConvertError(f"--push-to-hub {repository}: {_first_line(error)}") from None
+        raise ConvertError(f"--push-to-hub {repository}: {first_line(error)}") from None
     if get_token() is None:
         raise ConvertError(
             f"--push-to-hub {repository}: nobody is logged in; `hf auth login`, or set HF_TOKEN"
@@ -143,11 +144,7 @@ def push_to_hub(folder: Path, repository: str, private: bool) -> str:
         )
     except Exception as error:  # the HTTP library changes with huggingface_hub's major version
         raise ConvertError(
-            f"{folder} is complete, but was not uploaded to {repository}: {_first_line(error)}; "
+            f"{folder} is complete, but was not uploaded to {repository}: {first_line(error)}; "
             f"`hf upload {repository} {folder}` tries again"
         ) from None
     return str(address)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

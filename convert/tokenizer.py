@@ -13,6 +13,7 @@ from typing import Any
 from convert.command import ConvertError, find_neox
 from convert.files import check_regular, read_json, read_text, refusing, write_json
 from megatron_patch.architecture_neox import why_tokenizer_not_exportable
+from megatron_patch.commands.command_line import first_line
 
 # The files that transformers saves for a tokenizer.
 TOKENIZER_FILES = """
@@ -136,8 +137,7 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # tokenizer classes raise errors of all kinds
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ConvertError(f"{folder}: holds no tokenizer: {reason}") from None
+        raise ConvertError(f"{folder}: holds no tokenizer: {first_line(error)}") from None
 
 
 def _from_folder(folder: Path) -> RunTokenizer:

@@ -35,63 +35,48 @@ from megatron_patch.architecture import (
 
 # GPT-NeoX's layer types that are not its transformer layer with some attention.
 OTHER_BLOCKS = ("gmlp", "amlp", "rwkv", "mamba")
-# GPT-NeoX's defaults of the settings that describe a model.
+# GPT-NeoX's defaults of the settings that describe a model: those that are off, those that are
+# none, and the others.
+_OFF = """
+    apply_query_key_layer_scaling attention_softmax_in_fp32 bias_dropout_fusion
+    bias_gelu_fusion gpt_j_residual gpt_j_tied layernorm_fusion no_weight_tying
+    rmsnorm_fusion rope_fusion rotary_save_freqs_buffer scaled_masked_softmax_fusion
+    scaled_upper_triang_masked_softmax_fusion sequence_parallel te_columnparallel
+    te_fp8_mha te_layernorm_mlp te_mha te_rowparallel use_flashattn_swiglu use_mup
+    use_qk_layernorm
+""".split()
+_UNSET = """
+    attention_config expansion_factor intermediate_size num_kv_heads num_unique_layers
+    sliding_window_width sparsity_config vocab_file
+""".split()
 GPT_NEOX_DEFAULTS = {
+    **dict.fromkeys(_OFF, False),
+    **dict.fromkeys(_UNSET, None),
     "activation": "gelu",
-    "apply_query_key_layer_scaling": False,
-    "attention_config": None,
     "attention_dropout": 0.0,
-    "attention_softmax_in_fp32": False,
-    "bias_dropout_fusion": False,
-    "bias_gelu_fusion": False,
-    "expansion_factor": None,
     "gmlp_attn_dim": 64,
-    "gpt_j_residual": False,
-    "gpt_j_tied": False,
     "init_method": "normal",
     "init_method_std": 0.02,
-    "intermediate_size": None,
     "layernorm_epsilon": 1e-5,
-    "layernorm_fusion": False,
     "make_vocab_size_divisible_by": 128,
     "mlp_multiple_of": 1,
     "model_parallel_size": 1,
     "moe_num_experts": 1,
-    "no_weight_tying": False,
     "norm": "layernorm",
-    "num_kv_heads": None,
-    "num_unique_layers": None,
     "opt_pos_emb_offset": 0,
     "output_layer_init_method": "scaled_normal",
     "pipe_parallel_size": 0,
     "pipe_partition_method": "type:transformer|mlp",
     "pos_emb": "learned",
     "rms_norm_epsilon": 1e-8,
-    "rmsnorm_fusion": False,
-    "rope_fusion": False,
     "rotary_emb_base": 10000,
     "rotary_pct": 1.0,
-    "rotary_save_freqs_buffer": False,
     "rpe_max_distance": 128,
     "rpe_num_buckets": 32,
-    "scaled_masked_softmax_fusion": False,
-    "scaled_upper_triang_masked_softmax_fusion": False,
     "scalenorm_epsilon": 1e-8,
-    "sequence_parallel": False,
-    "sliding_window_width": None,
-    "sparsity_config": None,
-    "te_columnparallel": False,
-    "te_fp8_mha": False,
-    "te_layernorm_mlp": False,
-    "te_mha": False,
-    "te_rowparallel": False,
     "tokenizer_type": "GPT2BPETokenizer",
     "use_bias_in_attn_linear": True,
     "use_bias_in_mlp": True,
-    "use_flashattn_swiglu": False,
-    "use_mup": False,
-    "use_qk_layernorm": False,
-    "vocab_file": None,
 }
 
 # The kinds of the settings that `with_defaults` checks.

@@ -56,6 +56,11 @@ def told(error: BaseException) -> str:
     return one_line(str(error)) or type(error).__name__
 
 
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's message, or its type if it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def one_line(text: str) -> str:
     """Returns text with each run of whitespace replaced by one space."""
     return " ".join(text.split())

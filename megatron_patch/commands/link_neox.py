@@ -19,8 +19,8 @@ from megatron_patch.commands.command_line import CommandError, Parser, replacing
 
 TESTED_COMMIT = "ea7aefd8f8e183256992d9fede4d7c71a46d67a5"
 MARK = "# MetaLA plugin, added by link_neox.py"
-# Where the plugin cannot be imported (this Python lacks it, or finds another package of its name),
-# GPT-NeoX still starts and trains its other models.
+# GPT-NeoX still starts and trains its other models if the plugin cannot be imported: this Python
+# lacks it, or finds another package of its name.
 CODE = """\
 try:
     from megatron_patch.neox import register as register_metala

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from megatron_patch.architecture import SettingsError
+from megatron_patch.architecture import SettingsError, refuse
 from megatron_patch.indexed_dataset import IndexedDataset
 from megatron_patch.trainer.settings import TrainerSettings
 
@@ -126,7 +126,7 @@ def split_documents(split: str, count: int) -> list[np.ndarray]:
     except ValueError:
         weights = []
     if not sum(weights) > 0:
-        raise SettingsError(f"split: found {split!r}, wanted three numbers, e.g. 969,30,1")
+        refuse("split", split, "three numbers, e.g. 969,30,1")
     weights += [0.0] * (3 - len(weights))
     bounds = [0]
     for weight in weights:

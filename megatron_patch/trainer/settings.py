@@ -29,6 +29,7 @@ from megatron_patch.architecture import (
     EXPORTED_NORMS,
     MetaLAOptions,
     SettingsError,
+    refuse,
     yaml_number_hint,
 )
 from megatron_patch.architecture_neox import GPT_NEOX_DEFAULTS, expand_attention_config
@@ -309,14 +310,9 @@ def _check(settings: TrainerSettings) -> None:
             " iterations of the learning rate's schedule"
         )
     if settings.use_checkpoint_lr_scheduler and settings.override_lr_scheduler:
-        raise SettingsError(
-            "override_lr_scheduler: found True, wanted False beside use_checkpoint_lr_scheduler"
-        )
-    if settings.metala_options.backend != "auto":
-        raise SettingsError(
-            f"metala.backend: found {settings.metala_options.backend!r}, wanted auto with the "
-            "Hugging Face Trainer"
-        )
+        refuse("override_lr_scheduler", True, "False beside use_checkpoint_lr_scheduler")
+    if (backend := settings.metala_options.backend) != "auto":
+        refuse("metala.backend", backend, "auto with the Hugging Face Trainer")
     if bool(settings.data_path) == bool(settings.train_data_paths):
         raise SettingsError("data_path: wanted either it or train_data_paths")
     for name in ("train", "valid"):

@@ -20,6 +20,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 # Lets `torch.load` read NumPy's random state in checkpoints, which transformers 4.46 does not.
 import megatron_patch.torch_file  # noqa: F401
 from megatron_patch.architecture import SettingsError
+from megatron_patch.commands.command_line import first_line
 from megatron_patch.save_folder import held
 from megatron_patch.trainer.schedule import ResumableLR, Schedule
 from megatron_patch.trainer.settings import TrainerSettings
@@ -209,9 +210,8 @@ def wandb_wanted(settings: TrainerSettings) -> bool:
     try:
         from wandb import init  # noqa: F401
     except Exception as error:  # missing, broken, or another module of this name
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise SettingsError(
-            f"use_wandb: found no wandb that works ({reason}), wanted pip install wandb"
+            f"use_wandb: found no wandb that works ({first_line(error)}), wanted pip install wandb"
         ) from None
     import requests
 

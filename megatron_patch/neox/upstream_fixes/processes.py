@@ -234,7 +234,7 @@ class ChildProcess(subprocess.Popen):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, preexec_fn=_end_with_parent, **kwargs)
         self.passed_on = 0
-        # Where DeepSpeed starts processes by pdsh, it sets handlers of its own after this.
+        # DeepSpeed sets handlers of its own after this if it starts processes by pdsh.
         ends = (signal.SIGINT, signal.SIGTERM)
         self.handlers = {number: signal.signal(number, self._pass_on) for number in ends}
 

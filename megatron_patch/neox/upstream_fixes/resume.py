@@ -12,7 +12,7 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_patch.architecture import METALA, SettingsError
+from megatron_patch.architecture import METALA, SettingsError, refuse
 from megatron_patch.architecture_neox import module_layers
 from megatron_patch.neox.run_settings import program
 from megatron_patch.neox.yaml_config import SUFFIXES, merge_yaml_texts, read_yaml
@@ -133,9 +133,6 @@ def _check_states(args, step: Path, is_training: bool) -> None:
     if not isinstance(states, dict):
         raise SettingsError(f"load: {file}: found a {type(states).__name__}, wanted states by name")
 
-    def refuse(setting: str, found: object, wanted: object) -> None:
-        raise SettingsError(f"{setting}: found {found!r}, wanted {wanted}")
-
     if not is_training and file is partitioned:
         refuse("load", args.load, "a checkpoint in one file a rank, not one of ZeRO 3")
     if (stage == 3) != (file is partitioned):
@@ -159,7 +156,7 @@ def _check_states(args, step: Path, is_training: bool) -> None:
         if (found := getattr(args, name, None)) is not None and found != saved:
             refuse(name, found, f"{saved!r}, as in {file}")
     if not args.finetune:
-        _check_going_on(args, states, file, is_training, stage, refuse)
+        _check_going_on(args, states, file, is_training, stage)
     if METALA in (args.attention_config or ()):
         data_ranks = _count(states.get("dp_world_size"))
         _check_files(args, step, stage, model_ranks, data_ranks)
@@ -173,7 +170,7 @@ def _count(value: object) -> int | None:
     return value if isinstance(value, int) and 0 < value < 1_000_000 else None
 
 
-def _check_going_on(args, states: dict, file: Path, is_training: bool, stage: int, refuse) -> None:
+def _check_going_on(args, states: dict, file: Path, is_training: bool, stage: int) -> None:
     """Checks what a run needs besides the weights to go on. Without the random states GPT-NeoX
     ends with exit code 0."""
     random_states = args.no_load_rng or "random_rng_state" in states
@@ -188,12 +185,12 @@ def _check_going_on(args, states: dict, file: Path, is_training: bool, stage: in
         )
     if not is_training:
         return
-    _check_optimizer(args, states, file, stage, refuse)
+    _check_optimizer(args, states, file, stage)
     if isinstance(states["lr_scheduler"], dict):
         _check_schedule(args, states["lr_scheduler"], file)
 
 
-def _check_optimizer(args, states: dict, file: Path, stage: int, refuse) -> None:
+def _check_optimizer(args, states: dict, file: Path, stage: int) -> None:
     """Checks that the optimizer's states fit ZeRO stage, precision and number of ranks.
 
     ZeRO keeps them in files of their own, one for each data-parallel rank, and marks bfloat16 in
