@@ -192,12 +192,7 @@ def _read_config(folder: Path) -> MetaLAConfig:
 # ---- Writing
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
-DTYPE_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-}
+DTYPE_NAMES = dict(zip(DTYPES, ("F64", "F32", "F16", "BF16"), strict=True))
 # Written data is flushed to the disk this often, while the next tensors are read. The system alone
 # would wait until much of the memory holds unwritten data.
 FLUSH_BYTES = 64 * 2**20

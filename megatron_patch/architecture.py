@@ -133,6 +133,10 @@ def _option(default: Any, kind: Kind, about: str, of_model: bool = True) -> Any:
     return field(default=default, metadata={"kind": kind, "about": about, "of_model": of_model})
 
 
+def _hf_fields(described: Any) -> list[tuple[Any, str]]:
+    return [(item, item.metadata["hf"]) for item in fields(described) if "hf" in item.metadata]
+
+
 def _check_fields(instance: Any, side: str, prefix: str = "") -> None:
     """Refuses the first value that is not of its field's kind, and turns whole numbers of float
     fields into floats."""
@@ -337,8 +341,7 @@ class Architecture:
             types = tuple(found) if set(found) != {METALA} else ()
 
         def read(described: type) -> dict[str, Any]:
-            named = [item for item in fields(described) if item.metadata.get("hf")]
-            return {item.name: getattr(config, item.metadata["hf"]) for item in named}
+            return {item.name: getattr(config, hf) for item, hf in _hf_fields(described)}
 
         options = {name: getattr(config, name) for name in MODEL_OPTIONS}
         return cls(
@@ -353,8 +356,7 @@ class Architecture:
         """Returns the keys of `MetaLAConfig`; those of attention layers only for a hybrid."""
 
         def written(instance: Any) -> dict[str, Any]:
-            named = [item for item in fields(instance) if item.metadata.get("hf")]
-            return {item.metadata["hf"]: getattr(instance, item.name) for item in named}
+            return {hf: getattr(instance, item.name) for item, hf in _hf_fields(instance)}
 
         keys = {**written(self), **self.metala.of_model()}
         if self.attention:

@@ -23,7 +23,6 @@ import re
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import BinaryIO
 
 import numpy as np
@@ -31,19 +30,8 @@ import numpy as np
 _MAGIC = b"MMIDIDX\x00\x00"
 _VERSION = 1
 _HEADER = struct.Struct("<9sQBQQ")
-_DTYPES = {
-    code: np.dtype(name).newbyteorder("<")
-    for code, name in {
-        1: "uint8",
-        2: "int8",
-        3: "int16",
-        4: "int32",
-        5: "int64",
-        6: "float32",
-        7: "float64",
-        8: "uint16",
-    }.items()
-}
+_NAMES = ("uint8", "int8", "int16", "int32", "int64", "float32", "float64", "uint16")
+_DTYPES = {code: np.dtype(name).newbyteorder("<") for code, name in enumerate(_NAMES, 1)}
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 # From this size on GPT-NeoX and Megatron use four bytes per token instead of two.
 _FIRST_LARGE_VOCABULARY = 65500
@@ -245,12 +233,7 @@ class IndexedDatasetWriter:
     def __enter__(self) -> IndexedDatasetWriter:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             self.close()
         else:

@@ -347,25 +347,22 @@ def parse_arguments() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     temperature = number(lambda x: x >= 0, "of 0 or more")
     top_p = number(lambda x: 0 < x <= 1, "above 0, at most 1")
-    parser.add_argument("folder", help="the model's folder, or its name on the Hub")
-    parser.add_argument("--system", help="system message, or with --plain the text's first line")
-    parser.add_argument("--max-new-tokens", type=whole(1), default=512, help="longest answer")
-    parser.add_argument(
-        "--temperature", type=temperature, default=0.8, help="0: always the likeliest"
-    )
-    parser.add_argument("--top-p", type=top_p, default=0.95, help="probability to draw from")
-    parser.add_argument("--seed", type=whole(0), help="for the same answers again")
-    parser.add_argument("--plain", action="store_true", help="plain text, without chat template")
-    parser.add_argument(
+    add = parser.add_argument
+    add("folder", help="the model's folder, or its name on the Hub")
+    add("--system", help="system message, or with --plain the text's first line")
+    add("--max-new-tokens", type=whole(1), default=512, help="longest answer")
+    add("--temperature", type=temperature, default=0.8, help="0: always the likeliest")
+    add("--top-p", type=top_p, default=0.95, help="probability to draw from")
+    add("--seed", type=whole(0), help="for the same answers again")
+    add("--plain", action="store_true", help="plain text, without chat template")
+    add(
         "--special-tokens",
         action="store_true",
         help="read special tokens in what is typed as such, not as text",
     )
-    parser.add_argument("--stats", action="store_true", help="say after each turn what it took")
-    parser.add_argument(
-        "--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu"
-    )
-    parser.add_argument("--dtype", type=one_of(DTYPES), default="auto", help="auto: the folder's")
+    add("--stats", action="store_true", help="say after each turn what it took")
+    add("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--dtype", type=one_of(DTYPES), default="auto", help="auto: the folder's")
     return parser.parse_args()
 
 

@@ -221,17 +221,16 @@ def report_special_tokens(special: Counter[str], as_tokens: bool) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = text_parser(__doc__)
-    parser.add_argument(
-        "--output", type=output_prefix, required=True, help="PREFIX of the files to write"
-    )
-    parser.add_argument("--tokenizer", type=existing_file, required=True, help="a tokenizer.json")
-    parser.add_argument("--workers", type=whole(1), default=1, help="processes that tokenize")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--output", type=output_prefix, required=True, help="PREFIX of the files to write")
+    add("--tokenizer", type=existing_file, required=True, help="a tokenizer.json")
+    add("--workers", type=whole(1), default=1, help="processes that tokenize")
+    add(
         "--special-tokens",
         action="store_true",
         help=f"read special tokens in the text, such as {END_OF_TEXT}, as such, not as text",
     )
-    parser.add_argument(
+    add(
         "--max-stretch",
         type=whole(1),
         default=MAX_STRETCH,

@@ -87,12 +87,11 @@ def largest_difference(model: MetaLAForCausalLM, folder: Path, tokens: torch.Ten
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(description=__doc__)
-    parser.add_argument("configs", nargs="+", help="YAML files, merged as GPT-NeoX merges them")
-    parser.add_argument("-d", "--conf_dir", type=Path, help="folder of the YAML files")
-    parser.add_argument(
-        "--output", type=output_folder, help="Hugging Face folder to write (SAVE/hf)"
-    )
-    parser.add_argument("--verify", action="store_true", help="compare the written model's logits")
+    add = parser.add_argument
+    add("configs", nargs="+", help="YAML files, merged as GPT-NeoX merges them")
+    add("-d", "--conf_dir", type=Path, help="folder of the YAML files")
+    add("--output", type=output_folder, help="Hugging Face folder to write (SAVE/hf)")
+    add("--verify", action="store_true", help="compare the written model's logits")
     args = parser.parse_args(argv)
     paths = [args.conf_dir / name if args.conf_dir else Path(name) for name in args.configs]
     try:
