@@ -35,7 +35,7 @@ def command_parser(
 ) -> Parser:
     """Returns a parser with the arguments that commands share, for a command that writes a folder
     of the kind `output`, and may read a GPT-NeoX checkpoint or write for a given layout."""
-    parser = Parser(description=description)
+    parser = Parser(description=description.splitlines()[0])
     add = parser.add_argument
     if reads_checkpoint:
         saved = "the folder that GPT-NeoX's `save` named"

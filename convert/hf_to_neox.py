@@ -170,11 +170,7 @@ def _write_tokenizer(tokenizer: RunTokenizer, path: Path) -> None:
 
 @one_line_errors()
 def main(argv: list[str] | None = None) -> None:
-    parser = command_parser(
-        "Write a Hugging Face folder of a MetaLA model as a GPT-NeoX checkpoint.",
-        "checkpoint",
-        takes_layout=True,
-    )
+    parser = command_parser(__doc__, "checkpoint", takes_layout=True)
     parser.add_argument("--model", type=Path, required=True, help="the Hugging Face folder")
     hf_to_neox(**vars(parser.parse_args(argv)))
 

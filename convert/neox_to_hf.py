@@ -194,11 +194,7 @@ class FoldedNorms:
 
 @one_line_errors()
 def main(argv: list[str] | None = None) -> None:
-    parser = command_parser(
-        "Convert a GPT-NeoX checkpoint of a MetaLA model to a Hugging Face folder.",
-        "Hugging Face",
-        reads_checkpoint=True,
-    )
+    parser = command_parser(__doc__, "Hugging Face", reads_checkpoint=True)
     add = parser.add_argument
     add("--dtype", choices=DTYPES, help="default: that of the training")
     verify_help = "run the GPT-NeoX model and the result on the same tokens; fail if they differ"

@@ -136,12 +136,7 @@ def in_one_folder(texts: dict[str, str]) -> dict[str, str]:
 
 @one_line_errors()
 def main(argv: list[str] | None = None) -> None:
-    parser = command_parser(
-        "Write a GPT-NeoX checkpoint in another parallel layout (weights only).",
-        "checkpoint",
-        reads_checkpoint=True,
-        takes_layout=True,
-    )
+    parser = command_parser(__doc__, "checkpoint", reads_checkpoint=True, takes_layout=True)
     reshape_neox(**vars(parser.parse_args(argv)))
 
 
