@@ -187,9 +187,8 @@ class FoldedNorms:
         return tensor.float() * scale.view(shape)
 
     def _scale_rule(self, rule: TensorRule) -> TensorRule | None:
-        if rule.name not in FOLDED_INTO:
-            return None
-        return self._scales.get((rule.layer, FOLDED_INTO[rule.name][0]))
+        scale, _ = FOLDED_INTO.get(rule.name, (None, None))
+        return self._scales.get((rule.layer, scale))
 
 
 @one_line_errors()

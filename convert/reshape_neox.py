@@ -79,16 +79,8 @@ def reshape_neox(
     configs = adapt_configs(texts, tensor_parallel, pipeline_parallel, others)
     settings = merge_yaml_texts(configs)
     with complete_folder(output, overwrite, check_checkpoint_export) as folder:
-        write_checkpoint(
-            folder,
-            shape,
-            source.full,
-            tensor_parallel,
-            pipeline_parallel,
-            source.iteration,
-            settings,
-            configs,
-        )
+        layout = (tensor_parallel, pipeline_parallel)
+        write_checkpoint(folder, shape, source.full, *layout, source.iteration, settings, configs)
         write_record(folder)
     for key, value in others.items():
         told = f"stage {value['stage']}" if isinstance(value, Mapping) else value

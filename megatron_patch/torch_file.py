@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import re
 import zipfile
@@ -27,16 +28,12 @@ def _allow_numpy_states() -> None:
     for value in (np.array([0], dtype=np.uint32), np.float64(0)):
         reconstruct = value.__reduce__()[0]
         torch.serialization.add_safe_globals([reconstruct])
-        # NumPy 1 and 2 pickle the function under different module names.
-        other = {
-            "numpy.core.multiarray": "numpy._core.multiarray",
-            "numpy._core.multiarray": "numpy.core.multiarray",
-        }[reconstruct.__module__]
-        try:
-            named = (reconstruct, f"{other}.{reconstruct.__name__}")
-            torch.serialization.add_safe_globals([named])
-        except (TypeError, ValueError, AttributeError):  # torch before 2.6 takes no names
-            pass
+        # NumPy 1 and 2 pickle the function under different module names. torch before 2.6 takes no
+        # names.
+        with contextlib.suppress(TypeError, ValueError, AttributeError):
+            for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
+                named = (reconstruct, f"{module}.{reconstruct.__name__}")
+                torch.serialization.add_safe_globals([named])
 
 
 def _allow_deepspeed_states() -> None:

@@ -257,14 +257,9 @@ class NeoX(Engine):
             raise StepFailed(f"training left no {show(self.checkpoint)}; see {show(self.log)}")
 
     def export(self) -> float:
-        output = run(
-            [
-                *["convert/neox_to_hf.py", "--checkpoint", self.checkpoints],
-                *["--output", self.hf_model, "--tokenizer", self.tokenizer],
-                *["--verify", "--overwrite"],
-            ]
-        )
-        return largest_difference(output)
+        script = ["convert/neox_to_hf.py", "--checkpoint", self.checkpoints]
+        flags = ["--tokenizer", self.tokenizer, "--verify", "--overwrite"]
+        return largest_difference(run([*script, "--output", self.hf_model, *flags]))
 
 
 class HFTrainer(Engine):
@@ -287,9 +282,8 @@ class HFTrainer(Engine):
 
     def train(self) -> None:
         """Trains with train_hf.py, which also writes and verifies the Hugging Face folder."""
-        output = run(
-            ["scripts/train_hf.py", self.config, self.local, "--output", self.hf_model, "--verify"]
-        )
+        flags = ["--output", self.hf_model, "--verify"]
+        output = run(["scripts/train_hf.py", self.config, self.local, *flags])
         self.difference = largest_difference(output)
 
     def export(self) -> float:

@@ -68,13 +68,9 @@ class Speed:
 def sizes(name: str) -> dict[str, int]:
     """Returns the LLaMA-style sizes of a configuration in configs/, with VOCABULARY tokens."""
     settings = yaml.safe_load(SIZES[name].read_text(encoding="utf-8"))
-    return dict(
-        hidden_size=settings["hidden_size"],
-        num_hidden_layers=settings["num_layers"],
-        num_attention_heads=settings["num_attention_heads"],
-        intermediate_size=settings["intermediate_size"],
-        vocab_size=VOCABULARY,
-    )
+    same = ("hidden_size", "num_attention_heads", "intermediate_size")
+    own = {"num_hidden_layers": settings["num_layers"], "vocab_size": VOCABULARY}
+    return {**{key: settings[key] for key in same}, **own}
 
 
 def metala_config(name: str) -> MetaLAConfig:
