@@ -20,9 +20,10 @@ class UnreadableFile(ValueError):
     """An error of one line, which names the file and says why it cannot be read."""
 
 
-def _allow_numpy_states() -> None:
-    """Allows NumPy arrays and numbers: GPT-NeoX stores NumPy's random state with the weights, and
-    schedules may hold NumPy's numbers."""
+def allow_numpy_states() -> None:
+    """Lets `torch.load` read NumPy arrays and numbers: GPT-NeoX and the Trainer store NumPy's random
+    state, and schedules may hold NumPy's numbers. To be called before each file, since transformers
+    takes the permission away again after it has loaded a random state."""
     types = [np.ndarray, np.dtype, *(type(np.dtype(t)) for t in ("u4", "i8", "f4", "f8"))]
     torch.serialization.add_safe_globals(types)
     for value in (np.array([0], dtype=np.uint32), np.float64(0)):
@@ -48,13 +49,13 @@ def _allow_deepspeed_states() -> None:
         torch.serialization.add_safe_globals([stand_in])
 
 
-_allow_numpy_states()
 _allow_deepspeed_states()
 
 
 def load_safely(path: Path) -> Any:
     """Returns what `torch.save` wrote to `path`, with memory-mapped tensors. Raises an
     UnreadableFile if the file is absent, damaged, or holds more than tensors and plain data."""
+    allow_numpy_states()
     for mmap in (True, False):  # a file in the format before PyTorch 1.6 cannot be mapped
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)

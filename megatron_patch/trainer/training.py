@@ -17,11 +17,10 @@ from torch import nn
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-# Lets `torch.load` read NumPy's random state in checkpoints, which transformers 4.46 does not.
-import megatron_patch.torch_file  # noqa: F401
 from megatron_patch.architecture import SettingsError
 from megatron_patch.commands.command_line import first_line
 from megatron_patch.save_folder import held
+from megatron_patch.torch_file import allow_numpy_states
 from megatron_patch.trainer.schedule import ResumableLR, Schedule
 from megatron_patch.trainer.settings import TrainerSettings
 
@@ -293,6 +292,7 @@ def train(
         train_dataset=train_samples,
         callbacks=callbacks,
     )
+    allow_numpy_states()  # transformers 4.46 does not do so itself
     is_first = os.environ.get("RANK", "0") == "0"
     with held(str(settings.save)) if is_first else nullcontext():
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
