@@ -21,9 +21,9 @@ class UnreadableFile(ValueError):
 
 
 def allow_numpy_states() -> None:
-    """Lets `torch.load` read NumPy arrays and numbers: GPT-NeoX and the Trainer store NumPy's random
-    state, and schedules may hold NumPy's numbers. To be called before each file, since transformers
-    takes the permission away again after it has loaded a random state."""
+    """Lets `torch.load` read NumPy arrays and numbers: GPT-NeoX and the Trainer store NumPy's
+    random state, and schedules may hold NumPy's numbers. `load_safely` calls it for each file,
+    since transformers takes the permission away after it has loaded a random state."""
     types = [np.ndarray, np.dtype, *(type(np.dtype(t)) for t in ("u4", "i8", "f4", "f8"))]
     torch.serialization.add_safe_globals(types)
     for value in (np.array([0], dtype=np.uint32), np.float64(0)):
