@@ -37,13 +37,10 @@ TIMES_ROUNDING, ROUNDING_SHARE = 4, 1e-2
 # The limit if the weights were rounded to a smaller dtype, as a share of the largest logit.
 SHARE_OF_LARGEST_LOGIT = {torch.float16: 2e-2, torch.bfloat16: 1e-1}
 # Fused kernels that only run on GPUs; the model computes the same without them.
-GPU_FUSIONS = (
-    "rmsnorm_fusion",
-    "rope_fusion",
-    "scaled_masked_softmax_fusion",
-    "scaled_upper_triang_masked_softmax_fusion",
-    "use_flashattn_swiglu",
-)
+GPU_FUSIONS = """
+    rmsnorm_fusion rope_fusion scaled_masked_softmax_fusion
+    scaled_upper_triang_masked_softmax_fusion use_flashattn_swiglu
+""".split()
 
 
 @dataclass(frozen=True)
@@ -136,12 +133,8 @@ def _neox_logits(
     model."""
     ranks = source.tensor_parallel
     torch.save(token_ids, work / "tokens.pt")
-    job = {
-        "settings": source.settings,
-        "step": str(source.step.resolve()),
-        "form": source.form,
-        "ranks": ranks,
-    }
+    job = {"settings": source.settings, "form": source.form, "ranks": ranks}
+    job["step"] = str(source.step.resolve())
     (work / "job.json").write_text(json.dumps(job, default=str))
     inherited = os.environ.get("PYTHONPATH")
     environment = {
@@ -158,15 +151,10 @@ def _neox_logits(
     try:
         for rank in range(ranks):
             logs.append((work / f"rank{rank}.log").open("w+"))
-            processes.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", "convert.verify", str(work)],
-                    env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                    cwd=work,
-                    stdout=logs[-1],
-                    stderr=subprocess.STDOUT,
-                )
-            )
+            streams = {"stdout": logs[-1], "stderr": subprocess.STDOUT}
+            own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            command = [sys.executable, "-m", "convert.verify", str(work)]
+            processes.append(subprocess.Popen(command, env=own, cwd=work, **streams))
         failed = _wait(processes)
     finally:
         for process in processes:

@@ -228,7 +228,7 @@ class _CapturedStep:
                 decoder = make_token_decoder(model, self.states)
             # Each maps input_ids to logits.
             if decoder is not None:
-                self._compute_logits = _launcher(decoder, model.lm_head.weight)
+                self._compute_logits = partial(_launch, decoder, model.lm_head.weight)
             else:
                 self._compute_logits = self._capture(model, input_ids, cache.decoding_graph)
 
@@ -294,16 +294,12 @@ class _CapturedStep:
                 layer.apply(lambda x: x.clone() if x.data_ptr() in held else x)
 
 
-def _launcher(decoder: Any, head: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Returns a function that launches a fused kernel, which needs no graph."""
-
-    def compute_logits(ids: torch.Tensor) -> torch.Tensor:
-        # A new tensor at every step, since callers keep several.
-        logits = head.new_empty(1, 1, len(head))
-        decoder.step(ids.to(head.device, torch.long), logits)
-        return logits
-
-    return compute_logits
+def _launch(decoder: Any, head: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Launches a fused kernel, which needs no graph. The logits are a new tensor at every step,
+    since callers keep several."""
+    logits = head.new_empty(1, 1, len(head))
+    decoder.step(ids.to(head.device, torch.long), logits)
+    return logits
 
 
 def _layer_weights(layer: nn.Module) -> dict[str, torch.Tensor | None]:

@@ -77,9 +77,6 @@ def _current_device() -> torch.device:
 
 
 def _redirect_cuda() -> None:
-    def tensor_on_cpu(self: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        return self
-
     cuda = torch.cuda
     cuda.current_device = _current_device
     cuda.device_count = local_ranks
@@ -91,14 +88,10 @@ def _redirect_cuda() -> None:
     cuda.FloatTensor = torch.FloatTensor
     cuda.get_rng_state = lambda device=None: torch.get_rng_state()
     cuda.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
-    for counter in (
-        "memory_allocated",
-        "max_memory_allocated",
-        "memory_reserved",
-        "max_memory_reserved",
-    ):
+    for counter in ("memory_allocated", "memory_reserved"):
         setattr(cuda, counter, lambda device=None: 0)
-    torch.Tensor.cuda = tensor_on_cpu
+        setattr(cuda, f"max_{counter}", lambda device=None: 0)
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self
     torch.nn.Module.cuda = lambda self, device=None: self
 
 
