@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "megatron_patch/__init__.py").read_text())[1]
 
 EXTRAS = {
-    # What GPT-NeoX imports. Its own pins are older than it needs.
+    # The packages that GPT-NeoX imports. Its own pins are older than it needs.
     "neox": [
         "deepspeed>=0.16",
         "ftfy",  # its tools/datasets/preprocess_data.py imports this and lm_dataformat

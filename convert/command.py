@@ -1,4 +1,4 @@
-"""What the commands of this folder share: errors, arguments, and the GPT-NeoX checkout."""
+"""Errors, arguments and the GPT-NeoX checkout, which the commands of this folder share."""
 
 from __future__ import annotations
 
@@ -33,15 +33,9 @@ def one_line_errors() -> Iterator[None]:
 def command_parser(
     description: str, output: str, reads_checkpoint: bool = False, takes_layout: bool = False
 ) -> Parser:
-    """Returns a parser with the arguments that commands share.
-
-    Args:
-        description: what the command does.
-        output: the kind of folder that it writes.
-        reads_checkpoint: whether it reads a GPT-NeoX checkpoint.
-        takes_layout: whether it writes for a given parallel layout.
-    """
-    parser = Parser(description=description)
+    """Returns a parser with the arguments that commands share, for a command that writes a folder
+    of the kind `output`, and may read a GPT-NeoX checkpoint or write for a given layout."""
+    parser = Parser(description=description.splitlines()[0])
     add = parser.add_argument
     if reads_checkpoint:
         saved = "the folder that GPT-NeoX's `save` named"
@@ -63,10 +57,7 @@ def command_parser(
 
 def find_neox() -> Path | None:
     """Returns the checkout that `GPT_NEOX_PATH` names, else the one in third_party, else `None`.
-
-    Raises:
-        ConvertError: `GPT_NEOX_PATH` names a folder that is no GPT-NeoX checkout.
-    """
+    Raises a ConvertError if `GPT_NEOX_PATH` names a folder that is no GPT-NeoX checkout."""
     given = os.environ.get("GPT_NEOX_PATH")
     path = Path(given).resolve() if given else ROOT / "third_party" / "gpt-neox"
     if (path / "megatron" / "__init__.py").is_file():
@@ -77,11 +68,8 @@ def find_neox() -> Path | None:
 
 
 def need_neox() -> Path:
-    """Returns the GPT-NeoX checkout, as `find_neox` does.
-
-    Raises:
-        ConvertError: there is none.
-    """
+    """Returns the GPT-NeoX checkout, as `find_neox` does. Raises a ConvertError if there is
+    none."""
     path = find_neox()
     if path is None:
         raise ConvertError(

@@ -53,18 +53,8 @@ def read_record(folder: Path) -> dict[str, str]:
 
 
 def check_record(folder: Path, names: Iterable[str] | None = None) -> int:
-    """Compares the files of a folder with its record, if it has one.
-
-    Args:
-        folder: the folder.
-        names: the files to compare, by default all.
-
-    Returns:
-        the number of files compared.
-
-    Raises:
-        ConvertError: a file is missing or has changed.
-    """
+    """Compares files of a folder, by default all, with its record if it has one. Returns the number
+    compared. Raises a ConvertError if a file is missing or has changed."""
     record = read_record(folder)
     chosen = [name for name in (record if names is None else names) if name in record]
     for name in chosen:
@@ -78,12 +68,8 @@ def check_record(folder: Path, names: Iterable[str] | None = None) -> int:
 
 
 def check_model_export(folder: Path) -> None:
-    """Checks that a folder holds an exported Hugging Face model and nothing else, so that it may
-    be removed.
-
-    Raises:
-        ConvertError: it holds something else.
-    """
+    """Checks that a folder holds an exported Hugging Face model and nothing else, so that it may be
+    removed. Raises a ConvertError if it holds something else."""
     _check_export(folder, "config.json", _is_earlier_model)
 
 

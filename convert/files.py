@@ -37,15 +37,8 @@ def refusing(path: Path) -> Iterator[None]:
 
 
 def check_regular(path: Path, inside: Path | None = None) -> Path:
-    """Returns `path` if it is a regular file.
-
-    Args:
-        path: the file.
-        inside: a folder that the file, with links resolved, must lie in.
-
-    Raises:
-        ConvertError: it is no regular file, or lies elsewhere.
-    """
+    """Returns `path` if it is a regular file that, with links resolved, lies in the folder
+    `inside`. Raises a ConvertError otherwise."""
     with refusing(path):
         files.check_regular(path, inside)
     return path
@@ -76,11 +69,9 @@ def write_json(path: Path, value: object) -> None:
 def load_torch_file(path: Path, inside: Path | None = None) -> Mapping[str, Any]:
     """Returns the mapping that `torch.save` wrote to `path`.
 
-    Tensors are memory-mapped and not yet compared with their CRC-32; see `check_bytes`.
-
-    Raises:
-        ConvertError: the file fails `check_regular`, is damaged, or holds more than tensors and
-            plain data.
+    Tensors are memory-mapped and not yet compared with their CRC-32; see `check_bytes`. Raises a
+    ConvertError if the file fails `check_regular`, is damaged, or holds more than tensors and plain
+    data.
     """
     check_regular(path, inside)
     _check_records(path)
@@ -95,11 +86,8 @@ def load_torch_file(path: Path, inside: Path | None = None) -> Mapping[str, Any]
 
 def plain_tensors(tensors: Mapping[Any, Any], path: Path) -> dict[str, torch.Tensor]:
     """Returns the tensors, detached, after checking that each is dense and floating-point and that
-    the file holds all its bytes (a strided view may claim more than any memory holds).
-
-    Raises:
-        ConvertError: names the first tensor that is not.
-    """
+    the file holds all its bytes (a strided view may claim more than any memory holds). Raises a
+    ConvertError that names the first tensor that is not."""
     for name, tensor in tensors.items():
         if not isinstance(tensor, torch.Tensor) or not isinstance(name, str):
             raise ConvertError(f"{path}: {name} is a {type(tensor).__name__}, no tensor")
@@ -117,16 +105,8 @@ def plain_tensors(tensors: Mapping[Any, Any], path: Path) -> dict[str, torch.Ten
 
 
 def check_bytes(path: Path, name: str, tensor: torch.Tensor) -> None:
-    """Compares the record that a tensor lies in with the CRC-32 that `torch.save` stored.
-
-    Args:
-        path: the file.
-        name: the tensor's name, for the error.
-        tensor: a tensor from `load_torch_file`.
-
-    Raises:
-        ConvertError: the bytes are not those that were saved.
-    """
+    """Compares the record that a tensor of `load_torch_file` lies in with the CRC-32 that
+    `torch.save` stored. Raises a ConvertError, which tells its name, if they differ."""
     with refusing(path):
         status = path.stat()
     stored = _stored_crcs(path, status.st_mtime_ns, status.st_size)
@@ -163,11 +143,8 @@ def _check_records(path: Path) -> None:
 
 def saved_name(path: Path, inside: Path | None = None) -> str | None:
     """Returns the file name that `torch.save` was given, which a later renaming does not change;
-    `None` if the file does not store one.
-
-    Raises:
-        ConvertError: the file fails `check_regular`.
-    """
+    `None` if the file does not store one. Raises a ConvertError if the file fails
+    `check_regular`."""
     check_regular(path, inside)
     try:
         with zipfile.ZipFile(path) as file:

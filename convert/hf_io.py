@@ -33,7 +33,7 @@ from convert.tensor_table import Split, TensorRule, check_finite, fit_vocabulary
 from megatron_patch.architecture import Architecture, shown
 from megatron_patch.hf import MetaLAConfig
 
-# Where transformers saves weights; the first file that is there is read.
+# The files in which transformers saves weights; the first that is there is read.
 WEIGHT_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -46,17 +46,12 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 class HFFolder:
     """A model's configuration and weights, the authors' or ours, checked when it is opened.
 
-    One weight file at a time is open, memory-mapped.
+    One weight file at a time is open, memory-mapped. Raises a ConvertError if a file is missing or
+    damaged, GPT-NeoX has no such model, or a tensor is missing, unexpected or of another shape.
 
     Attributes:
-        folder: where the model is.
-        config: its configuration.
-        shape: its shape, with a vocabulary without padding.
+        shape: the model's shape, with a vocabulary without padding.
         dtypes: the dtype of each tensor by name.
-
-    Raises:
-        ConvertError: a file is missing or damaged, GPT-NeoX has no such model, or a tensor is
-            missing, unexpected or of another shape.
     """
 
     def __init__(self, folder: Path):
@@ -72,12 +67,8 @@ class HFFolder:
         self._embed_scale = 1.0 if self.config.no_scale_embedding else self.shape.hidden_size**0.5
 
     def full(self, rule: TensorRule) -> torch.Tensor:
-        """Returns a GPT-NeoX tensor over all ranks.
-
-        Args:
-            rule: a rule of this model's table, or of a table with a padded vocabulary, whose
-                padding rows become zeros.
-        """
+        """Returns a GPT-NeoX tensor over all ranks. The rule may be of a table with a padded
+        vocabulary, whose padding rows become zeros."""
         tensors = {piece.name: self._tensor(piece.name) for piece in rule.pieces}
         if rule.split is not Split.VOCAB:
             return rule.from_hf(tensors)
@@ -201,12 +192,7 @@ def _read_config(folder: Path) -> MetaLAConfig:
 # ---- Writing
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
-DTYPE_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-}
+DTYPE_NAMES = dict(zip(DTYPES, ("F64", "F32", "F16", "BF16"), strict=True))
 # Written data is flushed to the disk this often, while the next tensors are read. The system alone
 # would wait until much of the memory holds unwritten data.
 FLUSH_BYTES = 64 * 2**20
@@ -214,11 +200,8 @@ HASHED_BYTES = 2**20
 
 
 def parse_size(text: str) -> int:
-    """Returns the bytes of a size such as `5GB`, `500MB` or `2GiB`.
-
-    Raises:
-        ValueError: the text is no size, or none that a file can have.
-    """
+    """Returns the bytes of a size such as `5GB`, `500MB` or `2GiB`. Raises a ValueError if the text
+    is no size, or none that a file can have."""
     found = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]+)?)\s*([KMG]I?)?B?", text.strip().upper())
     size = int(float(found[1]) * UNITS[found[2] or ""]) if found else 0
     if size < 1:
@@ -233,7 +216,8 @@ def write_weights(
     dtypes: Mapping[TensorRule, torch.dtype],
     max_shard_bytes: int,
 ) -> tuple[int, dict[str, str]]:
-    """Writes all tensors as safetensors files, with an index if there are several.
+    """Writes all tensors as safetensors files, with an index if there are several. Returns the
+    bytes of data written, and the SHA-256 of the files by name.
 
     Args:
         folder: where to write.
@@ -241,9 +225,6 @@ def write_weights(
         full: returns a tensor over all ranks.
         dtypes: the dtype to write each tensor in.
         max_shard_bytes: largest size of a file's data. A larger tensor gets a file of its own.
-
-    Returns:
-        the bytes of data written, and the SHA-256 of the files by name.
 
     Raises:
         ConvertError: the disk has not enough room, or a value is not finite, or does not fit into
@@ -300,15 +281,12 @@ def _cast(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
 
 
 class SafetensorsWriter:
-    """A safetensors file that is written tensor by tensor, in the order announced first.
+    """A safetensors file that is written tensor by tensor, in the order of `tensors` on the meta
+    device.
 
     The format (https://huggingface.co/docs/safetensors): length of the header as 8 bytes
     little-endian, JSON header, data. A thread hashes what was written, from the page cache, while
     the next tensor is read.
-
-    Args:
-        path: the file to create.
-        tensors: the tensors to come, on the meta device, in their order.
     """
 
     def __init__(self, path: Path, tensors: Mapping[str, torch.Tensor]):
@@ -341,11 +319,7 @@ class SafetensorsWriter:
         return not self._waiting
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Appends the next tensor.
-
-        Raises:
-            ValueError: it is not the one that was announced.
-        """
+        """Appends the next tensor. Raises a ValueError if it is not the one that was announced."""
         next_name, announced = self._waiting.pop()
         found, wanted = (tensor.dtype, tensor.shape), (announced.dtype, announced.shape)
         if name != next_name or found != wanted:
@@ -353,11 +327,8 @@ class SafetensorsWriter:
         self._append(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
 
     def _append(self, data: memoryview) -> None:
-        """Appends bytes.
-
-        Raises:
-            OSError: the disk is full, or an earlier flush failed; names the file.
-        """
+        """Appends bytes. Raises an OSError if the disk is full, or an earlier flush failed; names
+        the file."""
         while data.nbytes:
             try:
                 written = self._file.write(data)
@@ -385,12 +356,9 @@ class SafetensorsWriter:
                 self._hashed += len(piece)
 
     def close(self) -> str:
-        """Closes the file once it is on the disk, and returns its SHA-256.
-
-        Raises:
-            ValueError: an announced tensor was not written.
-            OSError: the file could not be written to the disk.
-        """
+        """Closes the file once it is on the disk, and returns its SHA-256. Raises a ValueError if
+        an announced tensor was not written, and an OSError if the file could not be written to the
+        disk."""
         try:
             if self._waiting:
                 raise ValueError(f"{self._waiting[-1][0]} was announced and not written")
@@ -413,17 +381,8 @@ def write_config(
     folder: Path, shape: Architecture, special: Mapping[str, int | None], dtype: torch.dtype
 ) -> None:
     """Writes config.json, generation_config.json and the model's code, which loads the folder where
-    this package is not installed.
-
-    Args:
-        folder: where to write.
-        shape: the model's shape as written.
-        special: the ids of the special tokens, as in `RunTokenizer`.
-        dtype: the dtype of most tensors.
-
-    Raises:
-        ConvertError: the Hugging Face model does not accept a value.
-    """
+    this package is not installed. `special` is that of `RunTokenizer`, `dtype` that of most
+    tensors. Raises a ConvertError if the Hugging Face model does not accept a value."""
     from transformers import GenerationConfig
 
     from megatron_patch.hf.remote_code import write_model_code

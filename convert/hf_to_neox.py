@@ -13,6 +13,7 @@ import os
 import shutil
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,8 @@ def hf_to_neox(
     tokenizer: Path | None = None,
     overwrite: bool = False,
 ) -> NeoXCheckpoint:
-    """Writes `output`, a folder for GPT-NeoX's `load`. If anything fails, it is as it was before.
+    """Writes `output`, a folder for GPT-NeoX's `load`, and returns it opened. If anything fails, it
+    is as it was before.
 
     The folder holds the checkpoint, as iteration 0, `tokenizer.json`, and `configs` with the YAML.
 
@@ -66,9 +68,6 @@ def hf_to_neox(
         tensor_parallel, pipeline_parallel: the layout; 0 stages write mp_rank files.
         tokenizer: tokenizer.json or a tokenizer's folder, in place of the model's own.
         overwrite: whether to replace a checkpoint folder that is there.
-
-    Returns:
-        the checkpoint written, opened.
 
     Raises:
         ConvertError: something is missing, damaged or impossible; the line says what.
@@ -171,17 +170,12 @@ def _write_tokenizer(tokenizer: RunTokenizer, path: Path) -> None:
 
 @one_line_errors()
 def main(argv: list[str] | None = None) -> None:
-    parser = command_parser(
-        "Write a Hugging Face folder of a MetaLA model as a GPT-NeoX checkpoint.",
-        "checkpoint",
-        takes_layout=True,
-    )
+    parser = command_parser(__doc__, "checkpoint", takes_layout=True)
     parser.add_argument("--model", type=Path, required=True, help="the Hugging Face folder")
     hf_to_neox(**vars(parser.parse_args(argv)))
 
 
-def cli() -> None:
-    run_script(main)
+cli = partial(run_script, main)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the Hugging Face Hub gets: the model card of an exported folder, and the upload."""
+"""Writes the model card of an exported folder, and uploads the folder to the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -13,26 +13,14 @@ from convert.neox_reader import NeoXCheckpoint
 from convert.tensor_table import tensor_table
 from convert.verify import Comparison
 from megatron_patch.architecture import Architecture
+from megatron_patch.commands.command_line import first_line
 
 # The settings that the model card quotes. They say nothing about machines, layouts and paths.
-TRAINING_SETTINGS = (
-    "seq_length",
-    "train_batch_size",
-    "train_iters",
-    "optimizer",
-    "lr_decay_style",
-    "lr_decay_iters",
-    "min_lr",
-    "warmup",
-    "weight_decay",
-    "gradient_clipping",
-    "hidden_dropout",
-    "precision",
-    "init_method",
-    "output_layer_init_method",
-    "init_method_std",
-    "metala",
-)
+TRAINING_SETTINGS = """
+    seq_length train_batch_size train_iters optimizer lr_decay_style lr_decay_iters min_lr
+    warmup weight_decay gradient_clipping hidden_dropout precision init_method
+    output_layer_init_method init_method_std metala
+""".split()
 
 TEMPLATE = """\
 ---
@@ -87,15 +75,8 @@ def write_model_card(
     dtype: torch.dtype,
     comparison: Comparison | None,
 ) -> None:
-    """Writes README.md, the model card.
-
-    Args:
-        folder: where to write.
-        shape: the model's shape as written.
-        source: the checkpoint that was exported.
-        dtype: the dtype of most tensors.
-        comparison: the result of `--verify`, `None` without it.
-    """
+    """Writes README.md, the model card, for a model of `shape`, most of whose tensors have `dtype`.
+    `comparison` is the result of `--verify`, `None` without it."""
     from huggingface_hub import ModelCard, ModelCardData
 
     metadata = ModelCardData(
@@ -131,18 +112,15 @@ WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]
 
 
 def check_push(repository: str) -> None:
-    """Checks the name and the login, without the network, before any work is done.
-
-    Raises:
-        ConvertError: the name is malformed, or nobody is logged in.
-    """
+    """Checks the name and the login, without the network, before any work is done. Raises a
+    ConvertError if the name is malformed, or nobody is logged in."""
     from huggingface_hub import get_token
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
     try:
         validate_repo_id(repository)
     except HFValidationError as error:
-        raise ConvertError(f"--push-to-hub {repository}: {_first_line(error)}") from None
+        raise ConvertError(f"--push-to-hub {repository}: {first_line(error)}") from None
     if get_token() is None:
         raise ConvertError(
             f"--push-to-hub {repository}: nobody is logged in; `hf auth login`, or set HF_TOKEN"
@@ -150,20 +128,9 @@ def check_push(repository: str) -> None:
 
 
 def push_to_hub(folder: Path, repository: str, private: bool) -> str:
-    """Uploads a folder as one commit, to a repository that is created if there is none. Replaces
-    files of the same name and all weights.
-
-    Args:
-        folder: a complete Hugging Face folder.
-        repository: NAME or OWNER/NAME.
-        private: whether a new repository is private.
-
-    Returns:
-        the repository's address.
-
-    Raises:
-        ConvertError: the upload failed; the folder is unchanged.
-    """
+    """Uploads a Hugging Face folder as one commit to `repository`, NAME or OWNER/NAME, which is
+    created if there is none. Replaces files of the same name and all weights. Returns the address.
+    Raises a ConvertError if the upload failed; the folder is unchanged."""
     from huggingface_hub import HfApi
 
     api = HfApi()
@@ -177,11 +144,7 @@ def push_to_hub(folder: Path, repository: str, private: bool) -> str:
         )
     except Exception as error:  # the HTTP library changes with huggingface_hub's major version
         raise ConvertError(
-            f"{folder} is complete, but was not uploaded to {repository}: {_first_line(error)}; "
+            f"{folder} is complete, but was not uploaded to {repository}: {first_line(error)}; "
             f"`hf upload {repository} {folder}` tries again"
         ) from None
     return str(address)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -32,11 +32,16 @@ from convert.files import (
     refusing,
     saved_name,
 )
-from convert.tensor_table import Split, TensorRule, fit_vocabulary, module_layers, tensor_table
+from convert.tensor_table import Split, TensorRule, fit_vocabulary, tensor_table
 from convert.zero3 import MAPPED_BYTES, Zero3Checkpoint
 from convert.zero3 import MODEL_FILE as ZERO3_FILE
 from megatron_patch.architecture import WHOLE, Architecture, shown
-from megatron_patch.architecture_neox import from_neox, why_not_exportable, with_defaults
+from megatron_patch.architecture_neox import (
+    from_neox,
+    module_layers,
+    why_not_exportable,
+    with_defaults,
+)
 from megatron_patch.neox.yaml_config import SUFFIXES, merge_yaml, merge_yaml_texts
 from megatron_patch.steps import STEP, latest_step, saved_steps
 
@@ -55,11 +60,8 @@ def layer_and_rank(name: str) -> tuple[int, ...] | None:
 
 
 def find_step(checkpoint: Path, iteration: int | None) -> Path:
-    """Returns the `global_stepN` folder of an iteration, by default of the one in `latest`.
-
-    Raises:
-        ConvertError: there is none; the line lists those present.
-    """
+    """Returns the `global_stepN` folder of an iteration, by default of the one in `latest`. Raises
+    a ConvertError if there is none; the line lists those present."""
     with refusing(checkpoint):
         if not checkpoint.is_dir():
             raise ConvertError(f"{checkpoint} is no checkpoint: no such folder")
@@ -85,11 +87,8 @@ def find_step(checkpoint: Path, iteration: int | None) -> Path:
 
 def read_settings(step: Path, config: Sequence[Path] | None) -> dict[str, Any]:
     """Returns the run's merged settings, from the files `config` or else the checkpoint's own.
-
-    Raises:
-        ConvertError: the checkpoint has none.
-        SettingsError: a file cannot be read, or a key is given twice.
-    """
+    Raises a ConvertError if the checkpoint has none, and a SettingsError if a file cannot be read,
+    or a key is given twice."""
     if config:
         return merge_yaml(config)
     texts = config_texts(step)
@@ -114,16 +113,9 @@ def config_texts(step: Path) -> dict[str, str]:
 def described_model(
     settings: Mapping[str, Any], padded_vocab_size: int | None = None
 ) -> Architecture:
-    """Returns the model that a run's settings describe, if it can be exported.
-
-    Args:
-        settings: merged YAML settings, with '-' in keys already '_'.
-        padded_vocab_size: rows of the embedding over all tensor-parallel ranks.
-
-    Raises:
-        ConvertError: it cannot be exported; the line says why.
-        SettingsError: the settings are malformed.
-    """
+    """Returns the model that a run's merged settings describe, with `padded_vocab_size` rows over
+    all tensor-parallel ranks. Raises a ConvertError if it cannot be exported, which says why, and a
+    SettingsError if the settings are malformed."""
     args = with_defaults(settings)
     model = from_neox(args, padded_vocab_size)
     for name, found, wanted in why_not_exportable(args):
@@ -155,8 +147,7 @@ class NeoXCheckpoint:
         settings: the run's merged YAML settings.
         tensor_parallel: number of ranks that a tensor is split over.
         form: which files it has: `layer-file`, `mp_rank` or `ZeRO 3`.
-        shape: the model's shape.
-        table: the rules of all its tensors.
+        shape, table: the model's shape, and the rules of all its tensors.
         samples: sequences trained on until this iteration, `None` if not recorded.
 
     Raises:
@@ -216,11 +207,7 @@ class NeoXCheckpoint:
 
     def shards(self, rule: TensorRule) -> list[torch.Tensor]:
         """Returns a tensor's shards in rank order, memory-mapped, after comparing each with its
-        CRC-32.
-
-        Raises:
-            ConvertError: a file is damaged.
-        """
+        CRC-32. Raises a ConvertError if a file is damaged."""
         if self._zero3:
             return [self._zero3.read(f"sequential.{rule.layer}.{rule.name}")]
         if rule.layer not in self._layers or self._bytes_read > MAPPED_BYTES:
@@ -242,16 +229,9 @@ class NeoXCheckpoint:
         return shards
 
     def full(self, rule: TensorRule, out: torch.Tensor | None = None) -> torch.Tensor:
-        """Returns a tensor over all ranks.
-
-        Args:
-            rule: a rule of this model's table, or of a table with another vocabulary size, to
-                which the tensor is then cut or padded.
-            out: memory for merging, see `TensorRule.merge`.
-
-        Raises:
-            ConvertError: replicated copies differ, or a file is damaged.
-        """
+        """Returns a tensor over all ranks. The rule may be of a table with another vocabulary size,
+        to which the tensor is then cut or padded; `out` is memory for `TensorRule.merge`. Raises a
+        ConvertError if replicated copies differ, or a file is damaged."""
         files = [self.file(rule.layer, rank) for rank in range(self.tensor_parallel)]
         tensor = rule.merge(self.shards(rule), files, out)
         return fit_vocabulary(tensor, rule.shape[0]) if rule.split is Split.VOCAB else tensor
@@ -261,11 +241,8 @@ class NeoXCheckpoint:
         return self._held[0][rule.layer][rule.name].dtype
 
     def _find_files(self) -> tuple[dict[tuple[int, ...], str], dict[int, str]]:
-        """Sets `form`, opens ZeRO stage 3 files, and checks names against the settings.
-
-        Returns:
-            the names of layer files by (layer, rank), and of mp_rank files by rank.
-        """
+        """Sets `form`, opens ZeRO stage 3 files, and checks names against the settings. Returns the
+        names of layer files by (layer, rank), and of mp_rank files by rank."""
         with refusing(self.step):
             names = [path.name for path in self.step.iterdir()]
         found = {key: name for name in names if (key := layer_and_rank(name))}
@@ -354,7 +331,7 @@ class NeoXCheckpoint:
 
     def _check_layers(self) -> None:
         """Checks that the model's layers are there, and no others."""
-        wanted = module_layers(self.shape)
+        wanted = module_layers(self.shape.num_layers, self.shape.tied)
         described = f"num_layers is {self.shape.num_layers}"
         for rank, held in enumerate(self._held):
             for layer in wanted:
@@ -370,7 +347,7 @@ class NeoXCheckpoint:
 
     def _check_tensors(self) -> None:
         """Checks that every file holds the table's tensors, in its shapes, and no others."""
-        for layer in module_layers(self.shape):
+        for layer in module_layers(self.shape.num_layers, self.shape.tied):
             rules = {rule.name: rule for rule in self.table if rule.layer == layer}
             for rank, held in enumerate(self._held):
                 tensors = held.get(layer, {})

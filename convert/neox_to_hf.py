@@ -63,14 +63,11 @@ def neox_to_hf(
         tokenizer: tokenizer.json or a tokenizer's folder, in place of the settings' `vocab_file`.
         dtype: the dtype to write, by default each tensor's dtype in training (to which the float32
             weights of ZeRO stage 3 are rounded).
-        check: whether to compare the result with the GPT-NeoX model.
+        check: whether to compare the result with the GPT-NeoX model, and to return the comparison.
         keep_vocab_padding: whether to keep the vocabulary's padding rows.
         overwrite: whether to replace a Hugging Face folder that is there.
         max_shard_bytes: largest size of a safetensors file.
         fold_norms: whether to fold the scales of norms into the weights that follow.
-
-    Returns:
-        the result of the comparison, `None` without `check`.
 
     Raises:
         ConvertError: something is missing, damaged, ambiguous or not equal; the line says what.
@@ -124,11 +121,8 @@ def neox_to_hf(
 
 
 def vocabulary_to_write(source: NeoXCheckpoint, tokenizer: RunTokenizer, keep_padding: bool) -> int:
-    """Returns the rows of the vocabulary to export: the tokenizer's tokens, or all.
-
-    Raises:
-        ConvertError: the tokenizer does not fit the checkpoint.
-    """
+    """Returns the rows of the vocabulary to export: the tokenizer's tokens, or all. Raises a
+    ConvertError if the tokenizer does not fit the checkpoint."""
     rows = source.shape.padded_vocab_size
     args = with_defaults(source.settings)
     padded = padded_vocabulary(
@@ -146,14 +140,9 @@ def vocabulary_to_write(source: NeoXCheckpoint, tokenizer: RunTokenizer, keep_pa
 class FoldedNorms:
     """A checkpoint with weighted RMS norms as the same model with the authors' parameter-free ones.
 
-    Each norm's scale is folded, channel by channel, into the weights that follow the norm.
-
-    Attributes:
-        shape: the model's shape, with parameter-free norms.
-
-    Raises:
-        ConvertError: the norm has a mean to subtract, or the head is tied to the embedding, so that
-            no weights follow the last norm alone.
+    Each norm's scale is folded, channel by channel, into the weights that follow the norm. Raises a
+    ConvertError if the norm has a mean to subtract, or the head is tied to the embedding, so that
+    no weights follow the last norm alone.
     """
 
     def __init__(self, source: NeoXCheckpoint):
@@ -198,75 +187,44 @@ class FoldedNorms:
         return tensor.float() * scale.view(shape)
 
     def _scale_rule(self, rule: TensorRule) -> TensorRule | None:
-        if rule.name not in FOLDED_INTO:
-            return None
-        return self._scales.get((rule.layer, FOLDED_INTO[rule.name][0]))
+        scale, _ = FOLDED_INTO.get(rule.name, (None, None))
+        return self._scales.get((rule.layer, scale))
 
 
 @one_line_errors()
 def main(argv: list[str] | None = None) -> None:
-    parser = command_parser(
-        "Convert a GPT-NeoX checkpoint of a MetaLA model to a Hugging Face folder.",
-        "Hugging Face",
-        reads_checkpoint=True,
-    )
-    parser.add_argument("--dtype", choices=DTYPES, help="default: that of the training")
-    parser.add_argument(
-        "--verify",
-        action="store_true",
-        help="run the GPT-NeoX model and the result on the same tokens; fail if they differ",
-    )
-    parser.add_argument(
-        "--keep-vocab-padding",
-        action="store_true",
-        help="keep the rows that GPT-NeoX added to the vocabulary; default: trim to the tokenizer",
-    )
-    parser.add_argument(
-        "--fold-norms",
-        action="store_true",
-        help="fold the weights of `norm: rmsnorm` into those that follow: the authors' format",
-    )
-    parser.add_argument(
-        "--max-shard-size", default="5GB", metavar="SIZE", help="of one file, default: 5GB"
-    )
-    parser.add_argument(
-        "--push-to-hub",
-        metavar="REPO",
-        help="upload the folder to this repository of the Hugging Face Hub, made if there is none",
-    )
-    parser.add_argument(
-        "--private", action="store_true", help="with --push-to-hub: make a private repository"
-    )
-    options = parser.parse_args(argv)
+    parser = command_parser(__doc__, "Hugging Face", reads_checkpoint=True)
+    add = parser.add_argument
+    add("--dtype", choices=DTYPES, help="default: that of the training")
+    verify_help = "run the GPT-NeoX model and the result on the same tokens; fail if they differ"
+    add("--verify", dest="check", action="store_true", help=verify_help)
+    padding = "keep the rows that GPT-NeoX added to the vocabulary; default: trim to the tokenizer"
+    add("--keep-vocab-padding", action="store_true", help=padding)
+    fold = "fold the weights of `norm: rmsnorm` into those that follow: the authors' format"
+    add("--fold-norms", action="store_true", help=fold)
+    size = {"dest": "max_shard_bytes", "default": "5GB", "metavar": "SIZE"}
+    add("--max-shard-size", **size, help="of one file, default: 5GB")
+    push = "upload the folder to this repository of the Hugging Face Hub, made if there is none"
+    add("--push-to-hub", metavar="REPO", help=push)
+    add("--private", action="store_true", help="with --push-to-hub: make a private repository")
+    options = vars(parser.parse_args(argv))
+    repository, private = options.pop("push_to_hub"), options.pop("private")
     try:
-        max_shard_bytes = parse_size(options.max_shard_size)
+        options["max_shard_bytes"] = parse_size(options["max_shard_bytes"])
     except ValueError as error:
         parser.error(f"--max-shard-size: {error}")
-    is_pushed = options.push_to_hub is not None
-    if options.private and not is_pushed:
+    options["dtype"] = DTYPES.get(options["dtype"])
+    if repository is not None:
+        check_push(repository)
+    elif private:
         parser.error("--private: without --push-to-hub")
-    if is_pushed:
-        check_push(options.push_to_hub)
-    neox_to_hf(
-        options.checkpoint,
-        options.output,
-        options.iteration,
-        options.config,
-        options.tokenizer,
-        DTYPES.get(options.dtype),
-        options.verify,
-        options.keep_vocab_padding,
-        options.overwrite,
-        max_shard_bytes,
-        options.fold_norms,
-    )
-    if is_pushed:
-        address = push_to_hub(options.output, options.push_to_hub, options.private)
+    neox_to_hf(**options)
+    if repository is not None:
+        address = push_to_hub(options["output"], repository, private)
         print(f"uploaded to {address}")
 
 
-def cli() -> None:
-    run_script(main)
+cli = partial(run_script, main)
 
 
 if __name__ == "__main__":

@@ -15,9 +15,9 @@ from tqdm import tqdm
 
 from convert.command import ConvertError
 from convert.neox_reader import LAYER_FILE_NAME, RANK_FILE_NAME, check_tensor_parallel
-from convert.tensor_table import TensorRule, check_finite, module_layers, tensor_table
+from convert.tensor_table import TensorRule, check_finite, tensor_table
 from megatron_patch.architecture import Architecture
-from megatron_patch.architecture_neox import with_defaults
+from megatron_patch.architecture_neox import module_layers, with_defaults
 from megatron_patch.neox.yaml_config import merge_yaml_texts
 
 
@@ -50,8 +50,7 @@ def write_checkpoint(
         full: returns a tensor over all ranks for a rule of `tensor_table(shape)`.
         tensor_parallel, pipeline_parallel: the new layout; 0 stages write mp_rank files.
         iteration: the iteration's number.
-        settings: the merged settings of the new layout.
-        configs: its YAML files, text by name.
+        settings, configs: the new layout's settings, merged, and as YAML texts by file name.
     """
     step = folder / f"global_step{iteration}"
     (step / "configs").mkdir(parents=True)
@@ -87,7 +86,7 @@ def _write_layers(
     bar: tqdm,
 ) -> None:
     """Writes a file for each layer and rank. DeepSpeed wants one for layers without tensors too."""
-    for layer in module_layers(shape):
+    for layer in module_layers(shape.num_layers, shape.tied):
         shards: list[OrderedDict] = [OrderedDict() for _ in range(tensor_parallel)]
         for rule in (rule for rule in table if rule.layer == layer):
             tensor = full(rule)
@@ -100,10 +99,7 @@ def _write_layers(
 
 def _copy(shard: torch.Tensor, rule: TensorRule) -> torch.Tensor:
     """Returns a copy, since `torch.save` would write the whole tensor that a view belongs to.
-
-    Raises:
-        ConvertError: a number is not finite.
-    """
+    Raises a ConvertError if a number is not finite."""
     check_finite(shard, f"layer {rule.layer}: {rule.name}")
     return shard.clone(memory_format=torch.contiguous_format)
 
@@ -144,15 +140,11 @@ def adapt_configs(
     pipeline_parallel: int,
     others: Mapping[str, Any] | None = None,
 ) -> dict[str, str]:
-    """Returns a run's YAML files with the settings of another layout; comments stay.
+    """Returns a run's YAML texts with the settings of another layout; comments stay. `others` are
+    further settings to change: numbers, or a mapping with another `stage`.
 
-    A key that no file has is added to the first file. A file in which a value cannot be replaced
-    in place is dumped again, without its comments.
-
-    Args:
-        configs: the files' texts by name.
-        tensor_parallel, pipeline_parallel: the new layout.
-        others: further settings to change: numbers, or a mapping with another `stage`.
+    A key that no file has is added to the first file. A file in which a value cannot be replaced in
+    place is dumped again, without its comments.
     """
     changed = dict(configs)
     wanted = {
@@ -190,16 +182,11 @@ def padded_vocabulary(tokens: int, divisible_by: int, tensor_parallel: int) -> i
 
 
 def divisor_that_keeps(rows: int, tokens: int, tensor_parallel: int, preferred: int = 128) -> int:
-    """Returns the `make_vocab_size_divisible_by` that keeps all rows and adds the fewest.
+    """Returns the `make_vocab_size_divisible_by` that keeps all rows and adds the fewest,
+    `preferred` among equally good ones.
 
     The number of rows is part of the model: the head has no bias, so that a new row of zeros has
     the logit 0, which counts in the loss; and the padding rows that are there were trained.
-
-    Args:
-        rows: rows of the model, at least `tokens`.
-        tokens: number of tokens of the tokenizer.
-        tensor_parallel: number of ranks of the new layout.
-        preferred: the divisor to take among equally good ones.
     """
     powers = [128, 64, 32, 16, 8, 4, 2, 1]
     candidates = [preferred, *powers, -(-rows // tensor_parallel)]

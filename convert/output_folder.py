@@ -29,16 +29,9 @@ LEFTOVER = re.compile(
 
 
 def check_target(target: Path, overwrite: bool, check: Callable[[Path], None]) -> None:
-    """Checks that `target` may be written, before any work is done.
-
-    Args:
-        target: the folder to write.
-        overwrite: whether an existing folder may be replaced.
-        check: raises a ConvertError unless the existing folder was written by a conversion.
-
-    Raises:
-        ConvertError: it may not be written.
-    """
+    """Checks, before any work is done, that `target` is absent or empty, or that `overwrite` allows
+    to replace it and `check` does not raise, which tells whether a conversion wrote it. Raises a
+    ConvertError otherwise."""
     try:
         target.resolve()
         if not target.exists() or _is_empty_folder(target):
@@ -53,14 +46,7 @@ def check_target(target: Path, overwrite: bool, check: Callable[[Path], None]) -
 @contextmanager
 def complete_folder(target: Path, overwrite: bool, check: Callable[[Path], None]) -> Iterator[Path]:
     """Yields a temporary folder, which becomes `target` when the block ends, and is removed when
-    the block raises.
-
-    Args:
-        target, overwrite, check: see `check_target`.
-
-    Raises:
-        ConvertError: `target` may not be written, or writing failed.
-    """
+    the block raises. Raises a ConvertError if `check_target` does, or if writing failed."""
     check_target(target, overwrite, check)
     target = target.resolve()
     try:
@@ -167,12 +153,9 @@ def _is_running(pid: int) -> bool:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[bool | None]:
-    """Locks a folder, also under later names, against `_clean_up` of other processes.
-
-    Yields:
-        True if this process now holds the lock, False if another does, `None` if that is unknown:
-        the folder belongs to another user, or the file system has no locks.
-    """
+    """Locks a folder, also under later names, against `_clean_up` of other processes. Yields True
+    if this process now holds the lock, False if another does, `None` if that is unknown: the folder
+    belongs to another user, or the file system has no locks."""
     with ExitStack() as stack:
         try:
             file = os.open(folder, os.O_RDONLY)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,8 @@ def reshape_neox(
     tokenizer: Path | None = None,
     overwrite: bool = False,
 ) -> NeoXCheckpoint:
-    """Writes `output`, a folder for GPT-NeoX's `load`. If anything fails, it is as it was before.
+    """Writes `output`, a folder for GPT-NeoX's `load`, and returns it opened. If anything fails, it
+    is as it was before. For arguments and errors not described here, see `neox_to_hf`.
 
     The vocabulary keeps its rows: `make_vocab_size_divisible_by` changes if GPT-NeoX would pad to
     other rows in the new layout. If the ranks cannot have equal parts of the rows, the fewest
@@ -49,21 +51,8 @@ def reshape_neox(
     are new.
 
     Args:
-        checkpoint: the folder that GPT-NeoX's `save` named.
-        output: the folder to write.
         tensor_parallel, pipeline_parallel: the new layout; 0 stages write mp_rank files.
-        iteration: the iteration to read, by default the latest.
-        config: YAML files of the run, in place of those inside the checkpoint.
-        tokenizer: tokenizer.json or a tokenizer's folder, in place of the settings' `vocab_file`;
-            read only if `tensor_parallel` changes.
-        overwrite: whether to replace a checkpoint folder that is there.
-
-    Returns:
-        the checkpoint written, opened.
-
-    Raises:
-        ConvertError: something is missing, damaged or impossible; the line says what.
-        SettingsError: the settings are malformed.
+        tokenizer: read only if `tensor_parallel` changes.
     """
     check_target(output, overwrite, check_checkpoint_export)
     source = NeoXCheckpoint(checkpoint, iteration, config)
@@ -90,16 +79,8 @@ def reshape_neox(
     configs = adapt_configs(texts, tensor_parallel, pipeline_parallel, others)
     settings = merge_yaml_texts(configs)
     with complete_folder(output, overwrite, check_checkpoint_export) as folder:
-        write_checkpoint(
-            folder,
-            shape,
-            source.full,
-            tensor_parallel,
-            pipeline_parallel,
-            source.iteration,
-            settings,
-            configs,
-        )
+        layout = (tensor_parallel, pipeline_parallel)
+        write_checkpoint(folder, shape, source.full, *layout, source.iteration, settings, configs)
         write_record(folder)
     for key, value in others.items():
         told = f"stage {value['stage']}" if isinstance(value, Mapping) else value
@@ -147,17 +128,11 @@ def in_one_folder(texts: dict[str, str]) -> dict[str, str]:
 
 @one_line_errors()
 def main(argv: list[str] | None = None) -> None:
-    parser = command_parser(
-        "Write a GPT-NeoX checkpoint in another parallel layout (weights only).",
-        "checkpoint",
-        reads_checkpoint=True,
-        takes_layout=True,
-    )
+    parser = command_parser(__doc__, "checkpoint", reads_checkpoint=True, takes_layout=True)
     reshape_neox(**vars(parser.parse_args(argv)))
 
 
-def cli() -> None:
-    run_script(main)
+cli = partial(run_script, main)
 
 
 if __name__ == "__main__":

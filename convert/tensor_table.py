@@ -115,16 +115,11 @@ class TensorRule:
         files: Sequence[object],
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Returns the full tensor; the inverse of `shard`.
+        """Returns the full tensor of the shards in rank order; the inverse of `shard`. Raises a
+        ConvertError, which tells the ranks' `files`, if replicated copies differ in any bit.
 
-        Args:
-            shards: the shards in rank order.
-            files: each rank's file, for the error.
-            out: uint8 memory for the result, which stays valid until `out` is used again.
-                Allocating new memory for each tensor takes longer than merging.
-
-        Raises:
-            ConvertError: replicated copies differ in any bit.
+        `out` is uint8 memory for the result, which stays valid until `out` is used again.
+        Allocating new memory for each tensor takes longer than merging.
         """
         if self.split is Split.REPLICATED:
             for rank, copy in enumerate(shards):
@@ -149,14 +144,6 @@ class TensorRule:
             size = sum(part.nbytes for part in parts)
             out = out[:size].view(parts[0].dtype).view(shape)
         return torch.cat(parts, dim=self._dim, out=out)
-
-
-def module_layers(shape: Architecture) -> list[int]:
-    """Returns the indices of the layers that have a file in a layer-file checkpoint: embedding (0),
-    blocks (from 2), last norm and head. Layers 1 and n + 2 are functions without tensors, as is
-    a tied head; the last norm has a file even if it holds no tensors."""
-    n = shape.num_layers
-    return [0, *range(2, n + 2), n + 3, *([] if shape.tied else [n + 4])]
 
 
 def tensor_table(shape: Architecture) -> list[TensorRule]:

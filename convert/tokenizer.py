@@ -13,20 +13,13 @@ from typing import Any
 from convert.command import ConvertError, find_neox
 from convert.files import check_regular, read_json, read_text, refusing, write_json
 from megatron_patch.architecture_neox import why_tokenizer_not_exportable
+from megatron_patch.commands.command_line import first_line
 
 # The files that transformers saves for a tokenizer.
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "tokenizer.model",
-    "spiece.model",
-    "chat_template.jinja",
-)
+TOKENIZER_FILES = """
+    tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json
+    vocab.txt merges.txt tokenizer.model spiece.model chat_template.jinja
+""".split()
 # A tokenizer.json does not say which tokens are special in what way, so they are found by their
 # usual names. GPT-NeoX ends documents with <|endoftext|> and has no token for their beginning, so a
 # text begins after the end of the document before it.
@@ -57,10 +50,7 @@ def find_tokenizer(given: Path | None, args: SimpleNamespace) -> Path:
     """Returns the tokenizer.json or the folder that is given, else the one in the settings.
 
     A relative `vocab_file` is looked up in the current folder and in the GPT-NeoX checkout, one of
-    which the training was started in.
-
-    Raises:
-        ConvertError: there is none.
+    which the training was started in. Raises a ConvertError if there is none.
     """
     if given is not None:
         if not _exists(given):
@@ -88,11 +78,8 @@ def _exists(path: Path) -> bool:
 
 
 def read_tokenizer(source: Path) -> RunTokenizer:
-    """Returns the tokenizer of a tokenizer.json, or of a folder that transformers can load.
-
-    Raises:
-        ConvertError: it cannot be read.
-    """
+    """Returns the tokenizer of a tokenizer.json, or of a folder that transformers can load. Raises
+    a ConvertError if it cannot be read."""
     return _from_folder(source) if source.is_dir() else _from_file(source)
 
 
@@ -130,12 +117,8 @@ def _from_file(path: Path) -> RunTokenizer:
 
 def load_tokenizer(folder: Path) -> Any:
     """Returns the transformers tokenizer of a folder, without running code of the folder and
-    without reading files outside of it.
-
-    Raises:
-        ConvertError: there is none, it needs code of its own, or an entry of the folder is no
-            regular file or a link out of it.
-    """
+    without reading files outside of it. Raises a ConvertError if there is none, it needs code of
+    its own, or an entry of the folder is no regular file or a link out of it."""
     from transformers import AutoTokenizer
 
     with refusing(folder):
@@ -154,8 +137,7 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # tokenizer classes raise errors of all kinds
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ConvertError(f"{folder}: holds no tokenizer: {reason}") from None
+        raise ConvertError(f"{folder}: holds no tokenizer: {first_line(error)}") from None
 
 
 def _from_folder(folder: Path) -> RunTokenizer:

@@ -37,13 +37,10 @@ TIMES_ROUNDING, ROUNDING_SHARE = 4, 1e-2
 # The limit if the weights were rounded to a smaller dtype, as a share of the largest logit.
 SHARE_OF_LARGEST_LOGIT = {torch.float16: 2e-2, torch.bfloat16: 1e-1}
 # Fused kernels that only run on GPUs; the model computes the same without them.
-GPU_FUSIONS = (
-    "rmsnorm_fusion",
-    "rope_fusion",
-    "scaled_masked_softmax_fusion",
-    "scaled_upper_triang_masked_softmax_fusion",
-    "use_flashattn_swiglu",
-)
+GPU_FUSIONS = """
+    rmsnorm_fusion rope_fusion scaled_masked_softmax_fusion
+    scaled_upper_triang_masked_softmax_fusion use_flashattn_swiglu
+""".split()
 
 
 @dataclass(frozen=True)
@@ -68,13 +65,10 @@ class Comparison:
 
 
 def verify(
-    neox: Path,
-    source: NeoXCheckpoint,
-    folder: Path,
-    tokens: int,
-    rounded_to: torch.dtype | None,
+    neox: Path, source: NeoXCheckpoint, folder: Path, tokens: int, rounded_to: torch.dtype | None
 ) -> Comparison:
-    """Compares a folder with the checkpoint that it was exported from.
+    """Compares a folder with the checkpoint that it was exported from. Raises a ConvertError if the
+    two differ, or one of them cannot be run.
 
     Args:
         neox: the GPT-NeoX checkout, linked to the plugin or not.
@@ -82,9 +76,6 @@ def verify(
         folder: the Hugging Face folder.
         tokens: number of tokens of the tokenizer.
         rounded_to: the dtype that weights were rounded to, `None` if they kept theirs.
-
-    Raises:
-        ConvertError: the two differ, or one of them cannot be run.
     """
     generator = torch.Generator().manual_seed(0)
     token_ids = torch.randint(tokens, (BATCH, LENGTH), generator=generator)
@@ -100,13 +91,8 @@ def verify(
 def compare(
     expected: torch.Tensor, found: torch.Tensor, rounding: float, rounded_to: torch.dtype | None
 ) -> Comparison:
-    """Compares the logits of two models.
-
-    Args:
-        expected, found: the logits, [batch, time, vocabulary].
-        rounding: how far the last bits of the embedding move the logits.
-        rounded_to: see `verify`.
-    """
+    """Compares the logits of two models, [batch, time, vocabulary]. `rounding` is how far the last
+    bits of the embedding move them; see `verify` for `rounded_to`."""
     largest = expected.abs().max().item()
     return Comparison(
         largest_difference=(expected - found).abs().max().item(),
@@ -147,12 +133,8 @@ def _neox_logits(
     model."""
     ranks = source.tensor_parallel
     torch.save(token_ids, work / "tokens.pt")
-    job = {
-        "settings": source.settings,
-        "step": str(source.step.resolve()),
-        "form": source.form,
-        "ranks": ranks,
-    }
+    job = {"settings": source.settings, "form": source.form, "ranks": ranks}
+    job["step"] = str(source.step.resolve())
     (work / "job.json").write_text(json.dumps(job, default=str))
     inherited = os.environ.get("PYTHONPATH")
     environment = {
@@ -169,15 +151,10 @@ def _neox_logits(
     try:
         for rank in range(ranks):
             logs.append((work / f"rank{rank}.log").open("w+"))
-            processes.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", "convert.verify", str(work)],
-                    env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                    cwd=work,
-                    stdout=logs[-1],
-                    stderr=subprocess.STDOUT,
-                )
-            )
+            streams = {"stdout": logs[-1], "stderr": subprocess.STDOUT}
+            own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            command = [sys.executable, "-m", "convert.verify", str(work)]
+            processes.append(subprocess.Popen(command, env=own, cwd=work, **streams))
         failed = _wait(processes)
     finally:
         for process in processes:
@@ -261,14 +238,9 @@ def zero3_tensors(step: Path) -> dict[str, torch.Tensor]:
 
 
 def build_model(settings: dict, ranks: int, padded_vocab_size: int, length: int) -> torch.nn.Module:
-    """Builds the run's GPT-NeoX model on this rank, in float32, with all pipeline stages.
-
-    Args:
-        settings: the run's settings; those that describe a model are used.
-        ranks: number of tensor-parallel ranks.
-        padded_vocab_size: rows of the embedding over all ranks.
-        length: sequence length.
-    """
+    """Builds the run's GPT-NeoX model on this one of `ranks` tensor-parallel ranks, in float32,
+    with all pipeline stages, for sequences of `length` tokens and `padded_vocab_size` rows over all
+    ranks."""
     import megatron  # noqa: F401  (a linked checkout registers MetaLA here)
 
     import megatron_patch.neox
@@ -321,11 +293,8 @@ def build_model(settings: dict, ranks: int, padded_vocab_size: int, length: int)
 
 
 def load(model: torch.nn.Module, layers: dict[int, dict]) -> None:
-    """Loads the tensors of each layer strictly.
-
-    Raises:
-        RuntimeError: a tensor is missing, unexpected or of another shape.
-    """
+    """Loads the tensors of each layer strictly. Raises a RuntimeError if a tensor is missing,
+    unexpected or of another shape."""
     for index, module in enumerate(model.forward_funcs):
         state = layers.pop(index, {})
         if isinstance(module, torch.nn.Module):

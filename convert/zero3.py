@@ -44,15 +44,9 @@ class FlatSlice:
 
 
 class Zero3Checkpoint:
-    """The ZeRO stage 3 files of one iteration, checked when it is opened.
-
-    Attributes:
-        step: the `global_stepN` folder.
-        model_files: the ranks' model files, in rank order.
-
-    Raises:
-        ConvertError: a file is missing, damaged, renamed, or from a run with other ranks.
-    """
+    """The ZeRO stage 3 files of one iteration, checked when it is opened; `model_files` has them in
+    rank order. Raises a ConvertError if a file is missing, damaged, renamed, or from a run with
+    other ranks."""
 
     def __init__(self, step: Path):
         self.step = step

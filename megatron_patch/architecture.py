@@ -133,6 +133,10 @@ def _option(default: Any, kind: Kind, about: str, of_model: bool = True) -> Any:
     return field(default=default, metadata={"kind": kind, "about": about, "of_model": of_model})
 
 
+def _hf_fields(described: Any) -> list[tuple[Any, str]]:
+    return [(item, item.metadata["hf"]) for item in fields(described) if "hf" in item.metadata]
+
+
 def _check_fields(instance: Any, side: str, prefix: str = "") -> None:
     """Refuses the first value that is not of its field's kind, and turns whole numbers of float
     fields into floats."""
@@ -189,11 +193,8 @@ class MetaLAOptions:
 
     @classmethod
     def parse(cls, mapping: Any) -> MetaLAOptions:
-        """Returns the options in the mapping under `metala:`; `None` gives the defaults.
-
-        Raises:
-            SettingsError: names the key, what was found and what was wanted.
-        """
+        """Returns the options in the mapping under `metala:`; `None` gives the defaults. Raises a
+        SettingsError that names the key, what was found and what was wanted."""
         names = [item.name for item in fields(cls)]
         known = ", ".join(names)
         if mapping is not None and not isinstance(mapping, Mapping):
@@ -338,11 +339,8 @@ class Architecture:
 
     @classmethod
     def from_hf(cls, config: Any) -> Architecture:
-        """Returns the description of the model that a `MetaLAConfig` builds.
-
-        Raises:
-            SettingsError: a value cannot be used; the line names the configuration's key.
-        """
+        """Returns the description of the model that a `MetaLAConfig` builds. Raises a SettingsError
+        if a value cannot be used; the line names the configuration's key."""
         types: tuple[str, ...] = ()
         if config.layer_types is not None:
             known = {HF_METALA: METALA, HF_ATTENTION: SOFTMAX_TYPES[0]}
@@ -355,8 +353,7 @@ class Architecture:
             types = tuple(found) if set(found) != {METALA} else ()
 
         def read(described: type) -> dict[str, Any]:
-            named = [item for item in fields(described) if item.metadata.get("hf")]
-            return {item.name: getattr(config, item.metadata["hf"]) for item in named}
+            return {item.name: getattr(config, hf) for item, hf in _hf_fields(described)}
 
         options = {name: getattr(config, name) for name in MODEL_OPTIONS}
         return cls(
@@ -371,8 +368,7 @@ class Architecture:
         """Returns the keys of `MetaLAConfig`; those of attention layers only for a hybrid."""
 
         def written(instance: Any) -> dict[str, Any]:
-            named = [item for item in fields(instance) if item.metadata.get("hf")]
-            return {item.metadata["hf"]: getattr(instance, item.name) for item in named}
+            return {hf: getattr(instance, item.name) for item, hf in _hf_fields(instance)}
 
         keys = {**written(self), **self.metala.of_model()}
         if self.attention:

@@ -35,63 +35,48 @@ from megatron_patch.architecture import (
 
 # GPT-NeoX's layer types that are not its transformer layer with some attention.
 OTHER_BLOCKS = ("gmlp", "amlp", "rwkv", "mamba")
-# GPT-NeoX's defaults of the settings that describe a model.
+# GPT-NeoX's defaults of the settings that describe a model: those that are off, those that are
+# none, and the others.
+_OFF = """
+    apply_query_key_layer_scaling attention_softmax_in_fp32 bias_dropout_fusion
+    bias_gelu_fusion gpt_j_residual gpt_j_tied layernorm_fusion no_weight_tying
+    rmsnorm_fusion rope_fusion rotary_save_freqs_buffer scaled_masked_softmax_fusion
+    scaled_upper_triang_masked_softmax_fusion sequence_parallel te_columnparallel
+    te_fp8_mha te_layernorm_mlp te_mha te_rowparallel use_flashattn_swiglu use_mup
+    use_qk_layernorm
+""".split()
+_UNSET = """
+    attention_config expansion_factor intermediate_size num_kv_heads num_unique_layers
+    sliding_window_width sparsity_config vocab_file
+""".split()
 GPT_NEOX_DEFAULTS = {
+    **dict.fromkeys(_OFF, False),
+    **dict.fromkeys(_UNSET, None),
     "activation": "gelu",
-    "apply_query_key_layer_scaling": False,
-    "attention_config": None,
     "attention_dropout": 0.0,
-    "attention_softmax_in_fp32": False,
-    "bias_dropout_fusion": False,
-    "bias_gelu_fusion": False,
-    "expansion_factor": None,
     "gmlp_attn_dim": 64,
-    "gpt_j_residual": False,
-    "gpt_j_tied": False,
     "init_method": "normal",
     "init_method_std": 0.02,
-    "intermediate_size": None,
     "layernorm_epsilon": 1e-5,
-    "layernorm_fusion": False,
     "make_vocab_size_divisible_by": 128,
     "mlp_multiple_of": 1,
     "model_parallel_size": 1,
     "moe_num_experts": 1,
-    "no_weight_tying": False,
     "norm": "layernorm",
-    "num_kv_heads": None,
-    "num_unique_layers": None,
     "opt_pos_emb_offset": 0,
     "output_layer_init_method": "scaled_normal",
     "pipe_parallel_size": 0,
     "pipe_partition_method": "type:transformer|mlp",
     "pos_emb": "learned",
     "rms_norm_epsilon": 1e-8,
-    "rmsnorm_fusion": False,
-    "rope_fusion": False,
     "rotary_emb_base": 10000,
     "rotary_pct": 1.0,
-    "rotary_save_freqs_buffer": False,
     "rpe_max_distance": 128,
     "rpe_num_buckets": 32,
-    "scaled_masked_softmax_fusion": False,
-    "scaled_upper_triang_masked_softmax_fusion": False,
     "scalenorm_epsilon": 1e-8,
-    "sequence_parallel": False,
-    "sliding_window_width": None,
-    "sparsity_config": None,
-    "te_columnparallel": False,
-    "te_fp8_mha": False,
-    "te_layernorm_mlp": False,
-    "te_mha": False,
-    "te_rowparallel": False,
     "tokenizer_type": "GPT2BPETokenizer",
     "use_bias_in_attn_linear": True,
     "use_bias_in_mlp": True,
-    "use_flashattn_swiglu": False,
-    "use_mup": False,
-    "use_qk_layernorm": False,
-    "vocab_file": None,
 }
 
 # The kinds of the settings that `with_defaults` checks.
@@ -112,11 +97,8 @@ KINDS = {
 
 
 def with_defaults(settings: Mapping[str, Any]) -> SimpleNamespace:
-    """Returns the settings of YAML files as attributes, with GPT-NeoX's defaults filled in.
-
-    Raises:
-        SettingsError: a size that has no default is missing, or a value is not of its kind.
-    """
+    """Returns the settings of YAML files as attributes, with GPT-NeoX's defaults filled in. Raises
+    a SettingsError if a size that has no default is missing, or a value is not of its kind."""
     values = {METALA: None, **GPT_NEOX_DEFAULTS}
     for key, value in settings.items():
         if value is not None or values.get(key) is None:
@@ -130,15 +112,10 @@ def with_defaults(settings: Mapping[str, Any]) -> SimpleNamespace:
 
 
 def from_neox(settings: Any, padded_vocab_size: int | None = None) -> Architecture:
-    """Returns the model that GPT-NeoX's settings describe.
-
-    Args:
-        settings: has the settings as attributes: GPT-NeoX's own object, or that of `with_defaults`.
-        padded_vocab_size: rows of the embedding over all tensor-parallel ranks.
-
-    Raises:
-        SettingsError: they describe no MetaLA model; the line names the setting.
-    """
+    """Returns the model that GPT-NeoX's settings describe, with `padded_vocab_size` rows over all
+    tensor-parallel ranks. The settings are attributes: of GPT-NeoX's own object, or of that of
+    `with_defaults`. Raises a SettingsError, which names the setting, if they describe no MetaLA
+    model."""
     for item in fields(Architecture)[:3]:  # the sizes that have no default
         _check(settings, item.metadata["neox"], item.metadata["kind"])
     layer_types = expand_attention_config(settings.attention_config, settings.num_layers)
@@ -184,12 +161,9 @@ def _attention_from_neox(settings: Any, types: set[str]) -> AttentionLayers:
 
 
 def to_neox(model: Architecture) -> dict[str, Any]:
-    """Returns GPT-NeoX's settings of a model, without parallelism, data and files.
-
-    Raises:
-        SettingsError: GPT-NeoX has no settings for it. The line uses the names of a Hugging Face
-            configuration, which such a model comes from.
-    """
+    """Returns GPT-NeoX's settings of a model, without parallelism, data and files. Raises a
+    SettingsError if GPT-NeoX has no settings for it. The line uses the names of a Hugging Face
+    configuration, which such a model comes from."""
     settings = {
         "num_layers": model.num_layers,
         "hidden_size": model.hidden_size,
@@ -249,10 +223,7 @@ def _mlp_widths_to_neox(model: Architecture) -> dict[str, Any]:
 
 def expand_attention_config(attention_config: Any, num_layers: int) -> list[str]:
     """Returns the type of each layer from GPT-NeoX's shorthand, e.g. `[[["metala", "global"], 8]]`.
-
-    Raises:
-        SettingsError: the shorthand is malformed, or gives another number of layers.
-    """
+    Raises a SettingsError if the shorthand is malformed, or gives another number of layers."""
     if not LAYERS.accepts(num_layers):
         refuse("num_layers", num_layers, LAYERS.wanted)
     if attention_config is None:
@@ -283,25 +254,25 @@ def expand_attention_config(attention_config: Any, num_layers: int) -> list[str]
     return [kind for pattern, times in patterns for kind in pattern * times]
 
 
+def module_layers(num_layers: int, tied: bool) -> list[int]:
+    """Returns the indices of the layers that have a file in a layer-file checkpoint: embedding (0),
+    blocks (from 2), last norm and head. Layers 1 and n + 2 are functions without tensors, as is
+    a tied head; the last norm has a file even if it holds no tensors."""
+    return [0, *range(2, num_layers + 2), num_layers + 3, *([] if tied else [num_layers + 4])]
+
+
 def metala_intermediate_size(settings: Any) -> int:
     """Returns the width of a MetaLA layer's MLP: `intermediate_size`, else `expansion_factor` times
     the hidden size, else 8/3 of the hidden size rounded up to a multiple of 256 (2816 for 1024, as
-    in the authors' 0.38B model).
-
-    Raises:
-        SettingsError: one of the two is no positive number.
-    """
+    in the authors' 0.38B model). Raises a SettingsError if one of the two is no positive number."""
     return _mlp_size(settings) or -(-8 * settings.hidden_size // (3 * 256)) * 256
 
 
 def attention_intermediate_size(settings: Any) -> int:
     """Returns the width of the gated MLP that GPT-NeoX gives a hybrid's attention layers: a third
     of `intermediate_size` (else of `expansion_factor` times the hidden size, else of four times
-    it), rounded up to a multiple of `mlp_multiple_of`.
-
-    Raises:
-        SettingsError: GPT-NeoX would build two matrices that do not fit each other.
-    """
+    it), rounded up to a multiple of `mlp_multiple_of`. Raises a SettingsError if GPT-NeoX would
+    build two matrices that do not fit each other."""
     total = _mlp_size(settings) or 4 * settings.hidden_size
     multiple = settings.mlp_multiple_of
     if not WHOLE.accepts(multiple):
@@ -348,13 +319,9 @@ EXPORTED_WITH_ATTENTION = {
 
 
 def why_not_exportable(settings: Any) -> list[tuple[str, str, str]]:
-    """Returns why the Hugging Face model has no counterpart of a model: (setting, what was found,
-    what was wanted) of each reason. The converter refuses such a model; a training warns at its
-    start.
-
-    Args:
-        settings: GPT-NeoX's, of a model that `from_neox` accepts.
-    """
+    """Returns why the Hugging Face model has no counterpart of a model that `from_neox` accepts:
+    (setting, what was found, what was wanted) of each reason. The converter refuses such a model; a
+    training warns at its start."""
     layer_types = expand_attention_config(settings.attention_config, settings.num_layers)
     known = (METALA, *SOFTMAX_TYPES)
     reasons = []

@@ -10,16 +10,9 @@ MAX_TEXT_BYTES = 128 * 2**20  # the largest tokenizer.json files have 30 MB
 
 
 def check_regular(path: Path, inside: Path | None = None) -> None:
-    """Checks that `path` is a regular file, or a link to one.
-
-    Args:
-        path: the file.
-        inside: a folder that the file, with links resolved, must lie in. The files of a snapshot in
-            Hugging Face's cache are links, which may lead to the cache's `blobs`.
-
-    Raises:
-        OSError: it is not; `filename` and `strerror` say why.
-    """
+    """Checks that `path` is a regular file, or a link to one, that with links resolved lies in the
+    folder `inside`. The files of a snapshot in Hugging Face's cache are links, which may lead to
+    the cache's `blobs`. Raises an OSError otherwise; `filename` and `strerror` say why."""
     try:
         real = path.resolve(strict=True)
     except RuntimeError:  # Python before 3.13
@@ -39,15 +32,8 @@ def check_regular(path: Path, inside: Path | None = None) -> None:
 
 
 def read_text(path: Path, inside: Path | None = None, max_bytes: int = MAX_TEXT_BYTES) -> str:
-    """Returns the UTF-8 text of a regular file.
-
-    Args:
-        path, inside: see `check_regular`.
-        max_bytes: the largest size allowed.
-
-    Raises:
-        OSError: it cannot be read; `filename` and `strerror` say why.
-    """
+    """Returns the UTF-8 text of a file that passes `check_regular`. Raises an OSError if it cannot
+    be read or is larger than `max_bytes`; `filename` and `strerror` say why."""
     check_regular(path, inside)
     with path.open("rb") as file:
         content = file.read(max_bytes + 1)

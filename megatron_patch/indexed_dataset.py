@@ -23,7 +23,6 @@ import re
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import BinaryIO
 
 import numpy as np
@@ -31,19 +30,8 @@ import numpy as np
 _MAGIC = b"MMIDIDX\x00\x00"
 _VERSION = 1
 _HEADER = struct.Struct("<9sQBQQ")
-_DTYPES = {
-    code: np.dtype(name).newbyteorder("<")
-    for code, name in {
-        1: "uint8",
-        2: "int8",
-        3: "int16",
-        4: "int32",
-        5: "int64",
-        6: "float32",
-        7: "float64",
-        8: "uint16",
-    }.items()
-}
+_NAMES = ("uint8", "int8", "int16", "int32", "int64", "float32", "float64", "uint16")
+_DTYPES = {code: np.dtype(name).newbyteorder("<") for code, name in enumerate(_NAMES, 1)}
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 # From this size on GPT-NeoX and Megatron use four bytes per token instead of two.
 _FIRST_LARGE_VOCABULARY = 65500
@@ -82,15 +70,9 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 class IndexedDataset:
-    """The documents of a `.bin` / `.idx` pair, memory-mapped.
-
-    Args:
-        prefix: path of the pair without the ending.
-
-    Raises:
-        FileNotFoundError: one of the two files is not there.
-        IndexedDatasetError: the pair is damaged, or shorter than its header or index says.
-    """
+    """The documents of a `.bin` / `.idx` pair, memory-mapped. `prefix` is the pair's path without
+    the ending. Raises a FileNotFoundError if one of the two files is not there, and an
+    IndexedDatasetError if the pair is damaged, or shorter than its header or index says."""
 
     def __init__(self, prefix: str | Path):
         self.prefix = str(prefix)
@@ -176,21 +158,15 @@ def _open_alone(path: Path) -> BinaryIO:
 
 
 class IndexedDatasetWriter:
-    """Writes a `.bin` / `.idx` pair, one document at a time.
+    """Writes a `.bin` / `.idx` pair, one document at a time, with the paths `paths`.
 
     The files have temporary names until `close`, and an exception inside `with` removes them, so
     that a pair under its own name is always complete. Files that a killed process left are
-    overwritten.
+    overwritten. Raises an IndexedDatasetError if another process is writing this pair.
 
     Args:
         prefix: path of the pair without the ending; its folder is made, an existing pair replaced.
         vocab_size: limit of the token ids, which also decides on two or four bytes per token.
-
-    Attributes:
-        paths: the paths of the two files.
-
-    Raises:
-        IndexedDatasetError: another process is writing this pair.
     """
 
     def __init__(self, prefix: str | Path, vocab_size: int):
@@ -203,12 +179,8 @@ class IndexedDatasetWriter:
         self._file = _open_alone(self._temporary[0])
 
     def add_document(self, tokens: np.ndarray | list[int]) -> None:
-        """Appends one document.
-
-        Raises:
-            IndexedDatasetError: a token is negative or not below `vocab_size`, or the document has
-                2^31 tokens or more.
-        """
+        """Appends one document. Raises an IndexedDatasetError if a token is negative or not below
+        `vocab_size`, or the document has 2^31 tokens or more."""
         tokens = np.asarray(tokens).reshape(-1)
         if tokens.size >= 2**31:
             raise IndexedDatasetError(
@@ -225,11 +197,8 @@ class IndexedDatasetWriter:
         self._sizes.append(tokens.size)
 
     def close(self) -> None:
-        """Completes the pair and renames it to its own name.
-
-        Raises:
-            IndexedDatasetError: no token was written, and GPT-NeoX could not map an empty file.
-        """
+        """Completes the pair and renames it to its own name. Raises an IndexedDatasetError if no
+        token was written, and GPT-NeoX could not map an empty file."""
         try:
             self._file.flush()
             if not sum(self._sizes):
@@ -264,12 +233,7 @@ class IndexedDatasetWriter:
     def __enter__(self) -> IndexedDatasetWriter:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             self.close()
         else:

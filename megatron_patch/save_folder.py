@@ -28,14 +28,9 @@ JOB_VARIABLES = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "JOB_ID")
 
 
 def try_saving(save: str) -> float:
-    """Makes the folder if needed, and writes a file to it, which is removed again.
-
-    Returns:
-        the time in seconds by the clock of the folder's file system.
-
-    Raises:
-        SettingsError: nothing can be saved there; the line says why.
-    """
+    """Makes the folder if needed, and writes a file to it, which is removed again. Returns the time
+    in seconds by the clock of the folder's file system. Raises a SettingsError, which says why, if
+    nothing can be saved there."""
     folder = Path(save)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -60,14 +55,8 @@ def try_saving(save: str) -> float:
 
 @contextmanager
 def held(save: str) -> Iterator[str]:
-    """Locks the folder against other runs.
-
-    Yields:
-        the name of this run, as `holder` returns it.
-
-    Raises:
-        SettingsError: nothing can be saved there, or another run holds it.
-    """
+    """Locks the folder against other runs, and yields the name of this run, as `holder` returns it.
+    Raises a SettingsError if nothing can be saved there, or another run holds it."""
     own = {
         "host": socket.gethostname(),
         "pid": os.getpid(),

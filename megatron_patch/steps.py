@@ -10,11 +10,7 @@ STEP = re.compile(r"global_step(0|[1-9][0-9]*)")
 
 def saved_steps(folder: Path) -> list[int]:
     """Returns the sorted iterations N that have a folder `global_stepN`; an empty list if `folder`
-    does not exist.
-
-    Raises:
-        ValueError: the folder cannot be read.
-    """
+    does not exist. Raises a ValueError if the folder cannot be read."""
     try:
         names = [path.name for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
     except OSError as error:
@@ -23,11 +19,8 @@ def saved_steps(folder: Path) -> list[int]:
 
 
 def latest_step(folder: Path) -> Path:
-    """Returns the folder of the iteration that the file `latest` names.
-
-    Raises:
-        ValueError: there is no such file, or no such iteration.
-    """
+    """Returns the folder of the iteration that the file `latest` names. Raises a ValueError if
+    there is no such file, or no such iteration."""
     latest = folder / "latest"
     if not latest.is_file():
         raise ValueError(f"{folder} has no file `latest`")

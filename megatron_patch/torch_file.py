@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import re
 import zipfile
@@ -19,24 +20,21 @@ class UnreadableFile(ValueError):
     """An error of one line, which names the file and says why it cannot be read."""
 
 
-def _allow_numpy_states() -> None:
-    """Allows NumPy arrays and numbers: GPT-NeoX stores NumPy's random state with the weights, and
-    schedules may hold NumPy's numbers."""
+def allow_numpy_states() -> None:
+    """Lets `torch.load` read NumPy arrays and numbers: GPT-NeoX and the Trainer store NumPy's
+    random state, and schedules may hold NumPy's numbers. `load_safely` calls it for each file,
+    since transformers takes the permission away after it has loaded a random state."""
     types = [np.ndarray, np.dtype, *(type(np.dtype(t)) for t in ("u4", "i8", "f4", "f8"))]
     torch.serialization.add_safe_globals(types)
     for value in (np.array([0], dtype=np.uint32), np.float64(0)):
         reconstruct = value.__reduce__()[0]
         torch.serialization.add_safe_globals([reconstruct])
-        # NumPy 1 and 2 pickle the function under different module names.
-        other = {
-            "numpy.core.multiarray": "numpy._core.multiarray",
-            "numpy._core.multiarray": "numpy.core.multiarray",
-        }[reconstruct.__module__]
-        try:
-            named = (reconstruct, f"{other}.{reconstruct.__name__}")
-            torch.serialization.add_safe_globals([named])
-        except (TypeError, ValueError, AttributeError):  # torch before 2.6 takes no names
-            pass
+        # NumPy 1 and 2 pickle the function under different module names. torch before 2.6 takes no
+        # names.
+        with contextlib.suppress(TypeError, ValueError, AttributeError):
+            for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
+                named = (reconstruct, f"{module}.{reconstruct.__name__}")
+                torch.serialization.add_safe_globals([named])
 
 
 def _allow_deepspeed_states() -> None:
@@ -51,16 +49,13 @@ def _allow_deepspeed_states() -> None:
         torch.serialization.add_safe_globals([stand_in])
 
 
-_allow_numpy_states()
 _allow_deepspeed_states()
 
 
 def load_safely(path: Path) -> Any:
-    """Returns what `torch.save` wrote to `path`, with memory-mapped tensors.
-
-    Raises:
-        UnreadableFile: the file is absent, damaged, or holds more than tensors and plain data.
-    """
+    """Returns what `torch.save` wrote to `path`, with memory-mapped tensors. Raises an
+    UnreadableFile if the file is absent, damaged, or holds more than tensors and plain data."""
+    allow_numpy_states()
     for mmap in (True, False):  # a file in the format before PyTorch 1.6 cannot be mapped
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
@@ -86,11 +81,7 @@ def load_safely(path: Path) -> Any:
 def records_with_crc(path: Path) -> list[zipfile.ZipInfo]:
     """Returns the records of a file with the CRC-32 that `torch.save` stored for them. The list is
     empty for a file in the format before PyTorch 1.6, and for one that was written with
-    `torch.serialization.set_crc32_options(False)`.
-
-    Raises:
-        OSError: the file cannot be read.
-    """
+    `torch.serialization.set_crc32_options(False)`. Raises an OSError if the file cannot be read."""
     try:
         with zipfile.ZipFile(path) as file:
             records = file.infolist()
@@ -102,11 +93,7 @@ def records_with_crc(path: Path) -> list[zipfile.ZipInfo]:
 def damaged_record(path: Path) -> str | None:
     """Returns the name of the first record whose CRC-32 is wrong, `None` if all are right or none
     is stored. `torch.load` does not compare them, so that damage passes as other weights. Reads the
-    whole file, in pieces.
-
-    Raises:
-        OSError: the file cannot be read.
-    """
+    whole file, in pieces. Raises an OSError if the file cannot be read."""
     stored = records_with_crc(path)
     if not stored:
         return None

@@ -64,13 +64,7 @@ class ChatError(Exception):
 
 @dataclass
 class Turn:
-    """Statistics of one turn.
-
-    Attributes:
-        tokens_read: number of tokens that the model read before the answer.
-        tokens_written: number of tokens in the answer.
-        seconds: time for both.
-    """
+    """The numbers of tokens that the model read and then wrote in a turn, and the time for both."""
 
     tokens_read: int
     tokens_written: int
@@ -81,8 +75,6 @@ class Conversation:
     """A model, its state, and the text that led to the state.
 
     Args:
-        model: the model.
-        tokenizer: the model's tokenizer.
         system: system message, or the first line of plain text.
         plain: whether to ignore the chat template.
         special_tokens: whether special tokens that the user types stay special. Otherwise they are
@@ -126,7 +118,8 @@ class Conversation:
         show: Callable[[int], None],
         stopped: Callable[[], bool] = lambda: False,
     ) -> Turn:
-        """Reads the user's words and writes an answer, token by token.
+        """Reads the user's words and writes an answer, token by token. Raises a ChatError if the
+        words cannot be read, or the model fails; the conversation is then as it was before.
 
         Args:
             words: what the user typed.
@@ -134,10 +127,6 @@ class Conversation:
             max_new_tokens: longest answer.
             show: called with each id of the answer, without the end token.
             stopped: called before each token; returns whether to end the answer.
-
-        Raises:
-            ChatError: the words cannot be read, or the model fails. The conversation stays as it
-                was before.
         """
         start = time.perf_counter()
         before = copy.deepcopy(self.cache), self.messages, self.text
@@ -227,11 +216,8 @@ class Conversation:
             raise ChatError(f"{path}: {told(error)}") from None
 
     def load(self, path: Path) -> None:
-        """Goes on with the conversation in a file.
-
-        Raises:
-            ChatError: the file is missing, holds no conversation, or one with another model.
-        """
+        """Goes on with the conversation in a file. Raises a ChatError if the file is missing, holds
+        no conversation, or one with another model."""
         try:
             cache = MetaLACache.load(path, device=self.model.device)
             with safe_open(path, framework="pt") as file:
@@ -255,11 +241,8 @@ class Conversation:
 
 
 def _checked(conversation: str) -> dict[str, Any]:
-    """Parses the JSON that `save` writes beside the state.
-
-    Raises:
-        ValueError: it is malformed.
-    """
+    """Parses the JSON that `save` writes beside the state. Raises a ValueError if it is
+    malformed."""
     try:
         kept = json.loads(conversation)
     except (ValueError, RecursionError):
@@ -364,25 +347,22 @@ def parse_arguments() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     temperature = number(lambda x: x >= 0, "of 0 or more")
     top_p = number(lambda x: 0 < x <= 1, "above 0, at most 1")
-    parser.add_argument("folder", help="the model's folder, or its name on the Hub")
-    parser.add_argument("--system", help="system message, or with --plain the text's first line")
-    parser.add_argument("--max-new-tokens", type=whole(1), default=512, help="longest answer")
-    parser.add_argument(
-        "--temperature", type=temperature, default=0.8, help="0: always the likeliest"
-    )
-    parser.add_argument("--top-p", type=top_p, default=0.95, help="probability to draw from")
-    parser.add_argument("--seed", type=whole(0), help="for the same answers again")
-    parser.add_argument("--plain", action="store_true", help="plain text, without chat template")
-    parser.add_argument(
+    add = parser.add_argument
+    add("folder", help="the model's folder, or its name on the Hub")
+    add("--system", help="system message, or with --plain the text's first line")
+    add("--max-new-tokens", type=whole(1), default=512, help="longest answer")
+    add("--temperature", type=temperature, default=0.8, help="0: always the likeliest")
+    add("--top-p", type=top_p, default=0.95, help="probability to draw from")
+    add("--seed", type=whole(0), help="for the same answers again")
+    add("--plain", action="store_true", help="plain text, without chat template")
+    add(
         "--special-tokens",
         action="store_true",
         help="read special tokens in what is typed as such, not as text",
     )
-    parser.add_argument("--stats", action="store_true", help="say after each turn what it took")
-    parser.add_argument(
-        "--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu"
-    )
-    parser.add_argument("--dtype", type=one_of(DTYPES), default="auto", help="auto: the folder's")
+    add("--stats", action="store_true", help="say after each turn what it took")
+    add("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--dtype", type=one_of(DTYPES), default="auto", help="auto: the folder's")
     return parser.parse_args()
 
 

@@ -29,11 +29,8 @@ the two metrics theirs are."""
 
 
 def newest_results(path: Path) -> Path:
-    """Returns a results file itself, or the newest one in a folder.
-
-    Raises:
-        FileNotFoundError: the folder has none.
-    """
+    """Returns a results file itself, or the newest one in a folder. Raises a FileNotFoundError if
+    the folder has none."""
     if path.is_file():
         return path
     files = sorted(path.rglob("results*.json"), key=lambda file: file.stat().st_mtime)
@@ -43,11 +40,8 @@ def newest_results(path: Path) -> Path:
 
 
 def read_results(path: Path) -> dict[str, dict[str, float]]:
-    """Returns accuracies in %, by task and metric, of the tasks that report accuracies.
-
-    Raises:
-        ValueError: the file is not one of lm_eval.
-    """
+    """Returns accuracies in %, by task and metric, of the tasks that report accuracies. Raises a
+    ValueError if the file is not one of lm_eval."""
     try:
         results = json.loads(path.read_text(encoding="utf-8"))["results"]
         if not all(isinstance(values, dict) for values in results.values()):

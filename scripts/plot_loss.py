@@ -31,10 +31,7 @@ class Losses:
 
 def read_losses(path: Path) -> Losses:
     """Returns the losses in a log. Where a resumed run repeated an iteration, the last one counts.
-
-    Raises:
-        ValueError: the log has no training losses, or a line is malformed.
-    """
+    Raises a ValueError if the log has no training losses, or a line is malformed."""
     losses = Losses()
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     for count, line in enumerate(lines, 1):

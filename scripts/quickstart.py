@@ -24,7 +24,7 @@ from pathlib import Path
 from plot_loss import plot, read_losses
 from tqdm import tqdm
 
-from megatron_patch.commands.command_line import Parser
+from megatron_patch.commands.command_line import Parser, replacing
 from megatron_patch.commands.link_neox import commit_of
 from megatron_patch.neox.yaml_config import merge_yaml
 
@@ -65,17 +65,8 @@ def run(
     folder: Path = ROOT,
     on_line: Callable[[str], None] | None = None,
 ) -> str:
-    """Runs a Python command and returns its output.
-
-    Args:
-        arguments: the arguments of `python`.
-        log: file to append the output to; without it, command and output are shown.
-        folder: working directory.
-        on_line: called with each line of output.
-
-    Raises:
-        StepFailed: the exit code is not 0.
-    """
+    """Runs a Python command and returns its output, which is shown after the command, or appended
+    to `log`. Calls `on_line` with each line. Raises StepFailed if the exit code is not 0."""
     if not log:
         print_command(arguments, folder)
     process = subprocess.Popen(
@@ -126,8 +117,7 @@ def write_text(path: Path) -> None:
     ]
     files.sort(key=lambda p: hashlib.sha256(p.as_posix().encode()).digest())
     size = 0
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "w", encoding="utf-8") as out:
+    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as out:
         for file in tqdm(files, desc=f"Reading {library}", unit=" files"):
             try:
                 text = (library / file).read_text(encoding="utf-8")
@@ -137,7 +127,6 @@ def write_text(path: Path) -> None:
             size += len(text)
             if size > TEXT_BYTES:
                 break
-    temporary.replace(path)
 
 
 def prepare_data() -> tuple[Path, Path]:
@@ -268,14 +257,9 @@ class NeoX(Engine):
             raise StepFailed(f"training left no {show(self.checkpoint)}; see {show(self.log)}")
 
     def export(self) -> float:
-        output = run(
-            [
-                *["convert/neox_to_hf.py", "--checkpoint", self.checkpoints],
-                *["--output", self.hf_model, "--tokenizer", self.tokenizer],
-                *["--verify", "--overwrite"],
-            ]
-        )
-        return largest_difference(output)
+        script = ["convert/neox_to_hf.py", "--checkpoint", self.checkpoints]
+        flags = ["--tokenizer", self.tokenizer, "--verify", "--overwrite"]
+        return largest_difference(run([*script, "--output", self.hf_model, *flags]))
 
 
 class HFTrainer(Engine):
@@ -298,9 +282,8 @@ class HFTrainer(Engine):
 
     def train(self) -> None:
         """Trains with train_hf.py, which also writes and verifies the Hugging Face folder."""
-        output = run(
-            ["scripts/train_hf.py", self.config, self.local, "--output", self.hf_model, "--verify"]
-        )
+        flags = ["--output", self.hf_model, "--verify"]
+        output = run(["scripts/train_hf.py", self.config, self.local, *flags])
         self.difference = largest_difference(output)
 
     def export(self) -> float:

@@ -11,16 +11,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from megatron_patch.commands.command_line import (
     CommandError,
-    Parser,
-    existing,
     output_path,
     replacing,
     run_script,
     told,
     whole,
 )
-from megatron_patch.commands.documents import MAX_BYTES, iterate_documents, with_a_first
-from megatron_patch.commands.prepare_data import END_OF_TEXT, refuse_existing
+from megatron_patch.commands.documents import iterate_documents, with_a_first
+from megatron_patch.commands.prepare_data import END_OF_TEXT, refuse_existing, text_parser
 from megatron_patch.commands.text_pieces import BEFORE_WHITESPACE, pieces
 
 # GPT-NeoX looks this token up by name, as it does END_OF_TEXT.
@@ -44,18 +42,9 @@ def train(texts: Iterable[str], vocab_size: int, progress: bool = True) -> Token
 
 
 def main() -> None:
-    parser = Parser(description=__doc__)
-    parser.add_argument(
-        "inputs", type=existing, nargs="+", help="text files, .jsonl files, folders"
-    )
+    parser = text_parser(__doc__)
     parser.add_argument("--output", type=output_path, required=True, help="tokenizer.json to write")
     parser.add_argument("--vocab-size", type=whole(SMALLEST), default=32000)
-    parser.add_argument("--json-key", default="text", help="key of the text in .jsonl files")
-    parser.add_argument("--suffix", action="append", help="in folders: only such files, e.g. .py")
-    parser.add_argument(
-        "--max-document", type=whole(1), default=MAX_BYTES, help="bytes of the largest document"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     args = parser.parse_args()
     try:
         refuse_existing([args.output], args.overwrite)

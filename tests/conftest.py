@@ -61,6 +61,14 @@ def find_neox() -> Path | None:
     return path if (path / "megatron" / "__init__.py").is_file() else None
 
 
+def small_config(**changes):
+    """Returns a `MetaLAConfig` of 2 layers, width 32 and 2 heads, with changes."""
+    from megatron_patch.hf import MetaLAConfig
+
+    sizes = dict(decoder_embed_dim=32, decoder_layers=2, decoder_attention_heads=2, glu_dim=40)
+    return MetaLAConfig(**{**sizes, **changes})
+
+
 @pytest.fixture(scope="session")
 def make_once(tmp_path_factory) -> Callable[[str, Callable[[Path], None]], Path]:
     """Function: returns a folder of this name that `fill` writes once for all workers of

@@ -12,7 +12,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 
 class CommandError(Exception):
@@ -56,6 +56,11 @@ def told(error: BaseException) -> str:
     return one_line(str(error)) or type(error).__name__
 
 
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's message, or its type if it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def one_line(text: str) -> str:
     """Returns text with each run of whitespace replaced by one space."""
     return " ".join(text.split())
@@ -66,46 +71,31 @@ def refuse(found: object, wanted: str) -> NoReturn:
     raise argparse.ArgumentTypeError(f"found {found}, wanted {wanted}")
 
 
-def whole(smallest: int) -> Callable[[str], int]:
-    """Returns the argument type of whole numbers from `smallest` to 2**31 - 1."""
-
-    def read(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = None
-        if value is None or not smallest <= value < 2**31:
-            refuse(text, f"a whole number from {smallest} to {2**31 - 1}")
-        return value
+def _checked(kind: Callable[[str], Any], fits: Callable[[Any], bool], wanted: str) -> Callable:
+    def read(text: str) -> Any:
+        with contextlib.suppress(ValueError):
+            if fits(value := kind(text)):
+                return value
+        refuse(text, wanted)
 
     return read
+
+
+def whole(smallest: int) -> Callable[[str], int]:
+    """Returns the argument type of whole numbers from `smallest` to 2**31 - 1."""
+    wanted = f"a whole number from {smallest} to {2**31 - 1}"
+    return _checked(int, lambda value: smallest <= value < 2**31, wanted)
 
 
 def number(fits: Callable[[float], bool], wanted: str) -> Callable[[str], float]:
     """Returns the argument type of finite numbers that `fits` accepts."""
-
-    def read(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not (math.isfinite(value) and fits(value)):
-            refuse(text, f"a number {wanted}")
-        return value
-
-    return read
+    return _checked(float, lambda value: math.isfinite(value) and fits(value), f"a number {wanted}")
 
 
 def one_of(names: Iterable[str]) -> Callable[[str], str]:
     """Returns the argument type of a choice between names."""
     known = tuple(names)
-
-    def read(text: str) -> str:
-        if text not in known:
-            refuse(text, f"one of {', '.join(known)}")
-        return text
-
-    return read
+    return _checked(str, known.__contains__, f"one of {', '.join(known)}")
 
 
 def existing(text: str) -> Path:

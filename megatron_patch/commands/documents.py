@@ -24,18 +24,10 @@ class Document(NamedTuple):
 
 
 def list_files(inputs: Iterable[Path], suffixes: Iterable[str] | None = None) -> list[Path]:
-    """Returns the files to read: inputs in the order given, files inside a folder by name. Links to
-    folders are left out, with a line on standard error.
-
-    Args:
-        inputs: files of any name, and folders.
-        suffixes: suffixes of the files to take from folders, by default `TEXT_SUFFIXES`.
-
-    Raises:
-        OSError: a folder cannot be read.
-        ValueError: something to read is not a regular file (a broken link, a pipe), or nothing was
-            found.
-    """
+    """Returns the files to read: inputs in the order given, files inside a folder by name, if they
+    end in one of `suffixes`, by default `TEXT_SUFFIXES`. Links to folders are left out, with a line
+    on standard error. Raises an OSError if a folder cannot be read, and a ValueError if something
+    to read is not a regular file (a broken link, a pipe), or nothing was found."""
     wanted = tuple(suffixes or TEXT_SUFFIXES)
     files: list[Path] = []
     for path in inputs:
@@ -70,12 +62,8 @@ def iterate_documents(
     suffixes: Iterable[str] | None = None,
     max_bytes: int = MAX_BYTES,
 ) -> Iterator[Document]:
-    """Yields all documents except empty ones, without byte order marks.
-
-    Args:
-        inputs, suffixes: see `list_files`.
-        json_key: key of the text in a line of a .jsonl file.
-        max_bytes: largest document.
+    """Yields all documents of the files of `list_files` except empty ones, without byte order
+    marks. A line of a .jsonl file has its text under `json_key`.
 
     Raises:
         OSError: a file cannot be read.
@@ -131,11 +119,8 @@ def _check_size(size: int, origin: str, max_bytes: int) -> None:
 
 
 def with_a_first(documents: Iterable[Document]) -> Iterator[Document]:
-    """Reads the first document, and returns an iterator over all of them.
-
-    Raises:
-        ValueError: there is no document.
-    """
+    """Reads the first document, and returns an iterator over all of them. Raises a ValueError if
+    there is no document."""
     documents = iter(documents)
     for first in documents:
         return chain([first], documents)

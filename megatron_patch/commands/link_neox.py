@@ -11,15 +11,16 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import megatron_patch
-from megatron_patch.commands.command_line import CommandError, Parser, run_script
+from megatron_patch.commands.command_line import CommandError, Parser, replacing, run_script
 
 TESTED_COMMIT = "ea7aefd8f8e183256992d9fede4d7c71a46d67a5"
 MARK = "# MetaLA plugin, added by link_neox.py"
-# Where the plugin cannot be imported (this Python lacks it, or finds another package of its name),
-# GPT-NeoX still starts and trains its other models.
+# GPT-NeoX still starts and trains its other models if the plugin cannot be imported: this Python
+# lacks it, or finds another package of its name.
 CODE = """\
 try:
     from megatron_patch.neox import register as register_metala
@@ -42,11 +43,8 @@ LINKED = "# configurations are links to"
 
 
 def entry_point(checkout: Path) -> Path:
-    """Returns megatron/__init__.py, which every GPT-NeoX program imports first.
-
-    Raises:
-        FileNotFoundError: `checkout` is not GPT-NeoX.
-    """
+    """Returns megatron/__init__.py, which every GPT-NeoX program imports first. Raises a
+    FileNotFoundError if `checkout` is not GPT-NeoX."""
     needed = ("deepy.py", "train.py", "megatron/__init__.py", "megatron/model/gpt2_model.py")
     missing = [name for name in needed if not (checkout / name).is_file()]
     if missing:
@@ -57,15 +55,11 @@ def entry_point(checkout: Path) -> Path:
 def write(path: Path, content: bytes) -> None:
     """Replaces a file's content in one step. The file's mode stays, and links to it stay valid."""
     path = path.resolve()
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
+    with replacing(path) as temporary:
         temporary.write_bytes(content)
         shutil.copymode(path, temporary)
         if os.geteuid() == 0:  # for root the new file would have another owner
             os.chown(temporary, path.stat().st_uid, path.stat().st_gid)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def own_content(content: bytes) -> bytes:
@@ -157,15 +151,9 @@ def set_link(path: Path, target: str | None) -> None:
 
 def link(checkout: Path) -> tuple[bool, list[str]]:
     """Adds the lines and the configuration links, in place of those of an earlier version or of
-    another clone.
-
-    Returns:
-        Whether anything changed, and the names of the user's own configurations, which stay.
-
-    Raises:
-        FileNotFoundError: `checkout` is not GPT-NeoX.
-        CommandError: the plugin's configurations are missing.
-    """
+    another clone. Returns whether anything changed, and the names of the user's own configurations,
+    which stay. Raises a FileNotFoundError if `checkout` is not GPT-NeoX, and a CommandError if the
+    plugin's configurations are missing."""
     init = entry_point(checkout)
     if not (checkout / "configs").is_dir():
         raise FileNotFoundError(f"{checkout} is not a GPT-NeoX checkout: it has no configs")
@@ -226,6 +214,4 @@ def main(argv: list[str] | None = None) -> None:
         print(f"  this checkout is at {commit or 'an unknown commit'}, tested with {TESTED_COMMIT}")
 
 
-def cli() -> None:
-    """Runs the command from a terminal."""
-    run_script(main)
+cli = partial(run_script, main)

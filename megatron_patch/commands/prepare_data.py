@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,12 +34,7 @@ from megatron_patch.commands.command_line import (
 from megatron_patch.commands.documents import MAX_BYTES, Document, iterate_documents, with_a_first
 from megatron_patch.commands.special_tokens import any_of, read_as_text, special_contents
 from megatron_patch.commands.text_pieces import MAX_STRETCH, PIECE, pieces, safe_cut
-from megatron_patch.indexed_dataset import (
-    IndexedDatasetWriter,
-    bin_path,
-    idx_path,
-    index_map_paths,
-)
+from megatron_patch.indexed_dataset import IndexedDatasetWriter, bin_path, idx_path, index_map_paths
 
 END_OF_TEXT = "<|endoftext|>"
 BATCH, AHEAD = 256, 4  # texts in a message to a worker, messages that wait for each worker
@@ -51,16 +47,23 @@ def refuse_existing(outputs: Iterable[Path], overwrite: bool) -> None:
             raise FileExistsError(f"{path} is already there; --overwrite replaces it")
 
 
+def text_parser(description: str) -> Parser:
+    """Returns a parser with the arguments of `iterate_documents`, and --overwrite."""
+    parser = Parser(description=description)
+    add = parser.add_argument
+    add("inputs", type=existing, nargs="+", help="text files, .jsonl files, folders")
+    add("--json-key", default="text", help="key of the text in .jsonl files")
+    add("--suffix", action="append", help="in folders: only such files, e.g. .py")
+    most = "bytes of the largest document"
+    add("--max-document", type=whole(1), default=MAX_BYTES, help=most)
+    add("--overwrite", action="store_true", help="replace existing output")
+    return parser
+
+
 class Encoder:
-    """Turns text into tokens, in this process or in a worker.
-
-    Args:
-        tokenizer_file: a tokenizer.json with an `END_OF_TEXT` token.
-        special_tokens: whether special tokens in a text stay special; otherwise they are text.
-
-    Raises:
-        ValueError: the file is no tokenizer, or lacks that token.
-    """
+    """Turns text into tokens, in this process or in a worker. With `special_tokens`, special tokens
+    in a text stay special; otherwise they are text. Raises a ValueError if the file is no
+    tokenizer.json, or lacks an `END_OF_TEXT` token."""
 
     def __init__(self, tokenizer_file: Path, special_tokens: bool = False):
         try:
@@ -84,11 +87,8 @@ class Encoder:
         self.tokenizer.no_padding()
 
     def __call__(self, texts: Iterable[str]) -> tuple[list[np.ndarray], Counter[str]]:
-        """Returns the tokens of each text, int32, and how often each special token occurs.
-
-        Raises:
-            ValueError: the tokenizer turns other text into the token that ends documents.
-        """
+        """Returns the tokens of each text, int32, and how often each special token occurs. Raises a
+        ValueError if the tokenizer turns other text into the token that ends documents."""
         found: Counter[str] = Counter()
         encoded = []
         for text in texts:
@@ -132,12 +132,8 @@ def prepare(
     max_stretch: int = MAX_STRETCH,
     overwrite: bool = True,
 ) -> Prepared:
-    """Writes PREFIX.bin and PREFIX.idx.
-
-    Raises:
-        ValueError: there is no text, or one is too long for its tokenizer, or another process
-            writes this data set. Nothing is left behind then.
-    """
+    """Writes PREFIX.bin and PREFIX.idx. Raises a ValueError if there is no text, or one is too long
+    for its tokenizer, or another process writes this data set. Nothing is left behind then."""
     documents = with_a_first(documents)
     cut = safe_cut(encoder.tokenizer, encoder.special_tokens)
     count = tokens = 0
@@ -224,27 +220,17 @@ def report_special_tokens(special: Counter[str], as_tokens: bool) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(description=__doc__)
-    parser.add_argument(
-        "inputs", type=existing, nargs="+", help="text files, .jsonl files, folders"
-    )
-    parser.add_argument(
-        "--output", type=output_prefix, required=True, help="PREFIX of the files to write"
-    )
-    parser.add_argument("--tokenizer", type=existing_file, required=True, help="a tokenizer.json")
-    parser.add_argument("--json-key", default="text", help="key of the text in .jsonl files")
-    parser.add_argument("--suffix", action="append", help="in folders: only such files, e.g. .py")
-    parser.add_argument("--workers", type=whole(1), default=1, help="processes that tokenize")
-    parser.add_argument("--overwrite", action="store_true", help="replace existing output")
-    parser.add_argument(
+    parser = text_parser(__doc__)
+    add = parser.add_argument
+    add("--output", type=output_prefix, required=True, help="PREFIX of the files to write")
+    add("--tokenizer", type=existing_file, required=True, help="a tokenizer.json")
+    add("--workers", type=whole(1), default=1, help="processes that tokenize")
+    add(
         "--special-tokens",
         action="store_true",
         help=f"read special tokens in the text, such as {END_OF_TEXT}, as such, not as text",
     )
-    parser.add_argument(
-        "--max-document", type=whole(1), default=MAX_BYTES, help="bytes of the largest document"
-    )
-    parser.add_argument(
+    add(
         "--max-stretch",
         type=whole(1),
         default=MAX_STRETCH,
@@ -267,6 +253,4 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{args.output}.bin, .idx: {prepared.documents:,} documents, {prepared.tokens:,} tokens")
 
 
-def cli() -> None:
-    """Runs the command from a terminal."""
-    run_script(main)
+cli = partial(run_script, main)

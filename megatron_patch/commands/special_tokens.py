@@ -41,8 +41,7 @@ class Typed:
 
     Args:
         tokenizer: a tokenizer of transformers.
-        end_ids: tokens that end an answer. They count as special even if the tokenizer does not
-            mark them.
+        end_ids: tokens that end an answer, special even if the tokenizer does not mark them.
         as_tokens: whether typed special tokens stay special; nothing is quoted then.
     """
 
@@ -71,11 +70,8 @@ class Typed:
         return any_of(self.quoted).sub(lambda m: f"{TYPED}{self.quoted.index(m[0])}{END}", text)
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
-        """Returns the token ids of a text with placeholders.
-
-        Raises:
-            ValueError: the text has placeholders, but the tokenizer has no tokenizer.json.
-        """
+        """Returns the token ids of a text with placeholders. Raises a ValueError if the text has
+        placeholders, but the tokenizer has no tokenizer.json."""
         if TYPED not in text or self.as_tokens:
             return self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
         reader, contents = self._text_reader(), list(self.tokens)

@@ -45,12 +45,7 @@ _NORMAL_FORMS = ("NFC", "NFD", "NFKC", "NFKD")
 
 def safe_cut(tokenizer: Tokenizer, special_tokens: bool) -> re.Pattern | None:
     """Returns a pattern that finds the places where a text can be cut, or `None` where no cut is
-    known to be safe.
-
-    Args:
-        tokenizer: from a tokenizer.json.
-        special_tokens: whether it finds special tokens in text.
-    """
+    known to be safe. `special_tokens` says whether the tokenizer finds special tokens in text."""
     description = json.loads(tokenizer.to_str())
     if not _keeps_cuts(description["normalizer"]):
         return None
@@ -98,11 +93,8 @@ def pieces(
     document: Document, cut: re.Pattern | None, size: int = PIECE, longest: int = MAX_STRETCH
 ) -> Iterator[tuple[str, bool]]:
     """Yields a document's text in pieces of about `size` characters, each with whether it is the
-    last.
-
-    Raises:
-        ValueError: more than `longest` characters have no place to cut; names file and line.
-    """
+    last. Raises a ValueError if more than `longest` characters have no place to cut; names file and
+    line."""
     text, start = document.text, 0
     size = max(1, min(size, longest // 2))
     while start < len(text):

@@ -5,6 +5,7 @@ Trainer, and writes a Hugging Face folder. The same command goes on where a run 
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -86,12 +87,11 @@ def largest_difference(model: MetaLAForCausalLM, folder: Path, tokens: torch.Ten
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(description=__doc__)
-    parser.add_argument("configs", nargs="+", help="YAML files, merged as GPT-NeoX merges them")
-    parser.add_argument("-d", "--conf_dir", type=Path, help="folder of the YAML files")
-    parser.add_argument(
-        "--output", type=output_folder, help="Hugging Face folder to write (SAVE/hf)"
-    )
-    parser.add_argument("--verify", action="store_true", help="compare the written model's logits")
+    add = parser.add_argument
+    add("configs", nargs="+", help="YAML files, merged as GPT-NeoX merges them")
+    add("-d", "--conf_dir", type=Path, help="folder of the YAML files")
+    add("--output", type=output_folder, help="Hugging Face folder to write (SAVE/hf)")
+    add("--verify", action="store_true", help="compare the written model's logits")
     args = parser.parse_args(argv)
     paths = [args.conf_dir / name if args.conf_dir else Path(name) for name in args.configs]
     try:
@@ -115,6 +115,4 @@ def main(argv: list[str] | None = None) -> None:
             raise CommandError(f"wanted at most {TOLERANCE:.0e}")
 
 
-def cli() -> None:
-    """Runs the command from a terminal."""
-    run_script(main)
+cli = partial(run_script, main)

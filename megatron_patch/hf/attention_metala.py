@@ -79,16 +79,9 @@ def attention_inputs(
 def join_padding(
     before: torch.Tensor | None, padding: torch.Tensor | None, past: int
 ) -> torch.Tensor | None:
-    """Appends the padding of a call to that of the calls before it.
-
-    Args:
-        before: bool [B, columns], true at padding, or `None`.
-        padding: bool [B, T] of this call, or `None`.
-        past: number of columns before this call.
-
-    Returns:
-        bool [B, columns] up to the last call that had padding, or `None`.
-    """
+    """Appends the padding of a call, bool [B, T] or `None`, to that of the `past` columns before
+    it, bool [B, columns] or `None`. Returns bool [B, columns] up to the last call that had padding,
+    or `None`."""
     if padding is None:
         return before
     if before is None:
@@ -150,10 +143,8 @@ class MetaLAAttention(nn.Module):
             x: [B, T, D].
             past_keys, past_values: [B, key-value heads, past, D / heads], or `None`.
             inputs: see `AttentionInputs`.
-            output_state: whether to return keys and values.
-
-        Returns:
-            [B, T, D], and keys and values of all tokens so far, or `None`.
+            output_state: whether to return keys and values of all tokens so far after the result
+                [B, T, D], in place of twice `None`.
         """
         q = self._heads(self.q_proj(x), self.num_heads)
         keys = self._heads(self.k_proj(x), self.num_key_value_heads)

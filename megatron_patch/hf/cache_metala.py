@@ -29,12 +29,8 @@ states_lock = threading.RLock()
 
 
 class CacheLayer:
-    """Base class of a layer's part of the cache: two tensors, `None` before the first token.
-
-    Attributes:
-        layer_type: its name in `layer_types` of a configuration.
-        names: names of the attributes that hold the two tensors.
-    """
+    """Base class of a layer's part of the cache: two tensors, `None` before the first token, in the
+    attributes `names`. `layer_type` is its name in `layer_types` of a configuration."""
 
     is_compileable = False
     is_croppable = False
@@ -98,12 +94,8 @@ class MetaLACacheLayer(CacheLayer):
 
 
 class AttentionCacheLayer(CacheLayer):
-    """Keys and values of an attention layer in a hybrid, which grow with every token.
-
-    Attributes:
-        keys: [B, key-value heads, tokens, width] in the model's dtype, already rotated.
-        values: the same shape.
-    """
+    """Keys, already rotated, and values of an attention layer in a hybrid, both [B, key-value
+    heads, tokens, width] in the model's dtype."""
 
     layer_type = "full_attention"
     names = ("keys", "values")
@@ -320,14 +312,8 @@ class MetaLACache(Cache):
         return self
 
     def save(self, path: str | os.PathLike, metadata: dict[str, str] | None = None) -> None:
-        """Writes the states to a safetensors file for `load`.
-
-        An existing file is replaced once the new one is complete.
-
-        Args:
-            path: the file.
-            metadata: the caller's own text to store with the states.
-        """
+        """Writes the states, and the caller's own `metadata`, to a safetensors file for `load`. An
+        existing file is replaced once the new one is complete."""
         tensors = {
             f"layers.{index}.{name}": tensor.detach().contiguous()
             for index, layer in enumerate(copy.deepcopy(self.layers))
@@ -355,12 +341,8 @@ class MetaLACache(Cache):
         device: str | torch.device = "cpu",
         config: PretrainedConfig | None = None,
     ) -> MetaLACache:
-        """Reads a file that `save` has written.
-
-        Args:
-            path: the file.
-            device: where to put the states.
-            config: if given, the states must fit a model of this configuration.
+        """Reads a file that `save` has written. With `config`, the states must fit a model of this
+        configuration.
 
         Raises:
             OSError: the file cannot be read.
@@ -391,11 +373,8 @@ class MetaLACache(Cache):
         return cache
 
     def _fill(self, metadata: dict[str, str], tensors: dict[str, torch.Tensor]) -> None:
-        """Fills an empty cache with the contents of a file.
-
-        Raises:
-            ValueError: a name is not one that `save` writes.
-        """
+        """Fills an empty cache with the contents of a file. Raises a ValueError if a name is not
+        one that `save` writes."""
         types = metadata["layers"].split(",") if metadata["layers"] else []
         for name in types:
             if name not in LAYER_CLASSES:

@@ -11,15 +11,10 @@ from .architecture_metala import MODEL_OPTIONS, Architecture
 
 GLU_ACTIVATIONS = ("silu", "swish")
 # Keys that only hybrids use. The files of other models are written without them.
-HYBRID_KEYS = (
-    "layer_types",
-    "num_key_value_heads",
-    "attention_bias",
-    "attention_glu_dim",
-    "attention_glu_bias",
-    "rope_theta",
-    "partial_rotary_factor",
-)
+HYBRID_KEYS = """
+    layer_types num_key_value_heads attention_bias attention_glu_dim attention_glu_bias
+    rope_theta partial_rotary_factor
+""".split()
 
 
 class MetaLAConfig(PretrainedConfig):

@@ -53,25 +53,17 @@ _captured_steps: weakref.WeakKeyDictionary[nn.Module, dict[tuple, _CapturedStep]
 
 
 def register_functions(namespace: Mapping[str, Any], *names: str, prefix: str = "") -> None:
-    """Registers functions that a captured step replaces.
+    """Registers functions, by their names in a namespace, that a captured step replaces. Messages
+    write `prefix` before a name.
 
     Steps are neither captured nor replayed while one of these names refers to another function.
-
-    Args:
-        namespace: holds the functions.
-        names: their names in it.
-        prefix: what messages write before a name.
     """
     _functions.extend((namespace, name, namespace.get(name), prefix + name) for name in names)
 
 
 def register_class(cls: type[nn.Module], *attributes: str) -> None:
-    """Allows modules of a class in captured models, and registers its methods.
-
-    Args:
-        cls: the class.
-        attributes: names of the attributes, beside weights, that a step depends on.
-    """
+    """Allows modules of a class in captured models, and registers its methods. `attributes` names
+    the attributes, beside weights, that a step depends on."""
     _class_attributes[cls] = attributes
     methods = [name for name, x in vars(cls).items() if callable(x) and name != "__init__"]
     names = dict.fromkeys(["forward", "__call__", *methods])
@@ -104,7 +96,7 @@ def replay_step(
 
     Returns:
         Logits [B, 1, vocab]. `None`, with the cache as it was, if the step cannot be captured; the
-        reason is logged once.
+            reason is logged once.
     """
     device = input_ids.device
     if not _can_capture_on(device) or torch.is_autocast_enabled(device.type):
@@ -236,7 +228,7 @@ class _CapturedStep:
                 decoder = make_token_decoder(model, self.states)
             # Each maps input_ids to logits.
             if decoder is not None:
-                self._compute_logits = _launcher(decoder, model.lm_head.weight)
+                self._compute_logits = partial(_launch, decoder, model.lm_head.weight)
             else:
                 self._compute_logits = self._capture(model, input_ids, cache.decoding_graph)
 
@@ -302,16 +294,12 @@ class _CapturedStep:
                 layer.apply(lambda x: x.clone() if x.data_ptr() in held else x)
 
 
-def _launcher(decoder: Any, head: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Returns a function that launches a fused kernel, which needs no graph."""
-
-    def compute_logits(ids: torch.Tensor) -> torch.Tensor:
-        # A new tensor at every step, since callers keep several.
-        logits = head.new_empty(1, 1, len(head))
-        decoder.step(ids.to(head.device, torch.long), logits)
-        return logits
-
-    return compute_logits
+def _launch(decoder: Any, head: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Launches a fused kernel, which needs no graph. The logits are a new tensor at every step,
+    since callers keep several."""
+    logits = head.new_empty(1, 1, len(head))
+    decoder.step(ids.to(head.device, torch.long), logits)
+    return logits
 
 
 def _layer_weights(layer: nn.Module) -> dict[str, torch.Tensor | None]:
@@ -329,15 +317,9 @@ def _layer_weights(layer: nn.Module) -> dict[str, torch.Tensor | None]:
 def make_token_decoder(
     model: nn.Module, states: list[tuple[torch.Tensor, torch.Tensor]]
 ) -> Any | None:
-    """Makes the fused kernel of a whole step of a single row.
-
-    Args:
-        model: a `MetaLAForCausalLM` that `_unsupported_reason` accepts.
-        states: convolution state and recurrent state of each layer, read and overwritten by steps.
-
-    Returns:
-        What `token_decoder` returns, or `None` if no kernel serves the model.
-    """
+    """Makes the fused kernel of a whole step of a single row, or returns `None` if no kernel serves
+    the model. Steps read and overwrite `states`, each layer's convolution state and recurrent
+    state."""
     if model.config.norm_type == "layernorm":
         return None  # the kernel has RMS norms
     decoder = model.model

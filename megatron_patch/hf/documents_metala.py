@@ -27,12 +27,9 @@ CU_SEQLENS_ARGUMENTS = ("cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k")
 
 
 def require(holds: torch.Tensor, message: str) -> None:
-    """Raises unless a bool tensor of one entry is true.
-
-    Raises:
-        ValueError: it is false. A compiled graph cannot look into tensors before it runs: it raises
-            a RuntimeError instead, and on a GPU a device-side assertion fails.
-    """
+    """Raises a ValueError if a bool tensor of one entry is false. A compiled graph cannot look into
+    tensors before it runs: it raises a RuntimeError instead, and on a GPU a device-side assertion
+    fails."""
     if torch.compiler.is_compiling():
         torch._assert_async(holds, message)
     elif not holds:
@@ -40,11 +37,8 @@ def require(holds: torch.Tensor, message: str) -> None:
 
 
 def check_arguments(arguments: Mapping[str, Any]) -> None:
-    """Checks the arguments that `forward` does not name.
-
-    Raises:
-        ValueError: one of them is unknown, or asks for something that MetaLA does not have.
-    """
+    """Checks the arguments that `forward` does not name. Raises a ValueError if one of them is
+    unknown, or asks for something that MetaLA does not have."""
     for name, value in arguments.items():
         if value is None or name in UNREAD_ARGUMENTS or name in CU_SEQLENS_ARGUMENTS:
             continue
@@ -66,19 +60,13 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
 
 
 def read_mask(
-    mask: torch.Tensor | None,
-    batch: int,
-    time: int,
-    past: int,
-    past_padding: torch.Tensor | None,
+    mask: torch.Tensor | None, batch: int, time: int, past: int, past_padding: torch.Tensor | None
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Reads padding and document numbers from an attention mask.
 
     Args:
         mask: [B, T], or with a cache [B, past + T]; 0 for padding, 1 for tokens. Values above 1
             number the documents of a row: a document begins where the number changes.
-        batch: B.
-        time: T.
         past: number of columns that the cache has read, 0 without a cache.
         past_padding: `key_padding` of the cache.
 
@@ -141,11 +129,8 @@ def tokens_first(padding: torch.Tensor) -> torch.Tensor:
 def for_each_token(
     name: str, values: torch.Tensor | None, batch: int, time: int
 ) -> torch.Tensor | None:
-    """Expands an argument of shape [B, T] or [1, T] to [B, T].
-
-    Raises:
-        ValueError: it has another shape; names the argument.
-    """
+    """Expands an argument of shape [B, T] or [1, T] to [B, T]. Raises a ValueError if it has
+    another shape; names the argument."""
     if values is None:
         return None
     if (shape := list(values.shape)) not in ([1, time], [batch, time]):
@@ -159,7 +144,8 @@ def document_starts(
     padding: torch.Tensor | None,
     order: torch.Tensor | None,
 ) -> torch.Tensor | None:
-    """Finds where documents begin within rows.
+    """Finds where documents begin within rows: bool [B, T - 1] for all tokens but the first, in the
+    order of computation. `None` if nothing was given.
 
     Args:
         position_ids: [B, T] or `None`. A document begins where they do not increase; gaps are
@@ -167,10 +153,6 @@ def document_starts(
         document_ids: tensors [B, T] or `None`. A document begins where they change.
         padding: bool [B, T], true behind each row's tokens, or `None`.
         order: int64 [B, T], the order of computation (see `tokens_first`), or `None`.
-
-    Returns:
-        bool [B, T - 1] for all tokens but the first, in the order of computation. `None` if nothing
-        was given.
     """
     starts = None
     for values, compare in ((position_ids, torch.le), *((x, torch.ne) for x in document_ids)):
@@ -193,7 +175,9 @@ def find_cu_seqlens(
     continued: bool,
     check_values: bool,
 ) -> torch.Tensor | None:
-    """Finds the boundaries of the documents in a call.
+    """Finds the boundaries of the documents in a call: int [N + 1] of the B rows laid end to end,
+    or `None` if each row is one document. Raises a ValueError if the arguments contradict each
+    other, or need a row of their own.
 
     Args:
         arguments: the call's, which may hold some of `CU_SEQLENS_ARGUMENTS`.
@@ -202,12 +186,6 @@ def find_cu_seqlens(
         padded: whether the call has padding.
         continued: whether the call continues from a cache.
         check_values: whether to read given boundaries on a GPU too, which waits for it.
-
-    Returns:
-        cu_seqlens int [N + 1] of the B rows laid end to end, or `None` if each row is one document.
-
-    Raises:
-        ValueError: the arguments contradict each other, or need a row of their own.
     """
     batch, time = inputs.shape[:2]
     name = next((name for name in CU_SEQLENS_ARGUMENTS if arguments.get(name) is not None), None)
@@ -244,17 +222,9 @@ def find_cu_seqlens(
 def read_cu_seqlens(
     arguments: Mapping[str, Any], time: int, device: torch.device, check_values: bool
 ) -> torch.Tensor:
-    """Reads the boundaries of packed sequences, of which at least one name is given.
-
-    Args:
-        arguments: hold one or more of `CU_SEQLENS_ARGUMENTS`.
-        time: T, where the last sequence ends.
-        device: where the boundaries must be.
-        check_values: whether to read the values on a GPU too, which waits for it.
-
-    Raises:
-        ValueError: they are no int tensor [N + 1] that rises from 0 to T, or two names differ.
-    """
+    """Reads the boundaries of packed sequences from one or more of `CU_SEQLENS_ARGUMENTS`. With
+    `check_values` it reads the values on a GPU too, and waits for it. Raises a ValueError if they
+    are no int tensor [N + 1] on `device` that rises from 0 to T, or two names differ."""
     given = {name: x for name in CU_SEQLENS_ARGUMENTS if (x := arguments.get(name)) is not None}
     for name, cu_seqlens in given.items():
         wanted = f"wanted int32 or int64 [N + 1], from 0 to T = {time}, on {device}"

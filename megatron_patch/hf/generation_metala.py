@@ -72,12 +72,9 @@ class MetaLAGenerationMixin(GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any
     ) -> None:
-        """Gives `generate` an empty `MetaLACache` unless the caller passed a cache.
-
-        Raises:
-            ValueError: this model is to be an assistant, whose rejected tokens it could not take
-                back; or a row holds several documents, of which only one can be continued.
-        """
+        """Gives `generate` an empty `MetaLACache` unless the caller passed a cache. Raises a
+        ValueError if this model is to be an assistant, whose rejected tokens it could not take
+        back; or a row holds several documents, of which only one can be continued."""
         if getattr(generation_config, "is_assistant", False):
             raise ValueError(
                 f"{type(self).__name__} cannot be an assistant model: its state cannot go back to "

@@ -39,15 +39,9 @@ OPEN_GATE_LOGIT = 1e4
 
 
 class MetaLARMSNorm(nn.Module):
-    """RMS norm over the last dimension, x / sqrt(mean(x^2) + eps), in float32 or wider.
-
-    The output has the dtype of x.
-
-    Args:
-        dim: size of the last dimension.
-        norm_type: "simplermsnorm" has no parameters, "rmsnorm" multiplies by `weight` [dim].
-        eps: added to the mean square.
-    """
+    """RMS norm over the last dimension, x / sqrt(mean(x^2) + eps), in float32 or wider. The output
+    has the dtype of x. "simplermsnorm" has no parameters, "rmsnorm" multiplies by `weight`
+    [dim]."""
 
     no_weight_decay = ("weight",)
 
@@ -81,14 +75,11 @@ def make_norm(config: MetaLAConfig) -> nn.Module:
 
 
 class MetaLAShortConvolution(nn.Module):
-    """Causal depthwise convolution along time, followed by SiLU. The weight is [D, 1, W].
+    """Causal depthwise convolution along time, followed by SiLU. The weight is [dim, 1,
+    kernel_size].
 
     The module reads its weight in its own forward, so that ZeRO-3, FSDP and offloading gather it in
     time. It is no `nn.Conv1d`: PEFT would then give it an adapter that cannot take its state.
-
-    Args:
-        dim: D, the number of channels.
-        kernel_size: W.
     """
 
     def __init__(self, dim: int, kernel_size: int):
@@ -122,17 +113,9 @@ class MetaLAShortConvolution(nn.Module):
 def convolution_state_at(
     x: torch.Tensor, state: torch.Tensor | None, lengths: torch.Tensor, kernel_size: int
 ) -> torch.Tensor:
-    """Returns the state of the short convolution after the first `lengths` tokens of each row.
-
-    Args:
-        x: [B, T, D], of which the first lengths[b] tokens of row b count.
-        state: [B, D, W - 1], the inputs before x, or `None` for zeros.
-        lengths: int64 [B], 0 to T.
-        kernel_size: W.
-
-    Returns:
-        [B, D, W - 1].
-    """
+    """Returns the state of the short convolution, [B, D, W - 1], after the first `lengths` tokens
+    (int64 [B], 0 to T) of each row of x [B, T, D]. `state` is that before x, or `None` for
+    zeros."""
     past = kernel_size - 1
     if past == 0:
         return x.new_empty(len(x), x.shape[-1], 0)
@@ -185,7 +168,7 @@ class MetaLATokenMixer(nn.Module):
         output_state: bool,
         overwrite_state: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """Mixes the tokens of each sequence.
+        """Mixes the tokens of each sequence. Returns [B, T, D], and the two new states or `None`.
 
         Args:
             x: [B, T, D].
@@ -198,17 +181,10 @@ class MetaLATokenMixer(nn.Module):
             output_state: whether to return the states after the last token.
             overwrite_state: whether to write these over the given states. Needs `output_state`, and
                 gradients switched off.
-
-        Returns:
-            [B, T, D], and the two new states or `None`.
         """
         inputs, padded = x, lengths is not None
         x, new_conv_state = self.conv1d(
-            x,
-            conv_state,
-            output_state and not padded,
-            cu_seqlens,
-            overwrite_state and not padded,
+            x, conv_state, output_state and not padded, cu_seqlens, overwrite_state and not padded
         )
         if output_state and padded:
             new_conv_state = convolution_state_at(inputs, conv_state, lengths, self.kernel_size)
@@ -275,15 +251,8 @@ class MetaLADecoderLayer(GradientCheckpointingLayer):
     def forward(
         self, x: torch.Tensor, *mixer_arguments: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """Runs the block.
-
-        Args:
-            x: [B, T, D].
-            mixer_arguments: what the token mixer takes after x. Two states come first.
-
-        Returns:
-            [B, T, D], and the two new states or `None`.
-        """
+        """Maps x [B, T, D], and what the token mixer takes after it (two states first), to [B, T,
+        D] and the two new states or `None`."""
         mixed, *states = self.token_mixer(self.token_norm(x), *mixer_arguments)
         x = x + mixed
         return x + self.channel_mixer(self.channel_norm(x)), *states

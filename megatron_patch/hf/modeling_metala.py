@@ -77,11 +77,7 @@ def clone_for_autograd(state: torch.Tensor | None) -> torch.Tensor | None:
 
 
 class MetaLAModel(MetaLAPreTrainedModel):
-    """MetaLA model without a head: embedding, blocks and last norm.
-
-    Args:
-        config: the model's configuration.
-    """
+    """MetaLA model without a head: embedding, blocks and last norm."""
 
     def __init__(self, config: MetaLAConfig):
         super().__init__(config)
@@ -290,11 +286,7 @@ class MetaLAModel(MetaLAPreTrainedModel):
 
 
 class MetaLAForCausalLM(MetaLAPreTrainedModel, MetaLAGenerationMixin):
-    """MetaLA model with a language-modelling head.
-
-    Args:
-        config: the model's configuration.
-    """
+    """MetaLA model with a language-modelling head."""
 
     # transformers 5 reads {tied: source}, transformers 4 the names alone.
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}

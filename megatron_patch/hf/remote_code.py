@@ -20,12 +20,8 @@ from megatron_patch.ops import torch_ops
 
 OPERATORS_FILE = "ops_metala.py"
 ARCHITECTURE_FILE = "architecture_metala.py"
-COPIED_FILES = tuple(
-    sorted(
-        {path.name for path in Path(__file__).parent.glob("*_metala.py")}
-        - {OPERATORS_FILE, ARCHITECTURE_FILE}
-    )
-)
+_FILES = {path.name for path in Path(__file__).parent.glob("*_metala.py")}
+COPIED_FILES = tuple(sorted(_FILES - {OPERATORS_FILE, ARCHITECTURE_FILE}))
 AUTO_MAP = {
     "AutoConfig": "configuration_metala.MetaLAConfig",
     "AutoModel": "modeling_metala.MetaLAModel",
@@ -46,15 +42,10 @@ def write_model_code(folder: str | os.PathLike) -> None:
     if config.exists():
         values = json.loads(config.read_text(encoding="utf-8"))
         values["auto_map"] = AUTO_MAP
-        config.write_text(
-            json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n",
-            encoding="utf-8",
-        )
+        text = json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False)
+        config.write_text(f"{text}\n", encoding="utf-8")
 
 
 def operators_source() -> str:
     """Returns the text of the folder's `ops_metala.py`."""
     return f"{inspect.getsource(torch_ops)}\n\n{inspect.getsource(ops_metala)}"
-
-
-__all__ = ["AUTO_MAP", "operators_source", "write_model_code"]

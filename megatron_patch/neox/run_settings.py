@@ -11,14 +11,13 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 import torch
 
-from megatron_patch.architecture import METALA, SettingsError, refuse
+from megatron_patch.architecture import METALA, SettingsError, refuse, yaml_number_hint
 from megatron_patch.architecture_neox import expand_attention_config, from_neox
 from megatron_patch.ops.backends import unsupported_reason
 
@@ -26,8 +25,6 @@ from megatron_patch.ops.backends import unsupported_reason
 
 # GPT-NeoX compares these two in lower case.
 _ANY_CASE = ("optimizer_type", "tokenizer_type")
-# YAML 1.1 reads such a number as text if it lacks the dot or the exponent's sign.
-_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 _RANGES = (
     (
         "at least 1",
@@ -58,7 +55,7 @@ _RANGES = (
     ),
     ("from 0 to 1", lambda x: 0 <= x <= 1, "warmup top_p"),
 )
-# Of the settings above that have a default, GPT-NeoX derives only these two from `null`.
+# GPT-NeoX derives only these two from `null` among the settings above that have a default.
 _DERIVED = ("gradient_accumulation_steps", "steps_per_print")
 _WORDS = {
     Any: "none",
@@ -73,11 +70,8 @@ _WORDS = {
 
 def check_values(args: Any) -> None:
     """Checks each field of GPT-NeoX's dataclass of settings by its annotation, and those of the
-    table above by their range.
-
-    Raises:
-        SettingsError: one line that names the setting, what was found and what was wanted.
-    """
+    table above by their range. Raises a SettingsError, one line that names the setting, what was
+    found and what was wanted."""
     for field in dataclasses.fields(args):
         value = getattr(args, field.name)
         if value is None or (args.autotuning is not None and value == "auto"):
@@ -85,7 +79,7 @@ def check_values(args: Any) -> None:
         _check_type(field.name, value, field.type)
         if isinstance(value, (dict, list)) and field.name != "config_files":
             for name, leaf in _leaves(field.name, value):
-                if isinstance(leaf, str) and _NUMBER.fullmatch(leaf):
+                if yaml_number_hint(leaf):
                     refuse(name, leaf, "a number")
                 _check_finite(name, leaf)
     for wanted, is_inside, names in _RANGES:
@@ -171,16 +165,10 @@ def program(args: Any) -> str:
 
 
 def check_run(args: Any) -> None:
-    """Checks the settings of a run with MetaLA layers against what its program can do, and takes
-    away the "/" at the end of `save`, with which GPT-NeoX finds no old checkpoints and uploads all
-    runs under one name.
-
-    Args:
-        args: GPT-NeoX's settings, before values are derived from them.
-
-    Raises:
-        SettingsError: one line that names the setting, what was found and what was wanted.
-    """
+    """Checks the settings of a run with MetaLA layers, before GPT-NeoX derives others, against what
+    its program can do, and takes away the "/" at the end of `save`, with which GPT-NeoX finds no
+    old checkpoints and uploads all runs under one name. Raises a SettingsError, one line that names
+    the setting, what was found and what was wanted."""
     if not args.deepspeed:
         refuse("deepspeed", args.deepspeed, "true: GPT-NeoX trains with DeepSpeed alone")
     if args.seq_length is None:
@@ -207,11 +195,8 @@ def check_run(args: Any) -> None:
 
 def check_backend(args: Any) -> None:
     """Checks that this machine can run the operator's backend, where a run names one. Each rank
-    calls it, and the launcher of a run on the CPU.
-
-    Raises:
-        SettingsError: the backend cannot run; the line says why.
-    """
+    calls it, and the launcher of a run on the CPU. Raises a SettingsError if the backend cannot
+    run; the line says why."""
     if METALA not in args.attention_config:
         return
     model = from_neox(args)
@@ -230,11 +215,8 @@ def check_backend(args: Any) -> None:
 
 def check_limits(args: Any) -> None:
     """Checks the settings that GPT-NeoX has expanded. The launcher calls it, and it also warns of a
-    warm-up that is too short.
-
-    Raises:
-        SettingsError: there are more data sets than GPT-NeoX can blend.
-    """
+    warm-up that is too short. Raises a SettingsError if there are more data sets than GPT-NeoX can
+    blend."""
     if METALA not in (args.attention_config or ()):
         return
     for prefix in ("", "pos_", "neg_"):
@@ -254,12 +236,8 @@ def check_limits(args: Any) -> None:
 
 
 def warn_of_short_warmup(warmup: float, iterations: int) -> None:
-    """Warns of a warm-up of less than one step: the first learning rate is then larger than `lr`.
-
-    Args:
-        warmup: the share of the iterations that warm up.
-        iterations: the length of the learning rate's schedule.
-    """
+    """Warns if `warmup`, a share of the schedule's iterations, is less than one step: the first
+    learning rate is then larger than `lr`."""
     if 0 < warmup * iterations < 1:
         print(
             f"MetaLA: warmup: {warmup} of {iterations} iterations is less than one, which makes "

@@ -42,47 +42,22 @@ ONLY = {
     "num_unique_layers": (None, "GPT-NeoX shares no layers any more"),
 }
 # Settings that only attention layers read. Without such layers they would have no effect.
-OF_ATTENTION = (
-    "apply_query_key_layer_scaling",
-    "attention_dropout",
-    "attention_softmax_in_fp32",
-    "bias_dropout_fusion",
-    "bias_gelu_fusion",
-    "gmlp_attn_dim",
-    "gpt_j_tied",
-    "mlp_multiple_of",
-    "opt_pos_emb_offset",
-    "rope_fusion",
-    "rotary_emb_base",
-    "rotary_pct",
-    "rotary_save_freqs_buffer",
-    "rpe_max_distance",
-    "rpe_num_buckets",
-    "scaled_masked_softmax_fusion",
-    "scaled_upper_triang_masked_softmax_fusion",
-    "sliding_window_width",
-    "sparsity_config",
-    "te_fp8_mha",
-    "te_mha",
-    "use_flashattn_swiglu",
-    "use_qk_layernorm",
-)
+OF_ATTENTION = """
+    apply_query_key_layer_scaling attention_dropout attention_softmax_in_fp32
+    bias_dropout_fusion bias_gelu_fusion gmlp_attn_dim gpt_j_tied mlp_multiple_of
+    opt_pos_emb_offset rope_fusion rotary_emb_base rotary_pct rotary_save_freqs_buffer
+    rpe_max_distance rpe_num_buckets scaled_masked_softmax_fusion
+    scaled_upper_triang_masked_softmax_fusion sliding_window_width sparsity_config te_fp8_mha
+    te_mha use_flashattn_swiglu use_qk_layernorm
+""".split()
 # Settings of GPT-NeoX's compiled norms, each with the norm that it computes.
 FUSED_NORMS = {"layernorm_fusion": "layernorm", "rmsnorm_fusion": "rmsnorm"}
 
 
 def check_settings(args: Any) -> Architecture | None:
-    """Checks the settings of a model before it is built.
-
-    Args:
-        args: any object with GPT-NeoX's settings as attributes. Derived values are not needed.
-
-    Returns:
-        The model, or `None` if no layer is of type `metala`.
-
-    Raises:
-        SettingsError: one line that names the setting, what was found and what was wanted.
-    """
+    """Checks the settings of a model before it is built. They are attributes of any object; derived
+    values are not needed. Returns the model, or `None` if no layer is of type `metala`. Raises a
+    SettingsError, one line that names the setting, what was found and what was wanted."""
     if not _has_metala_layers(args):
         if args.metala is not None:
             raise SettingsError(

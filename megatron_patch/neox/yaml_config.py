@@ -25,20 +25,15 @@ MAX_DIGITS = 40
 def merge_yaml(paths: Iterable[str | Path]) -> dict[str, Any]:
     """Returns the settings of all files as one mapping, with '_' for each '-' in a key.
 
-    Like on GPT-NeoX's command line, a file name may leave out `.yml`.
-
-    Raises:
-        SettingsError: a file cannot be read, is not YAML or not a mapping. The line names the file.
+    Like on GPT-NeoX's command line, a file name may leave out `.yml`. Raises a SettingsError if a
+    file cannot be read, is not YAML or not a mapping. The line names the file.
     """
     return merge_yaml_texts(read_yaml(paths))
 
 
 def read_yaml(paths: Iterable[str | Path]) -> dict[str, str]:
     """Returns the text of each file by its name, to which `.yml` is added if it has no suffix.
-
-    Raises:
-        SettingsError: a file cannot be read or is given twice.
-    """
+    Raises a SettingsError if a file cannot be read or is given twice."""
     texts: dict[str, str] = {}
     for path in paths:
         name = str(path) if str(path).endswith(SUFFIXES) else f"{path}.yml"
@@ -52,13 +47,8 @@ def read_yaml(paths: Iterable[str | Path]) -> dict[str, str]:
 
 
 def merge_yaml_texts(texts: Mapping[str, str], in_order: bool = True) -> dict[str, Any]:
-    """Does the same as :func:`merge_yaml` for texts by file name.
-
-    Args:
-        texts: the text of each file.
-        in_order: whether the files have an order. The files in a checkpoint have none, so two of
-            them must not give a key different values.
-    """
+    """Does the same as :func:`merge_yaml` for texts by file name. The files in a checkpoint have no
+    order (`in_order` false), so two of them must not give a key different values."""
     merged: dict[str, Any] = {}
     origin: dict[str, str] = {}
     for name, text in texts.items():
@@ -123,11 +113,8 @@ def _top_level_items(name: str, text: str) -> list[tuple[str, Any]]:
 
 
 def _count_values(name: str, node: yaml.Node, counted: dict[int, int | None]) -> int:
-    """Counts the values in a node; a value that aliases repeat counts each time.
-
-    Raises:
-        SettingsError: there are too many values, a value holds itself, or a number is too long.
-    """
+    """Counts the values in a node; a value that aliases repeat counts each time. Raises a
+    SettingsError if there are too many values, a value holds itself, or a number is too long."""
     if id(node) in counted:
         if counted[id(node)] is None:
             raise SettingsError(f"{name}: not YAML of settings: a value holds itself")

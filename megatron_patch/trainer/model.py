@@ -20,11 +20,8 @@ PADDING = "<|padding|>"
 
 
 def load_tokenizer(settings: TrainerSettings) -> PreTrainedTokenizerFast:
-    """Returns the tokenizer of `vocab_file`, a tokenizer.json.
-
-    Raises:
-        SettingsError: the file is no tokenizer, or has no <|endoftext|>.
-    """
+    """Returns the tokenizer of `vocab_file`, a tokenizer.json. Raises a SettingsError if the file
+    is no tokenizer, or has no <|endoftext|>."""
     try:
         tokenizer = PreTrainedTokenizerFast(
             tokenizer_file=str(settings.vocab_file), padding_side="left"
@@ -52,11 +49,8 @@ def model_config(settings: TrainerSettings, tokenizer: PreTrainedTokenizerFast) 
 
 
 def check_model(config: MetaLAConfig, checkpoint: Path) -> None:
-    """Checks that a checkpoint holds this model. The Trainer silently loads only what fits.
-
-    Raises:
-        SettingsError: names the option that differs.
-    """
+    """Checks that a checkpoint holds this model. The Trainer silently loads only what fits. Raises
+    a SettingsError that names the option that differs."""
     wanted, saved = config.to_dict(), MetaLAConfig.from_pretrained(checkpoint).to_dict()
     not_the_models = {"architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
     for name in sorted((wanted.keys() & saved.keys()) - not_the_models):

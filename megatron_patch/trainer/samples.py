@@ -14,13 +14,14 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from megatron_patch.architecture import SettingsError
+from megatron_patch.architecture import SettingsError, refuse
 from megatron_patch.indexed_dataset import IndexedDataset
 from megatron_patch.trainer.settings import TrainerSettings
 
 
 class PackedSamples(Dataset):
     """Samples of packed documents: `input_ids` and `labels` (already shifted), int64 [seq_length].
+    Raises a ValueError if the documents have no tokens.
 
     Args:
         dataset: the documents.
@@ -28,9 +29,6 @@ class PackedSamples(Dataset):
         seq_length: T.
         num_samples: smallest number of samples; the documents are repeated as often as it takes.
         seed: seed of both shuffles.
-
-    Raises:
-        ValueError: the documents have no tokens.
     """
 
     def __init__(
@@ -79,14 +77,9 @@ class PackedSamples(Dataset):
 
 
 class BlendedSamples(Dataset):
-    """Samples of several data sets, mixed by weight (GPT-NeoX's `BlendableDataset`): the next one
-    comes from the data set that is furthest below its weight.
-
-    Args:
-        parts: the data sets.
-        weights: weight of each data set; their sum is 1.
-        num_samples: number of samples, or fewer where the data sets have fewer.
-    """
+    """`num_samples` samples (or fewer where the data sets have fewer) of several data sets, mixed
+    by weights of sum 1 (GPT-NeoX's `BlendableDataset`): the next one comes from the data set that
+    is furthest below its weight."""
 
     def __init__(self, parts: Sequence[Dataset], weights: Sequence[float], num_samples: int):
         self.parts = parts
@@ -127,16 +120,13 @@ class LoadedSamples(Dataset):
 
 def split_documents(split: str, count: int) -> list[np.ndarray]:
     """Returns the indices of the training, validation and test documents for GPT-NeoX's `split`.
-
-    Raises:
-        SettingsError: `split` is not up to three numbers with a positive sum.
-    """
+    Raises a SettingsError if `split` is not up to three numbers with a positive sum."""
     try:
         weights = [float(part) for part in split.replace("/", ",").split(",")][:3]
     except ValueError:
         weights = []
     if not sum(weights) > 0:
-        raise SettingsError(f"split: found {split!r}, wanted three numbers, e.g. 969,30,1")
+        refuse("split", split, "three numbers, e.g. 969,30,1")
     weights += [0.0] * (3 - len(weights))
     bounds = [0]
     for weight in weights:
@@ -150,11 +140,8 @@ def build_samples(
     settings: TrainerSettings, world_size: int
 ) -> tuple[Dataset, Callable[[int], Dataset] | None]:
     """Returns the training samples, and a function that gives those of evaluation 0, 1, ..., or
-    `None` where there is no validation. An evaluation starts where the one before it ended.
-
-    Raises:
-        SettingsError: a path holds no data set, or one without tokens.
-    """
+    `None` where there is no validation. An evaluation starts where the one before it ended. Raises
+    a SettingsError if a path holds no data set, or one without tokens."""
     micro, steps = settings.batch(world_size)
     batch = micro * steps * world_size
     train_number = settings.train_iters * batch
@@ -205,11 +192,7 @@ def _open(key: str, path: str) -> IndexedDataset:
 
 
 def _samples(
-    key: str,
-    settings: TrainerSettings,
-    dataset: IndexedDataset,
-    documents: np.ndarray,
-    number: int,
+    key: str, settings: TrainerSettings, dataset: IndexedDataset, documents: np.ndarray, number: int
 ) -> PackedSamples:
     try:
         return PackedSamples(dataset, documents, settings.seq_length, number, settings.seed)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from megatron_patch.architecture import SettingsError
+from megatron_patch.architecture import refuse
 from megatron_patch.trainer.settings import TrainerSettings
 
 
@@ -72,24 +72,18 @@ class ResumableLR(torch.optim.lr_scheduler.LambdaLR):
 
 def check_schedule(settings: TrainerSettings, checkpoint: Path) -> None:
     """Checks that a resumed run has the optimizer and the schedule of its checkpoint, because the
-    Trainer silently takes both from there.
-
-    Raises:
-        SettingsError: names the setting, what was found and what the checkpoint has.
-    """
-
-    def refuse(name: str, found: object, saved: object, remedy: str = "") -> None:
-        raise SettingsError(f"{name}: found {found!r}, wanted {saved!r} as in {checkpoint}{remedy}")
+    Trainer silently takes both from there. Raises a SettingsError that names the setting, what was
+    found and what the checkpoint has."""
 
     params = settings.optimizer.params
     states = torch.load(checkpoint / "optimizer.pt", map_location="cpu", mmap=True)
     for group in states["param_groups"]:
         for name, wanted in (("betas", params.betas), ("eps", params.eps)):
             if group[name] != wanted:
-                refuse(f"optimizer.params.{name}", wanted, group[name])
+                refuse(f"optimizer.params.{name}", wanted, f"{group[name]!r} as in {checkpoint}")
     decays = {group["weight_decay"] for group in states["param_groups"]}
     if decays != {settings.weight_decay, 0.0}:
-        refuse("weight_decay", settings.weight_decay, max(decays))
+        refuse("weight_decay", settings.weight_decay, f"{max(decays)!r} as in {checkpoint}")
     if settings.use_checkpoint_lr_scheduler or settings.override_lr_scheduler:
         return
     states = torch.load(checkpoint / "scheduler.pt", map_location="cpu", weights_only=True)
@@ -99,5 +93,5 @@ def check_schedule(settings: TrainerSettings, checkpoint: Path) -> None:
         "true the checkpoint's"
     )
     for name, wanted in asdict(Schedule.from_settings(settings)).items():
-        if (saved or {}).get(name) != wanted:
-            refuse(name, wanted, (saved or {}).get(name), remedy)
+        if (found := (saved or {}).get(name)) != wanted:
+            refuse(name, wanted, f"{found!r} as in {checkpoint}{remedy}")

@@ -29,6 +29,7 @@ from megatron_patch.architecture import (
     EXPORTED_NORMS,
     MetaLAOptions,
     SettingsError,
+    refuse,
     yaml_number_hint,
 )
 from megatron_patch.architecture_neox import GPT_NEOX_DEFAULTS, expand_attention_config
@@ -79,44 +80,43 @@ def only(*values: Any, any_case: bool = False) -> Any:
 
 
 # Strict types, as in GPT-NeoX. Paths and tuples are converted, because YAML has neither.
-_READING = {"frozen": True, "strict": True, "allow_inf_nan": False}
+class _Settings(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_default=True
+    )
+
+
 _Path = Annotated[Path, Field(strict=False)]
 _Beta = Annotated[float, Field(strict=True, ge=0, lt=1)]
 
 
-class OptimizerParams(BaseModel):
+class OptimizerParams(_Settings):
     """The settings under `optimizer.params`."""
-
-    model_config = ConfigDict(extra="forbid", **_READING)
 
     lr: PositiveFloat
     betas: Annotated[tuple[_Beta, _Beta], Field(strict=False)] = (0.9, 0.999)
     eps: PositiveFloat = 1e-8
 
 
-class Optimizer(BaseModel):
+class Optimizer(_Settings):
     """The settings under `optimizer`. Every type is Adam with decoupled weight decay (AdamW), as
     GPT-NeoX's fused Adam is."""
-
-    model_config = ConfigDict(extra="forbid", **_READING)
 
     type: only("adam", "cpu_adam", "cpu_torch_adam", any_case=True) = "adam"
     params: OptimizerParams
 
 
-class ZeroOptimization(BaseModel):
+class ZeroOptimization(_Settings):
     """The settings under `zero_optimization`. Stages 0 and 1 compute the same in float32; the other
     settings concern memory and are ignored."""
 
-    model_config = ConfigDict(extra="ignore", **_READING)
+    model_config = ConfigDict(extra="ignore")
 
     stage: only(0, 1) = 0
 
 
-class TrainerSettings(BaseModel):
+class TrainerSettings(_Settings):
     """The checked settings of one run."""
-
-    model_config = ConfigDict(extra="forbid", **_READING)
 
     # model
     num_layers: PositiveInt
@@ -126,11 +126,11 @@ class TrainerSettings(BaseModel):
     expansion_factor: PositiveFloat | None = None
     attention_config: list
     metala: dict | None = None
-    norm: only(*EXPORTED_NORMS) = Field(GPT_NEOX_DEFAULTS["norm"], validate_default=True)
+    norm: only(*EXPORTED_NORMS) = GPT_NEOX_DEFAULTS["norm"]
     rms_norm_epsilon: PositiveFloat = GPT_NEOX_DEFAULTS["rms_norm_epsilon"]
     layernorm_epsilon: PositiveFloat = GPT_NEOX_DEFAULTS["layernorm_epsilon"]
-    activation: only("swiglu") = Field(GPT_NEOX_DEFAULTS["activation"], validate_default=True)
-    pos_emb: only("none") = Field(GPT_NEOX_DEFAULTS["pos_emb"], validate_default=True)
+    activation: only("swiglu") = GPT_NEOX_DEFAULTS["activation"]
+    pos_emb: only("none") = GPT_NEOX_DEFAULTS["pos_emb"]
     no_weight_tying: bool = False
     init_method: only("normal") = "normal"
     output_layer_init_method: only("normal", "scaled_normal") = "scaled_normal"
@@ -154,9 +154,7 @@ class TrainerSettings(BaseModel):
     zero_optimization: ZeroOptimization | None = None
 
     # data
-    tokenizer_type: only("HFTokenizer") = Field(
-        GPT_NEOX_DEFAULTS["tokenizer_type"], validate_default=True
-    )
+    tokenizer_type: only("HFTokenizer") = GPT_NEOX_DEFAULTS["tokenizer_type"]
     vocab_file: _Path
     make_vocab_size_divisible_by: PositiveInt = GPT_NEOX_DEFAULTS["make_vocab_size_divisible_by"]
     data_path: str | None = None
@@ -227,14 +225,9 @@ class TrainerSettings(BaseModel):
         return max(1, math.floor(self.train_iters * (self.lr_decay_fraction or 1.0)))
 
     def batch(self, world_size: int) -> tuple[int, int]:
-        """Returns (sequences per process and micro-batch, accumulation steps).
-
-        Args:
-            world_size: number of processes.
-
-        Raises:
-            SettingsError: the three batch settings contradict each other for `world_size`.
-        """
+        """Returns (sequences per process and micro-batch, accumulation steps). Raises a
+        SettingsError if the three batch settings contradict each other for a number of
+        processes."""
         total, micro = self.train_batch_size, self.train_micro_batch_size_per_gpu
         steps = self.gradient_accumulation_steps
         if total is None and micro is None:
@@ -254,12 +247,9 @@ class TrainerSettings(BaseModel):
 
 
 def read_settings(paths: Iterable[str | Path]) -> tuple[TrainerSettings, list[str]]:
-    """Returns the settings of YAML files, and the names of those that are ignored.
-
-    Raises:
-        SettingsError: one line that names every setting that cannot be honoured, what was found and
-            what was wanted.
-    """
+    """Returns the settings of YAML files, and the names of those that are ignored. Raises a
+    SettingsError, one line that names every setting that cannot be honoured, what was found and
+    what was wanted."""
     given = merge_yaml(paths)
     ignored = sorted(key for key in given if key in IGNORED_SETTINGS)
     try:
@@ -285,18 +275,6 @@ def _describe(error: Any) -> str:
     return line
 
 
-def _as_neox(settings: TrainerSettings) -> SimpleNamespace:
-    """Returns the settings that `check_settings` reads. A setting that is refused here has its
-    default."""
-    return SimpleNamespace(
-        **{
-            **GPT_NEOX_DEFAULTS,
-            **settings.model_dump(),
-            "pipe_partition_method": "type:metala",
-        }
-    )
-
-
 def _check(settings: TrainerSettings) -> None:
     """Checks the combinations of settings, and settings against the machine."""
     layers = expand_attention_config(settings.attention_config, settings.num_layers)
@@ -306,7 +284,9 @@ def _check(settings: TrainerSettings) -> None:
             f"attention_config: found layers of type {', '.join(others)}, wanted metala alone with "
             "the Hugging Face Trainer"
         )
-    check_settings(_as_neox(settings))
+    # A setting that is refused here has its default.
+    neox = {**GPT_NEOX_DEFAULTS, **settings.model_dump(), "pipe_partition_method": "type:metala"}
+    check_settings(SimpleNamespace(**neox))
     zero = settings.zero_optimization
     if settings.precision == "bfloat16" and (zero is None or zero.stage != 1):
         found = "nothing" if zero is None else zero.stage
@@ -321,14 +301,9 @@ def _check(settings: TrainerSettings) -> None:
             " iterations of the learning rate's schedule"
         )
     if settings.use_checkpoint_lr_scheduler and settings.override_lr_scheduler:
-        raise SettingsError(
-            "override_lr_scheduler: found True, wanted False beside use_checkpoint_lr_scheduler"
-        )
-    if settings.metala_options.backend != "auto":
-        raise SettingsError(
-            f"metala.backend: found {settings.metala_options.backend!r}, wanted auto with the "
-            "Hugging Face Trainer"
-        )
+        refuse("override_lr_scheduler", True, "False beside use_checkpoint_lr_scheduler")
+    if (backend := settings.metala_options.backend) != "auto":
+        refuse("metala.backend", backend, "auto with the Hugging Face Trainer")
     if bool(settings.data_path) == bool(settings.train_data_paths):
         raise SettingsError("data_path: wanted either it or train_data_paths")
     for name in ("train", "valid"):

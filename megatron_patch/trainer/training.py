@@ -11,7 +11,6 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -19,7 +18,9 @@ from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from megatron_patch.architecture import SettingsError
+from megatron_patch.commands.command_line import first_line
 from megatron_patch.save_folder import held
+from megatron_patch.torch_file import allow_numpy_states
 from megatron_patch.trainer.schedule import ResumableLR, Schedule
 from megatron_patch.trainer.settings import TrainerSettings
 
@@ -40,12 +41,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 class MetaLATrainer(Trainer):
-    """The Trainer for samples in a fixed order, whose `labels` are already shifted.
-
-    Args:
-        settings: the run's settings.
-        validation: returns the samples of evaluation 0, 1, ...; `None` for no validation.
-    """
+    """The Trainer for samples in a fixed order, whose `labels` are already shifted. `validation`
+    returns the samples of evaluation 0, 1, ...; `None` for no validation."""
 
     def __init__(
         self, settings: TrainerSettings, validation: Callable[[int], Dataset] | None, **kwargs: Any
@@ -173,11 +170,8 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 
 
 def find_checkpoint(settings: TrainerSettings) -> Path | None:
-    """Returns the newest complete checkpoint in `load`, or `None` to start a new run.
-
-    Raises:
-        SettingsError: `load` is not `save` and has no checkpoint, or has only GPT-NeoX's.
-    """
+    """Returns the newest complete checkpoint in `load`, or `None` to start a new run. Raises a
+    SettingsError if `load` is not `save` and has no checkpoint, or has only GPT-NeoX's."""
     if settings.load is None:
         return None
     found = {
@@ -207,20 +201,16 @@ def checkpoint_step(checkpoint: Path) -> int:
 
 def wandb_wanted(settings: TrainerSettings) -> bool:
     """Returns whether to log to wandb, and sets its environment variables. As in GPT-NeoX, a run
-    logs only with an API key, or offline.
-
-    Raises:
-        SettingsError: `use_wandb` is on, but wandb cannot be imported.
-    """
+    logs only with an API key, or offline. Raises a SettingsError if `use_wandb` is on, but wandb
+    cannot be imported."""
     mode = os.environ.get("WANDB_MODE", "online")
     if not settings.use_wandb or mode == "disabled":
         return False
     try:
         from wandb import init  # noqa: F401
     except Exception as error:  # missing, broken, or another module of this name
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise SettingsError(
-            f"use_wandb: found no wandb that works ({reason}), wanted pip install wandb"
+            f"use_wandb: found no wandb that works ({first_line(error)}), wanted pip install wandb"
         ) from None
     import requests
 
@@ -275,14 +265,6 @@ def training_arguments(settings: TrainerSettings) -> TrainingArguments:
     return arguments
 
 
-def _allow_random_states() -> None:
-    """Allows `torch.load` to read the NumPy random state in a checkpoint, which torch 2.6 and later
-    refuse by default. transformers 4.46 does not allow it itself; newer releases do."""
-    core = np._core if hasattr(np, "_core") else np.core
-    types = [np.ndarray, np.dtype, type(np.dtype(np.uint32))]
-    torch.serialization.add_safe_globals([core.multiarray._reconstruct, *types])
-
-
 def train(
     settings: TrainerSettings,
     model: nn.Module,
@@ -294,11 +276,8 @@ def train(
     METRICS to `save`. Evaluates every `eval_interval` steps and, as GPT-NeoX does, once more at the
     end, on the samples that `validation` returns for evaluation 0, 1, ...
 
-    Returns:
-        The trained model, without the Trainer's wrappers for autocast and data parallelism.
-
-    Raises:
-        SettingsError: `save` cannot be written to, or another run holds it.
+    Returns the trained model, without the Trainer's wrappers for autocast and data parallelism.
+    Raises a SettingsError if `save` cannot be written to, or another run holds it.
     """
     if settings.checkpoint_activations:
         model.gradient_checkpointing_enable()
@@ -313,7 +292,7 @@ def train(
         train_dataset=train_samples,
         callbacks=callbacks,
     )
-    _allow_random_states()
+    allow_numpy_states()  # transformers 4.46 does not do so itself
     is_first = os.environ.get("RANK", "0") == "0"
     with held(str(settings.save)) if is_first else nullcontext():
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))

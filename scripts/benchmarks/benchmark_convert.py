@@ -106,11 +106,8 @@ def copy_seconds(source: Path, target: Path) -> float:
 
 
 def convert_in_child(source: Path, target: Path, max_shard_size: str) -> dict[str, float]:
-    """Converts in a new process and returns what `child` prints there.
-
-    Raises:
-        ConvertError: the conversion failed; the child has said why.
-    """
+    """Converts in a new process and returns what `child` prints there. Raises a ConvertError if the
+    conversion failed; the child has said why."""
     command = [sys.executable, __file__, "--child", source, target, max_shard_size]
     process = subprocess.run([*map(str, command)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
     if process.returncode:
@@ -164,12 +161,13 @@ def child(source: Path, target: Path, max_shard_size: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--folder", type=Path, required=True, help="a folder on the disk to test")
-    parser.add_argument("--config", type=Path, default=ROOT / "configs" / "metala_3b.yml")
-    parser.add_argument("--tensor-parallel", type=int, default=2)
-    parser.add_argument("--form", choices=FORMS, nargs="+", default=list(FORMS))
-    parser.add_argument("--max-shard-size", default="5GB")
-    parser.add_argument("--repeats", type=int, default=3)
+    add = parser.add_argument
+    add("--folder", type=Path, required=True, help="a folder on the disk to test")
+    add("--config", type=Path, default=ROOT / "configs" / "metala_3b.yml")
+    add("--tensor-parallel", type=int, default=2)
+    add("--form", choices=FORMS, nargs="+", default=list(FORMS))
+    add("--max-shard-size", default="5GB")
+    add("--repeats", type=int, default=3)
     options = parser.parse_args()
     if options.repeats < 1:
         parser.error("--repeats: wanted at least 1")

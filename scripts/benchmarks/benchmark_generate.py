@@ -68,13 +68,9 @@ class Speed:
 def sizes(name: str) -> dict[str, int]:
     """Returns the LLaMA-style sizes of a configuration in configs/, with VOCABULARY tokens."""
     settings = yaml.safe_load(SIZES[name].read_text(encoding="utf-8"))
-    return dict(
-        hidden_size=settings["hidden_size"],
-        num_hidden_layers=settings["num_layers"],
-        num_attention_heads=settings["num_attention_heads"],
-        intermediate_size=settings["intermediate_size"],
-        vocab_size=VOCABULARY,
-    )
+    same = ("hidden_size", "num_attention_heads", "intermediate_size")
+    own = {"num_hidden_layers": settings["num_layers"], "vocab_size": VOCABULARY}
+    return {**{key: settings[key] for key in same}, **own}
 
 
 def metala_config(name: str) -> MetaLAConfig:
@@ -261,23 +257,16 @@ def plot(results: dict[tuple[int, int], tuple[Speed, Speed | None]], path: Path,
 
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--size", type=one_of(SIZES), default="380m", help="of configs/metala_*.yml"
-    )
-    parser.add_argument("--batches", type=whole(1), nargs="+", default=[1, 64])
-    parser.add_argument(
-        "--contexts", type=whole(1), nargs="+", default=[2**n for n in (10, 13, 15, 17)]
-    )
-    parser.add_argument("--steps", type=whole(1), default=48, help="timed steps")
-    parser.add_argument(
-        "--decoding-graph", type=one_of(("compiled", "eager")), default="compiled", help="MetaLA's"
-    )
+    add = parser.add_argument
+    add("--size", type=one_of(SIZES), default="380m", help="of configs/metala_*.yml")
+    add("--batches", type=whole(1), nargs="+", default=[1, 64])
+    add("--contexts", type=whole(1), nargs="+", default=[2**n for n in (10, 13, 15, 17)])
+    add("--steps", type=whole(1), default=48, help="timed steps")
+    add("--decoding-graph", type=one_of(("compiled", "eager")), default="compiled", help="MetaLA's")
     seconds = number(lambda x: x >= 0, "of seconds, 0 or more")
-    parser.add_argument("--budget", type=seconds, default=240, help="then compiles no more")
-    parser.add_argument("--plot", type=picture, default="benchmark_generate.png")
-    parser.add_argument(
-        "--device", type=device_name, default="cuda" if torch.cuda.is_available() else "cpu"
-    )
+    add("--budget", type=seconds, default=240, help="then compiles no more")
+    add("--plot", type=picture, default="benchmark_generate.png")
+    add("--device", type=device_name, default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
     for name in ("batches", "contexts"):
         setattr(arguments, name, sorted(set(getattr(arguments, name))))

@@ -19,8 +19,9 @@ from convert.command import ConvertError
 from convert.hf_to_neox import hf_to_neox
 from convert.neox_to_hf import FOLDED_INTO, neox_to_hf
 from convert.reshape_neox import reshape_neox
-from megatron_patch.hf import MetaLAConfig, MetaLAForCausalLM
+from megatron_patch.hf import MetaLAForCausalLM
 from megatron_patch.indexed_dataset import IndexedDatasetWriter
+from tests.conftest import small_config
 from tests.convert.conftest import write_tokenizer
 from tests.convert.synthetic import Model, write
 from tests.neox.training import TRAINING, train
@@ -89,14 +90,8 @@ def test_new_rows_are_told(vocab_file, tmp_path, capfd):
 def test_gpt_neox_starts_with_the_loss_of_hugging_face(
     tp, pp, values, safe, neox_checkout, tokenizer_file, tmp_path
 ):
-    config = MetaLAConfig(
-        vocab_size=512,
-        decoder_embed_dim=64,
-        decoder_layers=2,
-        decoder_attention_heads=4,
-        glu_dim=96,
-        **values,
-    )
+    sizes = dict(decoder_embed_dim=64, decoder_attention_heads=4, glu_dim=96)
+    config = small_config(vocab_size=512, **sizes, **values)
     torch.manual_seed(0)
     model = MetaLAForCausalLM(config).eval()
     with torch.no_grad():

@@ -49,6 +49,15 @@ def write_new(target: Path) -> None:
             (folder / name).write_text(text)
 
 
+def write_old(target: Path, files: dict[str, str] | None) -> None:
+    """Writes a folder as an earlier conversion left it, `None` for no folder."""
+    target.parent.mkdir()
+    if files is not None:
+        target.mkdir()
+        for name, text in files.items():
+            (target / name).write_text(text)
+
+
 def in_fork(action: Callable[[], None]) -> int | None:
     """Runs `action` in a copy of this process.
 
@@ -101,11 +110,7 @@ def test_killed_at_any_operation_it_is_absent_or_complete(before, tmp_path, capf
     for number in range(1000):
         case = tmp_path / str(number)
         target = case / "hf"
-        case.mkdir()
-        if before:
-            target.mkdir()
-            for name, text in before.items():
-                (target / name).write_text(text)
+        write_old(target, before)
         was_killed = killed_at(number, lambda target=target: write_new(target))
         found = contents(target)
         assert found in (None, before, NEW)
@@ -146,11 +151,7 @@ def test_the_next_conversion_to_another_name_tidies_too(before, tmp_path, capfd)
     for number in range(1000):
         case = tmp_path / str(number)
         first = case / "hf0"
-        case.mkdir()
-        if before:
-            first.mkdir()
-            for name, text in before.items():
-                (first / name).write_text(text)
+        write_old(first, before)
         was_killed = killed_at(number, lambda first=first: write_new(first))
         write_new(case / "hf1")
         assert contents(case / "hf1") == NEW

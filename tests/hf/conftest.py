@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from megatron_patch.hf import MetaLAConfig, MetaLAForCausalLM
+from tests.conftest import small_config
 
 VOCABULARY = 61
 # A hybrid that uses every option: attention below MetaLA, one key-value head for two query heads,
@@ -37,17 +38,8 @@ def tiny_config():
     """A function that returns a configuration of 2 layers, width 32 and 2 heads, with changes."""
 
     def build(**changes) -> MetaLAConfig:
-        settings = dict(
-            vocab_size=VOCABULARY,
-            decoder_embed_dim=32,
-            decoder_layers=2,
-            decoder_attention_heads=2,
-            glu_dim=40,
-            pad_token_id=0,
-            bos_token_id=1,
-            eos_token_id=2,
-        )
-        return MetaLAConfig(**{**settings, **changes})
+        special = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
+        return small_config(**{"vocab_size": VOCABULARY, **special, **changes})
 
     return build
 

@@ -164,15 +164,9 @@ def test_registration_can_be_repeated(tiny_config):
     ("norm_type", "parameters"), [("simplermsnorm", 373_952_512), ("rmsnorm", 374_002_688)]
 )
 def test_parameter_count_of_the_released_size(norm_type, parameters, tied):
-    config = MetaLAConfig(
-        vocab_size=32000,
-        decoder_embed_dim=1024,
-        decoder_layers=24,
-        decoder_attention_heads=8,
-        glu_dim=2816,
-        norm_type=norm_type,
-        tie_word_embeddings=tied,
-    )
+    sizes = dict(decoder_embed_dim=1024, decoder_layers=24, decoder_attention_heads=8)
+    sizes |= dict(vocab_size=32000, glu_dim=2816)
+    config = MetaLAConfig(**sizes, norm_type=norm_type, tie_word_embeddings=tied)
     with torch.device("meta"):
         model = MetaLAForCausalLM(config)
     if tied:

@@ -123,7 +123,7 @@ except SystemExit as end:
 except BaseException:
     traceback.print_exc()
     code = 1
-# What Python does at its end, without freeing the memory piece by piece.
+# Does what Python does at its end, without freeing the memory piece by piece.
 threading._shutdown()
 atexit._run_exitfuncs()
 sys.stdout.flush()

@@ -11,7 +11,7 @@ from pathlib import Path
 from tests.neox.fork_server import fork_server
 from tests.neox.training import free_port
 
-# What runs before the code.
+# This part runs before the code.
 PRELUDE = """
 import json, os, signal, sys
 import torch

@@ -14,7 +14,7 @@ from megatron_patch.hf import MetaLAForCausalLM
 from megatron_patch.indexed_dataset import IndexedDataset
 from megatron_patch.trainer.samples import PackedSamples, split_documents
 from tests.neox.conversion import convert, export
-from tests.neox.training import Run, settings, train
+from tests.neox.training import Run, settings, train, train_once
 
 pytestmark = pytest.mark.usefixtures("two_gpus")
 
@@ -73,21 +73,8 @@ def precision(request) -> str:
 def one_gpu(precision, neox_checkout, token_data, tokenizer_file, make_once) -> tuple[Run, Path]:
     """Twenty steps on one GPU, with checkpoints of steps 0 and 20, in the folder `checkpoints` of
     the one returned."""
-
-    def run(folder: Path) -> None:
-        changes = {**MODEL, **PRECISIONS[precision]}
-        config = settings(
-            token_data,
-            tokenizer_file,
-            **changes,
-            save=str(folder / "checkpoints"),
-            extra_save_iters=[0],
-            num_gpus=1,
-        )
-        (folder / "output").write_text(train(neox_checkout, config, folder).output)
-
-    folder = make_once(f"one-gpu-{precision}", run)
-    return Run(0, (folder / "output").read_text()), folder
+    config = settings(token_data, tokenizer_file, num_gpus=1, **MODEL, **PRECISIONS[precision])
+    return train_once(make_once, f"one-gpu-{precision}", neox_checkout, config)
 
 
 def assert_losses_are_near(found: dict, wanted: dict, first: float, later: float) -> None:

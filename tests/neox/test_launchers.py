@@ -1,4 +1,4 @@
-"""What launchers other than DeepSpeed's own need, and what they tell a rank."""
+"""Launchers other than DeepSpeed's own: their needs, and the variables that they give a rank."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_what_slurm_must_tell_is_named(environment, name):
         check_launcher(settings(launcher="slurm", deepspeed_slurm=True), 2)
 
 
-# What `deepy.py` leaves in the environment: GPT-NeoX's own variables, those of a batch script.
+# `deepy.py` leaves these in the environment: GPT-NeoX's own variables, those of a batch script.
 LEFT = {"LOCAL_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "SLURM_TASKS_PER_NODE": "9"}
 OMPI, MV2 = "OMPI_COMM_WORLD_", "MV2_COMM_WORLD_"
 

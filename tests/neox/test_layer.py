@@ -112,7 +112,7 @@ def test_cached_steps_continue_the_sequence(in_neox, config):
 
 
 def test_without_the_cache_no_state_of_a_generation_is_left(in_neox, config):
-    """As in `eval_tasks` during training, which generate with the cache and then train on."""
+    """`eval_tasks` do so during training: they generate with the cache, and training goes on."""
     code = """
     from megatron.training import get_model
     model = get_model(neox_args)

@@ -41,7 +41,7 @@ class Training:
         self.deepy = start(checkout, "train.py", config, folder, **environment)
         self.processes: list[psutil.Process] = []
         self.lines: list[str] = []
-        # What is printed is always read: a process that prints to a full pipe waits.
+        # Reads all output, because a process that prints to a full pipe waits.
         self.printed: queue.Queue[str | None] = queue.Queue()
         self.reader = threading.Thread(target=self._read, daemon=True)
         self.reader.start()

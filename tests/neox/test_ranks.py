@@ -16,16 +16,8 @@ HOSTS = "worker-0 slots=4\nworker-1 slots=2\n"
 
 
 def settings(**changes) -> SimpleNamespace:
-    values = dict(
-        autotuning_run=None,
-        global_num_gpus=None,
-        hostfile=None,
-        include=None,
-        exclude=None,
-        num_gpus=None,
-        num_nodes=-1,
-    )
-    return stand_in(values, **changes)
+    unset = "autotuning_run global_num_gpus hostfile include exclude num_gpus".split()
+    return stand_in({**dict.fromkeys(unset), "num_nodes": -1}, **changes)
 
 
 @pytest.fixture(autouse=True)

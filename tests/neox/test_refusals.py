@@ -124,7 +124,7 @@ ACCEPTED = [
 
 @pytest.fixture(scope="module")
 def answers(in_neox, token_data, tokenizer_file) -> list[str]:
-    """What is said of each of REFUSED and ACCEPTED."""
+    """The lines printed about each of REFUSED and ACCEPTED."""
     code = """
     from megatron_patch.architecture import SettingsError
     answers = []
@@ -172,7 +172,7 @@ def test_any_value_of_any_setting_is_accepted_or_refused_in_one_line(in_neox, co
 
 
 def test_failures_of_the_ranks_have_exit_code_1(in_neox, config):
-    """Where GPT-NeoX calls `exit()`, has nothing to train on, or a prompt that is too long."""
+    """GPT-NeoX calls `exit()`, has nothing to train on, or has a prompt that is too long."""
     code = """
     from types import SimpleNamespace
     from megatron import text_generation_utils, training

@@ -163,7 +163,8 @@ def save_states(folder, **changes) -> None:
     torch.save(states, folder / "global_step10/mp_rank_00_model_states.pt")
 
 
-# Of two layers, tensor parallel 2, pipeline parallel 2, and of ZeRO beside tensor parallel 2.
+# The files of two layers, tensor parallel 2, pipeline parallel 2, and those of ZeRO beside tensor
+# parallel 2.
 PIPELINE_FILES = [f"mp_rank_0{rank}_model_states.pt" for rank in (1, 2, 3)] + [
     f"layer_0{layer}-model_0{rank}-model_states.pt" for layer in (0, 2, 3, 5, 6) for rank in (0, 1)
 ]
@@ -256,7 +257,7 @@ def test_a_pipeline_that_was_cut_otherwise_is_named(tmp_path):
 
 @pytest.mark.parametrize("has_legacy_format", [False, True])
 def test_nothing_of_a_checkpoint_runs(tmp_path, has_legacy_format):
-    """Of a run that is refused neither: it ends in one line."""
+    """The run is refused in one line, and no code of the checkpoint runs."""
 
     class Hostile:
         def __reduce__(self):
@@ -451,7 +452,7 @@ def test_what_another_run_holds_is_not_written_to(in_neox, saved, tmp_path):
 
 
 def save_run(folder, config: dict, step: int = 10) -> None:
-    """What GPT-NeoX leaves of a run with these settings."""
+    """The files that GPT-NeoX leaves of a run with these settings."""
     save_step(folder, step)
     (folder / f"global_step{step}/configs").mkdir()
     (folder / f"global_step{step}/configs/run.yml").write_text(yaml.safe_dump(config))

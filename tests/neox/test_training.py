@@ -16,7 +16,7 @@ import torch
 from convert import reshape_neox
 from tests.conftest import find_neox
 from tests.neox.conversion import convert, export
-from tests.neox.training import FLOPS, LOSS, Run, neox, settings, start, train
+from tests.neox.training import FLOPS, LOSS, Run, neox, settings, start, train, train_once
 
 LAYOUTS = [(1, 1), (2, 1), (1, 2)]  # (tensor, pipeline) parallel; (1, 0) is what they must equal
 
@@ -25,26 +25,18 @@ LAYOUTS = [(1, 1), (2, 1), (1, 2)]  # (tensor, pipeline) parallel; (1, 0) is wha
 def reference(neox_checkout, token_data, tokenizer_file, make_once) -> tuple[Run, Path]:
     """Twenty steps on one rank without a pipeline, logged by wandb offline, with checkpoints of
     steps 0 and 20, in the folder `checkpoints` of the one returned."""
-
-    def run(folder: Path) -> None:
-        config = settings(
-            token_data,
-            tokenizer_file,
-            save=str(folder / "checkpoints"),
-            extra_save_iters=[0],
-            checkpoint_factor=20,
-            eval_interval=10,
-            do_valid=True,
-            use_wandb=True,
-            wandb_project="metala",
-        )
-        wandb = {"WANDB_MODE": "offline", "WANDB_DIR": str(folder)}
-        # the one training here that the plain interpreter starts
-        run = train(neox_checkout, config, folder, python=sys.executable, **wandb)
-        (folder / "output").write_text(run.output)
-
-    folder = make_once("reference", run)
-    return Run(0, (folder / "output").read_text()), folder
+    config = settings(
+        token_data,
+        tokenizer_file,
+        checkpoint_factor=20,
+        eval_interval=10,
+        do_valid=True,
+        use_wandb=True,
+        wandb_project="metala",
+    )
+    # the one training here that the plain interpreter starts
+    environment = {"python": sys.executable, "WANDB_MODE": "offline"}
+    return train_once(make_once, "reference", neox_checkout, config, **environment)
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import secrets
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -145,6 +146,21 @@ def train(checkout: Path, config: dict, folder: Path, **environment: str) -> Run
     run = neox(checkout, "train.py", config, folder, **environment)
     assert run.returncode == 0, run.output[-6000:]
     return run
+
+
+def train_once(
+    make_once: Callable, name: str, checkout: Path, config: dict, **environment: str
+) -> tuple[Run, Path]:
+    """A training that runs once for all workers, with checkpoints from step 0 on in the folder
+    `checkpoints` of the one returned. wandb writes there too."""
+
+    def run(folder: Path) -> None:
+        saved = {**config, "save": str(folder / "checkpoints"), "extra_save_iters": [0]}
+        output = train(checkout, saved, folder, WANDB_DIR=str(folder), **environment).output
+        (folder / "output").write_text(output)
+
+    folder = make_once(name, run)
+    return Run(0, (folder / "output").read_text()), folder
 
 
 def stand_in(defaults: dict, **changes) -> SimpleNamespace:

@@ -5,24 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.conftest import small_config
+
 
 @pytest.fixture(scope="module")
 def model():
     """A MetaLA model whose likeliest token depends on what came before."""
-    from megatron_patch.hf import MetaLAConfig, MetaLAForCausalLM
+    from megatron_patch.hf import MetaLAForCausalLM
 
     torch.manual_seed(0)
-    config = MetaLAConfig(
-        vocab_size=512,
-        decoder_embed_dim=32,
-        decoder_layers=2,
-        decoder_attention_heads=2,
-        glu_dim=40,
-        init_std=0.3,
-        bos_token_id=None,
-        eos_token_id=0,
-        pad_token_id=1,
-    )
+    special = dict(bos_token_id=None, eos_token_id=0, pad_token_id=1)
+    config = small_config(vocab_size=512, init_std=0.3, **special)
     return MetaLAForCausalLM(config).eval()
 
 

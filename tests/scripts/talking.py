@@ -1,4 +1,4 @@
-"""What the tests of chat.py share: chat templates, a tokenizer, and turns of a conversation."""
+"""Chat templates, a tokenizer and turns of a conversation, which the tests of chat.py share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which of GPT-NeoX's settings the Trainer reads, ignores and refuses."""
+"""The Trainer reads, ignores or refuses each of GPT-NeoX's settings."""
 
 from __future__ import annotations
 

@@ -40,15 +40,9 @@ def initialize_without_cuda() -> None:
 
 
 def activate_cpu_mode(args) -> None:
-    """Redirects `torch.cuda` to the CPU for a run on the CPU.
-
-    Args:
-        args: GPT-NeoX's settings. `num_gpus` is the number of ranks on this machine, by default as
-            many as tensor and pipeline parallelism need.
-
-    Raises:
-        SettingsError: the precision is fp16, which the CPU does not have.
-    """
+    """Redirects `torch.cuda` to the CPU for a run on the CPU. The setting `num_gpus` is the number
+    of ranks on this machine, by default as many as tensor and pipeline parallelism need. Raises a
+    SettingsError if the precision is fp16, which the CPU does not have."""
     if not runs_on_cpu(args):
         return
     if args.precision == "fp16" or (args.fp16 or {}).get("enabled"):
@@ -83,9 +77,6 @@ def _current_device() -> torch.device:
 
 
 def _redirect_cuda() -> None:
-    def tensor_on_cpu(self: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        return self
-
     cuda = torch.cuda
     cuda.current_device = _current_device
     cuda.device_count = local_ranks
@@ -97,14 +88,10 @@ def _redirect_cuda() -> None:
     cuda.FloatTensor = torch.FloatTensor
     cuda.get_rng_state = lambda device=None: torch.get_rng_state()
     cuda.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
-    for counter in (
-        "memory_allocated",
-        "max_memory_allocated",
-        "memory_reserved",
-        "max_memory_reserved",
-    ):
+    for counter in ("memory_allocated", "memory_reserved"):
         setattr(cuda, counter, lambda device=None: 0)
-    torch.Tensor.cuda = tensor_on_cpu
+        setattr(cuda, f"max_{counter}", lambda device=None: 0)
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self
     torch.nn.Module.cuda = lambda self, device=None: self
 
 

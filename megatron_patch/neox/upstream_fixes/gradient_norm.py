@@ -78,15 +78,10 @@ def clip_gradients(
     parameters: Iterable[torch.nn.Parameter], max_norm: float, grid: Any
 ) -> torch.Tensor:
     """Scales a stage's gradients so that the norm of the whole model's is at most `max_norm`.
+    Returns the norm before scaling, a float32 scalar, equal on all ranks of this model.
 
-    Args:
-        parameters: this rank's parameters. Their gradients are already reduced over data-parallel
-            ranks, those of tied embeddings over stages too.
-        max_norm: the largest norm.
-        grid: DeepSpeed's `PipelineParallelGrid`.
-
-    Returns:
-        The norm before scaling, a float32 scalar, equal on all ranks of this model.
+    The gradients are already reduced over data-parallel ranks, those of tied embeddings over stages
+    too. `grid` is DeepSpeed's `PipelineParallelGrid`.
     """
     from deepspeed.runtime.utils import is_model_parallel_parameter
 

@@ -35,18 +35,9 @@ from megatron_patch.neox.upstream_fixes.watchdog import VARIABLE as WATCHDOG_SEC
 
 
 def count_ranks(args) -> int:
-    """Sets `global_num_gpus` to the number of ranks that DeepSpeed's launcher will start.
-
-    Args:
-        args: GPT-NeoX's settings in the launcher, before values are derived from them.
-
-    Returns:
-        The number of hosts.
-
-    Raises:
-        SettingsError: the settings give another `global_num_gpus`, or hosts or slots that do not
-            exist.
-    """
+    """Sets `global_num_gpus`, before GPT-NeoX derives other settings from it, to the number of
+    ranks that DeepSpeed's launcher will start. Returns the number of hosts. Raises a SettingsError
+    if the settings give another number, or hosts or slots that do not exist."""
     if args.autotuning_run is not None:
         return 1  # DeepSpeed varies the number
     slots = _slots_to_start(args)
@@ -130,15 +121,8 @@ _VARIABLES = (
 
 
 def check_launcher(args, hosts: int) -> None:
-    """Checks what the ranks of several hosts need to find each other.
-
-    Args:
-        args: GPT-NeoX's settings in the launcher.
-        hosts: the number of hosts.
-
-    Raises:
-        SettingsError: a setting, package or variable is missing or wrong.
-    """
+    """Checks in the launcher what the ranks of several hosts need to find each other. Raises a
+    SettingsError if a setting, package or variable is missing or wrong."""
     if not (hosts > 1 or args.force_multi or args.deepspeed_slurm or args.deepspeed_mpi):
         return  # DeepSpeed's own launcher runs, whatever `launcher` says
     is_mpi = args.launcher in ("openmpi", "mvapich")
@@ -250,7 +234,7 @@ class ChildProcess(subprocess.Popen):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, preexec_fn=_end_with_parent, **kwargs)
         self.passed_on = 0
-        # Where DeepSpeed starts processes by pdsh, it sets handlers of its own after this.
+        # DeepSpeed sets handlers of its own after this if it starts processes by pdsh.
         ends = (signal.SIGINT, signal.SIGTERM)
         self.handlers = {number: signal.signal(number, self._pass_on) for number in ends}
 

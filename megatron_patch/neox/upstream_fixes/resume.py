@@ -12,7 +12,8 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_patch.architecture import METALA, SettingsError
+from megatron_patch.architecture import METALA, SettingsError, refuse
+from megatron_patch.architecture_neox import module_layers
 from megatron_patch.neox.run_settings import program
 from megatron_patch.neox.yaml_config import SUFFIXES, merge_yaml_texts, read_yaml
 from megatron_patch.steps import latest_step, saved_steps
@@ -20,17 +21,12 @@ from megatron_patch.torch_file import UnreadableFile, load_safely
 
 
 def go_on_from_save(args) -> None:
-    """Lets a stopped run go on from its own last checkpoint.
+    """Lets a stopped run go on from its own last checkpoint. The launcher calls this.
 
     A run that does not load from `save` (because of `finetune: true`, a `load` of another folder,
     or none) would begin again each time it is started, and write over its checkpoints. If `save`
     holds steps of this very run, this changes the settings so that it loads the last of them.
-
-    Args:
-        args: GPT-NeoX's settings in the launcher, which hands them to all ranks.
-
-    Raises:
-        SettingsError: `save` holds steps of a run that began elsewhere.
+    Raises a SettingsError if `save` holds steps of a run that began elsewhere.
     """
     if not _is_training(args) or not args.save or not _saved("save", Path(args.save)):
         return
@@ -64,10 +60,8 @@ def check_load(args) -> None:
 
     One case without a checkpoint is a first start and no mistake: `load` and `save` name the same
     folder, and it holds no checkpoint yet. That is the usual way to have one command that starts
-    and resumes.
-
-    Raises:
-        SettingsError: names the folder or setting, what was found there and what was wanted.
+    and resumes. Raises a SettingsError that names the folder or setting, what was found there and
+    what was wanted.
     """
     is_training = _is_training(args)
     if is_training and args.no_load_optim:
@@ -139,9 +133,6 @@ def _check_states(args, step: Path, is_training: bool) -> None:
     if not isinstance(states, dict):
         raise SettingsError(f"load: {file}: found a {type(states).__name__}, wanted states by name")
 
-    def refuse(setting: str, found: object, wanted: object) -> None:
-        raise SettingsError(f"{setting}: found {found!r}, wanted {wanted}")
-
     if not is_training and file is partitioned:
         refuse("load", args.load, "a checkpoint in one file a rank, not one of ZeRO 3")
     if (stage == 3) != (file is partitioned):
@@ -165,7 +156,7 @@ def _check_states(args, step: Path, is_training: bool) -> None:
         if (found := getattr(args, name, None)) is not None and found != saved:
             refuse(name, found, f"{saved!r}, as in {file}")
     if not args.finetune:
-        _check_going_on(args, states, file, is_training, stage, refuse)
+        _check_going_on(args, states, file, is_training, stage)
     if METALA in (args.attention_config or ()):
         data_ranks = _count(states.get("dp_world_size"))
         _check_files(args, step, stage, model_ranks, data_ranks)
@@ -179,7 +170,7 @@ def _count(value: object) -> int | None:
     return value if isinstance(value, int) and 0 < value < 1_000_000 else None
 
 
-def _check_going_on(args, states: dict, file: Path, is_training: bool, stage: int, refuse) -> None:
+def _check_going_on(args, states: dict, file: Path, is_training: bool, stage: int) -> None:
     """Checks what a run needs besides the weights to go on. Without the random states GPT-NeoX
     ends with exit code 0."""
     random_states = args.no_load_rng or "random_rng_state" in states
@@ -194,12 +185,12 @@ def _check_going_on(args, states: dict, file: Path, is_training: bool, stage: in
         )
     if not is_training:
         return
-    _check_optimizer(args, states, file, stage, refuse)
+    _check_optimizer(args, states, file, stage)
     if isinstance(states["lr_scheduler"], dict):
         _check_schedule(args, states["lr_scheduler"], file)
 
 
-def _check_optimizer(args, states: dict, file: Path, stage: int, refuse) -> None:
+def _check_optimizer(args, states: dict, file: Path, stage: int) -> None:
     """Checks that the optimizer's states fit ZeRO stage, precision and number of ranks.
 
     ZeRO keeps them in files of their own, one for each data-parallel rank, and marks bfloat16 in
@@ -276,14 +267,9 @@ def _check_files(
     """Checks that all files exist that the settings' layout needs, and that none is cut off.
     `torch.save` writes a zip file with its list of contents at the end, so no tensor is read.
 
-    Args:
-        args: GPT-NeoX's settings.
-        step: the `global_stepN` folder.
-        stage: the ZeRO stage, 0 for a program that does not train.
-        model_ranks, data_ranks: how many ranks wrote the checkpoint, `None` where it does not say.
-
-    Raises:
-        SettingsError: names the first file that is missing or damaged.
+    `stage` is 0 for a program that does not train. `model_ranks` and `data_ranks` wrote the
+    checkpoint, `None` where it does not say. Raises a SettingsError that names the first file that
+    is missing or damaged.
     """
     names = set()
     for name in _names(args, stage, model_ranks, data_ranks or 1):
@@ -308,7 +294,7 @@ def _names(args, stage: int, model_ranks: int | None, data_ranks: int) -> Iterat
         for rank in range(model_ranks):
             yield f"mp_rank_{rank:02d}_model_states.pt"
     if args.pipe_parallel_size:
-        for layer in _layers(args):
+        for layer in module_layers(args.num_layers, not args.no_weight_tying):
             for rank in range(tensor_ranks):
                 yield f"layer_{layer:02d}-model_{rank:02d}-model_states.pt"
     if stage == 3 or (stage and not args.finetune):
@@ -316,14 +302,6 @@ def _names(args, stage: int, model_ranks: int | None, data_ranks: int) -> Iterat
         for data_rank in range(data_ranks):
             for rank in range(model_ranks):
                 yield f"{prefix}zero_pp_rank_{data_rank}_mp_rank_{rank:02d}_optim_states.pt"
-
-
-def _layers(args) -> list[int]:
-    """Returns the numbers of GPT-NeoX's layers that have a file: embedding, blocks, norm, and the
-    head unless it is tied. One function without a file stands before the blocks, one after them."""
-    blocks = [2 + block for block in range(args.num_layers)]
-    head = [args.num_layers + 4] if args.no_weight_tying else []
-    return [0, *blocks, args.num_layers + 3, *head]
 
 
 def _damage(file: Path) -> str | None:

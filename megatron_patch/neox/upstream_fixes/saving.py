@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import atexit
 import os
-import re
 import shutil
 import signal
 import sys
@@ -25,6 +24,7 @@ from megatron_patch.architecture import SettingsError
 from megatron_patch.neox.patching import in_metala_runs, repairs, swapped
 from megatron_patch.neox.run_settings import program
 from megatron_patch.save_folder import held, holder, try_saving
+from megatron_patch.steps import STEP, saved_steps
 from megatron_patch.torch_file import damaged_record
 
 HOLDER = "METALA_HOLDER"  # the variable that tells the ranks which run holds the save folder
@@ -35,11 +35,8 @@ HOLDER = "METALA_HOLDER"  # the variable that tells the ranks which run holds th
 
 def hold_save(args: Any) -> None:
     """Holds the folder `save` for as long as this process, the launcher, lives. SIGTERM then ends
-    the process as Ctrl-C does, so that the folder is released.
-
-    Raises:
-        SettingsError: nothing can be saved or uploaded, or another run holds the folder.
-    """
+    the process as Ctrl-C does, so that the folder is released. Raises a SettingsError if nothing
+    can be saved or uploaded, or another run holds the folder."""
     if not args.save or not args.user_script or program(args) != "train.py":
         return
     for package in ("boto3", "hf_transfer") if args.s3_path else ():
@@ -56,11 +53,7 @@ def hold_save(args: Any) -> None:
 
 def check_save(args: Any) -> None:
     """Ends the run if a host cannot write to `save`, which may be another folder there. Every rank
-    calls this after torch.distributed is initialised.
-
-    Raises:
-        SystemExit: on every rank.
-    """
+    calls this after torch.distributed is initialised. Raises SystemExit on every rank."""
     if not args.save or program(args) != "train.py":
         return
     reason = None
@@ -86,11 +79,7 @@ def check_save_at_start() -> None:
 
 def check_holder(save: str) -> None:
     """Ends the run if another run holds `save`: the launcher was lost with its host, or somebody
-    removed the lock. Every rank calls this before it saves.
-
-    Raises:
-        SystemExit: on every rank.
-    """
+    removed the lock. Every rank calls this before it saves. Raises SystemExit on every rank."""
     reason = None
     if dist.get_rank() == 0 and HOLDER in os.environ:
         if (found := holder(save)) not in (None, os.environ[HOLDER]):
@@ -116,17 +105,10 @@ def check_replicas(module: torch.nn.Module, group, source: int) -> None:
     """Ends the run if a replicated parameter (one without the `model_parallel` mark) differs in any
     bit between tensor-parallel ranks. Such a model can neither be exported nor go on.
 
-    Every rank calls this. It broadcasts the replicated parameters once; they are small: norms,
-    convolutions, biases after a row-parallel product.
-
-    Args:
-        module: the model of this rank's pipeline stage.
-        group: this rank's tensor-parallel group.
-        source: global rank of the group's first member.
-
-    Raises:
-        SystemExit: on every rank. The first rank of a group with a difference names the first such
-            parameter and the ranks.
+    Every rank calls this with its `group`, whose first member is the global rank `source`. It
+    broadcasts the replicated parameters once; they are small: norms, convolutions, biases after a
+    row-parallel product. Raises SystemExit on every rank; the first rank of a group with a
+    difference names the first such parameter and the ranks.
     """
     reason = None
     drifted = _first_drifted(module, group, source)
@@ -193,16 +175,11 @@ def delete_old_checkpoints(save_dir: str, n_to_keep: int) -> None:
     if dist.get_rank() != 0:
         return
     folder = Path(save_dir)
-    latest = _step((folder / "latest").read_text().strip())
-    steps = sorted(step for path in folder.iterdir() if (step := _step(path.name)) is not None)
-    for step in [step for step in steps if latest is None or step <= latest][:-n_to_keep]:
+    latest = STEP.fullmatch((folder / "latest").read_text().strip())
+    steps = [n for n in saved_steps(folder) if latest is None or n <= int(latest[1])]
+    for step in steps[:-n_to_keep]:
         print(f"MetaLA: keep_last_n_checkpoints: deleting {folder}/global_step{step}", flush=True)
         shutil.rmtree(folder / f"global_step{step}", ignore_errors=True)
-
-
-def _step(name: str) -> int | None:
-    match = re.fullmatch(r"global_step(\d+)", name)
-    return int(match[1]) if match else None
 
 
 # megatron/checkpointing.py:158

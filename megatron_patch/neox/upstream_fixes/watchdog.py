@@ -67,11 +67,8 @@ def watch_ranks() -> None:
 
 
 def watchdog_seconds() -> float | None:
-    """Returns the time limit of the environment in seconds, `None` for no watchdog.
-
-    Raises:
-        SettingsError: the variable holds no number of seconds.
-    """
+    """Returns the time limit of the environment in seconds, `None` for no watchdog. Raises a
+    SettingsError if the variable holds no number of seconds."""
     text = os.environ.get(VARIABLE) or str(DEFAULT_SECONDS)
     try:
         seconds = float(text)
@@ -94,13 +91,8 @@ def _connect() -> dist.TCPStore:
 class Watchdog:
     """Ends this process with exit code 1 when a rank has given no sign of life for `seconds`, or,
     once the ranks train, when no rank has got on for as long. A line names the rank after a sixth
-    of that time, and another one at the end.
-
-    Args:
-        connect: opens a connection to the store on rank 0.
-        rank, world_size: this rank's number, and the number of ranks.
-        seconds: the time limit.
-    """
+    of that time, and another one at the end. `connect` opens a connection to the store on rank
+    0."""
 
     def __init__(self, connect: Callable[[], Any], rank: int, world_size: int, seconds: float):
         self._connect, self._rank, self._seconds = connect, rank, seconds
