@@ -48,15 +48,9 @@ def transposed_scores(qg_tile, kg_tile, C: tl.constexpr, PRECISION: tl.constexpr
 
 @triton.jit
 def dv_of_tile(
-    values,
-    dy,
-    dh_tile,
-    scores_t,
-    kg_tile,
-    b,
-    HAS_AUG: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    values, dy, dh_tile, scores_t, kg_tile, b,
+    HAS_AUG: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """Returns dv of a tile of V, and what the tile adds to db."""
     dv = matmul(scores_t, dy, PRECISION)
     dv += matmul(kg_tile, dh_tile, PRECISION)
@@ -72,28 +66,11 @@ def dv_of_tile(
 
 @triton.jit(do_not_specialize=["T", "chunks"])
 def chunk_bwd_dv_kernel(
-    v,
-    d_y,
-    prepared,
-    d_v,
-    d_scores,
-    d_aug_score,
-    dh,
-    chunk_indices,
-    cu_seqlens,
-    T,
-    chunks,
+    v, d_y, prepared, d_v, d_scores, d_aug_score, dh, chunk_indices, cu_seqlens, T, chunks,
     v_strides,
-    H: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    C: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    HAS_AUG: tl.constexpr,
-    PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
+    BV: tl.constexpr, HAS_AUG: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """Writes d_v, d_scores [B, T, H, C] and d_aug_score [B, T, H], except in fallback chunks.
     d_aug_score may share memory with aug_score. Grid: (chunks * H,)."""
     qg, kg, _, fallback, aug_score = prepared
@@ -144,31 +121,11 @@ def chunk_bwd_dv_kernel(
 
 @triton.jit(do_not_specialize=["T", "chunks"])
 def chunk_bwd_kernel(
-    inputs,
-    d_y,
-    prepared,
-    dv_results,
-    h,
-    dh,
-    gradients,
-    chunk_indices,
-    cu_seqlens,
-    T,
-    chunks,
-    scale,
-    inverse_tau,
-    q_strides,
-    gate_strides,
-    v_strides,
-    H: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    C: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    inputs, d_y, prepared, dv_results, h, dh, gradients, chunk_indices, cu_seqlens, T, chunks,
+    scale, inverse_tau, q_strides, gate_strides, v_strides,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
+    BV: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """Writes all gradients, except in fallback chunks. Grid: (chunks * H * tiles of K,).
 
     inputs: (q, gate logits, v, aug or `None`).

@@ -34,20 +34,9 @@ def decay_to_end(gates, gate_t, rows, length, k_mask, inverse_tau, PRECISION: tl
 
 @triton.jit
 def fallback_factors(
-    q,
-    gates,
-    qg,
-    kg,
-    length,
-    scale,
-    inverse_tau,
-    q_t,
-    gate_t,
-    H: tl.constexpr,
-    K: tl.constexpr,
-    C: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    q, gates, qg, kg, length, scale, inverse_tau, q_t, gate_t,
+    H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """Writes qg and kg. All pointers are to the chunk's first row."""
     rows = tl.arange(0, C)[:, None]
     for k_tile in range(0, (K + NARROW - 1) // NARROW):
@@ -67,17 +56,9 @@ def fallback_factors(
 
 @triton.jit
 def fallback_scores(
-    q,
-    gates,
-    length,
-    scale,
-    inverse_tau,
-    q_t,
-    gate_t,
-    K: tl.constexpr,
-    C: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    q, gates, length, scale, inverse_tau, q_t, gate_t,
+    K: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """Returns the scores [C, C] in float32, zero above the diagonal. Pointers are to the chunk's
     first row."""
     token = tl.arange(0, C)
@@ -102,29 +83,11 @@ def fallback_scores(
 
 @triton.jit
 def fallback_chunk(
-    inputs,
-    d_y,
-    prepared,
-    d_scores,
-    h,
-    dh,
-    gradients,
-    length,
-    head,
-    chunk_at,
-    token_at,
-    scale,
-    inverse_tau,
-    q_t,
-    gate_t,
-    v_t,
-    H: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    C: tl.constexpr,
-    BV: tl.constexpr,
+    inputs, d_y, prepared, d_scores, h, dh, gradients, length, head, chunk_at, token_at, scale,
+    inverse_tau, q_t, gate_t, v_t,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     """Computes all gradients of one chunk and head. q, gates and v point to its first row; d_scores
     [C, C] is scratch memory."""
     q, gates, v, aug = inputs
@@ -243,30 +206,11 @@ def fallback_chunk(
 
 @triton.jit(do_not_specialize=["T", "chunks", "count"])
 def chunk_bwd_fallback_kernel(
-    inputs,
-    d_y,
-    prepared,
-    d_scores,
-    h,
-    dh,
-    gradients,
-    chunk_indices,
-    cu_seqlens,
-    T,
-    chunks,
-    count,
-    scale,
-    inverse_tau,
-    q_strides,
-    gate_strides,
-    v_strides,
-    H: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    C: tl.constexpr,
-    BV: tl.constexpr,
+    inputs, d_y, prepared, d_scores, h, dh, gradients, chunk_indices, cu_seqlens, T, chunks, count,
+    scale, inverse_tau, q_strides, gate_strides, v_strides,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     """Computes the gradients of the fallback chunks among `count` chunks and heads.
 
     These are rare, so the grid is any number of programs that stride over all of them, each with

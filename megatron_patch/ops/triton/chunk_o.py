@@ -21,31 +21,11 @@ from megatron_patch.ops.triton.tiles import (
 
 @triton.jit(do_not_specialize=["T", "chunks"])
 def chunk_fwd_o_kernel(
-    v,
-    out_gate,
-    bias,
-    prepared,
-    scores,
-    h,
-    out,
-    x_hat,
-    rstd,
-    chunk_indices,
-    cu_seqlens,
-    T,
-    chunks,
-    norm_eps,
-    v_strides,
-    gate_strides,
-    H: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    C: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    HAS_AUG: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    v, out_gate, bias, prepared, scores, h, out, x_hat, rstd, chunk_indices, cu_seqlens, T, chunks,
+    norm_eps, v_strides, gate_strides,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
+    BV: tl.constexpr, HAS_AUG: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """out = silu(out_gate + bias) * LayerNorm(y). Grid: (chunks * H,).
 
     out_gate and bias may be `None`. For the backward pass it also writes x_hat [B, T, H, V], the
@@ -117,26 +97,10 @@ def chunk_fwd_o_kernel(
 
 @triton.jit(do_not_specialize=["T", "chunks"])
 def chunk_bwd_o_kernel(
-    x_hat,
-    rstd,
-    out_gate,
-    bias,
-    d_out,
-    d_y,
-    d_out_gate,
-    d_bias,
-    chunk_indices,
-    cu_seqlens,
-    T,
-    chunks,
-    gate_strides,
-    d_out_strides,
-    H: tl.constexpr,
-    V: tl.constexpr,
-    C: tl.constexpr,
-    ROWS: tl.constexpr,
-    BV: tl.constexpr,
-):
+    x_hat, rstd, out_gate, bias, d_out, d_y, d_out_gate, d_bias, chunk_indices, cu_seqlens, T,
+    chunks, gate_strides, d_out_strides,
+    H: tl.constexpr, V: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
     """Turns the gradient of `out` into d_y, d_out_gate, and each chunk's partial sum of the bias's
     gradient, d_bias [chunks, H, V] float32. d_y may be `x_hat`. Grid: (chunks * H,).
 

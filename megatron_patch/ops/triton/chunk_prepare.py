@@ -53,26 +53,11 @@ class Prepared(NamedTuple):
 
 @triton.jit(do_not_specialize=["T", "chunks"])
 def chunk_prepare_kernel(
-    q,
-    gates,
-    aug,
-    prepared,
-    scores,
-    chunk_indices,
-    cu_seqlens,
-    T,
-    chunks,
-    scale,
-    inverse_tau,
-    q_strides,
-    gate_strides,
-    H: tl.constexpr,
-    K: tl.constexpr,
-    C: tl.constexpr,
-    BK: tl.constexpr,
-    RUN: tl.constexpr,
+    q, gates, aug, prepared, scores, chunk_indices, cu_seqlens, T, chunks, scale, inverse_tau,
+    q_strides, gate_strides,
+    H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, RUN: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     """Writes `prepared`, and scores [B, T, H, C] in fallback chunks only. Grid: (chunks * H,).
 
     Tiles are [C / RUN, RUN, BK]. Triton assigns the last and then the first dimension to threads,
