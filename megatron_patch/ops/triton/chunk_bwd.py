@@ -33,6 +33,7 @@ from megatron_patch.ops.triton.tiles import (
     locate,
     log_decay,
     matmul,
+    offset_of,
     sigmoid,
 )
 
@@ -74,7 +75,6 @@ def chunk_bwd_dv_kernel(
     """Writes d_v, d_scores [B, T, H, C] and d_aug_score [B, T, H], except in fallback chunks.
     d_aug_score may share memory with aug_score. Grid: (chunks * H,)."""
     qg, kg, _, fallback, aug_score = prepared
-    v_b, v_t, v_h = v_strides
     chunk, head = chunk_and_head(H)
     sequence, _, batch, first, end = locate(chunk, chunks, chunk_indices, cu_seqlens, T, C)
     if sequence < 0:
@@ -86,7 +86,7 @@ def chunk_bwd_dv_kernel(
     token_at = (batch * T + first) * H + head
     token = tl.arange(0, C)
     rows = token[:, None]
-    v += batch * v_b + head * v_h + first * v_t
+    v += offset_of(batch, first, head, v_strides)
     d_y += token_at * V
     d_v += token_at * V
     k_columns = tl.arange(0, BK)
@@ -104,7 +104,7 @@ def chunk_bwd_dv_kernel(
     for v_tile in tl.range(0, (V + BV - 1) // BV, num_stages=STAGES):
         v_columns = v_tile * BV + tl.arange(0, BV)
         v_mask = (rows < length) & (v_columns < V)[None, :]
-        values = tl.load(v + (rows * v_t + v_columns[None, :]), mask=v_mask, other=0.0)
+        values = tl.load(v + (rows * v_strides[1] + v_columns[None, :]), mask=v_mask, other=0.0)
         offsets = rows * (H * V) + v_columns[None, :]
         dy = tl.load(d_y + offsets, mask=v_mask, other=0.0)
         dh_tile = load_h(dh, chunk_at, k_columns, v_columns, K, V)
@@ -143,9 +143,6 @@ def chunk_bwd_kernel(
     qg, kg, g_last, fallback, aug_score = prepared
     d_scores, d_aug_score = dv_results
     d_q, d_gates, d_v, d_aug = gradients
-    q_b, q_t, q_h = q_strides
-    gate_b, gate_t, gate_h = gate_strides
-    v_b, v_t, v_h = v_strides
     HAS_AUG: tl.constexpr = aug is not None
     TILES: tl.constexpr = (K + BK - 1) // BK
     chunk, head = chunk_and_head(H, TILES)
@@ -163,7 +160,7 @@ def chunk_bwd_kernel(
     token_at = (batch * T + first) * H + head
     token = tl.arange(0, C)
     rows = token[:, None]
-    v += batch * v_b + head * v_h + first * v_t
+    v += offset_of(batch, first, head, v_strides)
     d_y += token_at * V
     d_v += token_at * V
     mask = (rows < length) & k_known[None, :]
@@ -184,7 +181,7 @@ def chunk_bwd_kernel(
     for v_tile in tl.range(0, (V + BV - 1) // BV, num_stages=STAGES):
         v_columns = v_tile * BV + tl.arange(0, BV)
         v_mask = (rows < length) & (v_columns < V)[None, :]
-        values = tl.load(v + (rows * v_t + v_columns[None, :]), mask=v_mask, other=0.0)
+        values = tl.load(v + (rows * v_strides[1] + v_columns[None, :]), mask=v_mask, other=0.0)
         offsets = rows * (H * V) + v_columns[None, :]
         dy = tl.load(d_y + offsets, mask=v_mask, other=0.0)
         h_tile = load_h(h, chunk_at, k_columns, v_columns, K, V)
@@ -220,10 +217,8 @@ def chunk_bwd_kernel(
     dg = cumsum_over_tokens(d_cumsum, C, True, PRECISION)
     dg += edge[None, :]
 
-    gate_tile = (
-        gates + batch * gate_b + head * gate_h + first * gate_t
-        + (rows * gate_t + k_columns[None, :])
-    )  # fmt: skip
+    gates += offset_of(batch, first, head, gate_strides)
+    gate_tile = gates + (rows * gate_strides[1] + k_columns[None, :])
     logits = convert_layout_like(tl.load(gate_tile, mask=mask, other=0.0), dk)
     total = tl.load(g_last + chunk_at * K + k_columns, mask=k_known, other=0.0)
     g = tl.where(rows < length, log_decay(logits, inverse_tau, PRECISION), 0.0)
@@ -233,11 +228,8 @@ def chunk_bwd_kernel(
     dk *= exp2(-since, PRECISION)
     k = key(g, PRECISION)
     if HAS_AUG:
-        raw_q = tl.load(
-            q + batch * q_b + head * q_h + first * q_t + (rows * q_t + k_columns[None, :]),
-            mask=mask,
-            other=0.0,
-        )
+        q += offset_of(batch, first, head, q_strides)
+        raw_q = tl.load(q + (rows * q_strides[1] + k_columns[None, :]), mask=mask, other=0.0)
         raw_q = convert_layout_like(raw_q, dk)
         aug_weight = tl.load(aug + head * K + k_columns, mask=k_known, other=0.0)
         aug_weight = aug_weight.to(tl.float32)[None, :]

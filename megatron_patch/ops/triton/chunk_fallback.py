@@ -17,6 +17,7 @@ from megatron_patch.ops.triton.tiles import (
     load_log_decay,
     locate,
     matmul,
+    offset_of,
     sigmoid,
 )
 
@@ -217,9 +218,6 @@ def chunk_bwd_fallback_kernel(
     its own scratch memory d_scores [C, C]. Tuples are those of `chunk_bwd_kernel`.
     """
     q, gates, v, aug = inputs
-    q_b, q_t, q_h = q_strides
-    gate_b, gate_t, gate_h = gate_strides
-    v_b, v_t, v_h = v_strides
     fallback = prepared[3]
     program, programs = tl.program_id(0), tl.num_programs(0)
     for step in range(0, tl.cdiv(count - program, programs)):
@@ -233,15 +231,15 @@ def chunk_bwd_fallback_kernel(
         if is_fallback != 0:
             fallback_chunk(
                 (
-                    q + batch * q_b + head * q_h + first * q_t,
-                    gates + batch * gate_b + head * gate_h + first * gate_t,
-                    v + batch * v_b + head * v_h + first * v_t,
+                    q + offset_of(batch, first, head, q_strides),
+                    gates + offset_of(batch, first, head, gate_strides),
+                    v + offset_of(batch, first, head, v_strides),
                     aug,
                 ),
                 d_y, prepared, d_scores + program * (C * C), h, dh, gradients,
                 tl.minimum(end - first, C).to(tl.int32), head, chunk_at,
                 (batch * T + first) * H + head, scale, inverse_tau,
-                q_t, gate_t, v_t, H, K, V, C, BV, PRECISION,
+                q_strides[1], gate_strides[1], v_strides[1], H, K, V, C, BV, PRECISION,
             )  # fmt: skip
             tl.debug_barrier()  # before the next chunk's d_scores
 

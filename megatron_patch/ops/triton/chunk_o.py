@@ -15,6 +15,7 @@ from megatron_patch.ops.triton.tiles import (
     load_h,
     locate,
     matmul,
+    offset_of,
     sigmoid,
 )
 
@@ -32,7 +33,6 @@ def chunk_fwd_o_kernel(
     normalised y, and rstd [B, T, H] float32, 1 / its standard deviation; `None` without one.
     """
     qg, kg, _, fallback, aug_score = prepared
-    v_b, v_t, v_h = v_strides
     chunk, head = chunk_and_head(H)
     sequence, _, batch, first, end = locate(chunk, chunks, chunk_indices, cu_seqlens, T, C)
     if sequence < 0:
@@ -40,7 +40,7 @@ def chunk_fwd_o_kernel(
     length = tl.minimum(end - first, C).to(tl.int32)
     chunk_at = chunk.to(tl.int64) * H + head
     token_at = (batch * T + first) * H + head
-    v += batch * v_b + head * v_h + first * v_t
+    v += offset_of(batch, first, head, v_strides)
     token = tl.arange(0, C)
     rows = token[:, None]
     columns = tl.arange(0, BV)
@@ -70,7 +70,7 @@ def chunk_fwd_o_kernel(
         qg_tile = tl.load(qg + tile + k_columns[None, :], mask=k_mask, other=0.0)
         h_tile = load_h(h, chunk_at, k_columns, columns, K, V)
         y += matmul(qg_tile, h_tile, PRECISION)
-    v_tile = tl.load(v + rows * v_t + columns[None, :], mask=mask, other=0.0)
+    v_tile = tl.load(v + rows * v_strides[1] + columns[None, :], mask=mask, other=0.0)
     y += matmul(weights, v_tile, PRECISION)
     if HAS_AUG:
         y += sigmoid(b[:, None] * convert_layout_like(v_tile, y))
@@ -85,8 +85,8 @@ def chunk_fwd_o_kernel(
         tl.store(x_hat + offsets, result.to(x_hat.dtype.element_ty), mask=mask)
         tl.store(rstd + token_at + token * H, rstd_tile, mask=token < length)
     if out_gate is not None:
-        z_b, z_t, z_h = gate_strides
-        z_tile = out_gate + batch * z_b + head * z_h + first * z_t + (rows * z_t + columns[None, :])
+        out_gate += offset_of(batch, first, head, gate_strides)
+        z_tile = out_gate + (rows * gate_strides[1] + columns[None, :])
         z = convert_layout_like(tl.load(z_tile, mask=mask, other=0.0), result)
         if bias is not None:
             bias_tile = tl.load(bias + head * V + columns, mask=columns < V, other=0.0)
@@ -106,7 +106,6 @@ def chunk_bwd_o_kernel(
 
     The kernel is bound by memory. Tiles of ROWS tokens keep many loads in flight.
     """
-    d_out_b, d_out_t, d_out_h = d_out_strides
     chunk, head = chunk_and_head(H)
     sequence, _, batch, first, end = locate(chunk, chunks, chunk_indices, cu_seqlens, T, C)
     columns = tl.arange(0, BV)
@@ -118,10 +117,9 @@ def chunk_bwd_o_kernel(
         return
     length = tl.minimum(end - first, C).to(tl.int32)
     token_at = (batch * T + first) * H + head
-    d_out += batch * d_out_b + head * d_out_h + first * d_out_t
+    d_out += offset_of(batch, first, head, d_out_strides)
     if out_gate is not None:
-        z_b, z_t, z_h = gate_strides
-        out_gate += batch * z_b + head * z_h + first * z_t
+        out_gate += offset_of(batch, first, head, gate_strides)
         bias_tile = tl.zeros([BV], tl.float32)
         if bias is not None:
             bias_tile += tl.load(bias + head * V + columns, mask=v_mask, other=0.0).to(tl.float32)
@@ -131,12 +129,13 @@ def chunk_bwd_o_kernel(
         rows = token[:, None]
         mask = (rows < length) & v_mask[None, :]
         offsets = token_at * V + (rows * (H * V) + columns[None, :])
-        d_x = tl.load(d_out + (rows * d_out_t + columns[None, :]), mask=mask, other=0.0)
+        d_x = tl.load(d_out + (rows * d_out_strides[1] + columns[None, :]), mask=mask, other=0.0)
         d_x = d_x.to(tl.float32)
         x_hat_tile = tl.load(x_hat + offsets, mask=mask, other=0.0).to(tl.float32)
         rstd_tile = tl.load(rstd + token_at + token * H, mask=token < length, other=0.0)
         if out_gate is not None:
-            z = tl.load(out_gate + (rows * z_t + columns[None, :]), mask=mask, other=0.0)
+            z_tile = out_gate + (rows * gate_strides[1] + columns[None, :])
+            z = tl.load(z_tile, mask=mask, other=0.0)
             z = z.to(tl.float32) + bias_tile[None, :]
             s = sigmoid(z)
             d_z = d_x * x_hat_tile * (s + z * s * (1 - s))

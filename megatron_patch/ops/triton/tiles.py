@@ -124,6 +124,12 @@ def locate(chunk, chunks, chunk_indices, cu_seqlens, T, SIZE: tl.constexpr):
 
 
 @triton.jit
+def offset_of(batch, token, head, strides):
+    """Returns the offset of a token's head, with the strides of batch, time and head."""
+    return batch * strides[0] + head * strides[2] + token * strides[1]
+
+
+@triton.jit
 def matmul(a, b, PRECISION: tl.constexpr):
     """Returns a @ b in float32. The operands are rounded to bfloat16 ("bf16"), split into three
     TensorFloat-32 terms ("tf32x3"), or kept ("ieee")."""
