@@ -29,7 +29,9 @@ from megatron_patch.ops.triton.tiles import (
     cumsum_over_tokens,
     exp2,
     key,
+    load_aug_score,
     load_h,
+    load_v_and_dy,
     locate,
     log_decay,
     matmul,
@@ -95,18 +97,14 @@ def chunk_bwd_dv_kernel(
     qg_tile = tl.load(qg + k_offsets, mask=mask, other=0.0)
     kg_tile = tl.load(kg + k_offsets, mask=mask, other=0.0)
     scores_t = transposed_scores(qg_tile, kg_tile, C, PRECISION)
-    b = tl.zeros([C], tl.float32)
-    if HAS_AUG:
-        b = tl.load(aug_score + token_at + token * H, mask=token < length, other=0.0)
+    b = load_aug_score(aug_score, token_at, length, H, C, HAS_AUG)
 
     dp = tl.zeros([C, C], tl.float32)
     db = tl.zeros([C], tl.float32)
     for v_tile in tl.range(0, (V + BV - 1) // BV, num_stages=STAGES):
-        v_columns = v_tile * BV + tl.arange(0, BV)
-        v_mask = (rows < length) & (v_columns < V)[None, :]
-        values = tl.load(v + (rows * v_strides[1] + v_columns[None, :]), mask=v_mask, other=0.0)
-        offsets = rows * (H * V) + v_columns[None, :]
-        dy = tl.load(d_y + offsets, mask=v_mask, other=0.0)
+        values, dy, v_columns, offsets, v_mask = load_v_and_dy(
+            v, d_y, v_tile, length, v_strides[1], H, V, C, BV
+        )
         dh_tile = load_h(dh, chunk_at, k_columns, v_columns, K, V)
         dv, db_tile = dv_of_tile(values, dy, dh_tile, scores_t, kg_tile, b, HAS_AUG, PRECISION)
         tl.store(d_v + offsets, dv.to(d_v.dtype.element_ty), mask=v_mask)
@@ -169,9 +167,7 @@ def chunk_bwd_kernel(
         qg_tile = tl.load(qg + k_offsets, mask=mask, other=0.0)
         kg_tile = tl.load(kg + k_offsets, mask=mask, other=0.0)
         scores_t = transposed_scores(qg_tile, kg_tile, C, PRECISION)
-        b = tl.zeros([C], tl.float32)
-        if HAS_AUG:
-            b = tl.load(aug_score + token_at + token * H, mask=token < length, other=0.0)
+        b = load_aug_score(aug_score, token_at, length, H, C, HAS_AUG)
         dp = tl.zeros([C, C], tl.float32)
         db = tl.zeros([C], tl.float32)
 
@@ -179,11 +175,9 @@ def chunk_bwd_kernel(
     d_kg = tl.zeros([C, BK], tl.float32)
     edge = tl.zeros([BK], tl.float32)
     for v_tile in tl.range(0, (V + BV - 1) // BV, num_stages=STAGES):
-        v_columns = v_tile * BV + tl.arange(0, BV)
-        v_mask = (rows < length) & (v_columns < V)[None, :]
-        values = tl.load(v + (rows * v_strides[1] + v_columns[None, :]), mask=v_mask, other=0.0)
-        offsets = rows * (H * V) + v_columns[None, :]
-        dy = tl.load(d_y + offsets, mask=v_mask, other=0.0)
+        values, dy, v_columns, offsets, v_mask = load_v_and_dy(
+            v, d_y, v_tile, length, v_strides[1], H, V, C, BV
+        )
         h_tile = load_h(h, chunk_at, k_columns, v_columns, K, V)
         dh_tile = load_h(dh, chunk_at, k_columns, v_columns, K, V)
         if TILES == 1:

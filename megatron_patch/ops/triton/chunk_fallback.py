@@ -13,8 +13,10 @@ from megatron_patch.ops.triton.config import ChunkCall, power_of_two
 from megatron_patch.ops.triton.launch import launcher
 from megatron_patch.ops.triton.tiles import (
     key,
+    load_aug_score,
     load_h,
     load_log_decay,
+    load_v_and_dy,
     locate,
     matmul,
     offset_of,
@@ -98,16 +100,12 @@ def fallback_chunk(
     rows = token[:, None]
     d_y += token_at * V
     d_v += token_at * V
-    if aug is not None:
-        b = tl.load(aug_score + token_at + token * H, mask=token < length, other=0.0)
+    b = load_aug_score(aug_score, token_at, length, H, C, aug is not None)
 
     dp = tl.zeros([C, C], tl.float32)
     db = tl.zeros([C], tl.float32)
     for v_tile in range(0, (V + BV - 1) // BV):
-        v_columns = v_tile * BV + tl.arange(0, BV)
-        v_mask = (rows < length) & (v_columns < V)[None, :]
-        values = tl.load(v + (rows * v_t + v_columns[None, :]), mask=v_mask, other=0.0)
-        dy = tl.load(d_y + (rows * (H * V) + v_columns[None, :]), mask=v_mask, other=0.0)
+        values, dy = load_v_and_dy(v, d_y, v_tile, length, v_t, H, V, C, BV)[:2]
         dp += matmul(dy, tl.trans(values), PRECISION)
         if aug is not None:
             values = values.to(tl.float32)
@@ -126,10 +124,7 @@ def fallback_chunk(
         d_kg = tl.zeros([C, NARROW], tl.float32)
         dg = tl.zeros([NARROW], tl.float32)
         for v_tile in range(0, (V + BV - 1) // BV):
-            v_columns = v_tile * BV + tl.arange(0, BV)
-            v_mask = (rows < length) & (v_columns < V)[None, :]
-            values = tl.load(v + (rows * v_t + v_columns[None, :]), mask=v_mask, other=0.0)
-            dy = tl.load(d_y + (rows * (H * V) + v_columns[None, :]), mask=v_mask, other=0.0)
+            values, dy, v_columns = load_v_and_dy(v, d_y, v_tile, length, v_t, H, V, C, BV)[:3]
             h_tile = load_h(h, chunk_at, columns, v_columns, K, V)
             dh_tile = load_h(dh, chunk_at, columns, v_columns, K, V)
             d_qg += matmul(dy, tl.trans(h_tile), PRECISION)

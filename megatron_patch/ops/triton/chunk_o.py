@@ -12,6 +12,7 @@ from megatron_patch.ops.triton.launch import launcher
 from megatron_patch.ops.triton.tiles import (
     chunk_and_head,
     convert_layout_like,
+    load_aug_score,
     load_h,
     locate,
     matmul,
@@ -48,8 +49,8 @@ def chunk_fwd_o_kernel(
     mask = (rows < length) & v_mask
     tile = token_at * K + rows * (H * K)
     is_fallback = tl.load(fallback + chunk_at) != 0
-    if HAS_AUG:  # loaded early; behind the products, the program would wait for it
-        b = tl.load(aug_score + token_at + token * H, mask=token < length, other=0.0)
+    # Loaded early: behind the products, the program would wait for it.
+    b = load_aug_score(aug_score, token_at, length, H, C, HAS_AUG)
     if is_fallback:
         weights = tl.load(
             scores + token_at * C + rows * (H * C) + token[None, :], mask=rows < length, other=0.0

@@ -275,6 +275,34 @@ def cumsum_over_tokens(x, C: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.
 
 
 @triton.jit
+def load_v_and_dy(
+    v, d_y, v_tile, length, v_t, H: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
+    BV: tl.constexpr,
+):  # fmt: skip
+    """Returns a tile [C, BV] of v and of d_y, whose pointers are to the chunk's first row, and the
+    tile's columns, its offsets in d_y and its mask. v_t is v's stride of time."""
+    rows = tl.arange(0, C)[:, None]
+    columns = v_tile * BV + tl.arange(0, BV)
+    mask = (rows < length) & (columns < V)[None, :]
+    values = tl.load(v + (rows * v_t + columns[None, :]), mask=mask, other=0.0)
+    offsets = rows * (H * V) + columns[None, :]
+    dy = tl.load(d_y + offsets, mask=mask, other=0.0)
+    return values, dy, columns, offsets, mask
+
+
+@triton.jit
+def load_aug_score(
+    aug_score, token_at, length, H: tl.constexpr, C: tl.constexpr, HAS_AUG: tl.constexpr
+):
+    """Returns the scores [C] of self-augmentation of a chunk's tokens; zeros without it."""
+    scores = tl.zeros([C], tl.float32)
+    if HAS_AUG:
+        token = tl.arange(0, C)
+        scores = tl.load(aug_score + token_at + token * H, mask=token < length, other=0.0)
+    return scores
+
+
+@triton.jit
 def load_h(h, chunk_at, k_columns, v_columns, K: tl.constexpr, V: tl.constexpr):
     """Returns a tile [BK, BV] of h [chunks, H, K, V]; chunk_at is chunk * H + head."""
     mask = (k_columns < K)[:, None] & (v_columns < V)[None, :]
