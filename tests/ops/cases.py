@@ -9,6 +9,14 @@ import torch
 Tensors = dict[str, torch.Tensor]
 
 NAMES = ("q", "gate_logits", "v", "aug", "out_gate", "out_gate_bias", "initial_state")
+# Sets of arguments that callers leave out.
+WITHOUT = [
+    ("initial_state",),
+    ("aug",),
+    ("out_gate_bias",),
+    ("out_gate", "out_gate_bias"),
+    ("initial_state", "aug", "out_gate", "out_gate_bias"),
+]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 

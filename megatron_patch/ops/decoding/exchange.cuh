@@ -27,6 +27,12 @@ __device__ void send(float* exchange, int i, float x, u32 phase) {
                  : "memory");
 }
 
+__device__ u32 load_relaxed(const float* from) {
+    u32 word;
+    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(word) : "l"(from) : "memory");
+    return word;
+}
+
 // Receives COUNT numbers from the addresses at(i). All loads are issued before any is looked at.
 template <int COUNT, typename At>
 __device__ void receive(float (&x)[COUNT], u32 phase, At at) {
@@ -35,11 +41,7 @@ __device__ void receive(float (&x)[COUNT], u32 phase, At at) {
         all = true;
         u32 words[COUNT];
 #pragma unroll
-        for (int i = 0; i < COUNT; ++i)
-            asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];"
-                         : "=r"(words[i])
-                         : "l"(at(i))
-                         : "memory");
+        for (int i = 0; i < COUNT; ++i) words[i] = load_relaxed(at(i));
 #pragma unroll
         for (int i = 0; i < COUNT; ++i) {
             all &= (words[i] & 1) == phase;
@@ -53,11 +55,7 @@ __device__ void receive(float (&x)[COUNT], u32 phase, At at) {
 template <int COUNT, typename At>
 __device__ void receive(float4 (&x)[COUNT], u32 phase, At at) {
     u32 last;
-    do
-        asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];"
-                     : "=r"(last)
-                     : "l"(at(COUNT - 1))
-                     : "memory");
+    do last = load_relaxed(at(COUNT - 1));
     while (threadIdx.x % 32 == 31 && (last & 1) != phase);
     __syncwarp();
     bool all;
