@@ -25,6 +25,7 @@ from megatron_patch.ops.triton.config import ChunkCall, power_of_two
 from megatron_patch.ops.triton.launch import launcher
 from megatron_patch.ops.triton.tiles import (
     chunk_and_head,
+    chunk_rows,
     convert_layout_like,
     cumsum_over_tokens,
     exp2,
@@ -84,10 +85,7 @@ def chunk_bwd_dv_kernel(
     chunk_at = chunk.to(tl.int64) * H + head
     if tl.load(fallback + chunk_at) != 0:
         return
-    length = tl.minimum(end - first, C).to(tl.int32)
-    token_at = (batch * T + first) * H + head
-    token = tl.arange(0, C)
-    rows = token[:, None]
+    length, token_at, token, rows = chunk_rows(batch, first, end, head, T, H, C)
     v += offset_of(batch, first, head, v_strides)
     d_y += token_at * V
     d_v += token_at * V
@@ -154,10 +152,7 @@ def chunk_bwd_kernel(
         return
     if tl.load(fallback + chunk_at) != 0:
         return
-    length = tl.minimum(end - first, C).to(tl.int32)
-    token_at = (batch * T + first) * H + head
-    token = tl.arange(0, C)
-    rows = token[:, None]
+    length, token_at, token, rows = chunk_rows(batch, first, end, head, T, H, C)
     v += offset_of(batch, first, head, v_strides)
     d_y += token_at * V
     d_v += token_at * V

@@ -11,6 +11,7 @@ from megatron_patch.ops.triton.config import ChunkCall
 from megatron_patch.ops.triton.launch import launcher
 from megatron_patch.ops.triton.tiles import (
     chunk_and_head,
+    chunk_rows,
     convert_layout_like,
     load_aug_score,
     load_h,
@@ -38,12 +39,9 @@ def chunk_fwd_o_kernel(
     sequence, _, batch, first, end = locate(chunk, chunks, chunk_indices, cu_seqlens, T, C)
     if sequence < 0:
         return
-    length = tl.minimum(end - first, C).to(tl.int32)
+    length, token_at, token, rows = chunk_rows(batch, first, end, head, T, H, C)
     chunk_at = chunk.to(tl.int64) * H + head
-    token_at = (batch * T + first) * H + head
     v += offset_of(batch, first, head, v_strides)
-    token = tl.arange(0, C)
-    rows = token[:, None]
     columns = tl.arange(0, BV)
     v_mask = (columns < V)[None, :]
     mask = (rows < length) & v_mask

@@ -124,6 +124,16 @@ def locate(chunk, chunks, chunk_indices, cu_seqlens, T, SIZE: tl.constexpr):
 
 
 @triton.jit
+def chunk_rows(batch, first, end, head, T, H: tl.constexpr, C: tl.constexpr):
+    """Returns a chunk's number of tokens, its first token's row in tensors [B, T, H, ...], and the
+    indices 0 .. C - 1 of its tokens, as a vector and as a column."""
+    length = tl.minimum(end - first, C).to(tl.int32)
+    token_at = (batch * T + first) * H + head
+    token = tl.arange(0, C)
+    return length, token_at, token, token[:, None]
+
+
+@triton.jit
 def offset_of(batch, token, head, strides):
     """Returns the offset of a token's head, with the strides of batch, time and head."""
     return batch * strides[0] + head * strides[2] + token * strides[1]
