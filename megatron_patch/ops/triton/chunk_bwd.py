@@ -51,21 +51,22 @@ def transposed_scores(qg_tile, kg_tile, C: tl.constexpr, PRECISION: tl.constexpr
 
 
 @triton.jit
-def dv_of_tile(
-    values, dy, dh_tile, scores_t, kg_tile, b,
+def write_dv(
+    d_v, mask, values, dy, dh_tile, scores_t, kg_tile, b,
     HAS_AUG: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Returns dv of a tile of V, and what the tile adds to db."""
+    """Writes dv of a tile of V to the pointers d_v. Returns what the tile adds to dP and db."""
     dv = matmul(scores_t, dy, PRECISION)
     dv += matmul(kg_tile, dh_tile, PRECISION)
     db = tl.zeros_like(b)
     if HAS_AUG:
-        values = convert_layout_like(values, dv)
-        s = sigmoid(b[:, None] * values)
+        x = convert_layout_like(values, dv)
+        s = sigmoid(b[:, None] * x)
         d_s = convert_layout_like(dy, dv) * s * (1 - s)
-        db = tl.sum(d_s * values, 1)
+        db = tl.sum(d_s * x, 1)
         dv += b[:, None] * d_s
-    return dv, db
+    tl.store(d_v, dv.to(d_v.dtype.element_ty), mask=mask)
+    return matmul(dy, tl.trans(values), PRECISION), db
 
 
 @triton.jit(do_not_specialize=["T", "chunks"])
@@ -104,9 +105,10 @@ def chunk_bwd_dv_kernel(
             v, d_y, v_tile, length, v_strides[1], H, V, C, BV
         )
         dh_tile = load_h(dh, chunk_at, k_columns, v_columns, K, V)
-        dv, db_tile = dv_of_tile(values, dy, dh_tile, scores_t, kg_tile, b, HAS_AUG, PRECISION)
-        tl.store(d_v + offsets, dv.to(d_v.dtype.element_ty), mask=v_mask)
-        dp += matmul(dy, tl.trans(values), PRECISION)
+        dp_tile, db_tile = write_dv(
+            d_v + offsets, v_mask, values, dy, dh_tile, scores_t, kg_tile, b, HAS_AUG, PRECISION
+        )
+        dp += dp_tile
         db += db_tile
 
     dp = tl.where(rows >= token[None, :], dp, 0.0).to(d_scores.dtype.element_ty)
@@ -176,9 +178,10 @@ def chunk_bwd_kernel(
         h_tile = load_h(h, chunk_at, k_columns, v_columns, K, V)
         dh_tile = load_h(dh, chunk_at, k_columns, v_columns, K, V)
         if TILES == 1:
-            dv, db_tile = dv_of_tile(values, dy, dh_tile, scores_t, kg_tile, b, HAS_AUG, PRECISION)
-            tl.store(d_v + offsets, dv.to(d_v.dtype.element_ty), mask=v_mask)
-            dp += matmul(dy, tl.trans(values), PRECISION)
+            dp_tile, db_tile = write_dv(
+                d_v + offsets, v_mask, values, dy, dh_tile, scores_t, kg_tile, b, HAS_AUG, PRECISION
+            )
+            dp += dp_tile
             db += db_tile
         d_qg += matmul(dy, tl.trans(h_tile), PRECISION)
         d_kg += matmul(values, tl.trans(dh_tile), PRECISION)
@@ -187,8 +190,8 @@ def chunk_bwd_kernel(
     if TILES == 1:
         dp = tl.where(rows >= token[None, :], dp, 0.0).to(qg.dtype.element_ty)
     else:
-        dp_tile = d_scores + token_at * C + (rows * (H * C) + token[None, :])
-        dp = tl.load(dp_tile, mask=rows < length, other=0.0)
+        dp_at = d_scores + token_at * C + (rows * (H * C) + token[None, :])
+        dp = tl.load(dp_at, mask=rows < length, other=0.0)
         if HAS_AUG:
             db = tl.load(d_aug_score + token_at + token * H, mask=token < length, other=0.0)
     # With one tile, these are loaded a second time rather than kept in registers over the loop.
