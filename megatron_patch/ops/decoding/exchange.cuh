@@ -2,9 +2,9 @@
 //
 // Every number carries its own flag, as in NCCL's low-latency (LL) protocol: the last bit of the
 // mantissa is the phase, which flips with every layer. A reader polls a number until its phase is
-// right, so data and flag arrive in one trip to memory. A number is never overwritten too early:
-// whatever is sent in one layer is needed, by way of other blocks, for everything sent one layer
-// later.
+// right, so data and flag arrive in one trip to memory. A number is never overwritten before
+// all blocks have read it: everything that is sent in one layer depends, through other blocks, on
+// everything that was sent in the layer before.
 
 #pragma once
 

@@ -64,8 +64,8 @@ def bytes_of(x: Tensor | None) -> int:
 
 
 def shared_bytes(blocks: int) -> int:
-    """Returns the shared memory of each of so many blocks on a multiprocessor: it has 228 KB, of
-    which the driver takes 1 KB a block."""
+    """Returns the bytes of shared memory for a block where `blocks` share a multiprocessor. It has
+    228 KB, and the driver takes 1 KB for each block."""
     return (228 // blocks - 1) * 1024
 
 
@@ -78,7 +78,8 @@ def load(
     cu_seqlens: Tensor | None,
     **macros: int,
 ) -> driver.CUfunction:
-    """Loads a kernel, `blocks` per multiprocessor, for heads of K and of V as in v [B, T, H, V]."""
+    """Loads a kernel that runs `blocks` blocks per multiprocessor, for heads with keys `k` wide and
+    values as wide as in v [B, T, H, V]."""
     memory = shared_bytes(blocks)
     return load_kernel(
         v.device, source, name, memory, BLOCKS=blocks, SHARED=memory, H=v.shape[2], K=k,

@@ -1,6 +1,6 @@
 """The fallback path: chunks whose decays are so strong that scores do not factor, token by token.
 
-As in the recurrence, only non-positive numbers are exponentiated and no sums are subtracted. In
+Only non-positive numbers are exponentiated and no sums are subtracted, as in the recurrence. In
 these chunks qg = scale q 2^G and kg = k 2^(sum of the later log decays). They serve the state only,
 with 1 in place of 2^m; `chunk_fwd_o` reads the scores from memory. The code goes through narrow
 tiles of channels, because a rare path should cost neither registers nor compile time.
