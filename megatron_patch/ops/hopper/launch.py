@@ -18,6 +18,8 @@ from megatron_patch.ops.hopper.nvrtc import (
     known_architectures,
     load_kernel,
 )
+from megatron_patch.ops.triton.config import ChunkCall
+from megatron_patch.ops.triton.launch import is_compiling
 
 CHUNK = 64  # tokens
 HOPPER = 90  # the only architecture with wgmma
@@ -69,22 +71,27 @@ def shared_bytes(blocks: int) -> int:
     return (228 // blocks - 1) * 1024
 
 
-def load(
+def run(
     source: Path,
     name: str,
     blocks: int,
-    v: Tensor,
-    k: int,
-    cu_seqlens: Tensor | None,
+    call: ChunkCall,
+    tensors: tuple[Tensor | None, ...],
+    strides: tuple[int, ...],
+    numbers: tuple[float, ...],
     **macros: int,
-) -> driver.CUfunction:
-    """Loads a kernel that runs `blocks` blocks per multiprocessor, for heads with keys `k` wide and
-    values as wide as in v [B, T, H, V]."""
+) -> None:
+    """Runs a kernel with `blocks` blocks per multiprocessor, or during a compile pass only compiles
+    it. The arguments are `launch`'s, less those that every call of the chunk kernels has."""
+    chunk_indices, cu_seqlens, *sizes = call.chunk_arguments
     memory = shared_bytes(blocks)
-    return load_kernel(
-        v.device, source, name, memory, BLOCKS=blocks, SHARED=memory, H=v.shape[2], K=k,
-        V=v.shape[3], CU_SEQLENS=bytes_of(cu_seqlens), **macros,
+    function = load_kernel(
+        call.v.device, source, name, memory, BLOCKS=blocks, SHARED=memory, H=call.heads, K=call.k,
+        V=call.width, CU_SEQLENS=bytes_of(cu_seqlens), **macros,
     )  # fmt: skip
+    if not is_compiling():
+        tensors = *tensors, chunk_indices, cu_seqlens
+        launch(function, blocks, call.grid[0], tensors, (*sizes, *strides), numbers)
 
 
 def launch(
