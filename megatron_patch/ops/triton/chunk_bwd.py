@@ -42,12 +42,14 @@ from megatron_patch.ops.triton.tiles import (
 
 
 @triton.jit
-def transposed_scores(qg_tile, kg_tile, C: tl.constexpr, PRECISION: tl.constexpr):
-    """Returns P^T as an operand. A second product is cheaper than transposing P through shared
-    memory."""
+def transposed_scores(qg, kg, offsets, mask, C: tl.constexpr, PRECISION: tl.constexpr):
+    """Returns P^T as an operand, and the tile of kg. A second product is cheaper than transposing P
+    through shared memory."""
     token = tl.arange(0, C)
+    qg_tile = tl.load(qg + offsets, mask=mask, other=0.0)
+    kg_tile = tl.load(kg + offsets, mask=mask, other=0.0)
     scores_t = matmul(kg_tile, tl.trans(qg_tile), PRECISION)
-    return tl.where(token[:, None] <= token[None, :], scores_t, 0.0).to(kg_tile.dtype)
+    return tl.where(token[:, None] <= token[None, :], scores_t, 0.0).to(kg_tile.dtype), kg_tile
 
 
 @triton.jit
@@ -93,9 +95,7 @@ def chunk_bwd_dv_kernel(
     k_columns = tl.arange(0, BK)
     mask = (rows < length) & (k_columns < K)[None, :]
     k_offsets = token_at * K + (rows * (H * K) + k_columns[None, :])
-    qg_tile = tl.load(qg + k_offsets, mask=mask, other=0.0)
-    kg_tile = tl.load(kg + k_offsets, mask=mask, other=0.0)
-    scores_t = transposed_scores(qg_tile, kg_tile, C, PRECISION)
+    scores_t, kg_tile = transposed_scores(qg, kg, k_offsets, mask, C, PRECISION)
     b = load_aug_score(aug_score, token_at, length, H, C, HAS_AUG)
 
     dp = tl.zeros([C, C], tl.float32)
@@ -161,9 +161,7 @@ def chunk_bwd_kernel(
     mask = (rows < length) & k_known[None, :]
     k_offsets = token_at * K + (rows * (H * K) + k_columns[None, :])
     if TILES == 1:
-        qg_tile = tl.load(qg + k_offsets, mask=mask, other=0.0)
-        kg_tile = tl.load(kg + k_offsets, mask=mask, other=0.0)
-        scores_t = transposed_scores(qg_tile, kg_tile, C, PRECISION)
+        scores_t, kg_tile = transposed_scores(qg, kg, k_offsets, mask, C, PRECISION)
         b = load_aug_score(aug_score, token_at, length, H, C, HAS_AUG)
         dp = tl.zeros([C, C], tl.float32)
         db = tl.zeros([C], tl.float32)
