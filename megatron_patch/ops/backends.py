@@ -38,7 +38,7 @@ CHECKED_WIDTHS = {
 
 
 class Backend(NamedTuple):
-    """Where a backend runs.
+    """A backend's module, and the GPUs, dtypes and widths that it runs for.
 
     Attributes:
         module: holds a function of the operator's name. It may hold a function
@@ -46,9 +46,9 @@ class Backend(NamedTuple):
             `None`.
         package: what must be installed beside torch; `None` for plain PyTorch, which runs on any
             device.
-        vendors: of the GPUs that it runs on.
-        dtypes: that it takes.
-        smallest, largest: compute capability of NVIDIA's GPUs; `None` for no limit. Triton's
+        vendors: the vendors of the GPUs that it runs on.
+        dtypes: the dtypes that it takes.
+        smallest, largest: the compute capabilities of NVIDIA's GPUs; `None` for no limit. Triton's
             products take bfloat16 and TensorFloat-32 operands from Ampere on.
         checked: the compute capabilities where "auto" takes it; `None` for all, where another
             project checks its kernels.

@@ -448,7 +448,7 @@ def _convolve_packed(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Convolves packed sequences; returns what `_convolve` does.
 
-    Sets W - 1 rows of state (or zeros) before each sequence, so that the kernel never reaches into
+    Puts W - 1 rows of state (or zeros) before each sequence, so that the kernel never reaches into
     the sequence before. Shapes do not depend on the values of `cu_seqlens`.
     """
     time, channels, past = x.shape[1], x.shape[2], weight.shape[-1] - 1

@@ -13,9 +13,9 @@ from functools import partial
 from importlib.util import find_spec
 
 import torch
-from timing import copy_bandwidth, graph_ms, passes
+from timing import HEADER, copy_bandwidth, run_benchmark, time_passes
 
-from megatron_patch.commands.command_line import Parser, need_gpu, run_script
+from megatron_patch.commands.command_line import run_script
 from megatron_patch.ops import short_convolution
 
 BATCH, TIME = 16, 2048
@@ -24,11 +24,11 @@ BATCH, TIME = 16, 2048
 def time_all() -> None:
     speed = copy_bandwidth()
     print(f"copy bandwidth {speed / 1e9:.2f} TB/s; times in ms, {BATCH} x {TIME} tokens")
-    print(f"{'':<36}{'forward':>9}{'floors':>8}{'fwd+bwd':>9}{'floors':>8}")
+    print(HEADER)
     backends = ["triton", "torch"] + ["causal_conv1d"] * (find_spec("causal_conv1d") is not None)
     for channels in (1024, 2048):
-        floor = 2 * 2 * BATCH * TIME * channels / speed
-        floor_both = floor + 3 * 2 * BATCH * TIME * channels / speed
+        tensor = 2 * BATCH * TIME * channels  # bytes of x or y
+        floors = 2 * tensor / speed, 5 * tensor / speed
         for time_major in (False, True):
             shape = (TIME, BATCH, channels) if time_major else (BATCH, TIME, channels)
             x = torch.randn(shape, device="cuda").bfloat16()
@@ -38,20 +38,13 @@ def time_all() -> None:
             gradient = torch.randn_like(x)
             for backend in backends:
                 operator = partial(short_convolution, *leaves, backend=backend)
-                forward, both = passes(lambda call=operator: call()[0], leaves, gradient)
-                a, b = graph_ms(forward), graph_ms(both)
                 layout = "time-major" if time_major else "batch-major"
                 name = f"d {channels}, {layout}, {backend}"
-                ratios = a / floor, b / floor_both
-                print(f"{name:<36}{a:>9.3f}{ratios[0]:>8.2f}{b:>9.3f}{ratios[1]:>8.2f}", flush=True)
-
-
-def main() -> None:
-    Parser(description=__doc__.split("\n")[0]).parse_args()
-    need_gpu()
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
-    time_all()
+                line = time_passes(name, lambda call=operator: call()[0], leaves, gradient, floors)[
+                    1
+                ]
+                print(line, flush=True)
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(partial(run_benchmark, __doc__.split("\n")[0], time_all))

@@ -102,7 +102,7 @@ def time_all(with_fla: bool) -> None:
     header = (
         f"{'':<34}{'forward':>9}{'graph':>8}{'floors':>8}{'fwd+bwd':>9}{'graph':>8}{'floors':>8}"
     )
-    print(" " * 34 + header + f"{'MiB':>7}")
+    print(header + f"{'MiB':>7}")
     for shape in SHAPES:
         batch, length, heads, k, v = shape
         print(f"{batch} x {length}, {heads} heads, K {k}, V {v}")

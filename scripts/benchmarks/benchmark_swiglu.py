@@ -12,9 +12,9 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from timing import copy_bandwidth, graph_ms, passes
+from timing import HEADER, copy_bandwidth, run_benchmark, time_passes
 
-from megatron_patch.commands.command_line import Parser, need_gpu, run_script
+from megatron_patch.commands.command_line import run_script
 from megatron_patch.ops import swiglu
 
 TOKENS = 16 * 2048
@@ -39,7 +39,7 @@ def kept_bytes(x: torch.Tensor, backend: str) -> int:
 def time_all() -> None:
     speed = copy_bandwidth()
     print(f"copy bandwidth {speed / 1e9:.2f} TB/s; times in ms, {TOKENS:,} tokens")
-    print(f"{'':<20}{'forward':>9}{'floors':>8}{'fwd+bwd':>9}{'floors':>8}{'kept MiB':>10}")
+    print(f"{HEADER}{'kept MiB':>10}")
     for width in WIDTHS:
         x = torch.randn(TOKENS, 2 * width, device="cuda").bfloat16().requires_grad_()
         d_y = torch.randn(TOKENS, width, device="cuda").bfloat16()
@@ -47,23 +47,12 @@ def time_all() -> None:
         floors = 3 * half / speed, 8 * half / speed
         found = {}
         for backend in ("triton", "torch"):
-            forward, both = passes(partial(swiglu, x, backend=backend), [x], d_y)
-            times = found[backend] = graph_ms(forward), graph_ms(both)
-            ratios = [time / floor for time, floor in zip(times, floors, strict=True)]
-            print(
-                f"{f'F {width}, {backend}':<20}{times[0]:>9.3f}{ratios[0]:>8.2f}"
-                f"{times[1]:>9.3f}{ratios[1]:>8.2f}{kept_bytes(x, backend) / 2**20:>10.0f}"
-            )
+            call = partial(swiglu, x, backend=backend)
+            found[backend], line = time_passes(f"F {width}, {backend}", call, [x], d_y, floors)
+            print(f"{line}{kept_bytes(x, backend) / 2**20:>10.0f}")
         ratios = [a / b for a, b in zip(found["torch"], found["triton"], strict=True)]
-        print(f"{'ratio':<20}{ratios[0]:>9.2f}{ratios[1]:>17.2f}", flush=True)
-
-
-def main() -> None:
-    Parser(description=__doc__.split("\n")[0]).parse_args()
-    need_gpu()
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
-    time_all()
+        print(f"{'ratio':<36}{ratios[0]:>9.2f}{ratios[1]:>17.2f}", flush=True)
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(partial(run_benchmark, __doc__.split("\n")[0], time_all))

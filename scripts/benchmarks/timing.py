@@ -6,6 +6,19 @@ from collections.abc import Callable
 
 import torch
 
+from megatron_patch.commands.command_line import Parser, need_gpu
+
+# The columns that `time_passes` fills.
+HEADER = f"{'':<36}{'forward':>9}{'floors':>8}{'fwd+bwd':>9}{'floors':>8}"
+
+
+def run_benchmark(description: str, time_all: Callable[[], None]) -> None:
+    """Runs a benchmark whose command takes no options."""
+    Parser(description=description).parse_args()
+    need_gpu()
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
+    time_all()
+
 
 def median_ms(function: Callable[[], object]) -> float:
     """Returns the median time of a call with a cold cache, in milliseconds."""
@@ -49,6 +62,22 @@ def passes(
         return torch.autograd.grad(call(), leaves, gradient)
 
     return forward, both
+
+
+def time_passes(
+    name: str,
+    call: Callable[[], torch.Tensor],
+    leaves: list[torch.Tensor],
+    gradient: torch.Tensor,
+    floors: tuple[float, float],
+) -> tuple[list[float], str]:
+    """Returns the times of a call's forward pass and of both passes as CUDA graphs, and a line of
+    the table with these times and how often they hold their floors."""
+    times = [graph_ms(function) for function in passes(call, leaves, gradient)]
+    line = f"{name:<36}"
+    for ms, floor in zip(times, floors, strict=True):
+        line += f"{ms:>9.3f}{ms / floor:>8.2f}"
+    return times, line
 
 
 def mixer_inputs(

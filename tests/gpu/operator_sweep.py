@@ -23,11 +23,11 @@ WIDTHS += [(k, k) for k in (16, 32, 40, 64, 96, 128, 256)] + [(64, 32), (128, 64
 IN_ALL_DTYPES = [(64, 128), (128, 256), (40, 80), (40, 40), (64, 64), (128, 128)]
 LENGTHS = [17, 300, 2500]
 KINDS = ("plain", "state", "packed", "strong gates", "mixed gates")
-# In a single draw of few tokens chance decides which of two forms is nearer to float64. So many
-# draws, or more where they have fewer than so many tokens together.
+# With one draw of few tokens, chance decides which of two forms is nearer to float64. So a case has
+# at least DRAWS draws, and enough of them for TOKENS tokens in all.
 DRAWS, TOKENS = 9, 800
-# The kernels' error is compared with that of chunked PyTorch, and no less than this: the roundoff
-# of float32, in which sums are.
+# The kernels' error is compared with that of chunked PyTorch, or with the roundoff of float32, in
+# which sums are computed, if that is larger.
 ROUNDOFF = 2.0**-24
 UNCHECKED = 4  # tokens at the start of a sequence that has no state before it
 
@@ -144,7 +144,7 @@ def errors_of_a_draw(case: Case, generator: torch.Generator) -> tuple[bool, list
     for name, want in wanted.items():
         results = found[name], baseline[name]
         if want.norm().item() <= 1e-5 * want.numel() ** 0.5:
-            # What is zero up to rounding has no relative error, but is finite.
+            # A result that is zero up to rounding has no relative error; it must be finite.
             errors.append([0.0 if x.isfinite().all() else math.nan for x in results])
         else:
             errors.append([relative_error(x, want) for x in results])

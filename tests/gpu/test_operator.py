@@ -20,8 +20,11 @@ PROCESSES = min(8, os.cpu_count() or 1)
 
 @pytest.fixture(scope="module")
 def measured(request) -> Callable[[Case], Errors]:
-    """Function: the errors of a case. Processes measure all cases asked for, each configuration in
-    one process that compiles it once, side by side. Under pytest-xdist its workers are these."""
+    """Function: the errors of a case.
+
+    Several processes measure all selected cases in parallel. One process takes all cases of a
+    kernel configuration, to compile it once. Under pytest-xdist, its workers do this instead.
+    """
     if "PYTEST_XDIST_WORKER" in os.environ:
         yield lambda case: measure_group([case])[0]
         return

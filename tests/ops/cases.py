@@ -9,6 +9,14 @@ import torch
 Tensors = dict[str, torch.Tensor]
 
 NAMES = ("q", "gate_logits", "v", "aug", "out_gate", "out_gate_bias", "initial_state")
+# Sets of arguments that callers leave out.
+WITHOUT = [
+    ("initial_state",),
+    ("aug",),
+    ("out_gate_bias",),
+    ("out_gate", "out_gate_bias"),
+    ("initial_state", "aug", "out_gate", "out_gate_bias"),
+]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -31,11 +39,11 @@ def make(
     Args:
         B, T, H, K, V: the sizes.
         N: how many initial states; `None` for B.
-        dtype: of all but the state, which is float32, or float64 beside float64.
+        dtype: the dtype of all but the state, which is float32, or float64 beside float64.
         gates: a factor for the gate logits.
         absent: the arguments to leave out.
-        generator: draws; `None` for one on the CPU with seed 0, so that all devices and dtypes see
-            the same numbers.
+        generator: the random numbers; `None` for one on the CPU with seed 0, so that all devices
+            and dtypes see the same numbers.
         device: where the tensors lie; `None` for DEVICE.
     """
     shapes = (

@@ -1,4 +1,4 @@
-"""Which backend serves a call, on machines and GPUs that these tests pretend."""
+"""The choice of a backend, on machines and GPUs that these tests pretend."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the public function refuses, and with which words."""
+"""The calls that the public function refuses, and its messages."""
 
 from __future__ import annotations
 

@@ -159,8 +159,8 @@ struct Consumer {
         multiply(product, s.x, IN_PROJ_ROWS);
     }
 
-    // The column of the block and the rows of the head that this thread's entries of the state
-    // have.
+    // This thread's entries of the state have one of the block's columns, and ROWS of the head's
+    // rows.
     __device__ int column() { return thread % StateLayout::ACROSS; }
     __device__ int state_row(int i) { return thread / StateLayout::ACROSS + i * StateLayout::DOWN; }
     __device__ float* state_at(int row) {
@@ -224,8 +224,8 @@ struct Consumer {
         MatVec<OutProj> product(pipeline, block.channels.count);
         // A warp normalises one head at a time; a lane has quads of its columns.
         constexpr int HEAD_QUADS = ceil_div(V / 4, 32);
-        // Where the entries that a warp multiplies are those of whole heads, it normalises just
-        // these heads, and need not wait for other warps.
+        // If the entries that a warp multiplies are those of whole heads, it normalises just these
+        // heads and need not wait for other warps.
         constexpr int WARP_CHANNELS = 4 * Quads<D>::OF_WARP;
         constexpr bool WHOLE_HEADS = WARP_CHANNELS % V == 0;
         if (!WHOLE_HEADS) consumer_barrier();  // other warps may still read x

@@ -167,8 +167,8 @@ def macros_for(
     hold weights that are loaded before their vector is there. KERNEL_SIZE is the convolution's.
     """
     blocks = max(heads, multiprocessors // LINE_NUMBERS * LINE_NUMBERS)
-    # Where a block's part of a layer about fits the pipeline, reading it even sooner with a second
-    # producer would only delay the exchange between blocks.
+    # If a block's part of a layer about fits the pipeline, a second producer has nothing to gain by
+    # reading ahead, and its reads delay the exchange between blocks.
     is_small = (4 * dim + 3 * inner) * dim * dtype.itemsize <= blocks * SMALL_LAYER
     return dict(
         LAYERS=layers, D=dim, H=heads, F=inner, KERNEL_SIZE=kernel_size, VOCABULARY=vocabulary,

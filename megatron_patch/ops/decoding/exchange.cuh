@@ -2,9 +2,9 @@
 //
 // Every number carries its own flag, as in NCCL's low-latency (LL) protocol: the last bit of the
 // mantissa is the phase, which flips with every layer. A reader polls a number until its phase is
-// right, so data and flag arrive in one trip to memory. A number is never overwritten too early:
-// whatever is sent in one layer is needed, by way of other blocks, for everything sent one layer
-// later.
+// right, so data and flag arrive in one trip to memory. A number is never overwritten before
+// all blocks have read it: everything that is sent in one layer depends, through other blocks, on
+// everything that was sent in the layer before.
 
 #pragma once
 
@@ -27,6 +27,12 @@ __device__ void send(float* exchange, int i, float x, u32 phase) {
                  : "memory");
 }
 
+__device__ u32 load_relaxed(const float* from) {
+    u32 word;
+    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(word) : "l"(from) : "memory");
+    return word;
+}
+
 // Receives COUNT numbers from the addresses at(i). All loads are issued before any is looked at.
 template <int COUNT, typename At>
 __device__ void receive(float (&x)[COUNT], u32 phase, At at) {
@@ -35,11 +41,7 @@ __device__ void receive(float (&x)[COUNT], u32 phase, At at) {
         all = true;
         u32 words[COUNT];
 #pragma unroll
-        for (int i = 0; i < COUNT; ++i)
-            asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];"
-                         : "=r"(words[i])
-                         : "l"(at(i))
-                         : "memory");
+        for (int i = 0; i < COUNT; ++i) words[i] = load_relaxed(at(i));
 #pragma unroll
         for (int i = 0; i < COUNT; ++i) {
             all &= (words[i] & 1) == phase;
@@ -53,11 +55,7 @@ __device__ void receive(float (&x)[COUNT], u32 phase, At at) {
 template <int COUNT, typename At>
 __device__ void receive(float4 (&x)[COUNT], u32 phase, At at) {
     u32 last;
-    do
-        asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];"
-                     : "=r"(last)
-                     : "l"(at(COUNT - 1))
-                     : "memory");
+    do last = load_relaxed(at(COUNT - 1));
     while (threadIdx.x % 32 == 31 && (last & 1) != phase);
     __syncwarp();
     bool all;

@@ -5,10 +5,11 @@
 #include "math.cuh"
 #include "stages.cuh"
 
-// c [16, 8] += a [16, 16] b [16, 8] by a warp. A lane has of a the columns 2 (lane % 4) and the
-// next of rows lane / 4 and 8 below, then the same from column 8 on; of b the same rows as a's
-// columns, in column lane / 4; of c columns 2 (lane % 4) and the next of row lane / 4, then of the
-// row 8 below.
+// c [16, 8] += a [16, 16] b [16, 8] by a warp. With r = lane / 4 and p = 2 (lane % 4), a lane has
+//
+//     a   columns p and p + 1 of rows r and r + 8, then columns p + 8 and p + 9 of both rows
+//     b   rows p and p + 1 of column r, then rows p + 8 and p + 9
+//     c   columns p and p + 1 of row r, then of row r + 8
 __device__ void mma_m16n8k16(float (&c)[4], const u32* a, u32 b, u32 b_from_8) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE
         ".f32 "
@@ -29,10 +30,10 @@ __device__ void ldmatrix_x4(u32* words, u32 row) {
 // the warps (split-K), so the result is a partial sum for each warp and row: sums [CONSUMERS,
 // stride].
 //
-// The weights are the left operand of mma.sync. The columns of the right operand are by turns the
-// high and the low part of the vector. In a tile of only 8 rows, rows 8 to 15 of the operand hold
-// the same rows' other 16 columns of the unit; each of two products then has one half that counts.
-// Weights are loaded into registers before the vector is there, as many as fit.
+// The weights are the left operand of mma.sync. The right operand's columns alternate between the
+// high and the low part of the vector. In a tile of only 8 rows, rows 8 to 15 of the left operand
+// hold the same rows' other 16 columns of the unit, and one half of each of the two products counts.
+// As many weights as fit are loaded into registers before the vector is there.
 template <typename R>
 struct MatVec {
     Pipeline& pipeline;

@@ -1,4 +1,4 @@
-// Where a chunk lies in its tensors, and the arithmetic of its decays.
+// The place of a chunk in its tensors, and the arithmetic of decays.
 
 #pragma once
 

@@ -56,8 +56,8 @@ struct Channels {
 };
 static_assert(CHANNELS_AT + sizeof(Channels) <= SHARED, "");
 
-// Sums over the 16 rows of each warp, of the 32 channels that a warpgroup has in a part. They
-// replace the scores once nobody reads those any more.
+// Sums over each warp's 16 rows, for the 32 channels of a warpgroup's part. They take the place of
+// the scores, which nobody reads by then.
 using WarpSums = float[4][C / 2];
 struct Sums {
     WarpSums dg[2], g[2], dg_state[PARTS][2], d_aug[PARTS][2];
@@ -104,8 +104,8 @@ __device__ void sum_rows(float (&x)[8], WarpSums& sums) {
     sums[warp][8 * n + 2 * (lane % 4) + j] = x[0];
 }
 
-// A quarter of the dot product, over 64 columns of V, of a row of h and the same row of dh: row
-// 8 warp + lane % 8, quarter lane / 8.
+// Returns a quarter of the dot product, over 64 columns of V, of a row of h with the same row of dh.
+// The thread has row 8 warp + lane % 8 and quarter lane / 8.
 __device__ float h_dot_dh(u32 h, u32 dh) {
     const u32 thread = compiler_barrier(threadIdx.x), row = thread / 32 * 8 + thread % 8,
               quarter = thread % 32 / 8;
@@ -222,12 +222,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) chunk_bwd(const Ar
     for (int tile = 0; tile < H_STAGES; ++tile) load_h_dh(tile);
     load_v_dy(1);
 
-    // Where a thread's words lie in a tile: in the warpgroup's half of the columns, and in the
+    // Addresses of a thread's words in a tile: in the warpgroup's half of the columns, and in the
     // first part of its channels.
     const u32 thread_word = swizzle(row, warpgroup * WG_COLUMNS * 2 + lane % 4 * 4),
               channel_word =
                   WG_CHANNELS < C ? thread_word : warpgroup * TILE + swizzle(row, lane % 4 * 4);
-    // Where the warpgroup's half of a tile, and its channels, begin as rows and as columns.
+    // Addresses of the warpgroup's half of a tile, and of its channels, as rows and as columns.
     const u32 wg_rows = warpgroup * WG_COLUMNS * 128, wg_columns = warpgroup * WG_COLUMNS * 2;
     const u32 channel_rows = warpgroup * WG_CHANNELS * 128,
               channel_columns = WG_CHANNELS < C ? wg_columns : warpgroup * TILE;

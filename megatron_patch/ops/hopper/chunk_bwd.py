@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from cuda.bindings import driver
 from torch import Tensor
 
 from megatron_patch.ops.hopper import launch as launcher
+from megatron_patch.ops.triton.config import ChunkCall
 
 SOURCE = Path(__file__).with_suffix(".cu")
 BLOCKS = 2  # per multiprocessor
@@ -20,21 +20,12 @@ def fits(q: Tensor, gate_logits: Tensor, v: Tensor, aug: Tensor | None, chunk: i
     return (aug is None or aug.dtype in dtypes) and launcher.fits(q, chunk, q, gate_logits, v)
 
 
-def kernel(
-    q: Tensor, v: Tensor, aug: Tensor | None, cu_seqlens: Tensor | None
-) -> driver.CUfunction:
-    """Returns the kernel compiled for such tensors."""
-    return launcher.load(
-        SOURCE, "chunk_bwd", BLOCKS, v, q.shape[3], cu_seqlens, AUG=launcher.bytes_of(aug)
-    )
-
-
-def launch(
-    function: driver.CUfunction,
-    grid: int,
-    tensors: tuple[Tensor | None, ...],
-    sizes: tuple[int, ...],
-    numbers: tuple[float, float],
-) -> None:
-    """Launches it, with a block for each chunk and head; see `megatron_patch.ops.hopper.launch`."""
-    launcher.launch(function, BLOCKS, grid, tensors, sizes, numbers)
+def chunk_bwd(call: ChunkCall, d_y, prepared, dv_results, h, dh, gradients) -> None:
+    """Does what the Triton backend's function of this name does, and needs no `dv_results`."""
+    launcher.run(
+        SOURCE, "chunk_bwd", BLOCKS, call,
+        (*call.inputs, d_y, *prepared, h, dh, *gradients),
+        (*call.q_strides, *call.gate_strides, *call.v_strides),
+        (call.scale, call.inverse_tau),
+        AUG=launcher.bytes_of(call.aug),
+    )  # fmt: skip

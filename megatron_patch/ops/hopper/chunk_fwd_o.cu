@@ -100,7 +100,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) chunk_fwd_o(const 
 #pragma unroll
     for (int stage = 0; stage < H_STAGES; ++stage) load_stage(stage);
 
-    // Where a thread's words, and a warpgroup's half as rows or as columns, lie in a tile.
+    // Addresses in a tile: of a thread's words, and of a warpgroup's half, as rows or as columns.
     const u32 thread_word = shared + swizzle(row, warpgroup * WG_COLUMNS * 2 + lane % 4 * 4);
     const u32 wg_rows = warpgroup * WG_COLUMNS * 128, wg_columns = warpgroup * WG_COLUMNS * 2;
     const int first_column = warpgroup * WG_COLUMNS + lane % 4 * 2;  // of this thread

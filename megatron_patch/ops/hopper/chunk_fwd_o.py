@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from cuda.bindings import driver
 from torch import Tensor
 
 from megatron_patch.ops.hopper import launch as launcher
+from megatron_patch.ops.triton.config import ChunkCall
 
 SOURCE = Path(__file__).with_suffix(".cu")
 LARGEST_V = 256  # of a head
@@ -30,34 +30,17 @@ def blocks_for(k: int, v: int) -> int:
     return 3 if k <= 64 and v <= 128 else 2
 
 
-def kernel(
-    q: Tensor,
-    v: Tensor,
-    aug: Tensor | None,
-    out_gate: Tensor | None,
-    bias: Tensor | None,
-    cu_seqlens: Tensor | None,
-    keep: bool,
-) -> driver.CUfunction:
-    """Returns the kernel compiled for such tensors; with `keep` it also stores what the backward
-    pass reads."""
-    k = q.shape[3]
-    return launcher.load(
-        SOURCE, "chunk_fwd_o", blocks_for(k, v.shape[3]), v, k, cu_seqlens,
-        AUG=int(aug is not None), GATE=launcher.bytes_of(out_gate), BIAS=launcher.bytes_of(bias),
-        KEEP=int(keep),
+def chunk_fwd_o(call: ChunkCall, prepared, scores, h, out, x_hat, rstd, norm_eps: float) -> None:
+    """Does what the Triton backend's function of this name does."""
+    qg, kg, _, fallback, aug_score = prepared
+    launcher.run(
+        SOURCE, "chunk_fwd_o", blocks_for(call.k, call.width), call,
+        (
+            call.v, call.out_gate, call.bias, qg, kg, fallback, scores, aug_score, h, out, x_hat,
+            rstd,
+        ),
+        (*call.v_strides, *call.out_gate_strides),
+        (norm_eps,),
+        AUG=int(call.aug is not None), GATE=launcher.bytes_of(call.out_gate),
+        BIAS=launcher.bytes_of(call.bias), KEEP=int(x_hat is not None),
     )  # fmt: skip
-
-
-def launch(
-    function: driver.CUfunction,
-    k: int,
-    grid: int,
-    tensors: tuple[Tensor | None, ...],
-    sizes: tuple[int, ...],
-    numbers: tuple[float],
-) -> None:
-    """Launches it for heads of K, with a block for each chunk and head; see
-    `megatron_patch.ops.hopper.launch`."""
-    blocks = blocks_for(k, tensors[0].shape[3])
-    launcher.launch(function, blocks, grid, tensors, sizes, numbers)

@@ -18,6 +18,8 @@ from megatron_patch.ops.hopper.nvrtc import (
     known_architectures,
     load_kernel,
 )
+from megatron_patch.ops.triton.config import ChunkCall
+from megatron_patch.ops.triton.launch import is_compiling
 
 CHUNK = 64  # tokens
 HOPPER = 90  # the only architecture with wgmma
@@ -64,26 +66,32 @@ def bytes_of(x: Tensor | None) -> int:
 
 
 def shared_bytes(blocks: int) -> int:
-    """Returns the shared memory of each of so many blocks on a multiprocessor: it has 228 KB, of
-    which the driver takes 1 KB a block."""
+    """Returns the bytes of shared memory for a block where `blocks` share a multiprocessor. It has
+    228 KB, and the driver takes 1 KB for each block."""
     return (228 // blocks - 1) * 1024
 
 
-def load(
+def run(
     source: Path,
     name: str,
     blocks: int,
-    v: Tensor,
-    k: int,
-    cu_seqlens: Tensor | None,
+    call: ChunkCall,
+    tensors: tuple[Tensor | None, ...],
+    strides: tuple[int, ...],
+    numbers: tuple[float, ...],
     **macros: int,
-) -> driver.CUfunction:
-    """Loads a kernel, `blocks` per multiprocessor, for heads of K and of V as in v [B, T, H, V]."""
+) -> None:
+    """Runs a kernel with `blocks` blocks per multiprocessor, or during a compile pass only compiles
+    it. The arguments are `launch`'s, less those that every call of the chunk kernels has."""
+    chunk_indices, cu_seqlens, *sizes = call.chunk_arguments
     memory = shared_bytes(blocks)
-    return load_kernel(
-        v.device, source, name, memory, BLOCKS=blocks, SHARED=memory, H=v.shape[2], K=k,
-        V=v.shape[3], CU_SEQLENS=bytes_of(cu_seqlens), **macros,
+    function = load_kernel(
+        call.v.device, source, name, memory, BLOCKS=blocks, SHARED=memory, H=call.heads, K=call.k,
+        V=call.width, CU_SEQLENS=bytes_of(cu_seqlens), **macros,
     )  # fmt: skip
+    if not is_compiling():
+        tensors = *tensors, chunk_indices, cu_seqlens
+        launch(function, blocks, call.grid[0], tensors, (*sizes, *strides), numbers)
 
 
 def launch(

@@ -56,29 +56,13 @@ def forward(
             # `new_output`, because gradients may take this memory.
             x_hat = call.new_output(*v.shape, dtype=call.dtype)
             rstd = call.new(*v.shape[:3])
-        in_cuda = False
+        write_output = chunk_fwd_o
         if hopper_chunks(q.dtype, q.device, call.k, call.width):
-            from megatron_patch.ops.hopper import chunk_fwd_o as cuda_output
+            from megatron_patch.ops.hopper import chunk_fwd_o as hopper
 
-            in_cuda = cuda_output.fits(call.q, call.v, call.out_gate, call.bias, call.config.chunk)
-        if in_cuda:
-            kernel = cuda_output.kernel(
-                call.q, call.v, aug, call.out_gate, call.bias, cu_seqlens, keep
-            )
-            if not is_compiling():
-                qg, kg, _, fallback, aug_score = prepared
-                chunk_indices, _, *sizes = call.chunk_arguments
-                cuda_output.launch(
-                    kernel, call.k, call.grid[0],
-                    (
-                        call.v, call.out_gate, call.bias, qg, kg, fallback, scores, aug_score,
-                        h, out, x_hat, rstd, chunk_indices, cu_seqlens,
-                    ),
-                    (*sizes, *call.v_strides, *call.out_gate_strides),
-                    (norm_eps,),
-                )  # fmt: skip
-        else:
-            chunk_fwd_o(call, prepared, scores, h, out, x_hat, rstd, norm_eps)
+            if hopper.fits(call.q, call.v, call.out_gate, call.bias, call.config.chunk):
+                write_output = hopper.chunk_fwd_o
+        write_output(call, prepared, scores, h, out, x_hat, rstd, norm_eps)
     if not output_final_state:
         final_state = q.new_empty(0, dtype=torch.float32)
     if not keep:
@@ -129,12 +113,12 @@ def backward(
         d_bias = call.new(*((*chunks, call.width) if out_gate_bias is not None else (0,)))
         chunk_bwd_o(call, x_hat, rstd, last_stride_one(d_out), d_y, d_out_gate, d_bias)
         dh, d_initial = chunk_bwd_dh(call, prepared, d_y, d_final_state)
-        in_cuda = False
+        write_gradients, one_tile = chunk_bwd, call.k <= call.config.bwd_k
         if hopper_chunks(q.dtype, q.device, call.k, call.width):
-            from megatron_patch.ops.hopper import chunk_bwd as cuda_gradients
+            from megatron_patch.ops.hopper import chunk_bwd as hopper
 
-            in_cuda = cuda_gradients.fits(*call.inputs, call.config.chunk)
-        one_tile = in_cuda or call.k <= call.config.bwd_k
+            if hopper.fits(*call.inputs, call.config.chunk):
+                write_gradients, one_tile = hopper.chunk_bwd, True
 
         def gradient_in(memory: Tensor, is_free: bool) -> Tensor:
             """Returns `memory`, if its last reader may write the gradient there, or else new."""
@@ -149,21 +133,7 @@ def backward(
         dv_results = (None, None)
         if not one_tile:
             dv_results = chunk_bwd_dv(call, d_y, prepared, d_v, dh)
-        if not in_cuda:
-            chunk_bwd(call, d_y, prepared, dv_results, h, dh, gradients)
-        else:
-            kernel = cuda_gradients.kernel(call.q, call.v, aug, cu_seqlens)
-            if not is_compiling():
-                chunk_indices, _, *sizes = call.chunk_arguments
-                cuda_gradients.launch(
-                    kernel, call.grid[0],
-                    (
-                        *call.inputs, d_y, *prepared, h, dh, *gradients,
-                        chunk_indices, cu_seqlens,
-                    ),
-                    (*sizes, *call.q_strides, *call.gate_strides, *call.v_strides),
-                    (call.scale, call.inverse_tau),
-                )  # fmt: skip
+        write_gradients(call, d_y, prepared, dv_results, h, dh, gradients)
         chunk_bwd_fallback(call, d_y, prepared, h, dh, gradients)
         if aug is not None:
             d_aug = sum_partials(d_aug, aug.dtype)

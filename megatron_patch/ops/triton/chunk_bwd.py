@@ -25,79 +25,62 @@ from megatron_patch.ops.triton.config import ChunkCall, power_of_two
 from megatron_patch.ops.triton.launch import launcher
 from megatron_patch.ops.triton.tiles import (
     chunk_and_head,
+    chunk_rows,
     convert_layout_like,
     cumsum_over_tokens,
     exp2,
     key,
+    load_aug_score,
     load_h,
+    load_v_and_dy,
     locate,
     log_decay,
     matmul,
+    offset_of,
     sigmoid,
 )
 
 
 @triton.jit
-def transposed_scores(qg_tile, kg_tile, C: tl.constexpr, PRECISION: tl.constexpr):
-    """Returns P^T as an operand. A second product is cheaper than transposing P through shared
-    memory."""
+def transposed_scores(qg, kg, offsets, mask, C: tl.constexpr, PRECISION: tl.constexpr):
+    """Returns P^T as an operand, and the tile of kg. A second product is cheaper than transposing P
+    through shared memory."""
     token = tl.arange(0, C)
+    qg_tile = tl.load(qg + offsets, mask=mask, other=0.0)
+    kg_tile = tl.load(kg + offsets, mask=mask, other=0.0)
     scores_t = matmul(kg_tile, tl.trans(qg_tile), PRECISION)
-    return tl.where(token[:, None] <= token[None, :], scores_t, 0.0).to(kg_tile.dtype)
+    return tl.where(token[:, None] <= token[None, :], scores_t, 0.0).to(kg_tile.dtype), kg_tile
 
 
 @triton.jit
-def dv_of_tile(
-    values,
-    dy,
-    dh_tile,
-    scores_t,
-    kg_tile,
-    b,
-    HAS_AUG: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Returns dv of a tile of V, and what the tile adds to db."""
+def write_dv(
+    d_v, mask, values, dy, dh_tile, scores_t, kg_tile, b,
+    HAS_AUG: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Writes dv of a tile of V to the pointers d_v. Returns what the tile adds to dP and db."""
     dv = matmul(scores_t, dy, PRECISION)
     dv += matmul(kg_tile, dh_tile, PRECISION)
     db = tl.zeros_like(b)
     if HAS_AUG:
-        values = convert_layout_like(values, dv)
-        s = sigmoid(b[:, None] * values)
+        x = convert_layout_like(values, dv)
+        s = sigmoid(b[:, None] * x)
         d_s = convert_layout_like(dy, dv) * s * (1 - s)
-        db = tl.sum(d_s * values, 1)
+        db = tl.sum(d_s * x, 1)
         dv += b[:, None] * d_s
-    return dv, db
+    tl.store(d_v, dv.to(d_v.dtype.element_ty), mask=mask)
+    return matmul(dy, tl.trans(values), PRECISION), db
 
 
 @triton.jit(do_not_specialize=["T", "chunks"])
 def chunk_bwd_dv_kernel(
-    v,
-    d_y,
-    prepared,
-    d_v,
-    d_scores,
-    d_aug_score,
-    dh,
-    chunk_indices,
-    cu_seqlens,
-    T,
-    chunks,
+    v, d_y, prepared, d_v, d_scores, d_aug_score, dh, chunk_indices, cu_seqlens, T, chunks,
     v_strides,
-    H: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    C: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    HAS_AUG: tl.constexpr,
-    PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
+    BV: tl.constexpr, HAS_AUG: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """Writes d_v, d_scores [B, T, H, C] and d_aug_score [B, T, H], except in fallback chunks.
     d_aug_score may share memory with aug_score. Grid: (chunks * H,)."""
     qg, kg, _, fallback, aug_score = prepared
-    v_b, v_t, v_h = v_strides
     chunk, head = chunk_and_head(H)
     sequence, _, batch, first, end = locate(chunk, chunks, chunk_indices, cu_seqlens, T, C)
     if sequence < 0:
@@ -105,35 +88,27 @@ def chunk_bwd_dv_kernel(
     chunk_at = chunk.to(tl.int64) * H + head
     if tl.load(fallback + chunk_at) != 0:
         return
-    length = tl.minimum(end - first, C).to(tl.int32)
-    token_at = (batch * T + first) * H + head
-    token = tl.arange(0, C)
-    rows = token[:, None]
-    v += batch * v_b + head * v_h + first * v_t
+    length, token_at, token, rows = chunk_rows(batch, first, end, head, T, H, C)
+    v += offset_of(batch, first, head, v_strides)
     d_y += token_at * V
     d_v += token_at * V
     k_columns = tl.arange(0, BK)
     mask = (rows < length) & (k_columns < K)[None, :]
     k_offsets = token_at * K + (rows * (H * K) + k_columns[None, :])
-    qg_tile = tl.load(qg + k_offsets, mask=mask, other=0.0)
-    kg_tile = tl.load(kg + k_offsets, mask=mask, other=0.0)
-    scores_t = transposed_scores(qg_tile, kg_tile, C, PRECISION)
-    b = tl.zeros([C], tl.float32)
-    if HAS_AUG:
-        b = tl.load(aug_score + token_at + token * H, mask=token < length, other=0.0)
+    scores_t, kg_tile = transposed_scores(qg, kg, k_offsets, mask, C, PRECISION)
+    b = load_aug_score(aug_score, token_at, length, H, C, HAS_AUG)
 
     dp = tl.zeros([C, C], tl.float32)
     db = tl.zeros([C], tl.float32)
     for v_tile in tl.range(0, (V + BV - 1) // BV, num_stages=STAGES):
-        v_columns = v_tile * BV + tl.arange(0, BV)
-        v_mask = (rows < length) & (v_columns < V)[None, :]
-        values = tl.load(v + (rows * v_t + v_columns[None, :]), mask=v_mask, other=0.0)
-        offsets = rows * (H * V) + v_columns[None, :]
-        dy = tl.load(d_y + offsets, mask=v_mask, other=0.0)
+        values, dy, v_columns, offsets, v_mask = load_v_and_dy(
+            v, d_y, v_tile, length, v_strides[1], H, V, C, BV
+        )
         dh_tile = load_h(dh, chunk_at, k_columns, v_columns, K, V)
-        dv, db_tile = dv_of_tile(values, dy, dh_tile, scores_t, kg_tile, b, HAS_AUG, PRECISION)
-        tl.store(d_v + offsets, dv.to(d_v.dtype.element_ty), mask=v_mask)
-        dp += matmul(dy, tl.trans(values), PRECISION)
+        dp_tile, db_tile = write_dv(
+            d_v + offsets, v_mask, values, dy, dh_tile, scores_t, kg_tile, b, HAS_AUG, PRECISION
+        )
+        dp += dp_tile
         db += db_tile
 
     dp = tl.where(rows >= token[None, :], dp, 0.0).to(d_scores.dtype.element_ty)
@@ -144,31 +119,11 @@ def chunk_bwd_dv_kernel(
 
 @triton.jit(do_not_specialize=["T", "chunks"])
 def chunk_bwd_kernel(
-    inputs,
-    d_y,
-    prepared,
-    dv_results,
-    h,
-    dh,
-    gradients,
-    chunk_indices,
-    cu_seqlens,
-    T,
-    chunks,
-    scale,
-    inverse_tau,
-    q_strides,
-    gate_strides,
-    v_strides,
-    H: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    C: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    inputs, d_y, prepared, dv_results, h, dh, gradients, chunk_indices, cu_seqlens, T, chunks,
+    scale, inverse_tau, q_strides, gate_strides, v_strides,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
+    BV: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """Writes all gradients, except in fallback chunks. Grid: (chunks * H * tiles of K,).
 
     inputs: (q, gate logits, v, aug or `None`).
@@ -186,9 +141,6 @@ def chunk_bwd_kernel(
     qg, kg, g_last, fallback, aug_score = prepared
     d_scores, d_aug_score = dv_results
     d_q, d_gates, d_v, d_aug = gradients
-    q_b, q_t, q_h = q_strides
-    gate_b, gate_t, gate_h = gate_strides
-    v_b, v_t, v_h = v_strides
     HAS_AUG: tl.constexpr = aug is not None
     TILES: tl.constexpr = (K + BK - 1) // BK
     chunk, head = chunk_and_head(H, TILES)
@@ -202,22 +154,15 @@ def chunk_bwd_kernel(
         return
     if tl.load(fallback + chunk_at) != 0:
         return
-    length = tl.minimum(end - first, C).to(tl.int32)
-    token_at = (batch * T + first) * H + head
-    token = tl.arange(0, C)
-    rows = token[:, None]
-    v += batch * v_b + head * v_h + first * v_t
+    length, token_at, token, rows = chunk_rows(batch, first, end, head, T, H, C)
+    v += offset_of(batch, first, head, v_strides)
     d_y += token_at * V
     d_v += token_at * V
     mask = (rows < length) & k_known[None, :]
     k_offsets = token_at * K + (rows * (H * K) + k_columns[None, :])
     if TILES == 1:
-        qg_tile = tl.load(qg + k_offsets, mask=mask, other=0.0)
-        kg_tile = tl.load(kg + k_offsets, mask=mask, other=0.0)
-        scores_t = transposed_scores(qg_tile, kg_tile, C, PRECISION)
-        b = tl.zeros([C], tl.float32)
-        if HAS_AUG:
-            b = tl.load(aug_score + token_at + token * H, mask=token < length, other=0.0)
+        scores_t, kg_tile = transposed_scores(qg, kg, k_offsets, mask, C, PRECISION)
+        b = load_aug_score(aug_score, token_at, length, H, C, HAS_AUG)
         dp = tl.zeros([C, C], tl.float32)
         db = tl.zeros([C], tl.float32)
 
@@ -225,17 +170,16 @@ def chunk_bwd_kernel(
     d_kg = tl.zeros([C, BK], tl.float32)
     edge = tl.zeros([BK], tl.float32)
     for v_tile in tl.range(0, (V + BV - 1) // BV, num_stages=STAGES):
-        v_columns = v_tile * BV + tl.arange(0, BV)
-        v_mask = (rows < length) & (v_columns < V)[None, :]
-        values = tl.load(v + (rows * v_t + v_columns[None, :]), mask=v_mask, other=0.0)
-        offsets = rows * (H * V) + v_columns[None, :]
-        dy = tl.load(d_y + offsets, mask=v_mask, other=0.0)
+        values, dy, v_columns, offsets, v_mask = load_v_and_dy(
+            v, d_y, v_tile, length, v_strides[1], H, V, C, BV
+        )
         h_tile = load_h(h, chunk_at, k_columns, v_columns, K, V)
         dh_tile = load_h(dh, chunk_at, k_columns, v_columns, K, V)
         if TILES == 1:
-            dv, db_tile = dv_of_tile(values, dy, dh_tile, scores_t, kg_tile, b, HAS_AUG, PRECISION)
-            tl.store(d_v + offsets, dv.to(d_v.dtype.element_ty), mask=v_mask)
-            dp += matmul(dy, tl.trans(values), PRECISION)
+            dp_tile, db_tile = write_dv(
+                d_v + offsets, v_mask, values, dy, dh_tile, scores_t, kg_tile, b, HAS_AUG, PRECISION
+            )
+            dp += dp_tile
             db += db_tile
         d_qg += matmul(dy, tl.trans(h_tile), PRECISION)
         d_kg += matmul(values, tl.trans(dh_tile), PRECISION)
@@ -244,8 +188,8 @@ def chunk_bwd_kernel(
     if TILES == 1:
         dp = tl.where(rows >= token[None, :], dp, 0.0).to(qg.dtype.element_ty)
     else:
-        dp_tile = d_scores + token_at * C + (rows * (H * C) + token[None, :])
-        dp = tl.load(dp_tile, mask=rows < length, other=0.0)
+        dp_at = d_scores + token_at * C + (rows * (H * C) + token[None, :])
+        dp = tl.load(dp_at, mask=rows < length, other=0.0)
         if HAS_AUG:
             db = tl.load(d_aug_score + token_at + token * H, mask=token < length, other=0.0)
     # With one tile, these are loaded a second time rather than kept in registers over the loop.
@@ -263,10 +207,8 @@ def chunk_bwd_kernel(
     dg = cumsum_over_tokens(d_cumsum, C, True, PRECISION)
     dg += edge[None, :]
 
-    gate_tile = (
-        gates + batch * gate_b + head * gate_h + first * gate_t
-        + (rows * gate_t + k_columns[None, :])
-    )  # fmt: skip
+    gates += offset_of(batch, first, head, gate_strides)
+    gate_tile = gates + (rows * gate_strides[1] + k_columns[None, :])
     logits = convert_layout_like(tl.load(gate_tile, mask=mask, other=0.0), dk)
     total = tl.load(g_last + chunk_at * K + k_columns, mask=k_known, other=0.0)
     g = tl.where(rows < length, log_decay(logits, inverse_tau, PRECISION), 0.0)
@@ -276,11 +218,8 @@ def chunk_bwd_kernel(
     dk *= exp2(-since, PRECISION)
     k = key(g, PRECISION)
     if HAS_AUG:
-        raw_q = tl.load(
-            q + batch * q_b + head * q_h + first * q_t + (rows * q_t + k_columns[None, :]),
-            mask=mask,
-            other=0.0,
-        )
+        q += offset_of(batch, first, head, q_strides)
+        raw_q = tl.load(q + (rows * q_strides[1] + k_columns[None, :]), mask=mask, other=0.0)
         raw_q = convert_layout_like(raw_q, dk)
         aug_weight = tl.load(aug + head * K + k_columns, mask=k_known, other=0.0)
         aug_weight = aug_weight.to(tl.float32)[None, :]

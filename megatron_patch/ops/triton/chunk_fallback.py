@@ -1,6 +1,6 @@
 """The fallback path: chunks whose decays are so strong that scores do not factor, token by token.
 
-As in the recurrence, only non-positive numbers are exponentiated and no sums are subtracted. In
+Only non-positive numbers are exponentiated and no sums are subtracted, as in the recurrence. In
 these chunks qg = scale q 2^G and kg = k 2^(sum of the later log decays). They serve the state only,
 with 1 in place of 2^m; `chunk_fwd_o` reads the scores from memory. The code goes through narrow
 tiles of channels, because a rare path should cost neither registers nor compile time.
@@ -13,10 +13,13 @@ from megatron_patch.ops.triton.config import ChunkCall, power_of_two
 from megatron_patch.ops.triton.launch import launcher
 from megatron_patch.ops.triton.tiles import (
     key,
+    load_aug_score,
     load_h,
     load_log_decay,
+    load_v_and_dy,
     locate,
     matmul,
+    offset_of,
     sigmoid,
 )
 
@@ -34,20 +37,9 @@ def decay_to_end(gates, gate_t, rows, length, k_mask, inverse_tau, PRECISION: tl
 
 @triton.jit
 def fallback_factors(
-    q,
-    gates,
-    qg,
-    kg,
-    length,
-    scale,
-    inverse_tau,
-    q_t,
-    gate_t,
-    H: tl.constexpr,
-    K: tl.constexpr,
-    C: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    q, gates, qg, kg, length, scale, inverse_tau, q_t, gate_t,
+    H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """Writes qg and kg. All pointers are to the chunk's first row."""
     rows = tl.arange(0, C)[:, None]
     for k_tile in range(0, (K + NARROW - 1) // NARROW):
@@ -67,17 +59,9 @@ def fallback_factors(
 
 @triton.jit
 def fallback_scores(
-    q,
-    gates,
-    length,
-    scale,
-    inverse_tau,
-    q_t,
-    gate_t,
-    K: tl.constexpr,
-    C: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    q, gates, length, scale, inverse_tau, q_t, gate_t,
+    K: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """Returns the scores [C, C] in float32, zero above the diagonal. Pointers are to the chunk's
     first row."""
     token = tl.arange(0, C)
@@ -102,29 +86,11 @@ def fallback_scores(
 
 @triton.jit
 def fallback_chunk(
-    inputs,
-    d_y,
-    prepared,
-    d_scores,
-    h,
-    dh,
-    gradients,
-    length,
-    head,
-    chunk_at,
-    token_at,
-    scale,
-    inverse_tau,
-    q_t,
-    gate_t,
-    v_t,
-    H: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    C: tl.constexpr,
-    BV: tl.constexpr,
+    inputs, d_y, prepared, d_scores, h, dh, gradients, length, head, chunk_at, token_at, scale,
+    inverse_tau, q_t, gate_t, v_t,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     """Computes all gradients of one chunk and head. q, gates and v point to its first row; d_scores
     [C, C] is scratch memory."""
     q, gates, v, aug = inputs
@@ -134,16 +100,12 @@ def fallback_chunk(
     rows = token[:, None]
     d_y += token_at * V
     d_v += token_at * V
-    if aug is not None:
-        b = tl.load(aug_score + token_at + token * H, mask=token < length, other=0.0)
+    b = load_aug_score(aug_score, token_at, length, H, C, aug is not None)
 
     dp = tl.zeros([C, C], tl.float32)
     db = tl.zeros([C], tl.float32)
     for v_tile in range(0, (V + BV - 1) // BV):
-        v_columns = v_tile * BV + tl.arange(0, BV)
-        v_mask = (rows < length) & (v_columns < V)[None, :]
-        values = tl.load(v + (rows * v_t + v_columns[None, :]), mask=v_mask, other=0.0)
-        dy = tl.load(d_y + (rows * (H * V) + v_columns[None, :]), mask=v_mask, other=0.0)
+        values, dy = load_v_and_dy(v, d_y, v_tile, length, v_t, H, V, C, BV)[:2]
         dp += matmul(dy, tl.trans(values), PRECISION)
         if aug is not None:
             values = values.to(tl.float32)
@@ -162,10 +124,7 @@ def fallback_chunk(
         d_kg = tl.zeros([C, NARROW], tl.float32)
         dg = tl.zeros([NARROW], tl.float32)
         for v_tile in range(0, (V + BV - 1) // BV):
-            v_columns = v_tile * BV + tl.arange(0, BV)
-            v_mask = (rows < length) & (v_columns < V)[None, :]
-            values = tl.load(v + (rows * v_t + v_columns[None, :]), mask=v_mask, other=0.0)
-            dy = tl.load(d_y + (rows * (H * V) + v_columns[None, :]), mask=v_mask, other=0.0)
+            values, dy, v_columns = load_v_and_dy(v, d_y, v_tile, length, v_t, H, V, C, BV)[:3]
             h_tile = load_h(h, chunk_at, columns, v_columns, K, V)
             dh_tile = load_h(dh, chunk_at, columns, v_columns, K, V)
             d_qg += matmul(dy, tl.trans(h_tile), PRECISION)
@@ -243,39 +202,17 @@ def fallback_chunk(
 
 @triton.jit(do_not_specialize=["T", "chunks", "count"])
 def chunk_bwd_fallback_kernel(
-    inputs,
-    d_y,
-    prepared,
-    d_scores,
-    h,
-    dh,
-    gradients,
-    chunk_indices,
-    cu_seqlens,
-    T,
-    chunks,
-    count,
-    scale,
-    inverse_tau,
-    q_strides,
-    gate_strides,
-    v_strides,
-    H: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    C: tl.constexpr,
-    BV: tl.constexpr,
+    inputs, d_y, prepared, d_scores, h, dh, gradients, chunk_indices, cu_seqlens, T, chunks, count,
+    scale, inverse_tau, q_strides, gate_strides, v_strides,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     """Computes the gradients of the fallback chunks among `count` chunks and heads.
 
     These are rare, so the grid is any number of programs that stride over all of them, each with
     its own scratch memory d_scores [C, C]. Tuples are those of `chunk_bwd_kernel`.
     """
     q, gates, v, aug = inputs
-    q_b, q_t, q_h = q_strides
-    gate_b, gate_t, gate_h = gate_strides
-    v_b, v_t, v_h = v_strides
     fallback = prepared[3]
     program, programs = tl.program_id(0), tl.num_programs(0)
     for step in range(0, tl.cdiv(count - program, programs)):
@@ -289,15 +226,15 @@ def chunk_bwd_fallback_kernel(
         if is_fallback != 0:
             fallback_chunk(
                 (
-                    q + batch * q_b + head * q_h + first * q_t,
-                    gates + batch * gate_b + head * gate_h + first * gate_t,
-                    v + batch * v_b + head * v_h + first * v_t,
+                    q + offset_of(batch, first, head, q_strides),
+                    gates + offset_of(batch, first, head, gate_strides),
+                    v + offset_of(batch, first, head, v_strides),
                     aug,
                 ),
                 d_y, prepared, d_scores + program * (C * C), h, dh, gradients,
                 tl.minimum(end - first, C).to(tl.int32), head, chunk_at,
                 (batch * T + first) * H + head, scale, inverse_tau,
-                q_t, gate_t, v_t, H, K, V, C, BV, PRECISION,
+                q_strides[1], gate_strides[1], v_strides[1], H, K, V, C, BV, PRECISION,
             )  # fmt: skip
             tl.debug_barrier()  # before the next chunk's d_scores
 

@@ -17,31 +17,11 @@ from megatron_patch.ops.triton.tiles import chunk_and_head, exp2, locate, matmul
 
 @triton.jit(do_not_specialize=["T", "segments", "chunks"])
 def chunk_h_kernel(
-    x,
-    y,
-    g_last,
-    fallback,
-    h,
-    h0,
-    ht,
-    g_segment,
-    segment_indices,
-    chunk_offsets,
-    cu_seqlens,
-    T,
-    segments,
-    chunks,
-    y_strides,
-    H: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    C: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    SEGMENT: tl.constexpr,
-    REVERSE: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    x, y, g_last, fallback, h, h0, ht, g_segment, segment_indices, chunk_offsets, cu_seqlens, T,
+    segments, chunks, y_strides,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
+    BV: tl.constexpr, SEGMENT: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """Walks the chunks of each segment. Grid: (segments * H, K tiles * V tiles).
 
     Forward:  S  = 2^g_last S  + 2^m sum of kg_t v_t^T,  with x = kg, y = v.
@@ -123,19 +103,10 @@ def chunk_h_kernel(
 
 @triton.jit(do_not_specialize=["segments"])
 def segment_scan_kernel(
-    h,
-    g_segment,
-    h0,
-    ht,
-    segment_offsets,
-    segments,
-    H: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
+    h, g_segment, h0, ht, segment_offsets, segments,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     REVERSE: tl.constexpr,
-):
+):  # fmt: skip
     """Turns each segment's own sum into the state that enters it, in place, and writes the state
     after the last segment of each sequence. Grid: (sequences * H, K tiles * V tiles).
 

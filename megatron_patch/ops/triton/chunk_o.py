@@ -11,65 +11,44 @@ from megatron_patch.ops.triton.config import ChunkCall
 from megatron_patch.ops.triton.launch import launcher
 from megatron_patch.ops.triton.tiles import (
     chunk_and_head,
+    chunk_rows,
     convert_layout_like,
+    load_aug_score,
     load_h,
     locate,
     matmul,
+    offset_of,
     sigmoid,
 )
 
 
 @triton.jit(do_not_specialize=["T", "chunks"])
 def chunk_fwd_o_kernel(
-    v,
-    out_gate,
-    bias,
-    prepared,
-    scores,
-    h,
-    out,
-    x_hat,
-    rstd,
-    chunk_indices,
-    cu_seqlens,
-    T,
-    chunks,
-    norm_eps,
-    v_strides,
-    gate_strides,
-    H: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    C: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    HAS_AUG: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    v, out_gate, bias, prepared, scores, h, out, x_hat, rstd, chunk_indices, cu_seqlens, T, chunks,
+    norm_eps, v_strides, gate_strides,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
+    BV: tl.constexpr, HAS_AUG: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """out = silu(out_gate + bias) * LayerNorm(y). Grid: (chunks * H,).
 
     out_gate and bias may be `None`. For the backward pass it also writes x_hat [B, T, H, V], the
     normalised y, and rstd [B, T, H] float32, 1 / its standard deviation; `None` without one.
     """
     qg, kg, _, fallback, aug_score = prepared
-    v_b, v_t, v_h = v_strides
     chunk, head = chunk_and_head(H)
     sequence, _, batch, first, end = locate(chunk, chunks, chunk_indices, cu_seqlens, T, C)
     if sequence < 0:
         return
-    length = tl.minimum(end - first, C).to(tl.int32)
+    length, token_at, token, rows = chunk_rows(batch, first, end, head, T, H, C)
     chunk_at = chunk.to(tl.int64) * H + head
-    token_at = (batch * T + first) * H + head
-    v += batch * v_b + head * v_h + first * v_t
-    token = tl.arange(0, C)
-    rows = token[:, None]
+    v += offset_of(batch, first, head, v_strides)
     columns = tl.arange(0, BV)
     v_mask = (columns < V)[None, :]
     mask = (rows < length) & v_mask
     tile = token_at * K + rows * (H * K)
     is_fallback = tl.load(fallback + chunk_at) != 0
-    if HAS_AUG:  # loaded early; behind the products, the program would wait for it
-        b = tl.load(aug_score + token_at + token * H, mask=token < length, other=0.0)
+    # Loaded early: behind the products, the program would wait for it.
+    b = load_aug_score(aug_score, token_at, length, H, C, HAS_AUG)
     if is_fallback:
         weights = tl.load(
             scores + token_at * C + rows * (H * C) + token[None, :], mask=rows < length, other=0.0
@@ -90,7 +69,7 @@ def chunk_fwd_o_kernel(
         qg_tile = tl.load(qg + tile + k_columns[None, :], mask=k_mask, other=0.0)
         h_tile = load_h(h, chunk_at, k_columns, columns, K, V)
         y += matmul(qg_tile, h_tile, PRECISION)
-    v_tile = tl.load(v + rows * v_t + columns[None, :], mask=mask, other=0.0)
+    v_tile = tl.load(v + rows * v_strides[1] + columns[None, :], mask=mask, other=0.0)
     y += matmul(weights, v_tile, PRECISION)
     if HAS_AUG:
         y += sigmoid(b[:, None] * convert_layout_like(v_tile, y))
@@ -105,8 +84,8 @@ def chunk_fwd_o_kernel(
         tl.store(x_hat + offsets, result.to(x_hat.dtype.element_ty), mask=mask)
         tl.store(rstd + token_at + token * H, rstd_tile, mask=token < length)
     if out_gate is not None:
-        z_b, z_t, z_h = gate_strides
-        z_tile = out_gate + batch * z_b + head * z_h + first * z_t + (rows * z_t + columns[None, :])
+        out_gate += offset_of(batch, first, head, gate_strides)
+        z_tile = out_gate + (rows * gate_strides[1] + columns[None, :])
         z = convert_layout_like(tl.load(z_tile, mask=mask, other=0.0), result)
         if bias is not None:
             bias_tile = tl.load(bias + head * V + columns, mask=columns < V, other=0.0)
@@ -117,32 +96,15 @@ def chunk_fwd_o_kernel(
 
 @triton.jit(do_not_specialize=["T", "chunks"])
 def chunk_bwd_o_kernel(
-    x_hat,
-    rstd,
-    out_gate,
-    bias,
-    d_out,
-    d_y,
-    d_out_gate,
-    d_bias,
-    chunk_indices,
-    cu_seqlens,
-    T,
-    chunks,
-    gate_strides,
-    d_out_strides,
-    H: tl.constexpr,
-    V: tl.constexpr,
-    C: tl.constexpr,
-    ROWS: tl.constexpr,
-    BV: tl.constexpr,
-):
+    x_hat, rstd, out_gate, bias, d_out, d_y, d_out_gate, d_bias, chunk_indices, cu_seqlens, T,
+    chunks, gate_strides, d_out_strides,
+    H: tl.constexpr, V: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
     """Turns the gradient of `out` into d_y, d_out_gate, and each chunk's partial sum of the bias's
     gradient, d_bias [chunks, H, V] float32. d_y may be `x_hat`. Grid: (chunks * H,).
 
     The kernel is bound by memory. Tiles of ROWS tokens keep many loads in flight.
     """
-    d_out_b, d_out_t, d_out_h = d_out_strides
     chunk, head = chunk_and_head(H)
     sequence, _, batch, first, end = locate(chunk, chunks, chunk_indices, cu_seqlens, T, C)
     columns = tl.arange(0, BV)
@@ -154,10 +116,9 @@ def chunk_bwd_o_kernel(
         return
     length = tl.minimum(end - first, C).to(tl.int32)
     token_at = (batch * T + first) * H + head
-    d_out += batch * d_out_b + head * d_out_h + first * d_out_t
+    d_out += offset_of(batch, first, head, d_out_strides)
     if out_gate is not None:
-        z_b, z_t, z_h = gate_strides
-        out_gate += batch * z_b + head * z_h + first * z_t
+        out_gate += offset_of(batch, first, head, gate_strides)
         bias_tile = tl.zeros([BV], tl.float32)
         if bias is not None:
             bias_tile += tl.load(bias + head * V + columns, mask=v_mask, other=0.0).to(tl.float32)
@@ -167,12 +128,13 @@ def chunk_bwd_o_kernel(
         rows = token[:, None]
         mask = (rows < length) & v_mask[None, :]
         offsets = token_at * V + (rows * (H * V) + columns[None, :])
-        d_x = tl.load(d_out + (rows * d_out_t + columns[None, :]), mask=mask, other=0.0)
+        d_x = tl.load(d_out + (rows * d_out_strides[1] + columns[None, :]), mask=mask, other=0.0)
         d_x = d_x.to(tl.float32)
         x_hat_tile = tl.load(x_hat + offsets, mask=mask, other=0.0).to(tl.float32)
         rstd_tile = tl.load(rstd + token_at + token * H, mask=token < length, other=0.0)
         if out_gate is not None:
-            z = tl.load(out_gate + (rows * z_t + columns[None, :]), mask=mask, other=0.0)
+            z_tile = out_gate + (rows * gate_strides[1] + columns[None, :])
+            z = tl.load(z_tile, mask=mask, other=0.0)
             z = z.to(tl.float32) + bias_tile[None, :]
             s = sigmoid(z)
             d_z = d_x * x_hat_tile * (s + z * s * (1 - s))

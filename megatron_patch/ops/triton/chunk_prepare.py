@@ -30,6 +30,7 @@ from megatron_patch.ops.triton.tiles import (
     key,
     locate,
     log_decay,
+    offset_of,
     reciprocal,
     to_float32,
 )
@@ -53,26 +54,11 @@ class Prepared(NamedTuple):
 
 @triton.jit(do_not_specialize=["T", "chunks"])
 def chunk_prepare_kernel(
-    q,
-    gates,
-    aug,
-    prepared,
-    scores,
-    chunk_indices,
-    cu_seqlens,
-    T,
-    chunks,
-    scale,
-    inverse_tau,
-    q_strides,
-    gate_strides,
-    H: tl.constexpr,
-    K: tl.constexpr,
-    C: tl.constexpr,
-    BK: tl.constexpr,
-    RUN: tl.constexpr,
+    q, gates, aug, prepared, scores, chunk_indices, cu_seqlens, T, chunks, scale, inverse_tau,
+    q_strides, gate_strides,
+    H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, RUN: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     """Writes `prepared`, and scores [B, T, H, C] in fallback chunks only. Grid: (chunks * H,).
 
     Tiles are [C / RUN, RUN, BK]. Triton assigns the last and then the first dimension to threads,
@@ -80,8 +66,6 @@ def chunk_prepare_kernel(
     sums and products along a run need no exchange between threads.
     """
     qg, kg, g_last, fallback, aug_score = prepared
-    q_b, q_t, q_h = q_strides
-    gate_b, gate_t, gate_h = gate_strides
     chunk, head = chunk_and_head(H)
     sequence, _, batch, first, end = locate(chunk, chunks, chunk_indices, cu_seqlens, T, C)
     if sequence < 0:
@@ -92,8 +76,9 @@ def chunk_prepare_kernel(
     rows = token[:, :, None]
     columns = tl.arange(0, BK)
     mask = (rows < length) & (columns < K)[None, None, :]
-    q += batch * q_b + head * q_h + first * q_t
-    gates += batch * gate_b + head * gate_h + first * gate_t
+    q_t, gate_t = q_strides[1], gate_strides[1]
+    q += offset_of(batch, first, head, q_strides)
+    gates += offset_of(batch, first, head, gate_strides)
     raw_q = tl.load(q + (rows * q_t + columns[None, None, :]), mask=mask, other=0.0)
     # Infinite logits mean no decay. The lower bound is applied once, to the chunk's total.
     logits = tl.load(

@@ -23,11 +23,11 @@ class Configuration(NamedTuple):
 
     chunk: tokens per chunk.
     segment: tokens per program of the inter-chunk scan.
-    precision: of matrix products, for `tiles.matmul`.
-    full_precision: of the products in `chunk_h` and `chunk_bwd_dv`. In float32 their plain float32
+    precision: the precision of matrix products, for `tiles.matmul`.
+    full_precision: the precision in `chunk_h` and `chunk_bwd_dv`. In float32 their plain float32
         products are as fast as three TensorFloat-32 ones, whose sums the hardware truncates.
-    prepare_*, h_*, o_*, bwd_o_*, dv_*, bwd_*: of the kernels in chunk_prepare.py, chunk_h.py,
-        chunk_o.py and chunk_bwd.py; `_k` and `_v` are the tiles BK and BV.
+    prepare_*, h_*, o_*, bwd_o_*, dv_*, bwd_*: for the kernels in chunk_prepare.py, chunk_h.py,
+        chunk_o.py and chunk_bwd.py; `_k` and `_v` are the tile sizes BK and BV.
     """
 
     chunk: int

@@ -34,6 +34,20 @@ FORWARD_ROWS, BACKWARD_ROWS = 8, 4  # rows loaded at once, as many as fit in reg
 
 
 @triton.jit
+def channels_and_runs(
+    T, sequences, D: tl.constexpr, RUN: tl.constexpr, BD: tl.constexpr, IS_VARLEN: tl.constexpr
+):
+    """Returns this program's channels, which of them exist, and the number of runs of a sequence
+    and of all; packed sequences count as one."""
+    columns = tl.program_id(1) * BD + tl.arange(0, BD)
+    runs = tl.cdiv(T, RUN)
+    all_runs = runs
+    if not IS_VARLEN:
+        all_runs = runs * sequences
+    return columns, columns < D, runs, all_runs
+
+
+@triton.jit
 def bounds_of(n, cu_seqlens, T):
     """Returns the first token of sequence n and the end of its last."""
     start = 0
@@ -152,12 +166,7 @@ def convolution_fwd_kernel(
     x_b, x_t = x_strides
     y_b, y_t = y_strides
     program = tl.program_id(0)
-    columns = tl.program_id(1) * BD + tl.arange(0, BD)
-    inside = columns < D
-    runs = tl.cdiv(T, RUN)
-    all_runs = runs
-    if not IS_VARLEN:
-        all_runs = runs * sequences
+    columns, inside, runs, all_runs = channels_and_runs(T, sequences, D, RUN, BD, IS_VARLEN)
 
     if program >= all_runs:
         n = (program - all_runs).to(tl.int64)
@@ -243,12 +252,7 @@ def convolution_bwd_kernel(
     d_y_b, d_y_t = d_y_strides
     d_x_b, d_x_t = d_x_strides
     program = tl.program_id(0)
-    columns = tl.program_id(1) * BD + tl.arange(0, BD)
-    inside = columns < D
-    runs = tl.cdiv(T, RUN)
-    all_runs = runs
-    if not IS_VARLEN:
-        all_runs = runs * sequences
+    columns, inside, runs, all_runs = channels_and_runs(T, sequences, D, RUN, BD, IS_VARLEN)
     weights = load_weights(weight, columns, D, W)
 
     if program >= all_runs:

@@ -20,29 +20,11 @@ TILE = 8192  # entries of the state that a program holds in registers at a time
 
 @triton.jit
 def attention_step_kernel(
-    q,
-    gates,
-    v,
-    aug,
-    out_gate,
-    bias,
-    state,
-    new_state,
-    out,
-    scale,
-    inverse_tau,
-    norm_eps,
-    q_strides,
-    gate_strides,
-    v_strides,
-    out_gate_strides,
-    H: tl.constexpr,
-    K: tl.constexpr,
-    V: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
+    q, gates, v, aug, out_gate, bias, state, new_state, out, scale, inverse_tau, norm_eps,
+    q_strides, gate_strides, v_strides, out_gate_strides,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     """Computes one token of one head. The state [K, V] passes through in tiles, read once and
     written once; `new_state` may be `state`. Strides are those of (batch, head). Grid: (B * H,)."""
     q_b, q_h = q_strides
@@ -94,17 +76,9 @@ def attention_step_kernel(
 
 @triton.jit
 def convolution_step_kernel(
-    x,
-    weight,
-    state,
-    new_state,
-    y,
-    x_b,
-    D: tl.constexpr,
-    W: tl.constexpr,
-    BD: tl.constexpr,
-    SILU: tl.constexpr,
-):
+    x, weight, state, new_state, y, x_b,
+    D: tl.constexpr, W: tl.constexpr, BD: tl.constexpr, SILU: tl.constexpr,
+):  # fmt: skip
     """Computes one token of BD channels, and shifts x into the state [B, D, W - 1], oldest first.
     `state` may be `None` for zeros. Grid: (B, blocks of channels)."""
     batch = tl.program_id(0).to(tl.int64)

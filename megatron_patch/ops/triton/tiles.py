@@ -124,6 +124,22 @@ def locate(chunk, chunks, chunk_indices, cu_seqlens, T, SIZE: tl.constexpr):
 
 
 @triton.jit
+def chunk_rows(batch, first, end, head, T, H: tl.constexpr, C: tl.constexpr):
+    """Returns a chunk's number of tokens, its first token's row in tensors [B, T, H, ...], and the
+    indices 0 .. C - 1 of its tokens, as a vector and as a column."""
+    length = tl.minimum(end - first, C).to(tl.int32)
+    token_at = (batch * T + first) * H + head
+    token = tl.arange(0, C)
+    return length, token_at, token, token[:, None]
+
+
+@triton.jit
+def offset_of(batch, token, head, strides):
+    """Returns the offset of a token's head, with the strides of batch, time and head."""
+    return batch * strides[0] + head * strides[2] + token * strides[1]
+
+
+@triton.jit
 def matmul(a, b, PRECISION: tl.constexpr):
     """Returns a @ b in float32. The operands are rounded to bfloat16 ("bf16"), split into three
     TensorFloat-32 terms ("tf32x3"), or kept ("ieee")."""
@@ -266,6 +282,34 @@ def cumsum_over_tokens(x, C: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.
         return matmul(ones, hi, PRECISION) + matmul(ones, lo, PRECISION)
     else:
         return tl.cumsum(x, 0, reverse=REVERSE)
+
+
+@triton.jit
+def load_v_and_dy(
+    v, d_y, v_tile, length, v_t, H: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
+    BV: tl.constexpr,
+):  # fmt: skip
+    """Returns a tile [C, BV] of v and of d_y, whose pointers are to the chunk's first row, and the
+    tile's columns, its offsets in d_y and its mask. v_t is v's stride of time."""
+    rows = tl.arange(0, C)[:, None]
+    columns = v_tile * BV + tl.arange(0, BV)
+    mask = (rows < length) & (columns < V)[None, :]
+    values = tl.load(v + (rows * v_t + columns[None, :]), mask=mask, other=0.0)
+    offsets = rows * (H * V) + columns[None, :]
+    dy = tl.load(d_y + offsets, mask=mask, other=0.0)
+    return values, dy, columns, offsets, mask
+
+
+@triton.jit
+def load_aug_score(
+    aug_score, token_at, length, H: tl.constexpr, C: tl.constexpr, HAS_AUG: tl.constexpr
+):
+    """Returns the scores [C] of self-augmentation of a chunk's tokens; zeros without it."""
+    scores = tl.zeros([C], tl.float32)
+    if HAS_AUG:
+        token = tl.arange(0, C)
+        scores = tl.load(aug_score + token_at + token * H, mask=token < length, other=0.0)
+    return scores
 
 
 @triton.jit

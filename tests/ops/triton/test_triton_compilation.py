@@ -1,5 +1,5 @@
-"""Which kernels the first call compiles, and when. A fake driver, which launches nothing, lets this
-run on any machine."""
+"""The kernels that the first call compiles together. A fake driver, which launches nothing, lets
+this run on any machine."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from megatron_patch.ops import meta_linear_attention
 from megatron_patch.ops.triton.config import configure
 from megatron_patch.ops.triton.tiles import prepare_chunk_indices
 from tests.ops import cases
-from tests.ops.cases import DEVICE, NAMES, make
+from tests.ops.cases import DEVICE, NAMES, WITHOUT, make
 
 # Relative errors (2-norm). Triton's interpreter cuts digits off where a GPU rounds to bfloat16.
 TOLERANCE = {
@@ -67,17 +67,7 @@ def test_half_precision(dtype, T, K, V):
     assert_right(make(1, T, 1, K, V, dtype=dtype))
 
 
-@pytest.mark.parametrize(
-    "absent",
-    [
-        ("initial_state",),
-        ("aug",),
-        ("out_gate_bias",),
-        ("out_gate", "out_gate_bias"),
-        ("initial_state", "aug", "out_gate", "out_gate_bias"),
-    ],
-    ids="+".join,
-)
+@pytest.mark.parametrize("absent", WITHOUT, ids="+".join)
 @pytest.mark.parametrize("output_final_state", [False, True])
 def test_without_options(absent, output_final_state):
     tensors = make(2, 37, 1, 16, 32, absent=absent)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from megatron_patch.ops import meta_linear_attention, short_convolution
 from megatron_patch.ops.triton import fused_recurrent
 from tests.ops import cases
-from tests.ops.cases import NAMES
+from tests.ops.cases import NAMES, WITHOUT
 from tests.ops.cases import assert_step_right as assert_right
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -40,17 +40,7 @@ def test_every_width_and_dtype(K, V, dtype, absent):
     assert_right(meta_linear_attention, tensors, "reference", TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize(
-    "absent",
-    [
-        ("initial_state",),
-        ("aug",),
-        ("out_gate_bias",),
-        ("out_gate", "out_gate_bias"),
-        ("initial_state", "aug", "out_gate", "out_gate_bias"),
-    ],
-    ids="+".join,
-)
+@pytest.mark.parametrize("absent", WITHOUT, ids="+".join)
 def test_without_options(absent):
     tensors = make(absent=absent)
     numbers = {"tau": 2.5, "scale": -0.3, "norm_eps": 1e-3}
