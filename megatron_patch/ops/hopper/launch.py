@@ -76,34 +76,32 @@ def run(
     name: str,
     blocks: int,
     call: ChunkCall,
-    tensors: tuple[Tensor | None, ...],
-    strides: tuple[int, ...],
-    numbers: tuple[float, ...],
+    *arguments: tuple,
     **macros: int,
 ) -> None:
-    """Runs a kernel with `blocks` blocks per multiprocessor, or during a compile pass only compiles
-    it. The arguments are `launch`'s, less those that every call of the chunk kernels has."""
-    chunk_indices, cu_seqlens, *sizes = call.chunk_arguments
+    """Launches a kernel with `blocks` blocks per multiprocessor, or during a compile pass only
+    compiles it. The arguments are `launch`'s from `tensors` on."""
     memory = shared_bytes(blocks)
     function = load_kernel(
         call.v.device, source, name, memory, BLOCKS=blocks, SHARED=memory, H=call.heads, K=call.k,
-        V=call.width, CU_SEQLENS=bytes_of(cu_seqlens), **macros,
+        V=call.width, CU_SEQLENS=bytes_of(call.cu_seqlens), **macros,
     )  # fmt: skip
     if not is_compiling():
-        tensors = *tensors, chunk_indices, cu_seqlens
-        launch(function, blocks, call.grid[0], tensors, (*sizes, *strides), numbers)
+        launch(function, blocks, call, *arguments)
 
 
 def launch(
     function: driver.CUfunction,
     blocks: int,
-    grid: int,
+    call: ChunkCall,
     tensors: tuple[Tensor | None, ...],
-    sizes: tuple[int, ...],
+    strides: tuple[int, ...],
     numbers: tuple[float, ...],
 ) -> None:
-    """Launches a kernel on the current stream of the current device. Tensors, sizes and numbers are
-    the fields of the source's `struct Arguments`, in its order."""
+    """Launches a kernel on the current stream of the current device. Tensors, the fields of `struct
+    Chunks`, strides and numbers are the source's `struct Arguments`, in its order."""
+    chunk_indices, cu_seqlens, *sizes = call.chunk_arguments
+    tensors, sizes = (*tensors, chunk_indices, cu_seqlens), (*sizes, *strides)
     addresses = (0 if x is None else x.data_ptr() for x in tensors)
     layout = f"{len(tensors)}Q{len(sizes)}q{len(numbers)}f0q"  # 0q pads the end as C does
     arguments = ctypes.create_string_buffer(struct.pack(layout, *addresses, *sizes, *numbers))
@@ -111,7 +109,7 @@ def launch(
     stream = torch.cuda.current_stream().cuda_stream
     checked(
         driver.cuLaunchKernel(
-            function, grid, 1, 1, THREADS, 1, 1, shared_bytes(blocks), stream,
+            function, call.grid[0], 1, 1, THREADS, 1, 1, shared_bytes(blocks), stream,
             ctypes.addressof(parameters), 0,
         )
     )  # fmt: skip
