@@ -191,7 +191,7 @@ class MetaLAConfig(PretrainedConfig):
 
     @property
     def is_hybrid(self) -> bool:
-        """Whether `layer_types` says what the layers are."""
+        """Returns whether `layer_types` names the type of each layer."""
         return self.layer_types is not None
 
     def is_attention(self, layer: int) -> bool:

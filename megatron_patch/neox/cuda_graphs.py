@@ -1,16 +1,17 @@
 """CUDA graphs of MetaLA layers: one launch for a layer's forward pass, one for its backward pass.
 
-A layer launches about forty kernels a step, and at 2,048 tokens a GPU runs them faster than Python
-can launch them. So after a few steps the layers of a rank are captured once, for the shape they
-train on, as `torch.cuda.make_graphed_callables` would, with three differences: a layer's output is
-the next one's input where it lies, gradients of parameters may be added where the optimizer keeps
-them, and whatever does not fit the captured order of passes runs without graphs.
+A layer launches about fifty kernels a step. At 2,048 tokens a GPU runs them faster than Python can
+launch them. So the layers of a rank are captured after a few steps, for the shape they train on, in
+the way of `torch.cuda.make_graphed_callables`, with three differences:
 
-The memory of all graphs is one pool, in which a buffer is used again as soon as the captured order
-(all layers forward, then all backward) allows it. Replaying that order is right; another one would
-overwrite what is still needed. `LayerGraph.is_free` guards it: a layer whose forward pass has been
-replayed is computed without its graph until its backward pass has run, or until autograd has
-dropped it.
+- A layer's output is the next layer's input where it lies, so nothing is copied between them.
+- Gradients of parameters can be added where the optimizer keeps their sums.
+- A call that does not fit the captured order of passes runs without graphs.
+
+All graphs share one memory pool. A buffer in it is used again as soon as the captured order allows:
+all layers forward, then all layers backward. Any other order of replays would overwrite numbers
+that are still needed. `LayerGraph.fits` prevents that: after a replayed forward pass a layer runs
+without its graph until the backward pass has run, or until autograd has dropped it.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 
 WARM_UP = 3  # training forward passes, in which kernels are compiled and libraries choose theirs
 
-# Where the gradient of a parameter is added, and what is called when that has happened.
+# The tensor to which a parameter's gradient is added, and a function to call after that.
 Accumulator = tuple[Tensor, Callable[[], None]]
 
 
@@ -119,7 +120,7 @@ class LayerGraph:
         self.y = self.y.detach()
 
     def fits(self, x: Tensor) -> bool:
-        """Whether this call is the one that was captured, and the last one is over."""
+        """Returns whether x is like the captured input and the last call is over."""
         return (
             x.shape == self.x.shape
             and x.dtype == self.x.dtype
@@ -127,7 +128,7 @@ class LayerGraph:
         )
 
     def has_moved(self) -> bool:
-        """Whether a parameter, or the sum of its gradients, is no longer where it was."""
+        """Returns whether a parameter, or the sum of its gradients, has another address now."""
         return self._addresses() != self.addresses
 
     def _addresses(self) -> list[int]:
@@ -156,7 +157,7 @@ class _Replay(torch.autograd.Function):
         graph.backward.replay()
         for _, done in graph.accumulators or ():
             done()
-        # Autograd copies the gradients of parameters, since this object holds them too.
+        # Autograd copies the parameters' gradients, because this object holds them too.
         return None, graph.d_x.detach(), *graph.gradients
 
 
@@ -168,8 +169,11 @@ class _Token:
 
 @contextlib.contextmanager
 def _in_place_of(module: nn.Module, aliases: dict[nn.Parameter, Tensor]) -> Iterator[None]:
-    """Computes with other leaves of the same memory: what autograd does for the parameters, with
-    DeepSpeed's hooks on them, belongs to the stream of the training, which is not captured."""
+    """Puts other tensors of the same memory in the place of a module's parameters.
+
+    A parameter's gradient accumulates on the stream of the training, and DeepSpeed's hooks run
+    there. Work on that stream would break the capture on another one.
+    """
     owners = [
         (owner._parameters, name, p)
         for owner in module.modules()

@@ -1,6 +1,8 @@
-"""Cross entropy over a vocabulary that may be split over tensor-parallel ranks: the logits are read
-once in the forward pass (online softmax), read and overwritten by their gradient in the backward
-pass. No float32 copy of them exists."""
+"""Cross entropy over a vocabulary that can be split over tensor-parallel ranks.
+
+The forward pass reads the logits once (online softmax). The backward pass reads them and overwrites
+them with their gradient. No float32 copy of them exists.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,7 @@ def cross_entropy_fwd(logits, target, lse, picked, start, V, stride, BLOCK: tl.c
         column = first + tl.arange(0, BLOCK)
         x = tl.load(logits + column, mask=column < V, other=-float("inf")).to(tl.float32)
         higher = tl.maximum(largest, x)
-        # Where no column has been read yet both are -inf, and their difference would be NaN.
+        # Both are -inf until a column is in range, and their difference would be NaN.
         shift = tl.where(higher == -float("inf"), 0.0, higher)
         total = total * tl.exp(largest - shift) + tl.exp(x - shift)
         largest = higher
