@@ -35,7 +35,11 @@ class ShortConvolution(nn.Module):
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
 
     def forward(
-        self, x: torch.Tensor, state: torch.Tensor | None, output_state: bool
+        self,
+        x: torch.Tensor,
+        state: torch.Tensor | None,
+        output_state: bool,
+        cu_seqlens: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         return short_convolution(
             x,
@@ -43,6 +47,7 @@ class ShortConvolution(nn.Module):
             activation="silu",
             initial_state=state,
             output_final_state=output_state,
+            cu_seqlens=cu_seqlens,
         )
 
 
@@ -136,7 +141,11 @@ class ParallelMetaLAMixer(nn.Module):
         return init
 
     def forward(
-        self, x: torch.Tensor, past: MixerState | None = None, use_cache: bool = False
+        self,
+        x: torch.Tensor,
+        past: MixerState | None = None,
+        use_cache: bool = False,
+        cu_seqlens: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, MixerState | None]:
         """Mixes tokens.
 
@@ -144,13 +153,19 @@ class ParallelMetaLAMixer(nn.Module):
             x: normed hidden states [b, s, h], identical on all tensor-parallel ranks.
             past: the state that an earlier call returned for the tokens before these.
             use_cache: whether to return the state after the last token.
+            cu_seqlens: int32 [N + 1], the boundaries of N documents in the b rows laid end to end,
+                for which nothing is carried over; `None` where each row is one document. Not
+                together with `past` or `use_cache`.
 
         Returns:
             The output [b, s, h], identical on all ranks, and the state, or `None` without
             `use_cache`.
         """
         conv_state, state = past if past is not None else (None, None)
-        x, conv_state = self.conv1d(x, conv_state, use_cache)
+        rows = x.shape[:2]
+        if cu_seqlens is not None:  # the operators take packed sequences in a batch of one
+            x = x.reshape(1, -1, x.shape[-1])
+        x, conv_state = self.conv1d(x, conv_state, use_cache, cu_seqlens)
         projected, _ = self.in_proj(x)
         heads = projected.unflatten(-1, (self.num_heads, -1))
         q, gate_logits, v, out_gate = heads.split(
@@ -167,7 +182,8 @@ class ParallelMetaLAMixer(nn.Module):
             norm_eps=self.options.output_norm_eps,
             initial_state=state,
             output_final_state=use_cache,
+            cu_seqlens=cu_seqlens,
             backend=self.options.backend,
         )
         output, _ = self.out_proj(out.flatten(-2))
-        return output, (conv_state, state) if use_cache else None
+        return output.view(*rows, -1), (conv_state, state) if use_cache else None
