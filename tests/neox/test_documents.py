@@ -2,7 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
+
+from convert import reshape_neox
+from megatron_patch.hf import MetaLAForCausalLM
+from megatron_patch.indexed_dataset import IndexedDataset, IndexedDatasetWriter
+from megatron_patch.trainer.samples import PackedSamples, split_documents
+from tests.conftest import VOCABULARY
+from tests.neox.conversion import convert, export
+from tests.neox.training import Run, settings, train, train_once
+
+EOD = 0  # <|endoftext|> of the test's tokenizer
 
 # One packed batch through GPT-NeoX's own functions, in float64, and each document alone: largest
 # differences of logits, and of the parameters' gradients relative to the largest one.
@@ -68,3 +83,116 @@ def test_a_packed_batch_is_its_documents(in_neox, config, changes, mask):
 def test_without_the_setting_documents_see_each_other(in_neox, config, changes):
     logits, gradients, _ = in_neox({**config, **changes}, PACKED_AND_ALONE)
     assert logits > 1e-3 and gradients > 1e-3
+
+
+# ---- Real trainings
+
+BATCH, ACCUMULATION, LENGTH, STEPS = 4, 2, 64, 3
+RUN = {
+    "metala": {"reset_at_document": True},
+    "eod_mask_loss": True,
+    "init_method_std": 0.1,  # what a token sees of its context changes the loss
+    "gradient_accumulation_steps": ACCUMULATION,
+    "train_iters": STEPS,
+    "lr_decay_iters": STEPS,
+    "checkpoint_factor": STEPS,
+    "do_valid": True,
+    "eval_interval": STEPS,
+    "eval_iters": 1,
+}
+MODELS = {
+    "metala": {},
+    "hybrid": {"attention_config": ["global", "metala"], "pos_emb": "rotary"},
+}
+LAYOUTS = [
+    ("metala", dict(tp=1, pp=2, checkpoint_activations=True)),
+    ("metala", dict(tp=2, pp=0)),
+    ("hybrid", dict(tp=1, pp=2)),
+    ("hybrid", dict(tp=2, pp=1, checkpoint_activations=True)),
+]
+
+
+@pytest.fixture(scope="session")
+def short_documents(tmp_path_factory) -> Path:
+    """Prefix of a .bin/.idx pair: documents of 1 to 60 tokens of a cycle, and their end."""
+    rng = np.random.default_rng(0)
+    prefix = tmp_path_factory.mktemp("documents") / "tokens"
+    with IndexedDatasetWriter(prefix, vocab_size=VOCABULARY) as writer:
+        for length in rng.integers(1, 60, size=400):
+            cycle = (rng.integers(VOCABULARY) + np.arange(length)) % (VOCABULARY - 1) + 1
+            writer.add_document(np.append(cycle, EOD))
+    return prefix
+
+
+@pytest.fixture(scope="module")
+def one_rank(neox_checkout, short_documents, tokenizer_file, make_once):
+    """Function: returns a model's run on one rank, and the folder of its checkpoints."""
+
+    def run(name: str) -> tuple[Run, Path]:
+        config = settings(short_documents, tokenizer_file, **RUN, **MODELS[name])
+        found, folder = train_once(make_once, f"documents-{name}", neox_checkout, config)
+        return found, folder / "checkpoints"
+
+    return run
+
+
+def losses_of_documents(model: MetaLAForCausalLM, prefix: Path) -> tuple[float, float]:
+    """The loss of a run's first step: of each document alone, and of whole samples. An end of
+    document does not count, since it would predict the next document."""
+    data = IndexedDataset(prefix)
+    documents, _, _ = split_documents("90,5,5", len(data))
+    samples = PackedSamples(data, documents, LENGTH, STEPS * ACCUMULATION * BATCH, seed=1234)
+
+    def loss(tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        logits = model(tokens[None], use_cache=False).logits[0]
+        return F.cross_entropy(logits, labels, reduction="none")[tokens != EOD]
+
+    alone, whole = [], []
+    for batch in range(ACCUMULATION):
+        parts, rows = [], []
+        for index in range(batch * BATCH, (batch + 1) * BATCH):
+            tokens, labels = samples[index]["input_ids"], samples[index]["labels"]
+            lengths = np.diff([0, *(np.flatnonzero(tokens == EOD) + 1), LENGTH])
+            pieces = zip(
+                tokens.split(lengths.tolist()), labels.split(lengths.tolist()), strict=True
+            )
+            parts += [loss(*piece) for piece in pieces if len(piece[0])]
+            rows.append(loss(tokens, labels))
+        alone.append(torch.cat(parts).mean().item())
+        whole.append(torch.cat(rows).mean().item())
+    return float(np.mean(alone)), float(np.mean(whole))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_run_has_the_loss_of_its_documents_alone(
+    neox_checkout, short_documents, one_rank, tmp_path, name
+):
+    """Against the exported model, which says how it was trained."""
+    run, checkpoints = one_rank(name)
+    export(neox_checkout, checkpoints, tmp_path / "hf", "--iteration", 0, "--verify")
+    model = MetaLAForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    with torch.no_grad():
+        alone, whole = losses_of_documents(model, short_documents)
+    assert run.losses[1] == pytest.approx(alone, abs=1e-5)
+    assert abs(whole - alone) > 1e-3  # a hundred times the tolerance
+    assert model.config.reset_at_document is True
+    assert "documents of a packed sample were kept apart" in (tmp_path / "hf/README.md").read_text()
+
+
+@pytest.mark.parametrize(("name", "layout"), LAYOUTS)
+def test_boundaries_reach_every_rank(
+    neox_checkout, short_documents, tokenizer_file, one_rank, tmp_path, name, layout
+):
+    """Training and validation of two ranks are those of one."""
+    run, checkpoints = one_rank(name)
+    convert(
+        reshape_neox, neox_checkout,
+        "--checkpoint", checkpoints, "--iteration", 0, "--output", tmp_path / "step0",
+        "--tensor-parallel", layout["tp"], "--pipeline-parallel", layout["pp"],
+    )  # fmt: skip
+    start = {"load": str(tmp_path / "step0"), "finetune": True, "num_gpus": 2}
+    config = settings(short_documents, tokenizer_file, **RUN, **MODELS[name], **layout, **start)
+    found = train(neox_checkout, config, tmp_path)
+    assert len(found.losses) == STEPS and found.losses == pytest.approx(run.losses, abs=1e-5)
+    assert found.validation_losses == pytest.approx(run.validation_losses, abs=1e-5)
+    assert run.validation_losses

@@ -13,6 +13,7 @@ from tests.neox.training import settings
 
 ADAM = {"type": "Adam", "params": {"lr": 1e-3}}
 HYBRID = ["metala", "global"]
+DOCUMENTS = {"reset_at_document": True}
 
 REFUSED = [
     # a choice in another case, which GPT-NeoX accepts and then does not know
@@ -94,6 +95,19 @@ REFUSED = [
         {"attention_config": HYBRID, "sliding_window_width": 8},
         "sliding_window_width: found 8, wanted none with layers of type global",
     ),
+    (
+        {"attention_config": ["metala", "flash"], "metala": DOCUMENTS},
+        "metala.reset_at_document: found True, wanted false with layers of type flash",
+    ),
+    (
+        {
+            "attention_config": HYBRID,
+            "metala": DOCUMENTS,
+            "scaled_upper_triang_masked_softmax_fusion": True,
+        },
+        "metala.reset_at_document: found True, wanted false with scaled_upper_triang",
+    ),
+    ({"metala": {"reset_at_document": 1}}, "metala.reset_at_document: found 1, wanted true or"),
     # what GPT-NeoX itself refuses
     ({"min_lr": 1.0}, "GPT-NeoX refuses the settings: "),
     # no checkpoint would be written
@@ -109,6 +123,7 @@ ACCEPTED = [
         "attention_config": HYBRID,
         "tokenizer_type": "hftokenizer",
     },
+    {"attention_config": HYBRID, "metala": DOCUMENTS, "pipe_parallel_size": 1},
     {"precision": "bfloat16", "zero_optimization": None},  # as generate.py and eval.py have it
     {
         "precision": "bfloat16",
