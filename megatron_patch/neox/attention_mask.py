@@ -54,9 +54,9 @@ def shrink_unread_attention_mask() -> None:
         batch = make_batch(mask_args, tokenizer, keys, data, *args, **kwargs)
         if not resets(neox_args):
             return batch
-        # Without tensor parallelism every rank has the tokens on the host, and need not wait for
-        # the device to learn how many documents there are.
-        is_alone = mpu.get_model_parallel_world_size() == 1
+        # Without tensor parallelism the tokens are on the host, which then need not wait for the
+        # device to learn how many documents there are. A pipeline hands copies of the mask on.
+        is_alone = mpu.get_model_parallel_world_size() == 1 and not neox_args.is_pipe_parallel
         return with_documents(neox_args, batch, data[keys[0]][:, :-1] if is_alone else None)
 
     def with_documents(neox_args, batch, on_host):

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_patch.architecture import MetaLAOptions, SettingsError
+from megatron_patch.neox.fast_step import say
 
 
 def resets(neox_args: Any) -> bool:
@@ -62,12 +63,24 @@ def pack(starts: Tensor) -> Tensor:
 # checkpointing gives each of them another tensor object; its memory tells that it is the same. The
 # mask is kept, so that no other one can take its memory.
 _last: tuple[Tensor, int, Tensor] | None = None
+# Masks so far in which no document ended, `None` after one in which one did.
+_without_end: int | None = 0
+TOLD_AFTER = 100
 
 
 def remember(mask: Tensor, cu_seqlens: Tensor) -> None:
-    """Keeps the `cu_seqlens` of the mask that layers read next."""
-    global _last
+    """Keeps the `cu_seqlens` of the mask that layers read next. Says so if no document ends in the
+    first hundred: GPT-NeoX's `preprocess_data.py` writes no ends by default."""
+    global _last, _without_end
     _last = mask, mask._version, cu_seqlens
+    if _without_end is None:
+        return
+    _without_end = _without_end + 1 if len(cu_seqlens) - 1 == mask.shape[0] else None
+    if _without_end == TOLD_AFTER:
+        say(
+            "metala.reset_at_document: found no end-of-document token in the first batches; "
+            "preprocess_data.py writes them with --append-eod"
+        )
 
 
 def cu_seqlens_of(mask: Tensor | None, batch: int, time: int) -> Tensor | None:

@@ -304,8 +304,6 @@ def _check(settings: TrainerSettings) -> None:
         refuse("override_lr_scheduler", True, "False beside use_checkpoint_lr_scheduler")
     if (backend := settings.metala_options.backend) != "auto":
         refuse("metala.backend", backend, "auto with the Hugging Face Trainer")
-    if settings.metala_options.reset_at_document:
-        refuse("metala.reset_at_document", True, "false with the Hugging Face Trainer")
     if bool(settings.data_path) == bool(settings.train_data_paths):
         raise SettingsError("data_path: wanted either it or train_data_paths")
     for name in ("train", "valid"):

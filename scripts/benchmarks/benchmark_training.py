@@ -78,7 +78,8 @@ class Measurement:
 
 
 def write_data(folder: Path) -> dict[str, Any]:
-    """Writes a tokenizer of TOKENS words and four million random tokens; returns their settings."""
+    """Writes a tokenizer of TOKENS words and four million random tokens, in documents of 1,024 that
+    end with <|endoftext|>; returns their settings."""
     from tokenizers import Tokenizer, models
 
     words = ["<|endoftext|>", "<|padding|>", *(f"w{i}" for i in range(TOKENS - 2))]
@@ -86,8 +87,8 @@ def write_data(folder: Path) -> dict[str, Any]:
     Tokenizer(models.WordLevel(vocabulary, unk_token=words[0])).save(str(folder / "tokenizer.json"))
     rng = np.random.default_rng(0)
     with IndexedDatasetWriter(folder / "tokens", vocab_size=TOKENS) as writer:
-        for _ in range(64):
-            writer.add_document(rng.integers(TOKENS, size=2**16))
+        for _ in range(4096):
+            writer.add_document(np.append(rng.integers(1, TOKENS, size=1023), 0))
     return {
         "data_path": str(folder / "tokens"),
         "tokenizer_type": "HFTokenizer",

@@ -11,9 +11,8 @@ import torch.nn.functional as F
 
 from convert import reshape_neox
 from megatron_patch.hf import MetaLAForCausalLM
-from megatron_patch.indexed_dataset import IndexedDataset, IndexedDatasetWriter
+from megatron_patch.indexed_dataset import IndexedDataset
 from megatron_patch.trainer.samples import PackedSamples, split_documents
-from tests.conftest import VOCABULARY
 from tests.neox.conversion import convert, export
 from tests.neox.training import Run, settings, train, train_once
 
@@ -85,6 +84,26 @@ def test_without_the_setting_documents_see_each_other(in_neox, config, changes):
     assert logits > 1e-3 and gradients > 1e-3
 
 
+@pytest.mark.parametrize(("row", "lines"), [(None, 1), (50, 0)])
+def test_data_without_ends_are_told(in_neox, config, row, lines):
+    code = """
+    from megatron import training
+    from megatron_patch.neox import documents
+    lines, row = [], %r
+    documents.say = lines.append
+    for number in range(120):
+        text = torch.full((2, 9), 7)
+        if number == row:
+            text[1, 3] = neox_args.tokenizer.eod
+        training._get_batch(neox_args, None, ["text"], {"text": text}, torch.int64)
+    answer(lines)
+    """
+    config["metala"] = {"reset_at_document": True}
+    found = in_neox(config, code % row)
+    assert len(found) == lines
+    assert all("found no end-of-document token in the first batches" in line for line in found)
+
+
 # ---- Real trainings
 
 BATCH, ACCUMULATION, LENGTH, STEPS = 4, 2, 64, 3
@@ -110,18 +129,6 @@ LAYOUTS = [
     ("hybrid", dict(tp=1, pp=2)),
     ("hybrid", dict(tp=2, pp=1, checkpoint_activations=True)),
 ]
-
-
-@pytest.fixture(scope="session")
-def short_documents(tmp_path_factory) -> Path:
-    """Prefix of a .bin/.idx pair: documents of 1 to 60 tokens of a cycle, and their end."""
-    rng = np.random.default_rng(0)
-    prefix = tmp_path_factory.mktemp("documents") / "tokens"
-    with IndexedDatasetWriter(prefix, vocab_size=VOCABULARY) as writer:
-        for length in rng.integers(1, 60, size=400):
-            cycle = (rng.integers(VOCABULARY) + np.arange(length)) % (VOCABULARY - 1) + 1
-            writer.add_document(np.append(cycle, EOD))
-    return prefix
 
 
 @pytest.fixture(scope="module")
