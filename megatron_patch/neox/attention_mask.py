@@ -69,7 +69,8 @@ def shrink_unread_attention_mask() -> None:
             mask = starts[:, None, None]
         if on_host is not None:
             cu_seqlens = documents.pack(documents.find_starts(on_host, eod))
-            documents.remember(mask, cu_seqlens.to(tokens.device, non_blocking=True))
+            cu_seqlens = cu_seqlens.to(tokens.device, non_blocking=True)
+            documents.remember(mask, len(tokens), cu_seqlens)
         return tokens, labels, loss_mask, mask, positions
 
     @functools.wraps(make_inputs)

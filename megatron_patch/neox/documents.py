@@ -59,23 +59,26 @@ def pack(starts: Tensor) -> Tensor:
     return F.pad(rows.nonzero()[:, 0], (0, 1), value=rows.numel()).int()
 
 
-# The last mask, its version and its `cu_seqlens`. All layers of a stage read one mask, though
-# checkpointing gives each of them another tensor object; its memory tells that it is the same. The
-# mask is kept, so that no other one can take its memory.
-_last: tuple[Tensor, int, Tensor] | None = None
+# The last mask, what tells it from others, and its `cu_seqlens`. All layers of a stage read one
+# mask, though checkpointing gives each of them another tensor object; its memory tells that it is
+# the same. The mask is kept, so that no other one can take its memory.
+_last: tuple[Tensor, tuple, Tensor] | None = None
 # Masks so far in which no document ended, `None` after one in which one did.
 _without_end: int | None = 0
 TOLD_AFTER = 100
 
 
-def remember(mask: Tensor, cu_seqlens: Tensor) -> None:
-    """Keeps the `cu_seqlens` of the mask that layers read next. Says so if no document ends in the
-    first hundred: GPT-NeoX's `preprocess_data.py` writes no ends by default."""
+def remember(mask: Tensor, batch: int, cu_seqlens: Tensor) -> None:
+    """Keeps the `cu_seqlens` of B rows and of the mask that layers read next.
+
+    Says so if no document ends in the first hundred masks: GPT-NeoX's `preprocess_data.py` writes
+    no ends by default.
+    """
     global _last, _without_end
-    _last = mask, mask._version, cu_seqlens
+    _last = mask, _identity(mask, batch), cu_seqlens
     if _without_end is None:
         return
-    _without_end = _without_end + 1 if len(cu_seqlens) - 1 == mask.shape[0] else None
+    _without_end = _without_end + 1 if len(cu_seqlens) - 1 == batch else None
     if _without_end == TOLD_AFTER:
         say(
             "metala.reset_at_document: found no end-of-document token in the first batches; "
@@ -91,15 +94,13 @@ def cu_seqlens_of(mask: Tensor | None, batch: int, time: int) -> Tensor | None:
         return None
     if mask.is_inference():  # such tensors have no version
         return pack(_starts_in(mask, batch))
-    known = _last and _last[0]
-    if (
-        known is None
-        or known.data_ptr() != mask.data_ptr()
-        or known.shape != mask.shape
-        or _last[1] != mask._version
-    ):
-        remember(mask, pack(_starts_in(mask, batch)))
+    if _last is None or _last[1] != _identity(mask, batch):
+        remember(mask, batch, pack(_starts_in(mask, batch)))
     return _last[2]
+
+
+def _identity(mask: Tensor, batch: int) -> tuple:
+    return mask.data_ptr(), mask.shape, mask._version, mask.device, batch
 
 
 def _starts_in(mask: Tensor, batch: int) -> Tensor:
