@@ -12,7 +12,8 @@ speed and memory divided by each of the others'.
 
 It needs a linked GPT-NeoX checkout (`GPT_NEOX_PATH`, or the one of scripts/setup.sh). The stock
 `deepy.py train.py` trains on random tokens with the settings of `--config`, without accumulation.
-The numbers are those that GPT-NeoX prints after the first ten iterations. `attention` has
+The numbers are those that GPT-NeoX prints after the first ten iterations. `documents` is `metala`
+with `reset_at_document`; its documents have 1,024 tokens. `attention` has
 GPT-NeoX's attention of type `flash` where flash-attn is installed, else `global`, with rotary
 positions and MLPs of the same width. `llama` is no GPT-NeoX: llama_step.py trains a compiled LLaMA
 in a bare loop, on one GPU.
@@ -52,7 +53,7 @@ from megatron_patch.indexed_dataset import IndexedDatasetWriter
 from megatron_patch.neox.yaml_config import merge_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
-MODELS = ("metala", "attention", "llama")
+MODELS = ("metala", "documents", "attention", "llama")
 TOKENS = 32_000
 INTERVAL = 10  # GPT-NeoX prints the mean time of so many iterations; the first mean is left out
 TIME = re.compile(r"elapsed time per iteration \(ms\): (\S+) \|")
@@ -232,7 +233,12 @@ def main(argv: list[str] | None = None) -> None:
     )
     wanted = options.models or MODELS
     kind = "flash" if find_spec("flash_attn") else "global"
-    models = {"metala": settings, f"attention, {kind}": with_attention(settings, kind)}
+    apart = {**(settings.get("metala") or {}), "reset_at_document": True}
+    models = {
+        "metala": settings,
+        "documents": {**settings, "metala": apart},
+        f"attention, {kind}": with_attention(settings, kind),
+    }
     models = {name: model for name, model in models.items() if name.split(",")[0] in wanted}
     head = f"{'':<20}{'step':>12}{'intervals':>20}{'tokens/s':>12}{'memory':>11}"
     print(f"{head}{'parameters':>14}")

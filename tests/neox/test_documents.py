@@ -203,3 +203,19 @@ def test_boundaries_reach_every_rank(
     assert len(found.losses) == STEPS and found.losses == pytest.approx(run.losses, abs=1e-5)
     assert found.validation_losses == pytest.approx(run.validation_losses, abs=1e-5)
     assert run.validation_losses
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_captured_layers_train_alike(neox_checkout, short_documents, tokenizer_file, tmp_path):
+    """On one GPU, with other numbers of documents in each micro-batch."""
+    from tests.neox.test_gpus import MODEL, PRECISIONS
+
+    runs = {}
+    for graphs in ("auto", "never"):
+        metala = {**MODEL["metala"], **RUN["metala"], "cuda_graphs": graphs}
+        changes = {**RUN, **MODEL, **PRECISIONS["bfloat16"], "metala": metala, "train_iters": 10}
+        config = settings(short_documents, tokenizer_file, num_gpus=1, **changes)
+        runs[graphs] = train(neox_checkout, config, tmp_path / graphs)
+    assert "CUDA graphs of 4 layers" in runs["auto"].output
+    assert "CUDA graphs have room for" not in runs["auto"].output
+    assert runs["auto"].losses == runs["never"].losses and len(runs["auto"].losses) == 10
