@@ -126,6 +126,8 @@ MODELS = {
 LAYOUTS = [
     ("metala", dict(tp=1, pp=2, checkpoint_activations=True)),
     ("metala", dict(tp=2, pp=0)),
+    # the two micro-batches of a step, on two data-parallel ranks
+    ("metala", dict(tp=1, pp=0, gradient_accumulation_steps=1, zero_optimization={"stage": 1})),
     ("hybrid", dict(tp=1, pp=2)),
     ("hybrid", dict(tp=2, pp=1, checkpoint_activations=True)),
 ]
@@ -198,7 +200,7 @@ def test_boundaries_reach_every_rank(
         "--tensor-parallel", layout["tp"], "--pipeline-parallel", layout["pp"],
     )  # fmt: skip
     start = {"load": str(tmp_path / "step0"), "finetune": True, "num_gpus": 2}
-    config = settings(short_documents, tokenizer_file, **RUN, **MODELS[name], **layout, **start)
+    config = settings(short_documents, tokenizer_file, **{**RUN, **MODELS[name], **layout, **start})
     found = train(neox_checkout, config, tmp_path)
     assert len(found.losses) == STEPS and found.losses == pytest.approx(run.losses, abs=1e-5)
     assert found.validation_losses == pytest.approx(run.validation_losses, abs=1e-5)
