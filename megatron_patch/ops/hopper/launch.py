@@ -100,8 +100,7 @@ def launch(
 ) -> None:
     """Launches a kernel on the current stream of the current device. Tensors, the fields of `struct
     Chunks`, strides and numbers are the source's `struct Arguments`, in its order."""
-    chunk_indices, cu_seqlens, *sizes = call.chunk_arguments
-    tensors, sizes = (*tensors, chunk_indices, cu_seqlens), (*sizes, *strides)
+    tensors, sizes = (*tensors, *call.chunk_tensors), (*call.chunk_numbers, *strides)
     addresses = (0 if x is None else x.data_ptr() for x in tensors)
     layout = f"{len(tensors)}Q{len(sizes)}q{len(numbers)}f0q"  # 0q pads the end as C does
     arguments = ctypes.create_string_buffer(struct.pack(layout, *addresses, *sizes, *numbers))

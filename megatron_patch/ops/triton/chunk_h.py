@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from megatron_patch.ops.triton.config import ChunkCall, power_of_two
-from megatron_patch.ops.triton.launch import contiguous, launcher
+from megatron_patch.ops.triton.launch import contiguous, launch
 from megatron_patch.ops.triton.tiles import chunk_and_head, exp2, locate, matmul
 
 
@@ -150,10 +150,13 @@ def _chunk_h(
 
     def walk(h0, ht, g_segment) -> None:
         tiles = triton.cdiv(k, config.h_k) * triton.cdiv(width, config.h_v)
-        launcher(chunk_h_kernel, (indices.segment_count * heads, tiles))(
-            x, y, prepared.g_last, prepared.fallback, h, h0, ht, g_segment,
-            indices.segment_indices, indices.chunk_offsets, call.cu_seqlens,
-            call.time, indices.segments, indices.chunks, y_strides,
+        launch(
+            chunk_h_kernel, (indices.segment_count * heads, tiles),
+            (
+                x, y, prepared.g_last, prepared.fallback, h, h0, ht, g_segment,
+                indices.segment_indices, indices.chunk_offsets, call.cu_seqlens,
+            ),
+            (call.time, indices.segments, indices.chunks, y_strides),
             H=heads, K=k, V=width, C=config.chunk, BK=config.h_k, BV=config.h_v,
             SEGMENT=config.segment, REVERSE=reverse, PRECISION=config.full_precision,
             num_warps=config.h_warps, num_stages=config.h_stages,
@@ -168,8 +171,9 @@ def _chunk_h(
     walk(None, h_segment, g_segment)
     block_k, block_v = 16, min(64, power_of_two(width))
     tiles = triton.cdiv(k, block_k) * triton.cdiv(width, block_v)
-    launcher(segment_scan_kernel, (indices.sequences * heads, tiles))(
-        h_segment, g_segment, h0, ht, indices.segment_offsets, indices.segments,
+    launch(
+        segment_scan_kernel, (indices.sequences * heads, tiles),
+        (h_segment, g_segment, h0, ht, indices.segment_offsets), (indices.segments,),
         H=heads, K=k, V=width, BK=block_k, BV=block_v, REVERSE=reverse, num_warps=2,
     )  # fmt: skip
     walk(h_segment, None, None)

@@ -136,13 +136,14 @@ class ChunkCall:
         self.out_gate_strides = (0, 0, 0) if out_gate is None else out_gate.stride()[:3]
         self.batch, self.time, self.heads, self.k = q.shape
         self.width = v.shape[-1]
-        self.scale, self.inverse_tau = scale, 1.0 / tau
+        self.scales = scale, 1.0 / tau
         self.config = config = configure(self.k, self.width, q.dtype)
         self.dtype = config.dtype
         self.indices = indices = prepare_chunk_indices(
             self.batch, self.time, config.chunk, config.segment, cu_seqlens
         )
-        self.chunk_arguments = indices.chunk_indices, cu_seqlens, self.time, indices.chunks
+        self.chunk_tensors = indices.chunk_indices, cu_seqlens
+        self.chunk_numbers = self.time, indices.chunks
         self.grid = (indices.chunk_count * self.heads,)
 
     def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
