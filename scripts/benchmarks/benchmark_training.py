@@ -176,7 +176,7 @@ def measure(
     )
 
 
-def measure_llama(settings: dict[str, Any]) -> Measurement:
+def measure_llama(settings: dict[str, Any], steps: int = 20) -> Measurement:
     """Runs llama_step.py for the sizes of a model in GPT-NeoX."""
     sizes = {
         "layers": settings["num_layers"],
@@ -186,6 +186,7 @@ def measure_llama(settings: dict[str, Any]) -> Measurement:
         "vocabulary": TOKENS,
         "length": settings["seq_length"],
         "micro-batch": settings["train_micro_batch_size_per_gpu"],
+        "steps": steps,
     }
     flags = [str(part) for name, size in sizes.items() for part in (f"--{name}", size)]
     script = Path(__file__).with_name("llama_step.py")
