@@ -1,7 +1,7 @@
 """Times what the host does to launch one layer of MetaLA, forward and backward, on a GPU.
 
     python scripts/benchmarks/benchmark_launches.py
-    python scripts/benchmarks/benchmark_launches.py --profile   also prints where the host's time goes
+    python scripts/benchmarks/benchmark_launches.py --profile   and what the host does meanwhile
 
 Medians in milliseconds over calls on 1 x 2,048 tokens in bfloat16. "host" is the time until the
 call returns, "one thread" the same with PyTorch's backward pass in the calling thread instead of a
@@ -61,12 +61,11 @@ def rows() -> dict[str, Callable]:
         return short_convolution(x, weight, backend="triton")[0]
 
     heads = [random(1, HEADS, TOKENS, V) for _ in range(3)]
+    sequence, weight = random(1, TOKENS, width), random(width, 1, 4)
     return {
         "meta_linear_attention": both_passes(operator, *leaves),
         "causal SDPA": both_passes(partial(F.scaled_dot_product_attention, is_causal=True), *heads),
-        "short_convolution": both_passes(
-            convolution, random(1, TOKENS, width), random(width, 1, 4)
-        ),
+        "short_convolution": both_passes(convolution, sequence, weight),
         "swiglu": both_passes(partial(swiglu, backend="triton"), random(1, TOKENS, 2 * 2816)),
         "nothing, with as many tensors": both_passes(Nothing.apply, *leaves),
     }
@@ -93,7 +92,7 @@ def profile(function: Callable) -> None:
 
 def main() -> None:
     parser = Parser(description=__doc__.split("\n")[0])
-    parser.add_argument("--profile", action="store_true", help="print where the host's time goes")
+    parser.add_argument("--profile", action="store_true", help="print what the host does meanwhile")
     options = parser.parse_args()
     need_gpu()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from megatron_patch.ops.triton.config import ChunkCall, power_of_two
-from megatron_patch.ops.triton.launch import launch
+from megatron_patch.ops.triton.launch import cdiv, launch
 from megatron_patch.ops.triton.tiles import (
     chunk_and_head,
     chunk_rows,
@@ -270,7 +270,7 @@ def chunk_bwd(call: ChunkCall, d_y, prepared, dv_results, h, dh, gradients) -> N
     """Writes the gradients of q, gate logits, v and aug; see `chunk_bwd_kernel`."""
     config = call.config
     launch(
-        chunk_bwd_kernel, (call.grid[0] * triton.cdiv(call.k, config.bwd_k),),
+        chunk_bwd_kernel, (call.grid[0] * cdiv(call.k, config.bwd_k),),
         (call.inputs, d_y, prepared, dv_results, h, dh, gradients, *call.chunk_tensors),
         (*call.chunk_numbers, *call.scales, call.q_strides, call.gate_strides, call.v_strides),
         H=call.heads, K=call.k, V=call.width, C=config.chunk, BK=config.bwd_k, BV=config.bwd_v,
@@ -283,6 +283,6 @@ def sum_partials(partials: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Returns the sum of the chunks' partial sums [chunks, H, W] in a fixed order, as `dtype`."""
     rows, width = partials.shape[0], partials.shape[1] * partials.shape[2]
     total = torch.empty(partials.shape[1:], dtype=dtype, device=partials.device)
-    grid = (triton.cdiv(width, 32),)
+    grid = (cdiv(width, 32),)
     launch(sum_partials_kernel, grid, (partials, total), (rows, width), num_warps=8)
     return total

@@ -148,12 +148,12 @@ class ChunkCall:
 
     def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Returns uninitialised memory."""
-        return torch.empty(shape, dtype=dtype, device=self.q.device)
+        return self.q.new_empty(shape, dtype=dtype)
 
     def new_output(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """Returns memory for a result, with zeros in rows that no packed sequence covers."""
-        make = torch.empty if self.cu_seqlens is None else torch.zeros
-        return make(shape, dtype=dtype or self.q.dtype, device=self.q.device)
+        make = self.q.new_empty if self.cu_seqlens is None else self.q.new_zeros
+        return make(shape, dtype=dtype)
 
     def new_scores(self) -> Tensor:
         """Returns memory for scores or their gradients, [B, T, H, C]."""

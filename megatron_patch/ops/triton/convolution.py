@@ -20,6 +20,7 @@ from torch import Tensor
 from megatron_patch.ops.torch_ops import give_state
 from megatron_patch.ops.triton import fused_recurrent
 from megatron_patch.ops.triton.launch import (
+    cdiv,
     contiguous,
     differentiable,
     is_decoding_step,
@@ -354,9 +355,9 @@ class _Call:
         batch, time, self.channels = x.shape
         self.width = weight.shape[-1]
         self.sequences = batch if cu_seqlens is None else len(cu_seqlens) - 1
-        self.runs = batch * triton.cdiv(time, run)
+        self.runs = batch * cdiv(time, run)
         block = min(512 // x.element_size(), triton.next_power_of_2(self.channels))
-        self.blocks = triton.cdiv(self.channels, block)
+        self.blocks = cdiv(self.channels, block)
         self.numbers = time, self.sequences
         self.options = dict(
             D=self.channels, W=self.width, RUN=run, R=rows, BD=block, SILU=silu, num_warps=1
@@ -465,7 +466,7 @@ def _gradients(
     return d_x, d_weight, d_state if initial_state is not None else None, None, None, None
 
 
-_with_gradients = differentiable(_forward, convolution_fwd, _setup_context, _gradients)
+_with_gradients = differentiable(_forward, convolution_fwd, _setup_context, _gradients, 2)
 
 
 def short_convolution(

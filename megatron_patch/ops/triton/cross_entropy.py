@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, distributed
 
-from megatron_patch.ops.triton.launch import launch
+from megatron_patch.ops.triton.launch import cdiv, launch
 
 BLOCK, WARPS = 4096, 8  # columns of a row that a program reads at a time
 
@@ -88,7 +88,7 @@ class _CrossEntropy(torch.autograd.Function):
         rows, columns = logits.shape
         with torch.cuda.device_of(logits):
             launch(
-                cross_entropy_bwd, (rows, triton.cdiv(columns, BLOCK)),
+                cross_entropy_bwd, (rows, cdiv(columns, BLOCK)),
                 (logits, target, lse, d_loss.contiguous()),
                 (ctx.start, columns, logits.stride(0)), BLOCK=BLOCK, num_warps=WARPS,
             )  # fmt: skip

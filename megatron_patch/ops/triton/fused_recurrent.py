@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_patch.ops.triton.config import precision_of
-from megatron_patch.ops.triton.launch import contiguous, last_stride_one, launch
+from megatron_patch.ops.triton.launch import cdiv, contiguous, last_stride_one, launch
 from megatron_patch.ops.triton.tiles import exp2, key, load_log_decay, sigmoid
 
 TILE = 8192  # entries of the state that a program holds in registers at a time
@@ -209,7 +209,7 @@ def _convolution(x, weight, state, new_state, silu) -> Tensor:
     block = min(512, triton.next_power_of_2(channels))
     with torch.cuda.device_of(x):
         launch(
-            convolution_step_kernel, (batch, triton.cdiv(channels, block)),
+            convolution_step_kernel, (batch, cdiv(channels, block)),
             (x, weight.contiguous(), contiguous(state), new_state, y), (x.stride(0),),
             D=channels, W=weight.shape[-1], BD=block, SILU=silu,
         )  # fmt: skip

