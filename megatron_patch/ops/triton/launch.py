@@ -21,7 +21,8 @@ from megatron_patch.ops.checks import is_traced, records_gradients
 
 _compiling = contextvars.ContextVar("compiling", default=False)
 _lock = threading.Lock()
-_TAKES_ALL_PARAMETERS = hasattr(triton, "AsyncCompileMode") and torch.version.hip is None
+# Whether a compiled kernel takes all of its parameters, as it does from Triton 3.5 on.
+_takes_all_parameters = hasattr(triton, "AsyncCompileMode") and torch.version.hip is None
 
 
 def is_compiling() -> bool:
@@ -36,7 +37,8 @@ def launch(
 
     Triton's own path examines all arguments and asks the driver about every pointer, which takes
     longer than short sequences take the GPU. It serves the first launch of a `launch_key`. The next
-    ones call the kernel that it compiled, with addresses in place of tensors.
+    ones call the kernel that it compiled, with addresses in place of tensors, and see no setting of
+    Triton that has changed since.
 
     Args:
         grid: one to three sizes.
@@ -58,10 +60,15 @@ def launch(
         _keep(key, kernel[grid](*tensors, *numbers, **options), kernel, len(tensors + numbers))
         return
     compiled, constants = found
-    compiled.run(
-        *(*grid, 1, 1)[:3], driver.active.get_current_stream(device), compiled.function,
-        compiled.packed_metadata, None, None, None, *addresses, *numbers, *constants,
-    )  # fmt: skip
+    try:
+        compiled.run(
+            *(*grid, 1, 1)[:3], driver.active.get_current_stream(device), compiled.function,
+            compiled.packed_metadata, None, None, None, *addresses, *numbers, *constants,
+        )  # fmt: skip
+    except TypeError:  # this Triton's launcher takes other arguments, and has launched nothing
+        global _takes_all_parameters
+        _takes_all_parameters = False
+        kernel[grid](*tensors, *numbers, **options)
 
 
 # What launches with a `launch_key` call: the kernel that Triton compiled, and as many `None` as it
@@ -80,7 +87,7 @@ def _keep(key: tuple, compiled: Any, kernel: JITFunction, count: int) -> None:
 def _may_skip_binder(kernel: Any) -> bool:
     """Returns whether a compiled kernel may be called: not in the interpreter, on AMD and before
     Triton 3.5, where it takes other arguments, nor while a profiler hooks into launches."""
-    if type(kernel) is not JITFunction or not _TAKES_ALL_PARAMETERS:
+    if type(kernel) is not JITFunction or not _takes_all_parameters:
         return False
     hooks = triton.knobs.runtime
     enter, leave = hooks.launch_enter_hook, hooks.launch_exit_hook
@@ -93,16 +100,13 @@ def launch_key(
 ) -> tuple[tuple, list]:
     """Returns what decides which compiled kernel serves a launch, and the tensors' addresses.
 
-    Triton compiles for dtypes, for whether addresses are multiples of 16, for the value of
-    constexpr parameters, and for the type of numbers, and whether they are 1 or multiples of 16.
-    The key holds numbers themselves, and their types because 1 == 1.0.
+    Triton compiles for dtypes, for whether addresses are multiples of 16, for the values of
+    constexpr parameters, and for the types of numbers and whether they are 1 or multiples of 16.
+    The key holds the numbers themselves, and their types because 1 == 1.0.
     """
-    kinds: list = []
+    kinds: list = [id(kernel), device, numbers, *map(type, numbers), *options, *options.values()]
     addresses = _addresses(tensors, kinds)
-    key = (
-        id(kernel), device, *kinds, numbers, *map(type, numbers), *options, *options.values()
-    )  # fmt: skip
-    return key, addresses
+    return tuple(kinds), addresses
 
 
 def _addresses(tensors: tuple, kinds: list) -> list:
