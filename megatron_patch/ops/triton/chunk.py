@@ -188,7 +188,6 @@ def _(q, gate_logits, v, aug, out_gate, out_gate_bias, initial_state, *_others):
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     tensors, ctx.numbers = inputs[:8], inputs[8:10]
     ctx.save_for_backward(*tensors, *output[2:])
-    ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)
 
 

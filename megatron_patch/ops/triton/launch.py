@@ -30,6 +30,12 @@ def is_compiling() -> bool:
     return _compiling.get()
 
 
+def current_stream() -> tuple[int, int]:
+    """Returns the current device and the address of its current stream."""
+    device = driver.active.get_current_device()
+    return device, driver.active.get_current_stream(device)
+
+
 def launch(
     kernel: Any, grid: tuple[int, ...], tensors: tuple, numbers: tuple = (), **options: Any
 ) -> None:
@@ -53,7 +59,7 @@ def launch(
     if not _may_skip_binder(kernel):
         kernel[grid](*tensors, *numbers, **options)
         return
-    device = driver.active.get_current_device()
+    device, stream = current_stream()
     key, addresses = launch_key(kernel, device, tensors, numbers, options)
     found = _compiled.get(key)
     if found is None:
@@ -62,8 +68,9 @@ def launch(
     compiled, constants = found
     try:
         compiled.run(
-            *(*grid, 1, 1)[:3], driver.active.get_current_stream(device), compiled.function,
-            compiled.packed_metadata, None, None, None, *addresses, *numbers, *constants,
+            *(*grid, 1, 1)[:3], stream, compiled.function, compiled.packed_metadata,
+            None, None, None,  # no hooks, and nothing to tell them
+            *addresses, *numbers, *constants,
         )  # fmt: skip
     except TypeError:  # this Triton's launcher takes other arguments, and has launched nothing
         global _takes_all_parameters
@@ -217,7 +224,11 @@ def differentiable(
     def traced_gradients(ctx: Any, *found: Tensor | None) -> tuple[Tensor | None, ...]:
         return gradients(ctx, False, *found)
 
-    operator.register_autograd(traced_gradients, setup_context=setup_context)
+    def traced_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        setup_context(ctx, inputs, output)
+        ctx.mark_non_differentiable(*output[results:])
+
+    operator.register_autograd(traced_gradients, setup_context=traced_context)
 
     class Eager(torch.autograd.Function):
         @staticmethod
