@@ -122,7 +122,7 @@ CASES = [
     ("benchmark_training.py", "--steps 19", "--steps: found 19, wanted a whole number from 20"),
     *(
         pytest.param(f"benchmark_{name}.py", "", "found no CUDA device, wanted one", marks=NO_GPU)
-        for name in ("ops", "decoding", "convolution", "swiglu")
+        for name in ("ops", "launches", "decoding", "convolution", "swiglu")
     ),
 ]  # fmt: skip
 
