@@ -138,7 +138,7 @@ def compiled_together(cache_key: Callable[..., Hashable]) -> Callable[[Callable]
 
     Triton compiles a kernel when it is first launched, one after the other. Almost all of that time
     goes to MLIR, LLVM, ptxas and the C compiler, which release Python's lock, so threads are
-    enough. The function must launch through `launcher`, must have no other side effect, and takes a
+    enough. The function must launch through `launch`, must have no other side effect, and takes a
     tensor on the kernels' device as its first argument.
 
     Args:

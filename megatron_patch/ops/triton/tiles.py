@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from megatron_patch.ops.triton.launch import launcher
+from megatron_patch.ops.triton.launch import launch
 
 # Triton's interpreter has neither inline assembly nor bfloat16 matrix products.
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
@@ -77,9 +77,9 @@ def prepare_chunk_indices(
 
     indices = [new(count, 2) for count in counts]
     offsets = [new(sequences + 1) for _ in counts]
-    launcher(chunk_indices_kernel, (sequences + 1, 2))(
-        cu_seqlens, *indices, *offsets, sequences, *counts,
-        C=chunk, SEGMENT=segment, BLOCK=256, num_warps=4,
+    launch(
+        chunk_indices_kernel, (sequences + 1, 2), (cu_seqlens, *indices, *offsets),
+        (sequences, *counts), C=chunk, SEGMENT=segment, BLOCK=256, num_warps=4,
     )  # fmt: skip
     return ChunkIndices(sequences, 0, 0, *counts, *indices, *offsets)
 
