@@ -170,14 +170,16 @@ def test_cached_steps_read_one_token_and_give_the_logits_of_the_whole_text(
     )
 
 
-def test_sampling_and_stop_tokens(in_neox, config):
+def test_sampling_and_stop_tokens(in_neox, config, tmp_path):
     """Sampled tokens have a word, and are among the best `top_k` or the fewest whose probabilities
-    exceed `top_p`. Stop tokens end the completions that have them, not prompts that have them."""
-    code = """
+    exceed `top_p`. Stop tokens end the completions that have them, not prompts that have them. The
+    first rank alone writes."""
+    code = f"settings['output'] = {str(tmp_path / 'samples')!r}\n" + textwrap.dedent("""
     from types import SimpleNamespace
     from megatron import text_generation_utils
     from megatron.text_generation_utils import generate_samples_from_prompt, stream_tokens
     from megatron.training import setup_model_and_optimizer
+    from megatron_patch.neox.upstream_fixes import generation
     neox_args.optimizer, neox_args.no_load_optim = None, True
     engine, *_ = setup_model_and_optimizer(neox_args, use_cache=True)
     engine.module.inference_mode(use_cache=True)
@@ -201,11 +203,19 @@ def test_sampling_and_stop_tokens(in_neox, config):
     stopped = [run([prompt], stop_tokens=stops), run([prompt], stop_tokens=stops),
                run([prompt, longer], stop_tokens=stops)]
     unstopped, *_ = run([prompt, longer])
-    answer([sampled, greedy, stopped, unstopped])
-    """
+    written = []
+    for rank in (1, 0):
+        names = {**vars(torch.distributed), "get_rank": lambda: rank}
+        generation.dist = SimpleNamespace(**names)
+        text_generation_utils.generate_samples_unconditional(
+            neox_args, engine, 1, output_file=settings["output"], maximum_tokens=1)
+        written.append(os.path.exists(settings["output"]))
+    answer([sampled, greedy, stopped, unstopped, written])
+    """)
     config |= {"make_vocab_size_divisible_by": 640, "init_method_std": 0.2}
     config |= {"metala": {"init": "neox"}, "init_method": "normal"}
-    sampled, greedy, stopped, unstopped = in_neox(config, code)
+    sampled, greedy, stopped, unstopped, written = in_neox(config, code)
+    assert written == [False, True]
     words = 512
     for (rows, _, _, logits), (top_k, top_p) in zip(
         sampled, ((words, 1.0), (3, 1.0), (words, 0.5)), strict=True

@@ -9,6 +9,7 @@ All ranks go through the same requests. Data-parallel ranks share the batches.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import json
 import re
@@ -193,7 +194,7 @@ class NeoXModel(TemplateLM):
     ) -> dict[str, Any]:
         """Returns lm_eval's results, on all ranks. Their metrics are numbers alone, which GPT-NeoX
         prints. The model is left in training mode, as GPT-NeoX's adapter leaves it."""
-        manager, names = _find_tasks(eval_tasks)
+        manager, names = _find_tasks(tuple(eval_tasks))
         if self.neox_args.local_rank == 0:
             manager.load(names)  # downloads the data once a node
         dist.barrier()
@@ -254,7 +255,8 @@ def _generation(given: dict[str, Any]) -> tuple[int, list[str], dict[str, float]
     return int(new_tokens), [until] if isinstance(until, str) else until, sampling
 
 
-def _find_tasks(names: list[str]) -> tuple[TaskManager, list[str]]:
+@functools.cache  # lm_eval reads thousands of YAML files
+def _find_tasks(names: tuple[str, ...]) -> tuple[TaskManager, list[str]]:
     """Returns lm_eval's tasks, with those in the folders of YAML files, and the names of the tasks
     that are asked for. A name may be a pattern such as `arc_*`, or a YAML file."""
     own = {name: Path(name) for name in names if name.endswith(".yaml")}
