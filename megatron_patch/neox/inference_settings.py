@@ -32,7 +32,9 @@ def evaluates(args: Any, program: str) -> bool:
 
 
 def _check_generation(args: Any) -> None:
-    if (mode := args.text_gen_type) == "precompute":
+    # GPT-NeoX's own defaults
+    mode = args.text_gen_type or ("input-file" if args.sample_input_file else "unconditional")
+    if mode == "precompute":
         refuse(
             "text_gen_type",
             mode,

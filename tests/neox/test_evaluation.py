@@ -36,7 +36,7 @@ HYBRID = {
     "pos_emb": "rotary",
     "use_bias_in_attn_linear": False,
     "train_iters": 4,
-    "eval_interval": 2,
+    "eval_interval": 3,
     "do_valid": True,
     "checkpoint_factor": 4,
 }

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
+from importlib.metadata import PackageNotFoundError
 
 import pytest
 import yaml
 
+from megatron_patch.architecture import SettingsError
+from megatron_patch.neox import inference_settings
 from megatron_patch.neox.upstream_fixes.processes import ChildProcess
-from tests.neox.training import settings
+from tests.neox.training import settings, stand_in
 
 ADAM = {"type": "Adam", "params": {"lr": 1e-3}}
 HYBRID = ["metala", "global"]
@@ -85,7 +88,10 @@ REFUSED = [
         {**UNCONDITIONAL, "return_logits": True, "optimizer": None},
         "return_logits: found True, wanted false",
     ),
-    ({"user_script": "generate.py"}, "text_gen_type: found None, wanted unconditional or"),
+    (
+        {"user_script": "generate.py", "text_gen_type": "input_file"},
+        "text_gen_type: found 'input_file', wanted unconditional or input-file or interactive",
+    ),
     (
         {"user_script": "generate.py", "text_gen_type": "precompute"},
         "text_gen_type: found 'precompute', wanted unconditional or input-file or interactive",
@@ -149,7 +155,7 @@ ACCEPTED = [
         "zero_optimization": {"stage": 1},
         "data_types": {"grad_accum_dtype": "fp32"},
     },
-    {**UNCONDITIONAL, "optimizer": None, "train_iters": None},
+    {"user_script": "generate.py", "optimizer": None, "train_iters": None},
     {**UNCONDITIONAL, "attention_config": HYBRID, "pos_emb": "learned"},
     {**UNCONDITIONAL, "attention_config": HYBRID, "pos_emb": "sinusoidal", "recompute": True},
     {"weight_decay": 0, "checkpoint_factor": 1.5, "checkpoint_scale": "log", "save": "x"},
@@ -180,6 +186,19 @@ def answers(in_neox, token_data, tokenizer_file) -> list[str]:
 def test_is_refused_in_one_line(answers, index):
     assert answers[index].startswith(REFUSED[index][1])
     assert "\n" not in answers[index] and "\033" not in answers[index]
+
+
+@pytest.mark.parametrize("found", [None, "0.4.1"])
+def test_eval_without_its_lm_eval_is_refused_in_one_line(monkeypatch, found):
+    def version(name: str) -> str:
+        if found is None:
+            raise PackageNotFoundError(name)
+        return found
+
+    monkeypatch.setattr(inference_settings, "version", version)
+    wanted = f"eval_tasks: found {'lm_eval 0.4.1' if found else 'no lm_eval'}, wanted it installed"
+    with pytest.raises(SettingsError, match=wanted):
+        inference_settings.check_inference(stand_in({"eval_tasks": ["piqa"]}), "eval.py")
 
 
 def test_is_accepted(answers):

@@ -36,7 +36,10 @@ def forget_earlier_prompts() -> None:
             if longest >= room:
                 end_run(f"seq_length: found {room}, wanted more than the prompt's {longest} tokens")
         model.module.clear_cache()
-        share_random_state(mpu.get_model_parallel_group(), mpu.get_model_parallel_src_rank())
+        group, source = mpu.get_model_parallel_group(), mpu.get_model_parallel_src_rank()
+        if neox_args.is_pipe_parallel:  # data-parallel ranks wait for each other at each token
+            group, source = dist.group.WORLD, 0
+        share_random_state(group, source)
         try:
             yield from stream_tokens(neox_args, model, context_tokens, *args, **kwargs)
         finally:
@@ -46,10 +49,10 @@ def forget_earlier_prompts() -> None:
 
 
 def share_random_state(group, source: int) -> None:
-    """Gives all ranks of a tensor-parallel group the random state of its first rank.
+    """Gives all ranks of a group the random state of the rank `source`.
 
-    Each rank samples for itself, and all must sample the same token. The states of a checkpoint may
-    differ.
+    Each tensor-parallel rank samples for itself, and all must sample the same token. The states of
+    a checkpoint may differ.
     """
     if dist.get_world_size(group) == 1:
         return

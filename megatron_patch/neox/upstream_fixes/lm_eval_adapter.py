@@ -13,7 +13,7 @@ import functools
 import itertools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,10 @@ import torch
 import torch.distributed as dist
 from lm_eval import simple_evaluate, utils
 from lm_eval.api.model import TemplateLM
-from lm_eval.tasks import TaskManager
+from lm_eval.tasks import TaskManager, get_task_dict
 from megatron import mpu
 from megatron.text_generation_utils import get_batch
+from tqdm import tqdm
 
 from megatron_patch.neox.upstream_fixes.generation import share
 from megatron_patch.neox.upstream_fixes.processes import end_run
@@ -91,7 +92,8 @@ class NeoXModel(TemplateLM):
             inputs.append((context + continuation)[-self.max_length - 1 : -1])
         order = sorted(range(len(requests)), key=lambda i: -len(inputs[i]))
         answers = {}
-        for batch in self._share_batches(list(_batches(order, self.batch_size))):
+        own = self._share_batches(list(_batches(order, self.batch_size)))
+        for batch in _with_progress(own, "Likelihoods"):
             logits = self._forward([inputs[i] for i in batch])
             if logits is None:  # this is not the last pipeline stage
                 continue
@@ -102,12 +104,12 @@ class NeoXModel(TemplateLM):
                 answers[i] = value, bool((scores.argmax(-1) == wanted).all())
         return _gather(answers, len(requests))
 
-    def _share_batches(self, batches: list[list[int]]) -> Iterator[list[int]]:
-        """Yields this data-parallel rank's batches. A rank that has fewer than another takes the
+    def _share_batches(self, batches: list[list[int]]) -> list[list[int]]:
+        """Returns this data-parallel rank's batches. A rank that has fewer than another takes the
         first once more: in a pipeline the ranks wait for each other at each batch."""
         ranks, rank = mpu.get_data_parallel_world_size(), mpu.get_data_parallel_rank()
-        for start in range(0, len(batches), ranks):
-            yield batches[start + rank if start + rank < len(batches) else 0]
+        starts = range(0, len(batches), ranks)
+        return [batches[start + rank if start + rank < len(batches) else 0] for start in starts]
 
     @torch.no_grad()
     def _forward(self, prompts: list[list[int]]) -> torch.Tensor | None:
@@ -147,7 +149,7 @@ class NeoXModel(TemplateLM):
         # In a pipeline all ranks wait for each other at each token, so each does everything.
         own = batches if self.is_pipe_parallel else self._share_batches(batches)
         answers: dict[int, str] = {}
-        for batch in own:
+        for batch in _with_progress(own, "Generation"):
             texts = self._generate([prompts[i] for i in batch], *settings[batch[0]])
             answers.update(zip(batch, texts, strict=True))
         return _gather(answers, len(requests))
@@ -196,7 +198,7 @@ class NeoXModel(TemplateLM):
         prints. The model is left in training mode, as GPT-NeoX's adapter leaves it."""
         manager, names = _find_tasks(tuple(eval_tasks))
         if self.neox_args.local_rank == 0:
-            manager.load(names)  # downloads the data once a node
+            get_task_dict(names, manager)  # downloads the data once a node
         dist.barrier()
         try:
             results = simple_evaluate(
@@ -225,6 +227,10 @@ class NeoXModel(TemplateLM):
 def _batches(items: list[int], size: int) -> Iterator[list[int]]:
     for start in range(0, len(items), size):
         yield items[start : start + size]
+
+
+def _with_progress(batches: list[list[int]], what: str) -> Iterable[list[int]]:
+    return tqdm(batches, desc=what, disable=dist.get_rank() != 0)
 
 
 def _gather(answers: dict[int, Any], count: int) -> list[Any]:
