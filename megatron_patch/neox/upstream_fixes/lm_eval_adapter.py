@@ -1,7 +1,7 @@
 """Evaluation by today's lm_eval: what stands for GPT-NeoX's adapter in `eval_tasks/`.
 
 GPT-NeoX's adapter needs lm_eval 0.4.0 or 0.4.1, evaluates the first ten questions of each task, and
-fails at a task with one stop text. This one needs lm_eval 0.4.5 or later; 0.4.13 is tested.
+fails at a task with one stop text. This one was tested with lm_eval 0.4.11 and 0.4.13.
 
 All ranks go through the same requests. Data-parallel ranks share the batches.
 """
