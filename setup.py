@@ -29,7 +29,7 @@ EXTRAS = {
     "mpi": ["mpi4py"],  # for launchers that start GPT-NeoX's ranks through MPI
     "tensorboard": ["tensorboard"],
     "wandb": ["wandb"],
-    "eval": ["lm_eval>=0.4.5,<0.5"],
+    "eval": ["lm_eval[hf]>=0.4.5,<0.5"],
 }
 TOOLS = [
     "filelock",

@@ -23,7 +23,7 @@ elif [ -x "$root/.venv/bin/python" ]; then python="$root/.venv/bin/python"
 else python=python3; fi
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 "$python" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("lm_eval") is None)' || {
-  echo "evaluate: lm_eval is not installed: $python -m pip install 'lm_eval>=0.4.5,<0.5'" >&2
+  echo "evaluate: lm_eval is not installed: $python -m pip install 'lm_eval[hf]>=0.4.5,<0.5'" >&2
   exit 1
 }
 

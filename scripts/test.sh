@@ -40,7 +40,7 @@ else
   echo "==== evaluation, with $(grep '^lm_eval==' constraints-lm_eval.txt)"
   if install_apart constraints-lm_eval.txt "$VIRTUAL_ENV/lm_eval"; then
     PYTHONPATH="$VIRTUAL_ENV/lm_eval" "$METALA_PYTHON" -m pytest "${parallel[@]}" \
-      tests/scripts/test_evaluate.py || status=$?
+      tests/scripts/test_evaluate.py tests/neox/test_evaluation.py || status=$?
   else
     rm -rf "$VIRTUAL_ENV/lm_eval"
     echo "==== ITS TESTS WERE SKIPPED: lm_eval could not be installed"

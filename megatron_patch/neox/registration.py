@@ -24,6 +24,7 @@ from megatron_patch.neox import upstream_fixes
 from megatron_patch.neox.attention_mask import shrink_unread_attention_mask
 from megatron_patch.neox.fast_step import speed_up_steps
 from megatron_patch.neox.flops import flops_per_second
+from megatron_patch.neox.inference_settings import evaluates
 from megatron_patch.neox.loss import fuse_loss
 from megatron_patch.neox.patching import (
     has_metala_layers,
@@ -204,6 +205,8 @@ def _end_with_one_line() -> None:
         check_backend(neox_args)
         if mentions_metala(neox_args):
             end_with_launcher()
+            if evaluates(neox_args, program(neox_args)):
+                upstream_fixes.apply(upstream_fixes.EVALUATION_FIXES)
         check_load(neox_args)
 
     wrap("consume_deepy_args", in_launcher)

@@ -19,6 +19,7 @@ import torch
 
 from megatron_patch.architecture import METALA, SettingsError, refuse, yaml_number_hint
 from megatron_patch.architecture_neox import expand_attention_config, from_neox
+from megatron_patch.neox.inference_settings import check_inference
 from megatron_patch.ops.backends import unsupported_reason
 
 # ---- Types and ranges of every setting
@@ -188,8 +189,7 @@ def check_run(args: Any) -> None:
         _check_tokenizer(args)
     if program(args) == "train.py":
         _check_training(args)
-    elif args.return_logits:
-        refuse("return_logits", True, "false: GPT-NeoX writes them past the end of their table")
+    check_inference(args, program(args))
     check_saving(args)
 
 

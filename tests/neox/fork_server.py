@@ -2,9 +2,10 @@
 
 A training starts at least three processes (`deepy.py`, DeepSpeed's launcher, the ranks), and each
 spends 4 to 6 s on imports. `ForkServer.python` is an executable that stands for `sys.executable`:
-it hands its arguments, environment, working directory and output to the server, passes signals on,
-and ends as the forked process ends. In that process `sys.executable` is the same executable, so the
-processes that it starts are forked too. The server is never changed by what the forks do.
+it hands its arguments, environment, working directory, input and output to the server, passes
+signals on, and ends as the forked process ends. In that process `sys.executable` is the same
+executable, so the processes that it starts are forked too. The server is never changed by what the
+forks do.
 
 Not for tests that kill processes or look at their family, and on the CPU only.
 """
@@ -25,7 +26,7 @@ import json, os, signal, socket, sys
 server = socket.socket(socket.AF_UNIX)
 server.connect({address!r})
 job = dict(argv=sys.argv[1:], folder=os.getcwd(), environment=dict(os.environ))
-socket.send_fds(server, [b"x"], [1, 2])
+socket.send_fds(server, [b"x"], [0, 1, 2])
 server.sendall(json.dumps(job).encode() + b"\\n")
 answers = server.makefile()
 pid = int(answers.readline())
@@ -46,13 +47,13 @@ import torch._dynamo  # the first optimizer imports it, which takes 2 s
 
 def accept(listener, events, children):
     connection, _ = listener.accept()
-    _, output, _, _ = socket.recv_fds(connection, 1, 2)
+    _, files, _, _ = socket.recv_fds(connection, 1, 3)
     job = json.loads(connection.makefile().readline())
     if (pid := os.fork()) == 0:
         events.close()
         listener.close()
-        return job, output
-    for file in output:
+        return job, files
+    for file in files:
         os.close(file)
     connection.sendall(b"%d\\n" % pid)
     ended = os.pidfd_open(pid)
@@ -92,12 +93,12 @@ def serve(address):
 
 gc.collect()
 gc.freeze()  # or collections in the forks would copy all memory
-job, output = serve(sys.argv[1])
+job, files = serve(sys.argv[1])
 sys.executable = sys.argv[2]
-for target, file in zip((1, 2), output):
+for target, file in enumerate(files):
     os.dup2(file, target)
     os.close(file)
-os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+sys.stdin = open(0, closefd=False)
 sys.stdout.reconfigure(line_buffering=True, write_through=True)
 os.environ.clear()
 os.environ.update(job["environment"])

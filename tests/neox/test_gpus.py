@@ -14,6 +14,7 @@ from megatron_patch.hf import MetaLAForCausalLM
 from megatron_patch.indexed_dataset import IndexedDataset
 from megatron_patch.trainer.samples import PackedSamples, split_documents
 from tests.neox.conversion import convert, export
+from tests.neox.test_training import assert_they_generate_alike
 from tests.neox.training import Run, settings, train, train_once
 
 pytestmark = pytest.mark.usefixtures("two_gpus")
@@ -143,3 +144,19 @@ def test_the_export_has_the_validation_loss_on_the_second_gpu(
     found = {"iteration 20": float(np.mean(losses))}
     wanted = {"iteration 20": run.validation_losses["iteration 20"]}
     assert_losses_are_near(found, wanted, 0.0, TOLERANCES[precision][0])
+
+
+@pytest.mark.parametrize("precision", ["float32"], indirect=True)
+@pytest.mark.parametrize(("tp", "pp"), [(2, 0), (1, 2)])
+def test_two_gpus_generate_as_hugging_face(
+    neox_checkout, token_data, tokenizer_file, precision, one_gpu, tmp_path, tp, pp
+):
+    checkpoints = one_gpu[1] / "checkpoints"
+    convert(
+        reshape_neox, neox_checkout, "--checkpoint", checkpoints, "--output", tmp_path / "two",
+        "--tensor-parallel", tp, "--pipeline-parallel", pp,
+    )  # fmt: skip
+    export(neox_checkout, checkpoints, tmp_path / "hf")
+    changes = {**MODEL, **PRECISIONS[precision], "load": str(tmp_path / "two"), "finetune": True}
+    config = settings(token_data, tokenizer_file, tp, pp, num_gpus=2, **changes)
+    assert_they_generate_alike(neox_checkout, config, tmp_path, tmp_path / "hf")

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import sys
+from importlib.metadata import PackageNotFoundError
 
 import pytest
 import yaml
 
+from megatron_patch.architecture import SettingsError
+from megatron_patch.neox import inference_settings
 from megatron_patch.neox.upstream_fixes.processes import ChildProcess
-from tests.neox.training import settings
+from tests.neox.training import settings, stand_in
 
 ADAM = {"type": "Adam", "params": {"lr": 1e-3}}
 HYBRID = ["metala", "global"]
 DOCUMENTS = {"reset_at_document": True}
+UNCONDITIONAL = {"user_script": "generate.py", "text_gen_type": "unconditional"}
 
 REFUSED = [
     # a choice in another case, which GPT-NeoX accepts and then does not know
@@ -82,9 +86,45 @@ REFUSED = [
     ({"log_grad_norm": True}, "log_grad_norm: found True, wanted false"),
     ({"log_optimizer_states": True}, "log_optimizer_states: found True, wanted false"),
     (
-        {"user_script": "generate.py", "return_logits": True, "optimizer": None},
+        {**UNCONDITIONAL, "return_logits": True, "optimizer": None},
         "return_logits: found True, wanted false",
     ),
+    (
+        {"user_script": "generate.py", "text_gen_type": "input_file"},
+        "text_gen_type: found 'input_file', wanted unconditional or input-file or interactive",
+    ),
+    (
+        {"user_script": "generate.py", "text_gen_type": "precompute"},
+        "text_gen_type: found 'precompute', wanted unconditional or input-file or interactive",
+    ),
+    (
+        {"user_script": "generate.py", "text_gen_type": "input-file"},
+        "sample_input_file: found None, wanted a file with prompts",
+    ),
+    (
+        {**UNCONDITIONAL, "sample_output_file": "/nowhere/samples.txt"},
+        "sample_output_file: found '/nowhere/samples.txt', wanted a file in a folder that exists",
+    ),
+    # wrong texts: GPT-NeoX has no cache there, or one without positions
+    (
+        {**UNCONDITIONAL, "attention_config": [[["metala", "gmlp"], 1]]},
+        "recompute: found False, wanted true: GPT-NeoX caches nothing in layers of type gmlp",
+    ),
+    (
+        {**UNCONDITIONAL, "attention_config": HYBRID, "pos_emb": "sinusoidal"},
+        "recompute: found False, wanted true with pos_emb: sinusoidal: GPT-NeoX's cache loses",
+    ),
+    (
+        {
+            **UNCONDITIONAL,
+            "attention_config": HYBRID,
+            "pos_emb": "learned",
+            "pipe_parallel_size": 1,
+        },
+        "recompute: found False, wanted true with pos_emb: learned and pipe_parallel_size above 0",
+    ),
+    ({"user_script": "eval.py"}, "eval_tasks: found None, wanted names of tasks of lm_eval"),
+    ({"eval_tasks": ["a.yaml"]}, "eval_tasks: found 'a.yaml', wanted a file that exists"),
     (
         {"user_script": "train.py", "tokenizer_type": "GPT2BPETokenizer"},
         "merge_file: found None, wanted",
@@ -131,6 +171,8 @@ ACCEPTED = [
         "data_types": {"grad_accum_dtype": "fp32"},
     },
     {"user_script": "generate.py", "optimizer": None, "train_iters": None},
+    {**UNCONDITIONAL, "attention_config": HYBRID, "pos_emb": "learned"},
+    {**UNCONDITIONAL, "attention_config": HYBRID, "pos_emb": "sinusoidal", "recompute": True},
     {"weight_decay": 0, "checkpoint_factor": 1.5, "checkpoint_scale": "log", "save": "x"},
     # GPT-NeoX's own runs are left alone
     {"attention_config": None, "norm": "layernorm", "metala": None, "lr_decay_style": "Cosine"},
@@ -159,6 +201,19 @@ def answers(in_neox, token_data, tokenizer_file) -> list[str]:
 def test_is_refused_in_one_line(answers, index):
     assert answers[index].startswith(REFUSED[index][1])
     assert "\n" not in answers[index] and "\033" not in answers[index]
+
+
+@pytest.mark.parametrize("found", [None, "0.4.1"])
+def test_eval_without_its_lm_eval_is_refused_in_one_line(monkeypatch, found):
+    def version(name: str) -> str:
+        if found is None:
+            raise PackageNotFoundError(name)
+        return found
+
+    monkeypatch.setattr(inference_settings, "version", version)
+    wanted = f"eval_tasks: found {'lm_eval 0.4.1' if found else 'no lm_eval'}, wanted it installed"
+    with pytest.raises(SettingsError, match=wanted):
+        inference_settings.check_inference(stand_in({"eval_tasks": ["piqa"]}), "eval.py")
 
 
 def test_is_accepted(answers):

@@ -125,6 +125,7 @@ def start(
         [python, "./deepy.py", program, str(file)],
         cwd=checkout,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -132,12 +133,20 @@ def start(
     )
 
 
-def neox(checkout: Path, program: str, config: dict, folder: Path, **environment: str) -> Run:
-    """Runs `deepy.py PROGRAM` to its end; on the CPU by the fork server."""
+def neox(
+    checkout: Path,
+    program: str,
+    config: dict,
+    folder: Path,
+    typed: str | None = None,
+    **environment: str,
+) -> Run:
+    """Runs `deepy.py PROGRAM`, which reads what is `typed`, to its end; on the CPU by the fork
+    server."""
     if config["distributed_backend"] == "gloo":
         environment.setdefault("python", fork_server(checkout).python)
     process = start(checkout, program, config, folder, **environment)
-    output, _ = process.communicate(timeout=600)
+    output, _ = process.communicate(typed, timeout=600)
     return Run(process.returncode, output)
 
 

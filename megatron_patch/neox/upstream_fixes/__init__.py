@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable
 from megatron_patch.neox.upstream_fixes import (
     cpu_mode,
     data,
+    evaluation,
     generation,
     gradient_norm,
     processes,
@@ -36,6 +37,9 @@ FIXES = (
     saving.refuse_damaged_files,
     small.return_metrics_in_pipelines,
     generation.forget_earlier_prompts,
+    generation.stop_in_completions,
+    generation.write_samples_once,
+    generation.talk_on_all_ranks,
     generation.gather_logits,
     small.log_to_wandb_offline,
     small.repair_gpt2_tokenizer,
@@ -46,6 +50,8 @@ FIXES = (
 )
 # Repairs of the launcher, applied when it has read the settings of a run with MetaLA layers.
 LAUNCHER_FIXES = (processes.fail_where_launched_was_killed,)
+# Repairs of ranks that evaluate tasks. Their place imports lm_eval, which takes seconds.
+EVALUATION_FIXES = (evaluation.evaluate_by_todays_lm_eval,)
 
 _is_applied: dict[str, bool] = {}  # by the repair's name
 

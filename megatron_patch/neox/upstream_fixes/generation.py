@@ -1,13 +1,22 @@
-"""Generation from several prompts, and on several tensor-parallel ranks."""
+"""Generation from several prompts, and on several ranks."""
 
 from __future__ import annotations
 
 import functools
+import os
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from megatron_patch.neox.patching import has_metala_layers, repairs, replace
+from megatron_patch.neox.patching import (
+    has_metala_layers,
+    in_metala_runs,
+    repairs,
+    replace,
+    swapped,
+)
 from megatron_patch.neox.upstream_fixes.processes import end_run
 
 
@@ -27,7 +36,10 @@ def forget_earlier_prompts() -> None:
             if longest >= room:
                 end_run(f"seq_length: found {room}, wanted more than the prompt's {longest} tokens")
         model.module.clear_cache()
-        share_random_state(mpu.get_model_parallel_group(), mpu.get_model_parallel_src_rank())
+        group, source = mpu.get_model_parallel_group(), mpu.get_model_parallel_src_rank()
+        if neox_args.is_pipe_parallel:  # data-parallel ranks wait for each other at each token
+            group, source = dist.group.WORLD, 0
+        share_random_state(group, source)
         try:
             yield from stream_tokens(neox_args, model, context_tokens, *args, **kwargs)
         finally:
@@ -37,16 +49,145 @@ def forget_earlier_prompts() -> None:
 
 
 def share_random_state(group, source: int) -> None:
-    """Gives all ranks of a tensor-parallel group the random state of its first rank.
+    """Gives all ranks of a group the random state of the rank `source`.
 
-    Each rank samples for itself, and all must sample the same token. The states of a checkpoint may
-    differ.
+    Each tensor-parallel rank samples for itself, and all must sample the same token. The states of
+    a checkpoint may differ.
     """
     if dist.get_world_size(group) == 1:
         return
     state = torch.cuda.get_rng_state().to(torch.cuda.current_device())
     dist.broadcast(state, source, group=group)
     torch.cuda.set_rng_state(state.cpu())
+
+
+# megatron/text_generation_utils.py:180
+@repairs(
+    "stop tokens and padding tokens",
+    "megatron.text_generation_utils:stream_tokens",
+    "stop_tokens[i] = torch.cuda.LongTensor(stop_tokens[i])",
+)
+def stop_in_completions() -> None:
+    """Looks for stop tokens in completions alone, and generates no padding row of the vocabulary.
+
+    GPT-NeoX also finds stop tokens in a prompt that is longer than another one of its batch, makes
+    one sequence of several stop tokens from the second prompt on, and samples rows of the
+    vocabulary for which there is no token.
+    """
+    from megatron import mpu, text_generation_utils
+    from megatron.text_generation_utils import stop_tokens_in_completion, stream_tokens
+
+    @functools.wraps(stream_tokens)
+    def stream_known_tokens(neox_args, model, context_tokens, *args, stop_tokens=None, **kwargs):
+        if not has_metala_layers(neox_args):
+            yield from stream_tokens(
+                neox_args, model, context_tokens, *args, stop_tokens=stop_tokens, **kwargs
+            )
+            return
+        source, group = mpu.get_model_parallel_src_rank(), mpu.get_model_parallel_group()
+        prompts = share(context_tokens, source, group)  # GPT-NeoX reads them on `source` alone
+        vocabulary = neox_args.tokenizer.vocab_size
+        if (top_k := kwargs.get("top_k", 0)) > vocabulary:
+            end_run(f"top_k: found {top_k}, wanted at most the vocabulary's {vocabulary} tokens")
+        forward_model = text_generation_utils.forward_model
+
+        def forward(*inputs):
+            logits = forward_model(*inputs)
+            if logits is not None:  # else this is not the last pipeline stage
+                logits[..., vocabulary:] = -torch.inf
+            return logits
+
+        def is_stopped(stop_tokens, tokens, row, index) -> bool:
+            start = len(prompts[row])
+            if index < start:
+                return False
+            return stop_tokens_in_completion(stop_tokens, tokens[:, start:], row, index - start)
+
+        with (
+            swapped(text_generation_utils, "forward_model", forward),
+            swapped(text_generation_utils, "stop_tokens_in_completion", is_stopped),
+        ):
+            stop_tokens = stop_tokens and list(stop_tokens)  # GPT-NeoX changes the list
+            yield from stream_tokens(
+                neox_args, model, prompts, *args, stop_tokens=stop_tokens, **kwargs
+            )
+
+    replace(stream_tokens, stream_known_tokens)
+
+
+def share(value: Any, source: int = 0, group: dist.ProcessGroup | None = None) -> Any:
+    """Returns the value of rank `source` on all ranks of its group, by default of all."""
+    box = [value]
+    dist.broadcast_object_list(box, source, group=group)
+    return box[0]
+
+
+# megatron/text_generation_utils.py:628 and 700
+@repairs(
+    "samples of several ranks",
+    "megatron.text_generation_utils:generate_samples_input_from_file",
+    'if is_mp_rank_0():\n        with open(output_file, "w")',
+)
+def write_samples_once() -> None:
+    """Lets the first rank alone write samples. In GPT-NeoX each pipeline stage and data-parallel
+    rank writes them, all at once, to the same file."""
+    from megatron import text_generation_utils
+
+    def write_on_first_rank(generate, neox_args, *args, **kwargs):
+        if dist.get_rank():
+            kwargs["output_file"] = os.devnull
+        return generate(neox_args, *args, **kwargs)
+
+    for name in ("generate_samples_input_from_file", "generate_samples_unconditional"):
+        in_metala_runs(getattr(text_generation_utils, name))(write_on_first_rank)
+
+
+# megatron/text_generation_utils.py:713
+@repairs(
+    "interactive generation",
+    "megatron.text_generation_utils:generate_samples_interactive",
+    "context_tokens = neox_args.tokenizer.tokenize(raw_text)",
+)
+def talk_on_all_ranks() -> None:
+    """Hands the prompt that the first rank reads to all ranks, and ends with exit code 0 where the
+    input ends (Ctrl-D). GPT-NeoX keeps the prompt from the other pipeline stages and data-parallel
+    ranks, and ends in a traceback."""
+    from megatron import text_generation_utils
+
+    @in_metala_runs(text_generation_utils.generate_samples_interactive)
+    def talk(_, neox_args, model, *, prompt_end="\n", **sampling):
+        tokenizer = neox_args.tokenizer
+        is_first = dist.get_rank() == 0
+        while (text := share(read_prompt(prompt_end) if is_first else None)) is not None:
+            prompts = [tokenizer.tokenize(text) or [tokenizer.eod]]
+            samples = text_generation_utils.stream_tokens(neox_args, model, prompts, **sampling)
+            for tokens, starts, ends, *_ in samples:
+                if is_first:
+                    generated = tokens[0, starts[0] : ends[0] + 1].tolist()
+                    print(f"Generated Text: {tokenizer.detokenize(generated)}", flush=True)
+            if is_first:
+                next(read_lines("\n<press enter to continue>"), None)
+
+
+def read_prompt(prompt_end: str) -> str | None:
+    """Returns what is typed up to `prompt_end`, `None` at the end of the input."""
+    if os.isatty(1):
+        os.system("clear")
+    text = ""
+    for line in read_lines("Context prompt >>> "):
+        text += line + "\n"
+        if prompt_end in text:
+            return text.split(prompt_end)[0]
+    return None
+
+
+def read_lines(question: str) -> Iterator[str]:
+    """Yields the lines that are typed, without their ends, and asks for each."""
+    try:
+        while True:
+            yield input(question)
+    except EOFError:
+        print(flush=True)
 
 
 # megatron/model/gpt2_model.py:345, megatron/model/utils.py:126

@@ -182,12 +182,11 @@ def end_run(message: str) -> NoReturn:
     sys.exit(f"MetaLA: {message}" if os.environ.get("RANK", "0") == "0" else 1)
 
 
-# megatron/training.py:883 to 970, megatron/text_generation_utils.py:713
+# megatron/training.py:883 to 970
 @repairs("exit codes", "megatron.training", " exit()")
 def fail_where_it_failed() -> None:
     """Gives the failures of GPT-NeoX's programs exit code 1."""
     from megatron import training
-    from megatron.text_generation_utils import generate_samples_interactive
 
     def fail(original: Callable, is_done: Callable[[Any], bool] = lambda neox_args: False) -> None:
         @in_metala_runs(original)
@@ -213,12 +212,6 @@ def fail_where_it_failed() -> None:
         if not neox_args.do_train:
             end_run(f"split: found {neox_args.split!r}, wanted a share of documents to train on")
         return loaders
-
-    @in_metala_runs(generate_samples_interactive)
-    def generate_until_interrupted(generate, neox_args, *args, **kwargs):
-        generate(neox_args, *args, **kwargs)
-        # It returns only at a prompt that is too long, after it has said so.
-        end_run(f"seq_length: found {neox_args.seq_length}, wanted more than the prompt has")
 
 
 # ---- Processes that end with each other

@@ -30,7 +30,7 @@ _LEFT = 2**40  # what a rank adds to its signs of life when its work is over
 @repairs("watchdog", "megatron.training:pretrain")
 def watch_ranks() -> None:
     """Gives trainings a watchdog."""
-    from megatron import training
+    from megatron import text_generation_utils, training
 
     watchdog: Watchdog | None = None
     is_training = False
@@ -62,7 +62,8 @@ def watch_ranks() -> None:
 
         replace(original, counted)
 
-    for work in (training.train_step, training.forward_step, training.save_checkpoint):
+    steps = (training.train_step, training.forward_step, text_generation_utils.forward_model)
+    for work in (*steps, training.save_checkpoint):
         count(work)
 
 
