@@ -10,7 +10,9 @@ from megatron import mpu
 from torch import nn
 
 from megatron_patch.architecture import QUERY_GATE_GAIN, Architecture
+from megatron_patch.neox.context_parallel import context_group
 from megatron_patch.ops import meta_linear_attention, short_convolution
+from megatron_patch.ops.context_parallel import incoming_rows, incoming_state
 
 # What a layer keeps of earlier tokens: the convolution's inputs [b, h, W - 1] and the recurrent
 # state [b, H, K, V].
@@ -150,12 +152,16 @@ class ParallelMetaLAMixer(nn.Module):
             `use_cache`.
         """
         conv_state, state = past if past is not None else (None, None)
+        if (group := context_group()) is not None:
+            conv_state = incoming_rows(x, self.options.conv_width - 1, group)
         x, conv_state = self.conv1d(x, conv_state, use_cache)
         projected, _ = self.in_proj(x)
         heads = projected.unflatten(-1, (self.num_heads, -1))
         q, gate_logits, v, out_gate = heads.split(
             [self.key_width, self.key_width, self.value_width, self.value_width], dim=-1
         )
+        if group is not None:
+            state = incoming_state(gate_logits, v, self.options.tau, group)
         out, state = meta_linear_attention(
             q,
             gate_logits,

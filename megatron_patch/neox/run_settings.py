@@ -19,6 +19,7 @@ import torch
 
 from megatron_patch.architecture import METALA, SettingsError, refuse, yaml_number_hint
 from megatron_patch.architecture_neox import expand_attention_config, from_neox
+from megatron_patch.neox.context_parallel import check_context_parallel
 from megatron_patch.ops.backends import unsupported_reason
 
 # ---- Types and ranges of every setting
@@ -184,6 +185,7 @@ def check_run(args: Any) -> None:
                 f"none with layers of type {', '.join(others)}: GPT-NeoX heeds it in a pipeline "
                 "alone, and not when it generates",
             )
+    check_context_parallel(args, program(args))
     if args.user_script:  # else these are the settings of a model alone
         _check_tokenizer(args)
     if program(args) == "train.py":

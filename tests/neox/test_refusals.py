@@ -13,6 +13,7 @@ from tests.neox.training import settings
 
 ADAM = {"type": "Adam", "params": {"lr": 1e-3}}
 HYBRID = ["metala", "global"]
+CONTEXT = {"context_parallel_size": 2}
 
 REFUSED = [
     # a choice in another case, which GPT-NeoX accepts and then does not know
@@ -94,6 +95,31 @@ REFUSED = [
         {"attention_config": HYBRID, "sliding_window_width": 8},
         "sliding_window_width: found 8, wanted none with layers of type global",
     ),
+    # sequences that cannot be split over ranks
+    (
+        {"metala": {"context_parallel_size": 3}},
+        "metala.context_parallel_size: found 3, wanted a divisor of seq_length = 64 that leaves",
+    ),
+    (
+        {"metala": {"context_parallel_size": 32}},
+        "metala.context_parallel_size: found 32, wanted a divisor of seq_length = 64 that leaves",
+    ),
+    (
+        {"metala": CONTEXT, "attention_config": HYBRID},
+        "metala.context_parallel_size: found 2, wanted 1 with layers of type global",
+    ),
+    (
+        {"metala": CONTEXT, "user_script": "generate.py", "optimizer": None},
+        "metala.context_parallel_size: found 2, wanted 1 in generate.py",
+    ),
+    (
+        {"metala": CONTEXT, "model_parallel_size": 2, "global_num_gpus": 6},
+        "metala.context_parallel_size: found 2, wanted a divisor of the 3 data-parallel ranks",
+    ),
+    (
+        {"metala": CONTEXT, "eval_tasks": ["piqa"]},
+        "eval_tasks: found ['piqa'], wanted none with metala.context_parallel_size = 2",
+    ),
     # what GPT-NeoX itself refuses
     ({"min_lr": 1.0}, "GPT-NeoX refuses the settings: "),
     # no checkpoint would be written
@@ -116,6 +142,7 @@ ACCEPTED = [
         "data_types": {"grad_accum_dtype": "fp32"},
     },
     {"user_script": "generate.py", "optimizer": None, "train_iters": None},
+    {"metala": CONTEXT, "pipe_parallel_size": 2, "global_num_gpus": 4},
     {"weight_decay": 0, "checkpoint_factor": 1.5, "checkpoint_scale": "log", "save": "x"},
     # GPT-NeoX's own runs are left alone
     {"attention_config": None, "norm": "layernorm", "metala": None, "lr_decay_style": "Cosine"},

@@ -1,0 +1,137 @@
+"""Sequences that are split over ranks, in real trainings: losses and gradients as on one rank."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.neox.training import neox, settings
+
+# The stock train.py, but a layer begins with the same weights in every layout, and each rank writes
+# its gradients and their norm.
+SCRIPT = """
+import os, sys, torch, zlib
+sys.path.insert(0, os.getcwd())
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.utils import safe_get_full_grad
+from megatron import mpu, training
+from megatron.neox_arguments import NeoXArgs
+
+steps = []
+get_model, take_step = training.get_model, DeepSpeedEngine._take_model_step
+
+def key_of(name):
+    return name.removeprefix("module.").removeprefix("sequential.")
+
+@torch.no_grad()
+def get_model_with_weights(*args, **kwargs):
+    model = get_model(*args, **kwargs)
+    ranks, rank = mpu.get_model_parallel_world_size(), mpu.get_model_parallel_rank()
+    for name, p in model.named_parameters():
+        p.parts, shape = None, list(p.shape)
+        if getattr(p, "model_parallel", False):
+            dim, stride = p.parts = p.partition_dim, 2 if "gate_up" in name else 1
+            shape[dim] *= ranks
+        generator = torch.Generator().manual_seed(zlib.crc32(key_of(name).encode()))
+        whole = torch.randn(shape, generator=generator)
+        if p.parts:
+            whole = torch.cat(whole.chunk(ranks * stride, dim)[rank::ranks], dim)
+        is_norm = p.dim() == 1 and name.endswith("weight")
+        p.copy_(1 + 0.1 * whole if is_norm else 0.05 * whole)
+    return model
+
+def take_and_note(self, *args, **kwargs):
+    gradients = {}
+    for name, p in self.module.named_parameters():
+        gradient = getattr(p, "_hp_grad", p.grad)
+        gradient = safe_get_full_grad(p) if gradient is None else gradient
+        gradients[key_of(name)] = [gradient.view(p.shape).float().clone(), p.parts]
+    take_step(self, *args, **kwargs)
+    norm = self.get_global_grad_norm()
+    steps.append([None if norm is None else float(norm), gradients])
+
+training.get_model = get_model_with_weights
+DeepSpeedEngine._take_model_step = take_and_note
+neox_args = NeoXArgs.consume_neox_args()
+neox_args.configure_distributed_args()
+neox_args.build_tokenizer()
+training.pretrain(neox_args=neox_args)
+place = [mpu.get_model_parallel_rank(), mpu.get_model_parallel_world_size()]
+torch.save([*place, steps], os.path.join(os.environ["STEPS"], os.environ["RANK"]))
+"""
+
+# Eight samples a step. Some of a slice's tokens do not count in the loss.
+RUN = {
+    "train_iters": 3,
+    "do_valid": True,
+    "train_micro_batch_size_per_gpu": 2,
+    "gradient_accumulation_steps": 4,
+    "eod_mask_loss": True,
+    "gradient_clipping": 0.1,
+}
+
+
+class Training:
+    """Losses of a training's steps and validation; gradients and norms of its ranks."""
+
+    def __init__(self, checkout: Path, config: dict, folder: Path):
+        files = folder / "steps"
+        files.mkdir(parents=True)
+        (folder / "train.py").write_text(SCRIPT)
+        run = neox(checkout, str(folder / "train.py"), config, folder, STEPS=str(files))
+        assert run.returncode == 0, run.output[-6000:]
+        self.losses, self.validation = run.losses, run.validation_losses
+        self.output = run.output
+        self.ranks = [torch.load(file) for file in sorted(files.iterdir())]
+
+    def assert_equal(self, one: Training) -> None:
+        """To float32: losses, each rank's gradients in each step, and their norm."""
+        assert self.losses == pytest.approx(one.losses, abs=1e-5)
+        assert self.validation == pytest.approx(one.validation, abs=1e-5)
+        [[_, _, expected]] = one.ranks
+        for rank, ranks, steps in self.ranks:
+            for (norm, gradients), (_, whole) in zip(steps, expected, strict=True):
+                for name, (gradient, split) in gradients.items():
+                    target, _ = whole[name]
+                    largest = target.abs().max().item()
+                    if split:
+                        dim, stride = split
+                        target = torch.cat(target.chunk(ranks * stride, dim)[rank::ranks], dim)
+                    assert (gradient - target).abs().max().item() < 1e-4 * largest, name
+                if norm is not None:
+                    squares = sum(g.double().square().sum() for g, _ in whole.values())
+                    assert norm == pytest.approx(float(squares) ** 0.5, rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def train(neox_checkout, token_data, tokenizer_file, tmp_path_factory):
+    def train(**changes) -> Training:
+        config = settings(token_data, tokenizer_file) | RUN | changes
+        return Training(neox_checkout, config, tmp_path_factory.mktemp("split"))
+
+    return train
+
+
+@pytest.fixture(scope="module")
+def one(train) -> Training:
+    return train(num_gpus=1)
+
+
+CONTEXT = {"metala": {"context_parallel_size": 2}}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_gpus": 2, "zero_optimization": {"stage": 1}, "checkpoint_activations": True},
+        {"num_gpus": 4, "gradient_accumulation_steps": 2},
+        {"num_gpus": 4, "model_parallel_size": 2},
+        {"num_gpus": 4, "pipe_parallel_size": 2},
+        {"num_gpus": 4, "metala": {"context_parallel_size": 4}},
+    ],
+    ids=["ZeRO 1, recomputed", "data", "tensor", "pipeline", "of four"],
+)
+def test_context_parallel_ranks_train_as_one(train, one, changes):
+    train(**CONTEXT | changes).assert_equal(one)
