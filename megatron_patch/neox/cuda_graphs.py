@@ -25,10 +25,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megatron_patch.ops.backends import choose, function_of
+
 WARM_UP = 3  # training forward passes, in which kernels are compiled and libraries choose theirs
 
 # The tensor to which a parameter's gradient is added, and a function to call after that.
 Accumulator = tuple[Tensor, Callable[[], None]]
+
+
+def add_to_sum(total: Tensor, gradient: Tensor) -> None:
+    """Adds a gradient to its float32 sum, of any shape with as many elements, in one kernel."""
+    gradient = gradient.view_as(total)
+    is_flat = total.is_contiguous() and gradient.is_contiguous()
+    backend = choose("accumulate", "auto" if is_flat else "torch", gradient.dtype, gradient.device)
+    function_of("accumulate", backend)(total, gradient)
 
 
 class LayerGraphs:
@@ -113,7 +123,7 @@ class LayerGraph:
                 return [d_x, *gradients]
             with torch.no_grad():
                 for (total, _), gradient in zip(self.accumulators, gradients, strict=True):
-                    total.add_(gradient.view_as(total))
+                    add_to_sum(total, gradient)
             return [d_x]
 
         self.backward, (self.d_x, *self.gradients) = _capture(work, pool, stream)

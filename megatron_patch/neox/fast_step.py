@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from megatron_patch.architecture import MetaLAOptions
-from megatron_patch.neox.cuda_graphs import Accumulator, LayerGraphs
+from megatron_patch.neox.cuda_graphs import Accumulator, LayerGraphs, add_to_sum
 from megatron_patch.neox.patching import in_metala_runs, replace
 from megatron_patch.neox.upstream_fixes.cpu_mode import runs_on_cpu
 
@@ -125,7 +125,7 @@ def _add_gradients_at_once(engine: Any) -> None:
     def add_in_one_kernel(self, lp, group_idx, param_idx, clear_lp_grads):
         if lp.grad is not None:
             total = self.fp32_groups_gradients[group_idx][param_idx]
-            total.add_(lp.grad.view_as(total))
+            add_to_sum(total, lp.grad)
             _note_gradient(self, lp, total, group_idx, param_idx)
 
     optimizer._update_hp_grad = MethodType(add_in_one_kernel, optimizer)

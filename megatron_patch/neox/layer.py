@@ -6,6 +6,7 @@ Hidden states are [s, b, h]: sequence, batch, hidden size, as everywhere in GPT-
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 
 import torch
@@ -18,7 +19,7 @@ from megatron_patch.architecture import MetaLAOptions
 from megatron_patch.architecture_neox import from_neox
 from megatron_patch.neox.mixer import MixerState, ParallelMetaLAMixer
 from megatron_patch.neox.recompute import recomputed
-from megatron_patch.ops import swiglu
+from megatron_patch.ops import add_rms_norm, swiglu
 
 
 class SimpleRMSNorm(nn.Module):
@@ -38,6 +39,12 @@ class SimpleRMSNorm(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # PyTorch computes 16-bit inputs in float32 here, as the authors do.
         return F.rms_norm(x, (self.dim,), eps=self.eps)
+
+    def of_sum(
+        self, x: torch.Tensor, residual: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns x + residual and its norm, in one pass where there is a kernel for it."""
+        return add_rms_norm(x, residual, eps=self.eps)
 
     def extra_repr(self) -> str:
         return f"{self.dim}, eps={self.eps}"
@@ -148,12 +155,11 @@ class ParallelMetaLALayer(nn.Module):
         """
         past = self.layer_past if self.use_cache else None
         x = x.transpose(0, 1).contiguous()
-        normed = self.input_norm(x)
-        with recomputed(normed, partial(self.input_norm, x.detach()), self.recompute):
+        x, normed = self._add_and_norm(x, None, self.input_norm)
+        with self._recomputing(normed, x, self.input_norm):
             mixed, self.layer_past = self.mixer(normed, past, self.use_cache)
-        x = x + self._dropout(mixed)
-        normed = self.mlp_norm(x)
-        with recomputed(normed, partial(self.mlp_norm, x.detach()), self.recompute):
+        x, normed = self._add_and_norm(x, self._dropout(mixed), self.mlp_norm)
+        with self._recomputing(normed, x, self.mlp_norm):
             x = x + self._dropout(self.mlp(normed))
         if x.requires_grad:
             # An attention layer returns a gradient that is transposed in memory. Without this one
@@ -161,6 +167,23 @@ class ParallelMetaLALayer(nn.Module):
             x.register_hook(torch.Tensor.contiguous)
         y = x.transpose(0, 1)
         return y if self.is_batch_first else y.contiguous()
+
+    @staticmethod
+    def _add_and_norm(
+        x: torch.Tensor, residual: torch.Tensor | None, norm: nn.Module
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns x + residual and its norm."""
+        if isinstance(norm, SimpleRMSNorm):
+            return norm.of_sum(x, residual)
+        x = x if residual is None else x + residual
+        return x, norm(x)
+
+    def _recomputing(
+        self, normed: torch.Tensor, x: torch.Tensor, norm: nn.Module
+    ) -> AbstractContextManager:
+        """Returns a context in which `normed` is not kept but computed again from x."""
+        x = x.detach()
+        return recomputed(normed, lambda: self._add_and_norm(x, None, norm)[1], self.recompute)
 
     def _dropout(self, x: torch.Tensor) -> torch.Tensor:
         return F.dropout(x, self.hidden_dropout, self.training)

@@ -87,6 +87,14 @@ REGISTRY: dict[str, dict[str, Backend]] = {
         "triton": Backend("megatron_patch.ops.triton", "triton"),
         "torch": Backend("megatron_patch.ops.torch_ops"),
     },
+    "add_rms_norm": {
+        "triton": Backend("megatron_patch.ops.triton", "triton"),
+        "torch": Backend("megatron_patch.ops.torch_ops"),
+    },
+    "accumulate": {
+        "triton": Backend("megatron_patch.ops.triton", "triton"),
+        "torch": Backend("megatron_patch.ops.torch_ops"),
+    },
     "cross_entropy": {
         "triton": Backend("megatron_patch.ops.triton", "triton"),
         "neox": Backend(""),  # GPT-NeoX's own

@@ -125,6 +125,19 @@ def swiglu(gate_and_up: torch.Tensor, up: torch.Tensor | None = None) -> torch.T
     return F.silu(gate) * up
 
 
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor | None, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns x + residual, or x without a residual, and its RMS norm without weights."""
+    total = x if residual is None else x + residual
+    return total, F.rms_norm(total, total.shape[-1:], eps=eps)
+
+
+def accumulate(total: torch.Tensor, gradient: torch.Tensor) -> None:
+    """Adds a gradient to the sum of all, in place."""
+    total.add_(gradient)
+
+
 def compute_dtype(tensor: torch.Tensor) -> torch.dtype:
     """Returns the dtype of sums and states: float64 for float64, float32 for all others."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32

@@ -26,6 +26,8 @@ from tests.gpu.operator_sweep import IN_ALL_DTYPES, WIDTHS
 CUDA, OTHER_CUDA, CPU = torch.device("cuda", 0), torch.device("cuda", 1), torch.device("cpu")
 HOPPER = (9, 0)
 SIZES = {
+    "accumulate": {},
+    "add_rms_norm": {},
     "cross_entropy": {},
     "meta_linear_attention": dict(K=64, V=128),
     "short_convolution": dict(D=64, W=4, packed_state=False),

@@ -1,8 +1,17 @@
 """MetaLA's operators as fused Triton kernels for GPUs."""
 
+from megatron_patch.ops.triton.accumulate import accumulate
 from megatron_patch.ops.triton.chunk import meta_linear_attention
 from megatron_patch.ops.triton.convolution import short_convolution
 from megatron_patch.ops.triton.cross_entropy import cross_entropy
+from megatron_patch.ops.triton.rms_norm import add_rms_norm
 from megatron_patch.ops.triton.swiglu import swiglu
 
-__all__ = ["cross_entropy", "meta_linear_attention", "short_convolution", "swiglu"]
+__all__ = [
+    "accumulate",
+    "add_rms_norm",
+    "cross_entropy",
+    "meta_linear_attention",
+    "short_convolution",
+    "swiglu",
+]
