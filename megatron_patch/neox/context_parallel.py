@@ -2,9 +2,9 @@
 tokens of each sequence over N ranks.
 
 To GPT-NeoX and DeepSpeed these ranks stay data-parallel: they hold the same parameters, and
-gradients are averaged over all of them. Four things differ, and are hooked in here:
+gradients are averaged over all of them. N neighbours form a group (`token_groups.py`). Three things
+differ, and are hooked in here:
 
-- N neighbouring data-parallel ranks form a group.
 - All ranks of a group read the same samples, so a batch has 1 / N of the usual number.
 - Each rank keeps its slice of the tokens.
 - The loss divides by the mean number of tokens that count on the group's ranks (`loss.py`). The
@@ -24,28 +24,16 @@ import torch.distributed as dist
 from megatron_patch.architecture import METALA, MetaLAOptions, refuse
 from megatron_patch.architecture_neox import expand_attention_config
 from megatron_patch.neox.patching import in_metala_runs, replace, swapped
-
-_group: dist.ProcessGroup | None = None
-
-
-def context_group() -> dist.ProcessGroup | None:
-    """Returns the ranks that hold the same sequences as this one, in the order of their tokens;
-    `None` where every rank holds whole sequences."""
-    return _group
-
-
-def context_size(neox_args: Any) -> int:
-    """Returns N, 1 in runs without MetaLA layers."""
-    return MetaLAOptions.parse(neox_args.metala).context_parallel_size
+from megatron_patch.neox.token_groups import context_group, context_size
 
 
 def mean_over_context(count: torch.Tensor) -> torch.Tensor:
     """Returns the mean of a number over the ranks of this rank's group."""
-    if _group is None:
+    if (group := context_group()) is None:
         return count
     count = count.clone()
-    dist.all_reduce(count, group=_group)
-    return count / dist.get_world_size(_group)
+    dist.all_reduce(count, group=group)
+    return count / dist.get_world_size(group)
 
 
 def check_context_parallel(args: Any, program: str) -> None:
@@ -92,28 +80,9 @@ def check_context_ranks(args: Any) -> None:
 
 def split_sequences() -> None:
     """Hooks everything of this module into GPT-NeoX."""
-    _make_groups()
     _count_samples_by_group()
     _read_by_group()
     _keep_own_tokens()
-
-
-def _make_groups() -> None:
-    from megatron import mpu
-    from megatron.initialize import initialize_megatron
-
-    @in_metala_runs(initialize_megatron)
-    def initialize_groups(initialize, neox_args, *args, **kwargs):
-        global _group
-        result = initialize(neox_args, *args, **kwargs)
-        if (size := context_size(neox_args)) > 1:
-            replicas = dist.get_process_group_ranks(mpu.get_data_parallel_group())
-            first = mpu.get_data_parallel_rank() // size * size
-            groups: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(groups, replicas[first : first + size])
-            groups = sorted(set(map(tuple, groups)))
-            _group, _ = dist.new_subgroups_by_enumeration(groups)
-        return result
 
 
 def _count_samples_by_group() -> None:
@@ -179,6 +148,6 @@ def _keep_own_tokens() -> None:
 
 def _own_slice(x: torch.Tensor) -> torch.Tensor:
     """Returns this rank's part of [b, s]."""
-    if _group is None:
+    if (group := context_group()) is None:
         return x
-    return x.chunk(dist.get_world_size(_group), dim=1)[dist.get_rank(_group)].contiguous()
+    return x.chunk(dist.get_world_size(group), dim=1)[dist.get_rank(group)].contiguous()

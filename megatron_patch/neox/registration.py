@@ -39,7 +39,9 @@ from megatron_patch.neox.run_settings import (
     check_values,
     program,
 )
+from megatron_patch.neox.sequence_parallel import split_tokens
 from megatron_patch.neox.settings import check_settings, export_warning
+from megatron_patch.neox.token_groups import make_token_groups
 from megatron_patch.neox.upstream_fixes.cpu_mode import activate_cpu_mode, runs_on_cpu
 from megatron_patch.neox.upstream_fixes.processes import (
     check_launcher,
@@ -73,7 +75,9 @@ def register() -> None:
     _recompute_layer()
     _count_flops()
     shrink_unread_attention_mask()
+    make_token_groups()
     split_sequences()
+    split_tokens()
     fuse_loss()
     speed_up_steps()
     upstream_fixes.apply()

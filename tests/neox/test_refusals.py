@@ -14,6 +14,7 @@ from tests.neox.training import settings
 ADAM = {"type": "Adam", "params": {"lr": 1e-3}}
 HYBRID = ["metala", "global"]
 CONTEXT = {"context_parallel_size": 2}
+SEQUENCE = {"sequence_parallel": True, "model_parallel_size": 2, "global_num_gpus": 2}
 
 REFUSED = [
     # a choice in another case, which GPT-NeoX accepts and then does not know
@@ -120,6 +121,22 @@ REFUSED = [
         {"metala": CONTEXT, "eval_tasks": ["piqa"]},
         "eval_tasks: found ['piqa'], wanted none with metala.context_parallel_size = 2",
     ),
+    (
+        {**SEQUENCE, "user_script": "generate.py", "optimizer": None},
+        "sequence_parallel: found True, wanted false in generate.py: GPT-NeoX cannot gather",
+    ),
+    (
+        {**SEQUENCE, "eval_tasks": ["piqa"]},
+        "sequence_parallel: found True, wanted false with eval_tasks",
+    ),
+    (
+        {**SEQUENCE, "attention_config": ["metala", "mamba"]},
+        "sequence_parallel: found True, wanted false with layers of type mamba",
+    ),
+    (
+        {**SEQUENCE, "seq_length": 63},
+        "sequence_parallel: found True, wanted false with seq_length = 63: 2 ranks cannot",
+    ),
     # what GPT-NeoX itself refuses
     ({"min_lr": 1.0}, "GPT-NeoX refuses the settings: "),
     # no checkpoint would be written
@@ -143,6 +160,8 @@ ACCEPTED = [
     },
     {"user_script": "generate.py", "optimizer": None, "train_iters": None},
     {"metala": CONTEXT, "pipe_parallel_size": 2, "global_num_gpus": 4},
+    {**SEQUENCE, "metala": CONTEXT, "global_num_gpus": 4, "zero_optimization": {"stage": 1}},
+    {**SEQUENCE, "attention_config": HYBRID, "use_qk_layernorm": True},
     {"weight_decay": 0, "checkpoint_factor": 1.5, "checkpoint_scale": "log", "save": "x"},
     # GPT-NeoX's own runs are left alone
     {"attention_config": None, "norm": "layernorm", "metala": None, "lr_decay_style": "Cosine"},

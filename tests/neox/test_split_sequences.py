@@ -19,6 +19,7 @@ from deepspeed.utils import safe_get_full_grad
 from megatron import mpu, training
 from megatron.neox_arguments import NeoXArgs
 
+GATED = ("mlp.gate_up_proj", "mlp.linear1")  # two matrices, each split over the ranks
 steps = []
 get_model, take_step = training.get_model, DeepSpeedEngine._take_model_step
 
@@ -32,7 +33,7 @@ def get_model_with_weights(*args, **kwargs):
     for name, p in model.named_parameters():
         p.parts, shape = None, list(p.shape)
         if getattr(p, "model_parallel", False):
-            dim, stride = p.parts = p.partition_dim, 2 if "gate_up" in name else 1
+            dim, stride = p.parts = p.partition_dim, 1 + any(n in name for n in GATED)
             shape[dim] *= ranks
         generator = torch.Generator().manual_seed(zlib.crc32(key_of(name).encode()))
         whole = torch.randn(shape, generator=generator)
@@ -135,3 +136,32 @@ CONTEXT = {"metala": {"context_parallel_size": 2}}
 )
 def test_context_parallel_ranks_train_as_one(train, one, changes):
     train(**CONTEXT | changes).assert_equal(one)
+
+
+SEQUENCE = {"sequence_parallel": True, "model_parallel_size": 2}
+# Weights of norms, and biases after row-parallel products.
+HYBRID = {
+    "num_layers": 4,
+    "attention_config": ["metala", "global", "metala", "metala"],
+    "norm": "layernorm",
+    "rms_norm_epsilon": 1e-8,  # GPT-NeoX's, since this norm does not read it
+    "pos_emb": "rotary",
+    "mlp_multiple_of": 96,
+}
+
+
+@pytest.fixture(scope="module")
+def one_hybrid(train) -> Training:
+    return train(num_gpus=1, **HYBRID)
+
+
+def test_sequence_parallel_ranks_train_as_one(train, one_hybrid):
+    train(num_gpus=2, **SEQUENCE, **HYBRID).assert_equal(one_hybrid)
+
+
+def test_sequence_parallel_stages_train_as_one(train, one_hybrid):
+    train(num_gpus=4, pipe_parallel_size=2, **SEQUENCE, **HYBRID).assert_equal(one_hybrid)
+
+
+def test_sequence_and_context_parallel_ranks_train_as_one(train, one):
+    train(num_gpus=4, **SEQUENCE, **CONTEXT).assert_equal(one)
