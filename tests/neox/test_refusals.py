@@ -134,6 +134,14 @@ REFUSED = [
         "sequence_parallel: found True, wanted false with layers of type mamba",
     ),
     (
+        {**SEQUENCE, "partition_activations": True},
+        "sequence_parallel: found True, wanted false with partition_activations",
+    ),
+    (
+        {**SEQUENCE, "attention_config": HYBRID, "use_qk_layernorm": True},
+        "sequence_parallel: found True, wanted false with use_qk_layernorm",
+    ),
+    (
         {**SEQUENCE, "seq_length": 63},
         "sequence_parallel: found True, wanted false with seq_length = 63: 2 ranks cannot",
     ),
@@ -161,7 +169,7 @@ ACCEPTED = [
     {"user_script": "generate.py", "optimizer": None, "train_iters": None},
     {"metala": CONTEXT, "pipe_parallel_size": 2, "global_num_gpus": 4},
     {**SEQUENCE, "metala": CONTEXT, "global_num_gpus": 4, "zero_optimization": {"stage": 1}},
-    {**SEQUENCE, "attention_config": HYBRID, "use_qk_layernorm": True},
+    {**SEQUENCE, "attention_config": HYBRID},
     {"weight_decay": 0, "checkpoint_factor": 1.5, "checkpoint_scale": "log", "save": "x"},
     # GPT-NeoX's own runs are left alone
     {"attention_config": None, "norm": "layernorm", "metala": None, "lr_decay_style": "Cosine"},
