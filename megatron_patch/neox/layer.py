@@ -19,6 +19,7 @@ from megatron_patch.architecture import MetaLAOptions
 from megatron_patch.architecture_neox import from_neox
 from megatron_patch.neox.mixer import MixerState, ParallelMetaLAMixer
 from megatron_patch.neox.recompute import recomputed
+from megatron_patch.neox.sequence_parallel import column_parallel
 from megatron_patch.neox.token_groups import is_sequence_parallel
 from megatron_patch.ops import add_rms_norm, swiglu
 
@@ -90,7 +91,7 @@ class ParallelSwiGLU(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Maps [s, b, h] to [s, b, h]; input and output are identical on all tensor-parallel
         ranks, or with sequence parallelism each rank's tokens."""
-        gate_and_up, _ = self.gate_up_proj(x)
+        gate_and_up = column_parallel(self.gate_up_proj, x, self.recompute)
         hidden = swiglu(gate_and_up)
         with recomputed(hidden, partial(swiglu, gate_and_up.detach()), self.recompute):
             return self.down_proj(hidden)[0]

@@ -10,6 +10,7 @@ from megatron import mpu
 from torch import nn
 
 from megatron_patch.architecture import QUERY_GATE_GAIN, Architecture
+from megatron_patch.neox.sequence_parallel import column_parallel
 from megatron_patch.neox.token_groups import context_group, is_sequence_parallel, token_group
 from megatron_patch.ops import meta_linear_attention, short_convolution
 from megatron_patch.ops.context_parallel import incoming_rows, incoming_state
@@ -158,7 +159,8 @@ class ParallelMetaLAMixer(nn.Module):
         if (group := token_group()) is not None:
             conv_state = incoming_rows(x, self.options.conv_width - 1, group)
         x, conv_state = self.conv1d(x, conv_state, use_cache)
-        projected, _ = self.in_proj(self._swapped(x).contiguous())
+        x = self._swapped(x).contiguous()
+        projected = column_parallel(self.in_proj, x, self.options.recompute == "cheap")
         heads = self._swapped(projected).unflatten(-1, (self.num_heads, -1))
         q, gate_logits, v, out_gate = heads.split(
             [self.key_width, self.key_width, self.value_width, self.value_width], dim=-1

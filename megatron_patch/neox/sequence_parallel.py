@@ -12,11 +12,30 @@ import functools
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from megatron_patch.architecture import METALA, SOFTMAX_TYPES, MetaLAOptions, refuse
 from megatron_patch.architecture_neox import expand_attention_config
 from megatron_patch.neox.patching import has_metala_layers, replace
+from megatron_patch.neox.recompute import recomputed
 from megatron_patch.neox.token_groups import context_size, is_sequence_parallel
+
+
+def column_parallel(linear: torch.nn.Module, x: torch.Tensor, recompute: bool) -> torch.Tensor:
+    """Returns the product of GPT-NeoX's `ColumnParallelLinear`, which has no bias, and x [s, b, h].
+
+    With sequence parallelism x is [s / tp, b, h]. With `recompute` too, only that is kept, and the
+    backward pass gathers the tokens again, as in Megatron-LM. GPT-NeoX keeps them gathered, which
+    is all that not splitting them would cost.
+    """
+    if not (linear.sequence_parallel and recompute):
+        return linear(x)[0]
+    from megatron import mpu
+
+    gather, own = mpu.gather_from_sequence_parallel_region, x.detach()
+    whole = gather(x)
+    with recomputed(whole, lambda: gather(own)):
+        return F.linear(whole, linear.weight)
 
 
 def check_sequence_parallel(args: Any, program: str) -> None:

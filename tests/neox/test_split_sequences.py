@@ -10,7 +10,7 @@ import torch
 from tests.neox.training import neox, settings
 
 # The stock train.py, but a layer begins with the same weights in every layout, and each rank writes
-# its gradients and their norm.
+# what `Training` reads.
 SCRIPT = """
 import os, sys, torch, zlib
 sys.path.insert(0, os.getcwd())
@@ -18,6 +18,10 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.utils import safe_get_full_grad
 from megatron import mpu, training
 from megatron.neox_arguments import NeoXArgs
+from megatron_patch.neox.layer import ParallelMetaLALayerPipe
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 GATED = ("mlp.gate_up_proj", "mlp.linear1")  # two matrices, each split over the ranks
 steps = []
@@ -53,6 +57,31 @@ def take_and_note(self, *args, **kwargs):
     norm = self.get_global_grad_norm()
     steps.append([None if norm is None else float(norm), gradients])
 
+class Storages(TorchDispatchMode):
+    "Counts the bytes of what is made in it and still there afterwards."
+    def __enter__(self):
+        self.made = {}
+        return super().__enter__()
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        for x in tree_leaves(result):
+            if isinstance(x, torch.Tensor):
+                storage = x.untyped_storage()
+                self.made[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        return result
+    def kept(self):
+        return sum(size for storage, size in self.made.values() if not storage.expired())
+
+def forward_and_count(self, args):
+    if kept or not self.training:
+        return forward(self, args)
+    with Storages() as storages:
+        output = forward(self, args)
+    kept.append(storages.kept())
+    return output
+
+kept, forward = [], ParallelMetaLALayerPipe.forward
+ParallelMetaLALayerPipe.forward = forward_and_count
 training.get_model = get_model_with_weights
 DeepSpeedEngine._take_model_step = take_and_note
 neox_args = NeoXArgs.consume_neox_args()
@@ -60,7 +89,7 @@ neox_args.configure_distributed_args()
 neox_args.build_tokenizer()
 training.pretrain(neox_args=neox_args)
 place = [mpu.get_model_parallel_rank(), mpu.get_model_parallel_world_size()]
-torch.save([*place, steps], os.path.join(os.environ["STEPS"], os.environ["RANK"]))
+torch.save([*place, steps, *kept], os.path.join(os.environ["STEPS"], os.environ["RANK"]))
 """
 
 # Eight samples a step. Some of a slice's tokens do not count in the loss.
@@ -75,7 +104,9 @@ RUN = {
 
 
 class Training:
-    """Losses of a training's steps and validation; gradients and norms of its ranks."""
+    """Losses of a training's steps and validation. Of each rank: its tensor-parallel rank, of how
+    many; norms and gradients of its steps; bytes that its first MetaLA layer keeps of a forward
+    pass."""
 
     def __init__(self, checkout: Path, config: dict, folder: Path):
         files = folder / "steps"
@@ -91,8 +122,8 @@ class Training:
         """To float32: losses, each rank's gradients in each step, and their norm."""
         assert self.losses == pytest.approx(one.losses, abs=1e-5)
         assert self.validation == pytest.approx(one.validation, abs=1e-5)
-        [[_, _, expected]] = one.ranks
-        for rank, ranks, steps in self.ranks:
+        [[_, _, expected, _]] = one.ranks
+        for rank, ranks, steps, _ in self.ranks:
             for (norm, gradients), (_, whole) in zip(steps, expected, strict=True):
                 for name, (gradient, split) in gradients.items():
                     target, _ = whole[name]
@@ -157,12 +188,18 @@ def one_hybrid(train) -> Training:
 
 
 def test_sequence_parallel_ranks_train_as_one(train, one_hybrid):
-    train(num_gpus=2, checkpoint_activations=True, **SEQUENCE, **HYBRID).assert_equal(one_hybrid)
+    """And each of two ranks keeps half as much."""
+    training = train(num_gpus=2, **SEQUENCE, **HYBRID)
+    training.assert_equal(one_hybrid)
+    [*_, whole] = one_hybrid.ranks[0]
+    for *_, kept in training.ranks:
+        assert 2 * kept < whole
 
 
 def test_sequence_parallel_stages_train_as_one(train, one_hybrid):
-    zero = {"zero_optimization": {"stage": 1}}
-    train(num_gpus=4, pipe_parallel_size=2, **SEQUENCE, **HYBRID, **zero).assert_equal(one_hybrid)
+    changes = {"zero_optimization": {"stage": 1}, "checkpoint_activations": True}
+    stages = train(num_gpus=4, pipe_parallel_size=2, **SEQUENCE, **HYBRID, **changes)
+    stages.assert_equal(one_hybrid)
 
 
 def test_sequence_and_context_parallel_ranks_train_as_one(train, one):
