@@ -119,22 +119,22 @@ class Training:
         self.ranks = [torch.load(file) for file in sorted(files.iterdir())]
 
     def assert_equal(self, one: Training) -> None:
-        """To float32: losses, each rank's gradients in each step, and their norm."""
+        """To float32: all losses, and each rank's gradients in the first step, and their norm. Adam
+        magnifies rounding in the steps after it."""
         assert self.losses == pytest.approx(one.losses, abs=1e-5)
         assert self.validation == pytest.approx(one.validation, abs=1e-5)
-        [[_, _, expected, _]] = one.ranks
-        for rank, ranks, steps, _ in self.ranks:
-            for (norm, gradients), (_, whole) in zip(steps, expected, strict=True):
-                for name, (gradient, split) in gradients.items():
-                    target, _ = whole[name]
-                    largest = target.abs().max().item()
-                    if split:
-                        dim, stride = split
-                        target = torch.cat(target.chunk(ranks * stride, dim)[rank::ranks], dim)
-                    assert (gradient - target).abs().max().item() < 1e-4 * largest, name
-                if norm is not None:
-                    squares = sum(g.double().square().sum() for g, _ in whole.values())
-                    assert norm == pytest.approx(float(squares) ** 0.5, rel=1e-5)
+        [[_, _, [[_, whole], *_], _]] = one.ranks
+        squares = sum(g.double().square().sum().item() for g, _ in whole.values())
+        for rank, ranks, [[norm, gradients], *_], _ in self.ranks:
+            for name, (gradient, split) in gradients.items():
+                expected, _ = whole[name]
+                largest = expected.abs().max().item()
+                if split:
+                    dim, stride = split
+                    expected = torch.cat(expected.chunk(ranks * stride, dim)[rank::ranks], dim)
+                assert (gradient - expected).abs().max().item() < 5e-5 * largest, name
+            if norm is not None:
+                assert norm == pytest.approx(squares**0.5, rel=1e-5)
 
 
 @pytest.fixture(scope="module")
