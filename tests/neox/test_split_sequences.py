@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.neox.conversion import export
 from tests.neox.training import neox, settings
 
 # The stock train.py, but a layer begins with the same weights in every layout, and each rank writes
@@ -202,5 +203,9 @@ def test_sequence_parallel_stages_train_as_one(train, one_hybrid):
     stages.assert_equal(one_hybrid)
 
 
-def test_sequence_and_context_parallel_ranks_train_as_one(train, one):
-    train(num_gpus=4, **SEQUENCE, **CONTEXT).assert_equal(one)
+def test_sequence_and_context_parallel_ranks_train_as_one(train, one, neox_checkout, tmp_path):
+    """Four ranks, each with a quarter of a sequence's tokens. What they saved is verified."""
+    folder = tmp_path / "checkpoints"
+    saved = {"save": str(folder), "checkpoint_factor": RUN["train_iters"]}
+    train(num_gpus=4, **SEQUENCE, **CONTEXT, **saved).assert_equal(one)
+    export(neox_checkout, folder, tmp_path / "hf", "--verify")
