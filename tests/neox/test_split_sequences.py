@@ -155,16 +155,20 @@ def one(train) -> Training:
 CONTEXT = {"metala": {"context_parallel_size": 2}}
 
 
+def zero(stage: int) -> dict:
+    return {"zero_optimization": {"stage": stage}}
+
+
 @pytest.mark.parametrize(
     "changes",
     [
-        {"num_gpus": 2, "zero_optimization": {"stage": 1}, "checkpoint_activations": True},
-        {"num_gpus": 4, "gradient_accumulation_steps": 2},
+        {"num_gpus": 2, "checkpoint_activations": True, **zero(1)},
+        {"num_gpus": 4, "gradient_accumulation_steps": 2, **zero(2)},
         {"num_gpus": 4, "model_parallel_size": 2},
         {"num_gpus": 4, "pipe_parallel_size": 2},
-        {"num_gpus": 4, "metala": {"context_parallel_size": 4}},
+        {"num_gpus": 4, "metala": {"context_parallel_size": 4}, **zero(3)},
     ],
-    ids=["ZeRO 1, recomputed", "data", "tensor", "pipeline", "of four"],
+    ids=["ZeRO 1, recomputed", "data, ZeRO 2", "tensor", "pipeline", "of four, ZeRO 3"],
 )
 def test_context_parallel_ranks_train_as_one(train, one, changes):
     train(**CONTEXT | changes).assert_equal(one)
@@ -198,9 +202,8 @@ def test_sequence_parallel_ranks_train_as_one(train, one_hybrid):
 
 
 def test_sequence_parallel_stages_train_as_one(train, one_hybrid):
-    changes = {"zero_optimization": {"stage": 1}, "checkpoint_activations": True}
-    stages = train(num_gpus=4, pipe_parallel_size=2, **SEQUENCE, **HYBRID, **changes)
-    stages.assert_equal(one_hybrid)
+    changes = {"pipe_parallel_size": 2, "checkpoint_activations": True, **zero(1)}
+    train(num_gpus=4, **SEQUENCE, **HYBRID, **changes).assert_equal(one_hybrid)
 
 
 def test_sequence_and_context_parallel_ranks_train_as_one(train, one, neox_checkout, tmp_path):
