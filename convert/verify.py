@@ -259,8 +259,9 @@ def build_model(settings: dict, ranks: int, padded_vocab_size: int, length: int)
         for key, value in settings.items()
         if key in NeoXArgsModel.__dataclass_fields__ and value is not None
     }
-    # Operator and attention must run on the CPU.
-    metala = {**(settings.get("metala") or {}), "backend": "auto"}
+    # Operator and attention must run on the CPU, on whole sequences.
+    here = {"backend": "auto", "context_parallel_size": 1}
+    metala = {**(settings.get("metala") or {}), **here}
     layer_types = expand_attention_config(settings["attention_config"], settings["num_layers"])
     attention_config = ["global" if kind == "flash" else kind for kind in layer_types]
     neox_args = NeoXArgs(

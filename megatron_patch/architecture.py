@@ -192,6 +192,9 @@ class MetaLAOptions:
         "'cheap': the backward pass computes norms and SwiGLU again and they are not kept",
         of_model=False,
     )
+    context_parallel_size: int = _option(
+        1, WHOLE, "ranks over which the tokens of each sequence are split", of_model=False
+    )
     side: InitVar[str] = "neox"
 
     def __post_init__(self, side: str) -> None:

@@ -178,9 +178,9 @@ def test_the_initialisation_is_the_authors_by_default():
 
 def test_every_option_of_a_model_is_in_its_configuration():
     """A new option is one line in `MetaLAOptions`; configuration and conversion pick it up."""
-    assert set(MODEL_OPTIONS) | {"init", "backend", "cuda_graphs", "recompute"} == {
-        item.name for item in dataclasses.fields(MetaLAOptions)
-    }
+    of_training = {"init", "backend", "cuda_graphs", "recompute", "context_parallel_size"}
+    names = {item.name for item in dataclasses.fields(MetaLAOptions)}
+    assert set(MODEL_OPTIONS) | of_training == names
     changed = {"tau": 8.0, "conv_width": 3, "expand_k": 1.0, "output_norm_eps": 1e-4}
     switched = {"self_augmentation": False, "reset_at_document": True}
     options = MetaLAOptions.parse({**changed, **switched})

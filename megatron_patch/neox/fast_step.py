@@ -73,6 +73,9 @@ def why_no_graphs(neox_args: Any) -> str | None:
         "model_parallel_size is above 1, and captured all-reduces have not been tested": (
             neox_args.model_parallel_size > 1
         ),
+        "metala.context_parallel_size is above 1, and captured all-gathers have not been tested": (
+            MetaLAOptions.parse(neox_args.metala).context_parallel_size > 1
+        ),
         "pipe_parallel_size is above 1, and a stage has several micro-batches in flight": (
             neox_args.pipe_parallel_size > 1
         ),

@@ -20,6 +20,8 @@ from megatron_patch.architecture_neox import from_neox
 from megatron_patch.neox import documents
 from megatron_patch.neox.mixer import MixerState, ParallelMetaLAMixer
 from megatron_patch.neox.recompute import recomputed
+from megatron_patch.neox.sequence_parallel import column_parallel
+from megatron_patch.neox.token_groups import is_sequence_parallel
 from megatron_patch.ops import add_rms_norm, swiglu
 
 
@@ -89,8 +91,8 @@ class ParallelSwiGLU(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Maps [s, b, h] to [s, b, h]; input and output are identical on all tensor-parallel
-        ranks."""
-        gate_and_up, _ = self.gate_up_proj(x)
+        ranks, or with sequence parallelism each rank's tokens."""
+        gate_and_up = column_parallel(self.gate_up_proj, x, self.recompute)
         hidden = swiglu(gate_and_up)
         with recomputed(hidden, partial(swiglu, gate_and_up.detach()), self.recompute):
             return self.down_proj(hidden)[0]
@@ -133,6 +135,7 @@ class ParallelMetaLALayer(nn.Module):
         self.resets = model.metala.reset_at_document
         self.use_cache = False
         self.layer_past: MixerState | None = None
+        self.is_split = is_sequence_parallel(neox_args)
         types = neox_args.attention_config
         # Between pipeline stages only tensors that are contiguous can be sent.
         self.is_batch_first = neox_args.pipe_parallel_size <= 1 and all(
@@ -158,10 +161,11 @@ class ParallelMetaLALayer(nn.Module):
 
         The convolution and the operator want [b, s, h] in memory, so the layer works in that order.
         Between MetaLA layers the hidden states stay so, seen as [s, b, h], and nothing is
-        transposed.
+        transposed. With sequence parallelism the layer works in [s, b, h], whose slices of tokens
+        are what ranks exchange.
         """
         past = self.layer_past if self.use_cache else None
-        x = x.transpose(0, 1).contiguous()
+        x = x.contiguous() if self.is_split else x.transpose(0, 1).contiguous()
         x, normed = self._add_and_norm(x, None, self.input_norm)
         with self._recomputing(normed, x, self.input_norm):
             mixed, self.layer_past = self.mixer(normed, past, self.use_cache, cu_seqlens)
@@ -172,7 +176,7 @@ class ParallelMetaLALayer(nn.Module):
             # An attention layer returns a gradient that is transposed in memory. Without this one
             # copy, each matrix product of this layer would copy it again.
             x.register_hook(torch.Tensor.contiguous)
-        y = x.transpose(0, 1)
+        y = x if self.is_split else x.transpose(0, 1)
         return y if self.is_batch_first else y.contiguous()
 
     @staticmethod

@@ -7,6 +7,7 @@ import functools
 import torch
 import torch.nn.functional as F
 
+from megatron_patch.neox.context_parallel import mean_over_context
 from megatron_patch.neox.patching import replace
 from megatron_patch.ops.backends import choose, function_of
 
@@ -16,7 +17,7 @@ def fuse_loss() -> None:
 
     On a GPU whose kernels were checked, they read 16-bit logits once, compute in float32, and
     overwrite the logits with their gradient. Elsewhere PyTorch's cross entropy serves a vocabulary
-    that is not split over tensor-parallel ranks.
+    that is not split over tensor-parallel ranks, and GPT-NeoX's own one that is.
     """
     from megatron import mpu
     from megatron.model.gpt2_model import cross_entropy
@@ -25,15 +26,17 @@ def fuse_loss() -> None:
     def cross_entropy_in_few_passes(output, labels, _fp16=False):
         is_split = mpu.get_model_parallel_world_size() > 1
         has_kernel = choose("cross_entropy", "auto", output.dtype, output.device) == "triton"
-        if _fp16 or (is_split and not has_kernel):
-            return cross_entropy(output, labels, _fp16=_fp16)
+        if _fp16:
+            return cross_entropy(output, labels, _fp16=True)
         logits = output.reshape(-1, output.shape[-1])
         target, mask = labels[0].reshape(-1), labels[1].view(-1)
         if has_kernel:
             group = mpu.get_model_parallel_group() if is_split else None
             losses = function_of("cross_entropy", "triton")(logits, target, group)
+        elif is_split:
+            losses = mpu.vocab_parallel_cross_entropy(logits.float().contiguous(), target)
         else:
             losses = F.cross_entropy(logits.float(), target, reduction="none")
-        return torch.sum(losses * mask) / mask.sum()
+        return torch.sum(losses * mask) / mean_over_context(mask.sum())
 
     replace(cross_entropy, cross_entropy_in_few_passes)

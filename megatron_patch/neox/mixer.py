@@ -10,7 +10,10 @@ from megatron import mpu
 from torch import nn
 
 from megatron_patch.architecture import QUERY_GATE_GAIN, Architecture
+from megatron_patch.neox.sequence_parallel import column_parallel
+from megatron_patch.neox.token_groups import context_group, is_sequence_parallel, token_group
 from megatron_patch.ops import meta_linear_attention, short_convolution
+from megatron_patch.ops.context_parallel import incoming_rows, incoming_state
 
 # What a layer keeps of earlier tokens: the convolution's inputs [b, h, W - 1] and the recurrent
 # state [b, H, K, V].
@@ -24,7 +27,8 @@ class ShortConvolution(nn.Module):
     replicated over the tensor-parallel ranks and needs no communication to stay identical there:
     all ranks initialise it from the same random state, feed it the same input, and get the same
     output gradient, because the input projection that follows sums that gradient over the ranks
-    (`copy_to_model_parallel_region`).
+    (`copy_to_model_parallel_region`). With sequence parallelism each rank convolves its own tokens,
+    and the gradient is summed (`sequence_parallel.py`).
 
     It is a module of its own because ZeRO 3 gathers parameters in the hooks of modules.
     """
@@ -81,6 +85,7 @@ class ParallelMetaLAMixer(nn.Module):
         super().__init__()
         hidden_size = model.hidden_size
         self.options = model.metala
+        self.is_split = is_sequence_parallel(neox_args)
         self.num_heads = mpu.divide(model.num_heads, mpu.get_model_parallel_world_size())
         self.key_width, self.value_width = model.key_width, model.value_width
 
@@ -150,7 +155,8 @@ class ParallelMetaLAMixer(nn.Module):
         """Mixes tokens.
 
         Args:
-            x: normed hidden states [b, s, h], identical on all tensor-parallel ranks.
+            x: normed hidden states [b, s, h], identical on all tensor-parallel ranks. With sequence
+                parallelism [s / tp, b, h], this rank's tokens.
             past: the state that an earlier call returned for the tokens before these.
             use_cache: whether to return the state after the last token.
             cu_seqlens: int32 [N + 1], the boundaries of N documents in the b rows laid end to end,
@@ -158,19 +164,24 @@ class ParallelMetaLAMixer(nn.Module):
                 together with `past` or `use_cache`.
 
         Returns:
-            The output [b, s, h], identical on all ranks, and the state, or `None` without
-            `use_cache`.
+            The output, shaped and split as x, and the state, or `None` without `use_cache`.
         """
         conv_state, state = past if past is not None else (None, None)
+        x = self._swapped(x)
         rows = x.shape[:2]
         if cu_seqlens is not None:  # the operators take packed sequences in a batch of one
             x = x.reshape(1, -1, x.shape[-1])
+        if (group := token_group()) is not None:
+            conv_state = incoming_rows(x, self.options.conv_width - 1, group)
         x, conv_state = self.conv1d(x, conv_state, use_cache, cu_seqlens)
-        projected, _ = self.in_proj(x)
-        heads = projected.unflatten(-1, (self.num_heads, -1))
+        x = self._swapped(x).contiguous()
+        projected = column_parallel(self.in_proj, x, self.options.recompute == "cheap")
+        heads = self._swapped(projected).unflatten(-1, (self.num_heads, -1))
         q, gate_logits, v, out_gate = heads.split(
             [self.key_width, self.key_width, self.value_width, self.value_width], dim=-1
         )
+        if (group := context_group()) is not None:
+            state = incoming_state(gate_logits, v, self.options.tau, group)
         out, state = meta_linear_attention(
             q,
             gate_logits,
@@ -185,5 +196,11 @@ class ParallelMetaLAMixer(nn.Module):
             cu_seqlens=cu_seqlens,
             backend=self.options.backend,
         )
-        output, _ = self.out_proj(out.flatten(-2))
-        return output.view(*rows, -1), (conv_state, state) if use_cache else None
+        output, _ = self.out_proj(self._swapped(out).flatten(-2))
+        if cu_seqlens is not None:
+            output = output.view(*rows, -1)
+        return output, (conv_state, state) if use_cache else None
+
+    def _swapped(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns [s, b, ...] as [b, s, ...] or the reverse, with sequence parallelism alone."""
+        return x.transpose(0, 1) if self.is_split else x

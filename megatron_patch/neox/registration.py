@@ -22,6 +22,7 @@ from typing import Any, Literal
 from megatron_patch.architecture import METALA, SettingsError
 from megatron_patch.neox import upstream_fixes
 from megatron_patch.neox.attention_mask import shrink_unread_attention_mask
+from megatron_patch.neox.context_parallel import check_context_ranks, split_sequences
 from megatron_patch.neox.fast_step import speed_up_steps
 from megatron_patch.neox.flops import flops_per_second
 from megatron_patch.neox.inference_settings import evaluates
@@ -39,7 +40,9 @@ from megatron_patch.neox.run_settings import (
     check_values,
     program,
 )
+from megatron_patch.neox.sequence_parallel import split_tokens
 from megatron_patch.neox.settings import check_settings, export_warning
+from megatron_patch.neox.token_groups import make_token_groups
 from megatron_patch.neox.upstream_fixes.cpu_mode import activate_cpu_mode, runs_on_cpu
 from megatron_patch.neox.upstream_fixes.processes import (
     check_launcher,
@@ -73,6 +76,9 @@ def register() -> None:
     _recompute_layer()
     _count_flops()
     shrink_unread_attention_mask()
+    make_token_groups()
+    split_sequences()
+    split_tokens()
     fuse_loss()
     speed_up_steps()
     upstream_fixes.apply()
@@ -156,6 +162,7 @@ def _check_settings() -> None:
             self.zero_optimization = dict(ZERO_DEFAULTS)
         if _is_launcher:
             check_launcher(self, count_ranks(self))
+            check_context_ranks(self)
         # GPT-NeoX asserts that grouped key heads stand beside attention layers alone. The settings
         # have passed stricter checks, so it does not see the number.
         key_heads, self.num_kv_heads = self.num_kv_heads, None

@@ -19,7 +19,9 @@ import torch
 
 from megatron_patch.architecture import METALA, SettingsError, refuse, yaml_number_hint
 from megatron_patch.architecture_neox import expand_attention_config, from_neox
+from megatron_patch.neox.context_parallel import check_context_parallel
 from megatron_patch.neox.inference_settings import check_inference
+from megatron_patch.neox.sequence_parallel import check_sequence_parallel
 from megatron_patch.ops.backends import unsupported_reason
 
 # ---- Types and ranges of every setting
@@ -185,6 +187,8 @@ def check_run(args: Any) -> None:
                 f"none with layers of type {', '.join(others)}: GPT-NeoX heeds it in a pipeline "
                 "alone, and not when it generates",
             )
+    check_context_parallel(args, program(args))
+    check_sequence_parallel(args, program(args))
     if args.user_script:  # else these are the settings of a model alone
         _check_tokenizer(args)
     if program(args) == "train.py":

@@ -32,7 +32,6 @@ from megatron_patch.ops import BACKENDS
 # Settings that can have only one value in a model with MetaLA layers: the value, and why.
 ONLY = {
     "activation": ("swiglu", "the MLP of a MetaLA block"),
-    "sequence_parallel": (False, "the convolution of a metala layer needs all tokens"),
     "gpt_j_residual": (False, "a metala layer's MLP follows its mixer"),
     "use_mup": (False, "metala layers have no muP initialisation"),
     "moe_num_experts": (1, "metala layers have a dense MLP"),

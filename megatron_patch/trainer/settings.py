@@ -304,6 +304,8 @@ def _check(settings: TrainerSettings) -> None:
         refuse("override_lr_scheduler", True, "False beside use_checkpoint_lr_scheduler")
     if (backend := settings.metala_options.backend) != "auto":
         refuse("metala.backend", backend, "auto with the Hugging Face Trainer")
+    if (ranks := settings.metala_options.context_parallel_size) > 1:
+        refuse("metala.context_parallel_size", ranks, "1 with the Hugging Face Trainer")
     if bool(settings.data_path) == bool(settings.train_data_paths):
         raise SettingsError("data_path: wanted either it or train_data_paths")
     for name in ("train", "valid"):

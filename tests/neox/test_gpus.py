@@ -55,6 +55,8 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 TOLERANCES = {"bfloat16": (2e-3, 5e-3), "float32": (1e-5, 3e-4)}
 LAYOUTS = {
     "tensor parallel": dict(tp=2, pp=1),
+    "sequence parallel": dict(tp=2, pp=1, sequence_parallel=True),
+    "context parallel": dict(tp=1, pp=0, metala={**MODEL["metala"], "context_parallel_size": 2}),
     "pipeline": dict(tp=1, pp=2),
     "data parallel, ZeRO 1": dict(
         tp=1,

@@ -18,6 +18,8 @@ ADAM = {"type": "Adam", "params": {"lr": 1e-3}}
 HYBRID = ["metala", "global"]
 DOCUMENTS = {"reset_at_document": True}
 UNCONDITIONAL = {"user_script": "generate.py", "text_gen_type": "unconditional"}
+CONTEXT = {"context_parallel_size": 2}
+SEQUENCE = {"sequence_parallel": True, "model_parallel_size": 2, "global_num_gpus": 2}
 
 REFUSED = [
     # a choice in another case, which GPT-NeoX accepts and then does not know
@@ -148,6 +150,63 @@ REFUSED = [
         "metala.reset_at_document: found True, wanted false with scaled_upper_triang",
     ),
     ({"metala": {"reset_at_document": 1}}, "metala.reset_at_document: found 1, wanted true or"),
+    # sequences that cannot be split over ranks
+    (
+        {"metala": {"context_parallel_size": 3}},
+        "metala.context_parallel_size: found 3, wanted a divisor of seq_length = 64 that leaves",
+    ),
+    (
+        {"metala": {"context_parallel_size": 32}},
+        "metala.context_parallel_size: found 32, wanted a divisor of seq_length = 64 that leaves",
+    ),
+    (
+        {"metala": CONTEXT, "attention_config": HYBRID},
+        "metala.context_parallel_size: found 2, wanted 1 with layers of type global",
+    ),
+    (
+        {"metala": CONTEXT, "user_script": "generate.py", "optimizer": None},
+        "metala.context_parallel_size: found 2, wanted 1 in generate.py",
+    ),
+    (
+        {"metala": CONTEXT, "model_parallel_size": 2, "global_num_gpus": 6},
+        "metala.context_parallel_size: found 2, wanted a divisor of the 3 data-parallel ranks",
+    ),
+    (
+        {"metala": CONTEXT, "eval_tasks": ["piqa"]},
+        "eval_tasks: found ['piqa'], wanted none with metala.context_parallel_size = 2",
+    ),
+    (
+        {**SEQUENCE, "user_script": "generate.py", "optimizer": None},
+        "sequence_parallel: found True, wanted false in generate.py: GPT-NeoX cannot gather",
+    ),
+    (
+        {**SEQUENCE, "eval_tasks": ["piqa"]},
+        "sequence_parallel: found True, wanted false with eval_tasks",
+    ),
+    (
+        {**SEQUENCE, "attention_config": ["metala", "mamba"]},
+        "sequence_parallel: found True, wanted false with layers of type mamba",
+    ),
+    (
+        {**SEQUENCE, "partition_activations": True},
+        "sequence_parallel: found True, wanted false with partition_activations",
+    ),
+    (
+        {**SEQUENCE, "attention_config": HYBRID, "use_qk_layernorm": True},
+        "sequence_parallel: found True, wanted false with use_qk_layernorm",
+    ),
+    (
+        {**SEQUENCE, "metala": DOCUMENTS},
+        "sequence_parallel: found True, wanted false with metala.reset_at_document",
+    ),
+    (
+        {"metala": {**CONTEXT, **DOCUMENTS}},
+        "metala.context_parallel_size: found 2, wanted 1 with metala.reset_at_document",
+    ),
+    (
+        {**SEQUENCE, "seq_length": 63},
+        "sequence_parallel: found True, wanted false with seq_length = 63: 2 ranks cannot",
+    ),
     # what GPT-NeoX itself refuses
     ({"min_lr": 1.0}, "GPT-NeoX refuses the settings: "),
     # no checkpoint would be written
@@ -173,6 +232,9 @@ ACCEPTED = [
     {"user_script": "generate.py", "optimizer": None, "train_iters": None},
     {**UNCONDITIONAL, "attention_config": HYBRID, "pos_emb": "learned"},
     {**UNCONDITIONAL, "attention_config": HYBRID, "pos_emb": "sinusoidal", "recompute": True},
+    {"metala": CONTEXT, "pipe_parallel_size": 2, "global_num_gpus": 4},
+    {**SEQUENCE, "metala": CONTEXT, "global_num_gpus": 4, "zero_optimization": {"stage": 1}},
+    {**SEQUENCE, "attention_config": HYBRID},
     {"weight_decay": 0, "checkpoint_factor": 1.5, "checkpoint_scale": "log", "save": "x"},
     # GPT-NeoX's own runs are left alone
     {"attention_config": None, "norm": "layernorm", "metala": None, "lr_decay_style": "Cosine"},

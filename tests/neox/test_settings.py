@@ -56,7 +56,6 @@ def test_a_run_without_metala_layers_is_left_alone():
         ({"intermediate_size": 96, "expansion_factor": 2.0}, "expansion_factor: found 2.0"),
         ({"pos_emb": "learned"}, "pos_emb: found 'learned', wanted none"),
         ({"activation": "gelu"}, "activation: found 'gelu', wanted swiglu"),
-        ({"sequence_parallel": True}, "sequence_parallel: found True, wanted false"),
         ({"gpt_j_residual": True}, "gpt_j_residual: found True, wanted false"),
         ({"use_mup": True}, "use_mup: found True, wanted false"),
         ({"moe_num_experts": 8}, "moe_num_experts: found 8, wanted 1"),

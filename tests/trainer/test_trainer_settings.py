@@ -28,6 +28,10 @@ def test_defaults_are_gpt_neoxs(small_run):
             "model_parallel_size: found 2, wanted 0 or 1 with the Hugging",
         ),
         ({"pipe_parallel_size": 2}, "pipe_parallel_size: found 2, wanted 0 or 1 with the Hugging"),
+        (
+            {"metala": {"context_parallel_size": 2}},
+            "metala.context_parallel_size: found 2, wanted 1 with the Hugging Face Trainer",
+        ),
         ({"sequence_parallel": True}, "sequence_parallel: found True, wanted False"),
         ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage: found 3, wanted 0 or 1"),
         (

@@ -1,0 +1,123 @@
+"""Sequence parallelism (arXiv 2205.05198), GPT-NeoX's `sequence_parallel: true`: between the
+projections of a layer, tensor-parallel ranks split the tokens, not the work of a token.
+
+GPT-NeoX's column-parallel projections gather the tokens, its row-parallel ones add up and scatter
+them. A MetaLA layer's norms, convolution and residual sums run on a rank's own tokens. The
+convolution reads W - 1 rows of the rank before it (`ops/context_parallel.py`).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from megatron_patch.architecture import METALA, SOFTMAX_TYPES, MetaLAOptions, refuse
+from megatron_patch.architecture_neox import expand_attention_config
+from megatron_patch.neox.patching import has_metala_layers, replace
+from megatron_patch.neox.recompute import recomputed
+from megatron_patch.neox.token_groups import context_size, is_sequence_parallel
+
+
+def column_parallel(linear: torch.nn.Module, x: torch.Tensor, recompute: bool) -> torch.Tensor:
+    """Returns the product of GPT-NeoX's `ColumnParallelLinear`, which has no bias, and x [s, b, h].
+
+    With sequence parallelism x is [s / tp, b, h]. With `recompute` too, only that is kept, and the
+    backward pass gathers the tokens again, as in Megatron-LM. GPT-NeoX keeps them gathered, which
+    is all that not splitting them would cost.
+    """
+    if not (linear.sequence_parallel and recompute):
+        return linear(x)[0]
+    from megatron import mpu
+
+    gather, own = mpu.gather_from_sequence_parallel_region, x.detach()
+    whole = gather(x)
+    with recomputed(whole, lambda: gather(own)):
+        return F.linear(whole, linear.weight)
+
+
+def check_sequence_parallel(args: Any, program: str) -> None:
+    """Raises a SettingsError, in one line, if a run of `program` cannot split its tokens over
+    tensor-parallel ranks."""
+    if not is_sequence_parallel(args):
+        return
+
+    def refuse_it(wanted: str) -> None:
+        refuse("sequence_parallel", True, f"false {wanted}")
+
+    if program != "train.py":
+        refuse_it(f"in {program}: GPT-NeoX cannot gather logits with it")
+    if args.eval_tasks:
+        refuse_it("with eval_tasks: GPT-NeoX cannot gather logits with it")
+    kinds = set(expand_attention_config(args.attention_config, args.num_layers))
+    if others := sorted(kinds - {METALA, *SOFTMAX_TYPES}):
+        refuse_it(f"with layers of type {others[0]}, which need all tokens on a rank")
+    if args.partition_activations:
+        refuse_it("with partition_activations: DeepSpeed takes the ranks' activations for copies")
+    if args.use_qk_layernorm:
+        refuse_it("with use_qk_layernorm: GPT-NeoX takes the weights of its own heads for copies")
+    parts = args.model_parallel_size * context_size(args)
+    options = MetaLAOptions.parse(args.metala)
+    if options.reset_at_document:
+        refuse_it("with metala.reset_at_document, whose boundaries one rank must see")
+    width = options.conv_width
+    if args.seq_length % parts or args.seq_length // parts < width - 1:
+        refuse_it(
+            f"with seq_length = {args.seq_length}: {parts} ranks cannot each have as many tokens, "
+            f"{width - 1} of them at least, which the convolution reads back"
+        )
+
+
+def split_tokens() -> None:
+    """Hooks into GPT-NeoX what it lacks for sequence parallelism."""
+    _sum_partial_gradients()
+    _send_own_tokens()
+
+
+def _send_own_tokens() -> None:
+    """Lets each tensor-parallel rank send its own tokens to the next stage of a pipeline. DeepSpeed
+    takes the ranks' hidden states for equal: it sends a part of each and gathers the parts."""
+    from megatron.neox_arguments.arguments import NeoXArgs
+
+    deepspeed_config = NeoXArgs.deepspeed_config.fget
+
+    @functools.wraps(deepspeed_config)
+    def config_of_split_tokens(self) -> dict:
+        config = deepspeed_config(self)
+        if has_metala_layers(self) and is_sequence_parallel(self):
+            whole = {"pipe_partitioned": False, "grad_partitioned": False}
+            config["pipeline"] = {**config.get("pipeline", {}), **whole}
+        return config
+
+    NeoXArgs.deepspeed_config = property(config_of_split_tokens)
+
+
+def _sum_partial_gradients() -> None:
+    """Replaces the function by which GPT-NeoX sums, over tensor-parallel ranks, gradients that each
+    rank has for its own tokens.
+
+    GPT-NeoX's sums those of norms' weights, twice for the last norm, and leaves out the biases that
+    follow a row-parallel product.
+    """
+    from megatron.model.utils import (
+        mark_norms_for_sequence_parallel_grad_sync as mark_norms,
+    )
+    from megatron.model.utils import (
+        reduce_weight_grads_from_model_parallel_region as add_up,
+    )
+    from megatron.model.word_embeddings import Embedding
+
+    def mark_all(module: torch.nn.Module, neox_args: Any) -> None:
+        if not has_metala_layers(neox_args):
+            mark_norms(module, neox_args)
+        elif is_sequence_parallel(neox_args):
+            embeddings = [m for m in module.modules() if isinstance(m, Embedding)]
+            see_all = {id(p) for m in embeddings for p in m.parameters()}
+            for p in module.parameters():
+                is_whole = getattr(p, "model_parallel", False) or id(p) in see_all
+                if p.requires_grad and not is_whole:
+                    p.register_hook(add_up)
+
+    replace(mark_norms, mark_all)

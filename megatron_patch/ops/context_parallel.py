@@ -1,0 +1,152 @@
+"""Context parallelism: one sequence, its tokens split in order over the ranks of a group.
+
+The decay is diagonal, so all that a rank's tokens do to the state is
+
+    S_out = diag(exp(G)) S_in + U,
+
+with G [K] the sum of their log decays and U [K, V] the state that they reach from zero. Every rank
+computes its own G and U, all gather them, and each combines those of the ranks before it into the
+state that enters its tokens (the all-gather of LASP-2, arXiv 2502.07563). The operator then runs
+from that `initial_state`. The gradient of the state goes the same way backwards: all gather the
+gradients that the ranks' read-outs give, and each combines those of the ranks after it.
+
+The short convolution takes its W - 1 inputs before the first token from the previous rank.
+
+A rank sends one state, with its decay, per sequence and head, and W - 1 rows, whatever the length.
+Every rank of the group must call these functions in the same order.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from megatron_patch.ops.torch_ops import compute_dtype, without_autocast
+
+
+def incoming_rows(x: Tensor, count: int, group: ProcessGroup) -> Tensor:
+    """Returns the inputs before this rank's first token, for `short_convolution` to begin from.
+
+    Args:
+        x: [B, T, D], this rank's tokens, T >= count.
+        count: W - 1, for a convolution of width W.
+        group: the ranks that hold the sequence, in order.
+
+    Returns:
+        [B, D, count], the last rows of the previous rank; zeros on the first. Gradients flow back
+        to that rank.
+    """
+    if count == 0:
+        return x.new_empty(x.shape[0], x.shape[2], 0)
+    return _FromPrevious.apply(x[:, x.shape[1] - count :].transpose(1, 2), group)
+
+
+def incoming_state(gate_logits: Tensor, v: Tensor, tau: float, group: ProcessGroup) -> Tensor:
+    """Returns the state before this rank's first token, the `initial_state` of
+    `meta_linear_attention`.
+
+    Args:
+        gate_logits: [B, T, H, K], of this rank's tokens.
+        v: [B, T, H, V].
+        tau: the log decay's divisor.
+        group: the ranks that hold the sequence, in order.
+
+    Returns:
+        [B, H, K, V] in float32 (float64 for float64 inputs); zeros on the first rank. Gradients
+        flow to `gate_logits` and `v` of all ranks before.
+    """
+    return _Combine.apply(*_OwnState.apply(gate_logits, v, tau), group)
+
+
+def _all_gather(x: Tensor, group: ProcessGroup) -> Tensor:
+    """Returns [ranks, *x.shape]."""
+    gathered = x.new_empty(dist.get_world_size(group), *x.shape)
+    dist.all_gather_into_tensor(gathered.view(-1), x.contiguous().view(-1), group=group)
+    return gathered
+
+
+class _FromPrevious(torch.autograd.Function):
+    """The previous rank's tensor; zeros on the first rank."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        rank, gathered = dist.get_rank(group), _all_gather(x, group)
+        return gathered[rank - 1].clone() if rank > 0 else torch.zeros_like(gathered[0])
+
+    @staticmethod
+    def backward(ctx: Any, d_previous: Tensor) -> tuple[Tensor, None]:
+        following = dist.get_rank(ctx.group) + 1
+        gathered = _all_gather(d_previous, ctx.group)
+        is_last = following == len(gathered)
+        return torch.zeros_like(d_previous) if is_last else gathered[following].clone(), None
+
+
+class _OwnState(torch.autograd.Function):
+    """U [B, H, K, V], the state that a rank's tokens reach from zero, and G [B, H, K], the sum of
+    their log decays.
+
+    With u_t the sum of the log decays after token t, U = sum of (k_t exp(u_t)) v_t^T. All exponents
+    are at most zero. Only the inputs are kept for the backward pass.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, gate_logits: Tensor, v: Tensor, tau: float) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(gate_logits, v)
+        ctx.tau = tau
+        with without_autocast(v.device):
+            *_, weight, total = _own_weights(gate_logits, tau)
+            update = torch.einsum("bthk,bthv->bhkv", weight, v.to(weight.dtype))
+        return update, total
+
+    @staticmethod
+    def backward(ctx: Any, d_update: Tensor, d_total: Tensor) -> tuple[Tensor, Tensor, None]:
+        gate_logits, v = ctx.saved_tensors
+        with without_autocast(v.device):
+            logits, g, decay_after, weight, _ = _own_weights(gate_logits, ctx.tau)
+            d_v = torch.einsum("bthk,bhkv->bthv", weight, d_update)
+            d_weight = torch.einsum("bthv,bhkv->bthk", v.to(weight.dtype), d_update)
+            # Token t's log decay acts on the whole state and on what the tokens before t added.
+            before = F.pad((d_weight * weight).cumsum(1)[:, :-1], (0, 0, 0, 0, 1, 0))
+            d_g = d_total[:, None] + before - d_weight * decay_after * g.exp()
+            d_logits = d_g * torch.sigmoid(-logits) / ctx.tau
+        return d_logits.to(gate_logits.dtype), d_v.to(v.dtype), None
+
+
+def _own_weights(gate_logits: Tensor, tau: float) -> tuple[Tensor, ...]:
+    """Returns the logits, g, exp(u), k exp(u) [B, T, H, K] and G [B, H, K], in float32 or
+    float64."""
+    logits = gate_logits.to(compute_dtype(gate_logits))
+    g = F.logsigmoid(logits) / tau
+    since = g.flip(1).cumsum(1).flip(1)  # from each token on; u is that of the next token
+    decay_after = F.pad(since[:, 1:], (0, 0, 0, 0, 0, 1)).exp()
+    return logits, g, decay_after, -torch.expm1(g) * decay_after, since[:, 0]
+
+
+class _Combine(torch.autograd.Function):
+    """The state that enters each rank, from U and G of all ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, update: Tensor, total: Tensor, group: ProcessGroup) -> Tensor:
+        gathered = _all_gather(torch.cat([total[..., None], update], -1), group)
+        decays, updates = gathered[..., :1].exp(), gathered[..., 1:]
+        state = torch.zeros_like(update)
+        for rank in range(dist.get_rank(group)):
+            state = torch.addcmul(updates[rank], decays[rank], state)
+        ctx.save_for_backward(state, decays)
+        ctx.group = group
+        return state
+
+    @staticmethod
+    def backward(ctx: Any, d_state: Tensor) -> tuple[Tensor, Tensor, None]:
+        state, decays = ctx.saved_tensors
+        own, d_states = dist.get_rank(ctx.group), _all_gather(d_state, ctx.group)
+        d_out = torch.zeros_like(d_state)  # of the state after this rank's tokens
+        for rank in range(len(d_states) - 1, own, -1):
+            d_out = torch.addcmul(d_states[rank], decays[rank], d_out)
+        return d_out, (d_out * state * decays[own]).sum(-1), None
