@@ -51,7 +51,7 @@ model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 
 - iteration: {iteration:,}
 - tokens seen: {tokens}
-
+{documents}
 ```yaml
 {training}
 ```
@@ -61,6 +61,10 @@ model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 {verification}
 """
 
+KEPT_APART = """\
+- the documents of a packed sample were kept apart (`reset_at_document`); to fine-tune or evaluate \
+packed samples in the same way, give `position_ids`, `seq_idx` or `cu_seqlens`
+"""
 NOT_VERIFIED = "Not done: exported without `--verify`."
 VERIFIED = """\
 GPT-NeoX's own layers, each tensor-parallel rank from its own files, and this model \
@@ -101,6 +105,7 @@ def write_model_card(
         tokens=f"{samples * length:,} ({samples:,} sequences of {length:,})"
         if known
         else "not recorded in the checkpoint",
+        documents=KEPT_APART if shape.metala.reset_at_document else "",
         training=yaml.safe_dump(training, sort_keys=False, default_flow_style=None).strip(),
         verification=NOT_VERIFIED if comparison is None else VERIFIED.format(comparison),
     )

@@ -166,6 +166,12 @@ class MetaLAOptions:
         True, SWITCH, "whether the read-out has the term sigmoid((q . (w * k)) v), w learned"
     )
     output_norm_eps: float = _option(1e-5, POSITIVE, "epsilon of each head's LayerNorm")
+    reset_at_document: bool = _option(
+        False,
+        SWITCH,
+        "whether state and convolution begin anew after each end-of-document token of a packed "
+        "sample, and attention stays within a document",
+    )
     init: str = _option(
         "authors",
         one_of("authors", "neox"),

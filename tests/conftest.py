@@ -197,6 +197,20 @@ def token_data(tmp_path_factory) -> Path:
     return prefix
 
 
+@pytest.fixture(scope="session")
+def short_documents(tmp_path_factory) -> Path:
+    """Prefix of a .bin/.idx pair: documents of 1 to 59 tokens of a cycle and <|endoftext|>, 0."""
+    from megatron_patch.indexed_dataset import IndexedDatasetWriter
+
+    rng = np.random.default_rng(0)
+    prefix = tmp_path_factory.mktemp("documents") / "tokens"
+    with IndexedDatasetWriter(prefix, vocab_size=VOCABULARY) as writer:
+        for length in rng.integers(1, 60, size=400):
+            cycle = (rng.integers(VOCABULARY) + np.arange(length)) % (VOCABULARY - 1) + 1
+            writer.add_document(np.append(cycle, 0))
+    return prefix
+
+
 @pytest.fixture
 def run_script():
     """Function: runs scripts/NAME with arguments as a process; returns it finished, with its output

@@ -182,7 +182,8 @@ def test_every_option_of_a_model_is_in_its_configuration():
     names = {item.name for item in dataclasses.fields(MetaLAOptions)}
     assert set(MODEL_OPTIONS) | of_training == names
     changed = {"tau": 8.0, "conv_width": 3, "expand_k": 1.0, "output_norm_eps": 1e-4}
-    options = MetaLAOptions.parse({**changed, "self_augmentation": False})
+    switched = {"self_augmentation": False, "reset_at_document": True}
+    options = MetaLAOptions.parse({**changed, **switched})
     assert all(getattr(options, name) != default for name, default in MODEL_OPTIONS.items())
     model = dataclasses.replace(described(PURE), metala=options)
     config = MetaLAConfig(**model.to_hf())

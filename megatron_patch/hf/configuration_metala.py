@@ -48,6 +48,9 @@ class MetaLAConfig(PretrainedConfig):
         expand_k: width of queries and gates over all heads, as a multiple of d.
         self_augmentation: whether the read-out has the self-augmentation term.
         output_norm_eps: epsilon of the LayerNorm over each head's output.
+        reset_at_document: whether the documents of a packed sample were kept apart in training. It
+            records that; the model itself keeps documents apart where a call says where they
+            begin.
 
         layer_types: for each layer "linear_attention" (MetaLA) or "full_attention" (causal softmax
             attention with `decoder_attention_heads` heads); `None` for MetaLA alone.

@@ -1,8 +1,9 @@
-"""Leaves out the attention mask, s x s for every batch (1 GiB at 32k tokens), which only attention
-layers read.
+"""What a batch has in the place of GPT-NeoX's attention mask, s x s for every batch (1 GiB at 32k
+tokens), which only attention layers read.
 
 The mask is made from the settings of the model that a batch is for. Where all layers are MetaLA,
-the batch gets a mask of one element.
+the batch gets a mask of one element. With `metala: {reset_at_document: true}` it gets the
+boundaries of documents instead (`documents.py`).
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import functools
 import torch
 
 from megatron_patch.architecture import METALA
-from megatron_patch.neox.patching import replace
+from megatron_patch.neox import documents
+from megatron_patch.neox.patching import has_metala_layers, replace
 
 # The `sliding_window_width` that stands for "no layer reads the mask". No settings can have it.
 _UNREAD = -1
@@ -22,7 +24,7 @@ _UNREAD = -1
 def shrink_unread_attention_mask() -> None:
     """Replaces the four functions of GPT-NeoX that make a mask: for training, for a pipeline, for
     the evaluation harness and for generation."""
-    from megatron import text_generation_utils, training
+    from megatron import mpu, text_generation_utils, training
     from megatron.utils import get_attn_mask
 
     make_batch, make_prompt = training._get_batch, text_generation_utils.get_batch
@@ -40,18 +42,46 @@ def shrink_unread_attention_mask() -> None:
             return unread_mask(device)
         return get_attn_mask(seq_length, device, sliding_window_width)
 
+    def resets(neox_args) -> bool:
+        return has_metala_layers(neox_args) and documents.resets(neox_args)
+
     @functools.wraps(make_batch)
-    def make_batch_with_mask_if_read(neox_args, *args, **kwargs):
+    def make_batch_with_mask_if_read(neox_args, tokenizer, keys, data, *args, **kwargs):
+        mask_args = neox_args
         if not is_read(neox_args):
-            neox_args = copy.copy(neox_args)
-            neox_args.sliding_window_width = _UNREAD
-        return make_batch(neox_args, *args, **kwargs)
+            mask_args = copy.copy(neox_args)
+            mask_args.sliding_window_width = _UNREAD
+        batch = make_batch(mask_args, tokenizer, keys, data, *args, **kwargs)
+        if not resets(neox_args):
+            return batch
+        # Without tensor parallelism the tokens are on the host, which then need not wait for the
+        # device to learn how many documents there are. A pipeline hands copies of the mask on.
+        is_alone = mpu.get_model_parallel_world_size() == 1 and not neox_args.is_pipe_parallel
+        return with_documents(neox_args, batch, data[keys[0]][:, :-1] if is_alone else None)
+
+    def with_documents(neox_args, batch, on_host):
+        tokens, labels, loss_mask, mask, positions = batch
+        eod = neox_args.tokenizer.eod
+        starts = documents.find_starts(tokens, eod)
+        if is_read(neox_args):
+            mask, positions = documents.attention_mask(starts, mask), documents.positions(starts)
+        else:
+            mask = starts[:, None, None]
+        if on_host is not None:
+            cu_seqlens = documents.pack(documents.find_starts(on_host, eod))
+            cu_seqlens = cu_seqlens.to(tokens.device, non_blocking=True)
+            documents.remember(mask, len(tokens), cu_seqlens)
+        return tokens, labels, loss_mask, mask, positions
 
     @functools.wraps(make_inputs)
     def make_inputs_with_mask_if_read(forward_input, neox_args):
+        tokens, positions = forward_input[:2]
+        # GPT-NeoX makes the mask of a batch a second time here, which would lose the documents.
+        if resets(neox_args) and forward_input[2].shape[-1] == tokens.shape[1]:
+            return forward_input
         if is_read(neox_args):
             return make_inputs(forward_input, neox_args)
-        return forward_input[0], forward_input[1], unread_mask(forward_input[0].device)
+        return tokens, positions, unread_mask(tokens.device)
 
     @functools.wraps(make_prompt)
     def make_prompt_with_mask_if_read(neox_args, context_tokens):

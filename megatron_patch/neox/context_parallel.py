@@ -57,8 +57,8 @@ def check_context_parallel(args: Any, program: str) -> None:
             f"a divisor of seq_length = {args.seq_length} that leaves a rank the "
             f"{options.conv_width - 1} tokens that the convolution reads back"
         )
-    if getattr(options, "reset_at_document", False):
-        refuse_size("1 with metala.reset_at_document, whose boundaries one rank must see")
+    if options.reset_at_document:
+        refuse_size("1 with metala.reset_at_document: the state that a rank hands on knows no end")
     for name in ("eval_tasks", "autotuning", "fp16_lm_cross_entropy"):
         if found := getattr(args, name):
             refuse(name, found, f"none with metala.context_parallel_size = {size}")

@@ -12,6 +12,10 @@ All graphs share one memory pool. A buffer in it is used again as soon as the ca
 all layers forward, then all layers backward. Any other order of replays would overwrite numbers
 that are still needed. `LayerGraph.fits` prevents that: after a replayed forward pass a layer runs
 without its graph until the backward pass has run, or until autograd has dropped it.
+
+Where packed documents are kept apart, the graphs read the boundaries from one tensor of fixed size,
+in which empty documents follow the last one. The first layer's replay puts those of its micro-batch
+there. A micro-batch with more documents than that runs without graphs.
 """
 
 from __future__ import annotations
@@ -45,7 +49,8 @@ class LayerGraphs:
     """The layers of one rank, in the order of their execution.
 
     Args:
-        layers: their `compute` is what is captured: [T, B, d] to [T, B, d].
+        layers: their `compute` is what is captured: [T, B, d] to [T, B, d], with the boundaries of
+            documents as a second argument, or `None`.
         accumulators: by parameter; `None` where autograd is to get the gradients.
         say: prints a line.
     """
@@ -60,9 +65,20 @@ class LayerGraphs:
         self.graphs: list[LayerGraph] = []
         self.passes = 0
         self.is_on = True
+        self.room = 0  # for documents: twice as many as the warm-up's fullest micro-batch has
+        self.captured: Tensor | None = None  # the boundaries that the graphs read
+        self.placed: Tensor | None = None  # those given for the micro-batch that was put there
+        self.has_told = False
 
-    def run(self, index: int, x: Tensor) -> Tensor | None:
-        """The output of a layer by its graph, or `None` where it has to be computed without."""
+    def run(self, index: int, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor | None:
+        """The output of a layer by its graph, or `None` where it has to be computed without.
+
+        Args:
+            index: the layer's place.
+            x: [T, B, d].
+            cu_seqlens: int32 [N + 1], the boundaries of documents in the B rows laid end to end;
+                the same tensor for all layers of a micro-batch. `None` if nothing is reset.
+        """
         if not (self.is_on and torch.is_grad_enabled() and x.requires_grad):
             return None
         if index == 0 and any(graph.has_moved() for graph in self.graphs):
@@ -71,20 +87,47 @@ class LayerGraphs:
             if index > 0:
                 return None
             self.passes += 1
-            if self.passes <= WARM_UP or not self._capture(x):
+            if cu_seqlens is not None:
+                self.room = max(self.room, 2 * (len(cu_seqlens) - 1))
+            if self.passes <= WARM_UP or not self._capture(x, cu_seqlens):
                 return None
         graph = self.graphs[index]
-        if not graph.fits(x):
+        if not graph.fits(x) or not self._place(index, cu_seqlens):
             return None
         return graph(x)
 
-    def _capture(self, x: Tensor) -> bool:
+    def _place(self, index: int, cu_seqlens: Tensor | None) -> bool:
+        """Puts a micro-batch's boundaries where the graphs read them, if this is the first layer
+        and no graph still needs those of another one. Returns whether they are there."""
+        if cu_seqlens is self.placed:
+            return True
+        if index > 0 or cu_seqlens is None or self.captured is None:
+            return False
+        if len(cu_seqlens) > len(self.captured):
+            if not self.has_told:
+                self.has_told = True
+                self.say(
+                    f"CUDA graphs have room for {self.room} documents a micro-batch; one with "
+                    f"{len(cu_seqlens) - 1} runs without, and so do all with more than {self.room}"
+                )
+            return False
+        if any(graph.is_pending() for graph in self.graphs):
+            return False
+        _pad_into(self.captured, cu_seqlens)
+        self.placed = cu_seqlens
+        return True
+
+    def _capture(self, x: Tensor, cu_seqlens: Tensor | None) -> bool:
         start = time.perf_counter()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # a graph's pool cannot use what PyTorch keeps for others
         before = torch.cuda.memory_reserved()
         try:
-            self.graphs = capture(self.layers, x, self.accumulators)
+            self.placed = self.captured = cu_seqlens
+            if cu_seqlens is not None:
+                self.captured = cu_seqlens.new_empty(self.room + 1)
+                _pad_into(self.captured, cu_seqlens)
+            self.graphs = capture(self.layers, x, self.accumulators, self.captured)
         except RuntimeError as error:
             self.graphs, self.is_on = [], False
             self.say(f"CUDA graphs off: the capture failed ({str(error).splitlines()[0]})")
@@ -101,8 +144,10 @@ class LayerGraphs:
 class LayerGraph:
     """One layer's two graphs and the tensors they read and write."""
 
-    def __init__(self, layer: nn.Module, x: Tensor, accumulators: dict | None):
-        self.layer, self.x = layer, x
+    def __init__(
+        self, layer: nn.Module, x: Tensor, accumulators: dict | None, cu_seqlens: Tensor | None
+    ):
+        self.layer, self.x, self.cu_seqlens = layer, x, cu_seqlens
         self.parameters = [p for p in layer.parameters() if p.requires_grad]
         self.aliases = [p.detach().requires_grad_() for p in self.parameters]
         self.accumulators = accumulators and [accumulators[p] for p in self.parameters]
@@ -111,7 +156,9 @@ class LayerGraph:
 
     def capture_forward(self, pool: Any, stream: torch.cuda.Stream) -> None:
         with _in_place_of(self.layer, dict(zip(self.parameters, self.aliases, strict=True))):
-            self.forward, self.y = _capture(lambda: self.layer.compute(self.x), pool, stream)
+            self.forward, self.y = _capture(
+                lambda: self.layer.compute(self.x, self.cu_seqlens), pool, stream
+            )
 
     def capture_backward(self, d_y: Tensor, pool: Any, stream: torch.cuda.Stream) -> None:
         self.d_y = d_y
@@ -131,11 +178,11 @@ class LayerGraph:
 
     def fits(self, x: Tensor) -> bool:
         """Returns whether x is like the captured input and the last call is over."""
-        return (
-            x.shape == self.x.shape
-            and x.dtype == self.x.dtype
-            and (self.pending is None or self.pending() is None)
-        )
+        return x.shape == self.x.shape and x.dtype == self.x.dtype and not self.is_pending()
+
+    def is_pending(self) -> bool:
+        """Returns whether a replayed forward pass can still be followed by its backward pass."""
+        return self.pending is not None and self.pending() is not None
 
     def has_moved(self) -> bool:
         """Returns whether a parameter, or the sum of its gradients, has another address now."""
@@ -204,6 +251,13 @@ def _place(source: Tensor, target: Tensor) -> None:
         target.copy_(source)
 
 
+def _pad_into(target: Tensor, cu_seqlens: Tensor) -> None:
+    """Copies boundaries and fills the rest with the last one: empty documents."""
+    count = len(cu_seqlens)
+    target[:count].copy_(cu_seqlens)
+    target[count:].copy_(cu_seqlens[-1:].expand(len(target) - count))
+
+
 def _capture(
     work: Callable[[], Any], pool: Any, stream: torch.cuda.Stream
 ) -> tuple[torch.cuda.CUDAGraph, Any]:
@@ -219,9 +273,13 @@ def _capture(
 
 
 def capture(
-    layers: Sequence[nn.Module], x: Tensor, accumulators: dict[nn.Parameter, Accumulator] | None
+    layers: Sequence[nn.Module],
+    x: Tensor,
+    accumulators: dict[nn.Parameter, Accumulator] | None,
+    cu_seqlens: Tensor | None = None,
 ) -> list[LayerGraph]:
-    """Captures layers that run one after another on inputs like x, [T, B, d].
+    """Captures layers that run one after another on inputs like x, [T, B, d], and read the
+    boundaries of documents from `cu_seqlens`.
 
     Raises:
         RuntimeError: CUDA or PyTorch refuses to capture something that a layer does.
@@ -232,7 +290,8 @@ def capture(
     for layer in layers:
         follows = graphs and graphs[-1].layer.layer_number + 1 == layer.layer_number
         static_x = graphs[-1].y.detach() if follows else torch.empty_like(x)
-        graphs.append(LayerGraph(layer, static_x.detach().requires_grad_(), accumulators))
+        static_x = static_x.detach().requires_grad_()
+        graphs.append(LayerGraph(layer, static_x, accumulators, cu_seqlens))
         graphs[-1].capture_forward(pool, stream)
     for graph, after in zip(reversed(graphs), [None, *reversed(graphs)], strict=False):
         follows = after is not None and graph.layer.layer_number + 1 == after.layer.layer_number

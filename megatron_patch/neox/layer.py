@@ -17,6 +17,7 @@ from torch import nn
 
 from megatron_patch.architecture import MetaLAOptions
 from megatron_patch.architecture_neox import from_neox
+from megatron_patch.neox import documents
 from megatron_patch.neox.mixer import MixerState, ParallelMetaLAMixer
 from megatron_patch.neox.recompute import recomputed
 from megatron_patch.neox.sequence_parallel import column_parallel
@@ -131,6 +132,7 @@ class ParallelMetaLALayer(nn.Module):
         # `layer_past` still holds the last state, so `forward` reads both.
         # ZeRO 3 gathers a norm's weights for its forward pass alone.
         self.recompute = model.metala.recompute == "cheap" and neox_args.zero_stage != 3
+        self.resets = model.metala.reset_at_document
         self.use_cache = False
         self.layer_past: MixerState | None = None
         self.is_split = is_sequence_parallel(neox_args)
@@ -142,15 +144,20 @@ class ParallelMetaLALayer(nn.Module):
         self.graphs, self.index = None, 0  # CUDA graphs of all layers, and which of them this is
 
     def forward(self, x: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """Maps hidden states [s, b, h] to [s, b, h]. It ignores `attention_mask`: the recurrence is
-        causal."""
+        """Maps hidden states [s, b, h] to [s, b, h]. It reads `attention_mask` for the boundaries
+        of documents alone (`documents.py`): the recurrence is causal. A generation, which sets
+        `use_cache`, takes its prompt for one document."""
+        cu_seqlens = None
+        if self.resets and not self.use_cache:
+            cu_seqlens = documents.cu_seqlens_of(attention_mask, x.shape[1], x.shape[0])
         if self.graphs is not None and self.training and not self.use_cache:
-            if (y := self.graphs.run(self.index, x)) is not None:
+            if (y := self.graphs.run(self.index, x, cu_seqlens)) is not None:
                 return y
-        return self.compute(x)
+        return self.compute(x, cu_seqlens)
 
-    def compute(self, x: torch.Tensor) -> torch.Tensor:
-        """Runs the layer without CUDA graphs.
+    def compute(self, x: torch.Tensor, cu_seqlens: torch.Tensor | None = None) -> torch.Tensor:
+        """Runs the layer without CUDA graphs; `cu_seqlens` bounds the documents of the b rows laid
+        end to end.
 
         The convolution and the operator want [b, s, h] in memory, so the layer works in that order.
         Between MetaLA layers the hidden states stay so, seen as [s, b, h], and nothing is
@@ -161,7 +168,7 @@ class ParallelMetaLALayer(nn.Module):
         x = x.contiguous() if self.is_split else x.transpose(0, 1).contiguous()
         x, normed = self._add_and_norm(x, None, self.input_norm)
         with self._recomputing(normed, x, self.input_norm):
-            mixed, self.layer_past = self.mixer(normed, past, self.use_cache)
+            mixed, self.layer_past = self.mixer(normed, past, self.use_cache, cu_seqlens)
         x, normed = self._add_and_norm(x, self._dropout(mixed), self.mlp_norm)
         with self._recomputing(normed, x, self.mlp_norm):
             x = x + self._dropout(self.mlp(normed))
@@ -199,4 +206,4 @@ class ParallelMetaLALayerPipe(ParallelMetaLALayer):
 
     def forward(self, args: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         hidden_states, attention_mask = args
-        return super().forward(hidden_states), attention_mask
+        return super().forward(hidden_states, attention_mask), attention_mask

@@ -39,7 +39,11 @@ class ShortConvolution(nn.Module):
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
 
     def forward(
-        self, x: torch.Tensor, state: torch.Tensor | None, output_state: bool
+        self,
+        x: torch.Tensor,
+        state: torch.Tensor | None,
+        output_state: bool,
+        cu_seqlens: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         return short_convolution(
             x,
@@ -47,6 +51,7 @@ class ShortConvolution(nn.Module):
             activation="silu",
             initial_state=state,
             output_final_state=output_state,
+            cu_seqlens=cu_seqlens,
         )
 
 
@@ -141,7 +146,11 @@ class ParallelMetaLAMixer(nn.Module):
         return init
 
     def forward(
-        self, x: torch.Tensor, past: MixerState | None = None, use_cache: bool = False
+        self,
+        x: torch.Tensor,
+        past: MixerState | None = None,
+        use_cache: bool = False,
+        cu_seqlens: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, MixerState | None]:
         """Mixes tokens.
 
@@ -150,15 +159,21 @@ class ParallelMetaLAMixer(nn.Module):
                 parallelism [s / tp, b, h], this rank's tokens.
             past: the state that an earlier call returned for the tokens before these.
             use_cache: whether to return the state after the last token.
+            cu_seqlens: int32 [N + 1], the boundaries of N documents in the b rows laid end to end,
+                for which nothing is carried over; `None` where each row is one document. Not
+                together with `past`, `use_cache` or rows whose tokens are split over ranks.
 
         Returns:
             The output, shaped and split as x, and the state, or `None` without `use_cache`.
         """
         conv_state, state = past if past is not None else (None, None)
         x = self._swapped(x)
+        rows = x.shape[:2]
+        if cu_seqlens is not None:  # the operators take packed sequences in a batch of one
+            x = x.reshape(1, -1, x.shape[-1])
         if (group := token_group()) is not None:
             conv_state = incoming_rows(x, self.options.conv_width - 1, group)
-        x, conv_state = self.conv1d(x, conv_state, use_cache)
+        x, conv_state = self.conv1d(x, conv_state, use_cache, cu_seqlens)
         x = self._swapped(x).contiguous()
         projected = column_parallel(self.in_proj, x, self.options.recompute == "cheap")
         heads = self._swapped(projected).unflatten(-1, (self.num_heads, -1))
@@ -178,9 +193,12 @@ class ParallelMetaLAMixer(nn.Module):
             norm_eps=self.options.output_norm_eps,
             initial_state=state,
             output_final_state=use_cache,
+            cu_seqlens=cu_seqlens,
             backend=self.options.backend,
         )
         output, _ = self.out_proj(self._swapped(out).flatten(-2))
+        if cu_seqlens is not None:
+            output = output.view(*rows, -1)
         return output, (conv_state, state) if use_cache else None
 
     def _swapped(self, x: torch.Tensor) -> torch.Tensor:

@@ -77,6 +77,7 @@ def check_settings(args: Any) -> Architecture | None:
     _check_unread(args, model)
     _check_tensor_parallel(args, model)
     _check_pipeline(args, model)
+    _check_documents(args, model)
     return model
 
 
@@ -179,6 +180,24 @@ def _check_pipeline(args: Any, model: Architecture) -> None:
             f"one that matches at least pipe_parallel_size = {args.pipe_parallel_size} layers, as "
             f"type:transformer|mlp|metala (it matches {found})",
         )
+
+
+def _check_documents(args: Any, model: Architecture) -> None:
+    """Refuses `reset_at_document` beside layers that would look across documents: only attention of
+    type `global`, with the softmax of PyTorch or the general fused one, reads the mask."""
+    if not model.metala.reset_at_document:
+        return
+    name = "metala.reset_at_document"
+    if others := sorted(set(model.layer_types) - {METALA, "global"}):
+        refuse(
+            name,
+            True,
+            f"false with layers of type {', '.join(others)}: only metala and global layers keep "
+            "documents apart",
+        )
+    for other in ("scaled_upper_triang_masked_softmax_fusion", "te_mha", "te_fp8_mha"):
+        if getattr(args, other):
+            refuse(name, True, f"false with {other}, which reads no mask")
 
 
 # The classes of layer types that are not GPT-NeoX's ordinary transformer layer.

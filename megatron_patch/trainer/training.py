@@ -78,7 +78,11 @@ class MetaLATrainer(Trainer):
         All batches have the same number of labels. `num_items_in_batch` is not used, because the
         Trainer leaves out the first label of each sequence, as if labels were still to be shifted.
         """
-        outputs = model(input_ids=inputs["input_ids"], use_cache=False)
+        tokens, config, seq_idx = inputs["input_ids"], self.model.config, None
+        if config.reset_at_document:
+            ends = (tokens == config.eos_token_id).long()
+            seq_idx = ends.cumsum(1) - ends  # an end-of-document token ends its own document
+        outputs = model(input_ids=tokens, seq_idx=seq_idx, use_cache=False)
         logits = outputs.logits.flatten(0, 1).float()
         loss = F.cross_entropy(logits, inputs["labels"].flatten())
         if model.training:

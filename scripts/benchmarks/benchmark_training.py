@@ -12,7 +12,8 @@ speed and memory divided by each of the others'.
 
 It needs a linked GPT-NeoX checkout (`GPT_NEOX_PATH`, or the one of scripts/setup.sh). The stock
 `deepy.py train.py` trains on random tokens with the settings of `--config`, without accumulation.
-The numbers are those that GPT-NeoX prints after the first ten iterations. `attention` has
+The numbers are those that GPT-NeoX prints after the first ten iterations. `documents` is `metala`
+with `reset_at_document`; its documents have 1,024 tokens. `attention` has
 GPT-NeoX's attention of type `flash` where flash-attn is installed, else `global`, with rotary
 positions and MLPs of the same width. `llama` is no GPT-NeoX: llama_step.py trains a compiled LLaMA
 in a bare loop, on one GPU.
@@ -52,7 +53,7 @@ from megatron_patch.indexed_dataset import IndexedDatasetWriter
 from megatron_patch.neox.yaml_config import merge_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
-MODELS = ("metala", "attention", "llama")
+MODELS = ("metala", "documents", "attention", "llama")
 TOKENS = 32_000
 INTERVAL = 10  # GPT-NeoX prints the mean time of so many iterations; the first mean is left out
 TIME = re.compile(r"elapsed time per iteration \(ms\): (\S+) \|")
@@ -78,7 +79,8 @@ class Measurement:
 
 
 def write_data(folder: Path) -> dict[str, Any]:
-    """Writes a tokenizer of TOKENS words and four million random tokens; returns their settings."""
+    """Writes a tokenizer of TOKENS words and four million random tokens, in documents of 1,024 that
+    end with <|endoftext|>; returns their settings."""
     from tokenizers import Tokenizer, models
 
     words = ["<|endoftext|>", "<|padding|>", *(f"w{i}" for i in range(TOKENS - 2))]
@@ -86,8 +88,8 @@ def write_data(folder: Path) -> dict[str, Any]:
     Tokenizer(models.WordLevel(vocabulary, unk_token=words[0])).save(str(folder / "tokenizer.json"))
     rng = np.random.default_rng(0)
     with IndexedDatasetWriter(folder / "tokens", vocab_size=TOKENS) as writer:
-        for _ in range(64):
-            writer.add_document(rng.integers(TOKENS, size=2**16))
+        for _ in range(4096):
+            writer.add_document(np.append(rng.integers(1, TOKENS, size=1023), 0))
     return {
         "data_path": str(folder / "tokens"),
         "tokenizer_type": "HFTokenizer",
@@ -176,7 +178,7 @@ def measure(
     )
 
 
-def measure_llama(settings: dict[str, Any]) -> Measurement:
+def measure_llama(settings: dict[str, Any], steps: int = 20) -> Measurement:
     """Runs llama_step.py for the sizes of a model in GPT-NeoX."""
     sizes = {
         "layers": settings["num_layers"],
@@ -186,6 +188,7 @@ def measure_llama(settings: dict[str, Any]) -> Measurement:
         "vocabulary": TOKENS,
         "length": settings["seq_length"],
         "micro-batch": settings["train_micro_batch_size_per_gpu"],
+        "steps": steps,
     }
     flags = [str(part) for name, size in sizes.items() for part in (f"--{name}", size)]
     script = Path(__file__).with_name("llama_step.py")
@@ -230,7 +233,12 @@ def main(argv: list[str] | None = None) -> None:
     )
     wanted = options.models or MODELS
     kind = "flash" if find_spec("flash_attn") else "global"
-    models = {"metala": settings, f"attention, {kind}": with_attention(settings, kind)}
+    apart = {**(settings.get("metala") or {}), "reset_at_document": True}
+    models = {
+        "metala": settings,
+        "documents": {**settings, "metala": apart},
+        f"attention, {kind}": with_attention(settings, kind),
+    }
     models = {name: model for name, model in models.items() if name.split(",")[0] in wanted}
     head = f"{'':<20}{'step':>12}{'intervals':>20}{'tokens/s':>12}{'memory':>11}"
     print(f"{head}{'parameters':>14}")

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from megatron_patch.neox.cuda_graphs import WARM_UP, LayerGraphs
+from megatron_patch.ops import meta_linear_attention, short_convolution
 
 pytestmark = [
     pytest.mark.gpu,
@@ -26,16 +27,42 @@ class Layer(nn.Module):
         self.down = nn.Linear(256, SHAPE[-1])
         self.graphs: LayerGraphs | None = None
 
-    def compute(self, x):
+    def compute(self, x, cu_seqlens=None):
         return x + self.down(F.silu(self.up(F.rms_norm(x, SHAPE[-1:]))))
+
+
+class MixingLayer(Layer):
+    """A layer of two heads whose convolution and state begin anew in each document."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.convolution = nn.Parameter(torch.randn(SHAPE[-1], 1, 4))
+        self.aug = nn.Parameter(torch.randn(2, 32))
+        self.bias = nn.Parameter(torch.randn(2, 64))
+        self.projection = nn.Linear(SHAPE[-1], 2 * (32 + 32 + 64 + 64), bias=False)
+
+    def compute(self, x, cu_seqlens=None):
+        rows = x.transpose(0, 1).reshape(1, -1, SHAPE[-1])
+        rows, _ = short_convolution(rows, self.convolution, cu_seqlens=cu_seqlens)
+        heads = self.projection(rows).unflatten(-1, (2, -1)).split([32, 32, 64, 64], -1)
+        out, _ = meta_linear_attention(
+            *heads[:3],
+            self.aug,
+            heads[3],
+            out_gate_bias=self.bias,
+            cu_seqlens=cu_seqlens,
+            backend="triton",
+        )
+        mixed = out.reshape(x.shape[1], x.shape[0], SHAPE[-1]).transpose(0, 1)
+        return super().compute(x + mixed)
 
 
 class Model:
     """Three layers, the last two numbers apart, as where an attention layer lies between."""
 
-    def __init__(self, with_graphs: bool, with_totals: bool = False):
+    def __init__(self, with_graphs: bool, with_totals: bool = False, kind: type = Layer):
         torch.manual_seed(0)
-        self.layers = [Layer(number).cuda().bfloat16() for number in (0, 1, 3)]
+        self.layers = [kind(number).cuda().bfloat16() for number in (0, 1, 3)]
         self.parameters = [p for layer in self.layers for p in layer.parameters()]
         self.totals, self.told, self.lines = None, [], []
         if with_totals:
@@ -47,11 +74,11 @@ class Model:
         self.graphs.is_on = with_graphs
         self.by_graph = 0
 
-    def __call__(self, x):
+    def __call__(self, x, cu_seqlens=None):
         for index, layer in enumerate(self.layers):
-            y = self.graphs.run(index, x)
+            y = self.graphs.run(index, x, cu_seqlens)
             self.by_graph += y is not None
-            x = layer.compute(x) if y is None else y
+            x = layer.compute(x, cu_seqlens) if y is None else y
         return x
 
     def gradients(self):
@@ -64,9 +91,9 @@ def batch(seed: int, shape=SHAPE):
     return x, torch.randn(shape, generator=generator, device="cuda").bfloat16()
 
 
-def step(model, seed, shape=SHAPE):
+def step(model, seed, shape=SHAPE, cu_seqlens=None):
     x, d_y = batch(seed, shape)
-    y = model(x)
+    y = model(x, cu_seqlens)
     y.backward(d_y)
     return [y.detach().clone(), x.grad.clone()]
 
@@ -160,13 +187,53 @@ def test_a_capture_that_fails_is_told_and_trains_on():
     graphs, plain = both()
     compute = graphs.layers[1].compute
 
-    def waits_for_the_gpu(x):
+    def waits_for_the_gpu(x, cu_seqlens):
         if torch.cuda.is_current_stream_capturing():
             x.sum().item()
-        return compute(x)
+        return compute(x, cu_seqlens)
 
     graphs.layers[1].compute = waits_for_the_gpu
     for seed in range(WARM_UP + 2):
         assert_equal(step(graphs, seed), step(plain, seed))
     assert graphs.by_graph == 0
     assert len(graphs.lines) == 1 and graphs.lines[0].startswith("CUDA graphs off: the capture")
+
+
+def boundaries(seed: int, count: int) -> torch.Tensor:
+    """Those of `count` documents, of which some may be empty."""
+    tokens = SHAPE[0] * SHAPE[1]
+    cuts = torch.randint(tokens + 1, (count - 1,), generator=torch.Generator().manual_seed(seed))
+    return torch.tensor([0, *sorted(cuts.tolist()), tokens], dtype=torch.int32, device="cuda")
+
+
+def test_bits_with_documents_of_every_number():
+    """The graphs have room for twice the warm-up's ten; a micro-batch with more runs without."""
+    graphs, plain = Model(True, kind=MixingLayer), Model(False, kind=MixingLayer)
+    counts = [10, 4, 7, 5, 20, 1, 21, 20, 9, 30, 2]
+    for seed, count in enumerate(counts):
+        cu_seqlens = boundaries(seed, count)
+        found = step(graphs, seed, cu_seqlens=cu_seqlens)
+        assert_equal(found, step(plain, seed, cu_seqlens=cu_seqlens))
+        assert_equal(graphs.gradients(), plain.gradients())
+        if seed == WARM_UP + 1:  # the boundaries change the numbers
+            other = step(Model(False, kind=MixingLayer), seed, cu_seqlens=boundaries(seed, 2))
+            assert not torch.equal(found[0], other[0])
+    assert graphs.by_graph == LAYERS * sum(count <= 20 for count in counts[WARM_UP:])
+    assert len(graphs.lines) == 2 and "room for 20 documents" in graphs.lines[1]
+
+
+def test_documents_of_two_forward_passes_before_a_backward_pass():
+    """The second does not take the first one's boundaries away."""
+    graphs, plain = Model(True, kind=MixingLayer), Model(False, kind=MixingLayer)
+    for seed in range(WARM_UP + 1):
+        for model in (graphs, plain):
+            step(model, seed, cu_seqlens=boundaries(seed, 8))
+    found = []
+    for model in (graphs, plain):
+        (x1, d1), (x2, d2) = batch(8), batch(9)
+        y1 = model(x1, boundaries(8, 6))
+        y2 = model(x2, boundaries(9, 11))
+        y2.backward(d2)
+        y1.backward(d1)
+        found.append([x1.grad, x2.grad, *model.gradients()])
+    assert_equal(*found)

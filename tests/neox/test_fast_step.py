@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from megatron_patch.neox.cuda_graphs import LayerGraphs
 from megatron_patch.neox.fast_step import why_no_graphs
 
 RUN = dict(
@@ -85,3 +86,46 @@ def test_a_gradient_without_a_norm_is_told_as_deepspeed_tells_it(fused, value):
         for module in fused
     )
     assert theirs == ours == -1
+
+
+class _Graph:
+    """Stands for a captured layer: gives the boundaries that a replay would read."""
+
+    def __init__(self, graphs: LayerGraphs):
+        self.graphs, self.is_busy = graphs, False
+
+    def has_moved(self) -> bool:
+        return False
+
+    def is_pending(self) -> bool:
+        return self.is_busy
+
+    def fits(self, x) -> bool:
+        return not self.is_busy
+
+    def __call__(self, x) -> list[int]:
+        return self.graphs.captured.tolist()
+
+
+def test_graphs_replay_with_the_boundaries_of_their_own_micro_batch():
+    lines = []
+    graphs = LayerGraphs([None] * 2, None, lines.append)
+    graphs.room, graphs.captured = 3, torch.zeros(4, dtype=torch.int32)
+    graphs.graphs = [_Graph(graphs) for _ in range(2)]
+    x = torch.zeros(1, requires_grad=True)
+
+    def run(*bounds) -> list:
+        cu_seqlens = torch.tensor(bounds, dtype=torch.int32) if bounds else None
+        return [graphs.run(index, x, cu_seqlens) for index in range(2)]
+
+    assert run(0, 5, 8) == [[0, 5, 8, 8]] * 2  # an empty document fills the room
+    assert run(0, 8) == [[0, 8, 8, 8]] * 2
+    assert run(0, 1, 2, 3, 8) == [None, None]
+    assert run(0, 1, 2, 3, 8) == [None, None]
+    assert len(lines) == 1 and "room for 3 documents a micro-batch; one with 4" in lines[0]
+    assert run() == [None, None]
+    graphs.graphs[1].is_busy = True  # its backward pass will read the boundaries
+    assert run(0, 2, 8) == [None, None]
+    assert graphs.captured.tolist() == [0, 8, 8, 8]
+    graphs.graphs[1].is_busy = False
+    assert run(0, 2, 8) == [[0, 2, 8, 8]] * 2

@@ -15,6 +15,7 @@ ADAM = {"type": "Adam", "params": {"lr": 1e-3}}
 HYBRID = ["metala", "global"]
 CONTEXT = {"context_parallel_size": 2}
 SEQUENCE = {"sequence_parallel": True, "model_parallel_size": 2, "global_num_gpus": 2}
+DOCUMENTS = {"reset_at_document": True}
 
 REFUSED = [
     # a choice in another case, which GPT-NeoX accepts and then does not know
@@ -98,6 +99,14 @@ REFUSED = [
     ),
     # sequences that cannot be split over ranks
     (
+        {"metala": {**CONTEXT, **DOCUMENTS}},
+        "metala.context_parallel_size: found 2, wanted 1 with metala.reset_at_document",
+    ),
+    (
+        {**SEQUENCE, "metala": DOCUMENTS},
+        "sequence_parallel: found True, wanted false with metala.reset_at_document",
+    ),
+    (
         {"metala": {"context_parallel_size": 3}},
         "metala.context_parallel_size: found 3, wanted a divisor of seq_length = 64 that leaves",
     ),
@@ -145,6 +154,19 @@ REFUSED = [
         {**SEQUENCE, "seq_length": 63},
         "sequence_parallel: found True, wanted false with seq_length = 63: 2 ranks cannot",
     ),
+    (
+        {"attention_config": ["metala", "flash"], "metala": DOCUMENTS},
+        "metala.reset_at_document: found True, wanted false with layers of type flash",
+    ),
+    (
+        {
+            "attention_config": HYBRID,
+            "metala": DOCUMENTS,
+            "scaled_upper_triang_masked_softmax_fusion": True,
+        },
+        "metala.reset_at_document: found True, wanted false with scaled_upper_triang",
+    ),
+    ({"metala": {"reset_at_document": 1}}, "metala.reset_at_document: found 1, wanted true or"),
     # what GPT-NeoX itself refuses
     ({"min_lr": 1.0}, "GPT-NeoX refuses the settings: "),
     # no checkpoint would be written
@@ -160,6 +182,7 @@ ACCEPTED = [
         "attention_config": HYBRID,
         "tokenizer_type": "hftokenizer",
     },
+    {"attention_config": HYBRID, "metala": DOCUMENTS, "pipe_parallel_size": 1},
     {"precision": "bfloat16", "zero_optimization": None},  # as generate.py and eval.py have it
     {
         "precision": "bfloat16",

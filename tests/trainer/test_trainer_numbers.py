@@ -63,6 +63,36 @@ def loss_of(model, tokens):
     return -chosen.mean()
 
 
+def test_documents_of_a_sample_are_kept_apart(small_run, short_documents):
+    """The loss of the first step is that of each document alone."""
+    batch, length = 4, 32
+    rows, before, model = run(
+        small_run(
+            data_path=str(short_documents),
+            train_iters=1,
+            eval_iters=0,
+            init_method_std=0.1,
+            metala={"reset_at_document": True},
+        ),
+        torch.float64,
+    )
+    model.load_state_dict(before)
+    data = IndexedDataset(short_documents)
+    samples = stream_of_shuffled_documents(data, np.arange(round(0.8 * len(data))), batch, length)
+    alone, whole = [], []
+    with torch.no_grad():
+        for sample in samples:
+            ends = [place + 1 for place in range(length) if sample[place] == 0]
+            for start, end in zip([0, *ends], [*ends, length], strict=True):
+                if start < end:
+                    piece = sample[None, start : end + 1]
+                    alone.append((end - start) * loss_of(model, piece).item())
+            whole.append(loss_of(model, sample[None]).item())
+    found = rows[0]["loss"]
+    assert found == pytest.approx(sum(alone) / (batch * length), abs=LOSS_TOLERANCE)
+    assert abs(found - np.mean(whole)) > 100 * LOSS_TOLERANCE
+
+
 def adam_step(parameter, gradient, state, step, rate, decay):
     first, second = state.setdefault("m", 0), state.setdefault("v", 0)
     state["m"] = first = 0.9 * first + 0.1 * gradient

@@ -26,6 +26,6 @@ def chunk_bwd(call: ChunkCall, d_y, prepared, dv_results, h, dh, gradients) -> N
         SOURCE, "chunk_bwd", BLOCKS, call,
         (*call.inputs, d_y, *prepared, h, dh, *gradients),
         (*call.q_strides, *call.gate_strides, *call.v_strides),
-        (call.scale, call.inverse_tau),
+        call.scales,
         AUG=launcher.bytes_of(call.aug),
     )  # fmt: skip

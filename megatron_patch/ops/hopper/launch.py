@@ -19,7 +19,7 @@ from megatron_patch.ops.hopper.nvrtc import (
     load_kernel,
 )
 from megatron_patch.ops.triton.config import ChunkCall
-from megatron_patch.ops.triton.launch import is_compiling
+from megatron_patch.ops.triton.launch import current_stream, is_compiling
 
 CHUNK = 64  # tokens
 HOPPER = 90  # the only architecture with wgmma
@@ -100,16 +100,14 @@ def launch(
 ) -> None:
     """Launches a kernel on the current stream of the current device. Tensors, the fields of `struct
     Chunks`, strides and numbers are the source's `struct Arguments`, in its order."""
-    chunk_indices, cu_seqlens, *sizes = call.chunk_arguments
-    tensors, sizes = (*tensors, chunk_indices, cu_seqlens), (*sizes, *strides)
+    tensors, sizes = (*tensors, *call.chunk_tensors), (*call.chunk_numbers, *strides)
     addresses = (0 if x is None else x.data_ptr() for x in tensors)
     layout = f"{len(tensors)}Q{len(sizes)}q{len(numbers)}f0q"  # 0q pads the end as C does
     arguments = ctypes.create_string_buffer(struct.pack(layout, *addresses, *sizes, *numbers))
     parameters = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
-    stream = torch.cuda.current_stream().cuda_stream
     checked(
         driver.cuLaunchKernel(
-            function, call.grid[0], 1, 1, THREADS, 1, 1, shared_bytes(blocks), stream,
-            ctypes.addressof(parameters), 0,
+            function, call.grid[0], 1, 1, THREADS, 1, 1, shared_bytes(blocks),
+            current_stream()[1], ctypes.addressof(parameters), 0,
         )
     )  # fmt: skip

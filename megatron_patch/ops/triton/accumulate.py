@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron_patch.ops.triton.launch import cdiv, launch
+
 BLOCK = 4096
 
 
@@ -22,6 +24,7 @@ def accumulate(total: Tensor, gradient: Tensor) -> None:
     """Adds `gradient` to `total` in place. Both are contiguous and have as many elements."""
     count = total.numel()
     with torch.cuda.device_of(total):
-        accumulate_kernel[(triton.cdiv(count, BLOCK),)](
-            total, gradient, count, BLOCK=BLOCK, num_warps=8
-        )
+        launch(
+            accumulate_kernel, (cdiv(count, BLOCK),), (total, gradient), (count,),
+            BLOCK=BLOCK, num_warps=8,
+        )  # fmt: skip

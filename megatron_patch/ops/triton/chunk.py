@@ -49,7 +49,7 @@ def forward(
     with torch.cuda.device_of(q):
         call = ChunkCall(q, gate_logits, v, aug, out_gate, out_gate_bias, cu_seqlens, tau, scale)
         prepared, scores = chunk_prepare(call)
-        h, final_state = chunk_fwd_h(call, prepared, initial_state)
+        h, final_state = chunk_fwd_h(call, prepared, initial_state, output_final_state)
         out = call.new_output(*v.shape)
         x_hat = rstd = None
         if keep:
@@ -63,8 +63,6 @@ def forward(
             if hopper.fits(call.q, call.v, call.out_gate, call.bias, call.config.chunk):
                 write_output = hopper.chunk_fwd_o
         write_output(call, prepared, scores, h, out, x_hat, rstd, norm_eps)
-    if not output_final_state:
-        final_state = q.new_empty(0, dtype=torch.float32)
     if not keep:
         return out, final_state, *[q.new_empty(0) for _ in range(8)]
     kept = (h, x_hat, rstd, *prepared)
@@ -112,7 +110,7 @@ def backward(
         d_out_gate = call.new_output(*(v.shape if out_gate is not None else (0,)))
         d_bias = call.new(*((*chunks, call.width) if out_gate_bias is not None else (0,)))
         chunk_bwd_o(call, x_hat, rstd, last_stride_one(d_out), d_y, d_out_gate, d_bias)
-        dh, d_initial = chunk_bwd_dh(call, prepared, d_y, d_final_state)
+        dh, d_initial = chunk_bwd_dh(call, prepared, d_y, d_final_state, initial_state is not None)
         write_gradients, one_tile = chunk_bwd, call.k <= call.config.bwd_k
         if hopper_chunks(q.dtype, q.device, call.k, call.width):
             from megatron_patch.ops.hopper import chunk_bwd as hopper
@@ -139,8 +137,6 @@ def backward(
             d_aug = sum_partials(d_aug, aug.dtype)
         if out_gate_bias is not None:
             d_bias = sum_partials(d_bias, out_gate_bias.dtype)
-    if initial_state is None:
-        d_initial = d_initial.new_empty(0)
     return d_q, d_gates, d_v, d_aug, d_out_gate, d_bias, d_initial
 
 
@@ -192,7 +188,6 @@ def _(q, gate_logits, v, aug, out_gate, out_gate_bias, initial_state, *_others):
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     tensors, ctx.numbers = inputs[:8], inputs[8:10]
     ctx.save_for_backward(*tensors, *output[2:])
-    ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)
 
 
@@ -221,7 +216,7 @@ def _gradients(
     return (*found, *(None,) * 6)
 
 
-_with_gradients = differentiable(_forward, forward, _setup_context, _gradients)
+_with_gradients = differentiable(_forward, forward, _setup_context, _gradients, 2)
 
 
 def meta_linear_attention(

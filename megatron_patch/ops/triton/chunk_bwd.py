@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from megatron_patch.ops.triton.config import ChunkCall, power_of_two
-from megatron_patch.ops.triton.launch import launcher
+from megatron_patch.ops.triton.launch import cdiv, launch
 from megatron_patch.ops.triton.tiles import (
     chunk_and_head,
     chunk_rows,
@@ -255,8 +255,10 @@ def chunk_bwd_dv(call: ChunkCall, d_y, prepared, d_v, dh) -> tuple[torch.Tensor,
     """Writes d_v; returns d_scores and d_aug_score, see `chunk_bwd_dv_kernel`."""
     config = call.config
     results = call.new_scores(), torch.empty_like(prepared.aug_score)
-    launcher(chunk_bwd_dv_kernel, call.grid)(
-        call.v, d_y, prepared, d_v, *results, dh, *call.chunk_arguments, call.v_strides,
+    launch(
+        chunk_bwd_dv_kernel, call.grid,
+        (call.v, d_y, prepared, d_v, *results, dh, *call.chunk_tensors),
+        (*call.chunk_numbers, call.v_strides),
         H=call.heads, K=call.k, V=call.width, C=config.chunk, BK=power_of_two(call.k),
         BV=config.dv_v, HAS_AUG=call.aug is not None, PRECISION=config.full_precision,
         STAGES=config.dv_stages, num_warps=4, maxnreg=config.dv_registers,
@@ -267,9 +269,10 @@ def chunk_bwd_dv(call: ChunkCall, d_y, prepared, d_v, dh) -> tuple[torch.Tensor,
 def chunk_bwd(call: ChunkCall, d_y, prepared, dv_results, h, dh, gradients) -> None:
     """Writes the gradients of q, gate logits, v and aug; see `chunk_bwd_kernel`."""
     config = call.config
-    launcher(chunk_bwd_kernel, (call.grid[0] * triton.cdiv(call.k, config.bwd_k),))(
-        call.inputs, d_y, prepared, dv_results, h, dh, gradients, *call.chunk_arguments,
-        call.scale, call.inverse_tau, call.q_strides, call.gate_strides, call.v_strides,
+    launch(
+        chunk_bwd_kernel, (call.grid[0] * cdiv(call.k, config.bwd_k),),
+        (call.inputs, d_y, prepared, dv_results, h, dh, gradients, *call.chunk_tensors),
+        (*call.chunk_numbers, *call.scales, call.q_strides, call.gate_strides, call.v_strides),
         H=call.heads, K=call.k, V=call.width, C=config.chunk, BK=config.bwd_k, BV=config.bwd_v,
         PRECISION=config.precision, STAGES=config.bwd_stages,
         num_warps=config.bwd_warps, maxnreg=config.bwd_registers,
@@ -280,7 +283,6 @@ def sum_partials(partials: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Returns the sum of the chunks' partial sums [chunks, H, W] in a fixed order, as `dtype`."""
     rows, width = partials.shape[0], partials.shape[1] * partials.shape[2]
     total = torch.empty(partials.shape[1:], dtype=dtype, device=partials.device)
-    launcher(sum_partials_kernel, (triton.cdiv(width, 32),))(
-        partials, total, rows, width, num_warps=8
-    )
+    grid = (cdiv(width, 32),)
+    launch(sum_partials_kernel, grid, (partials, total), (rows, width), num_warps=8)
     return total

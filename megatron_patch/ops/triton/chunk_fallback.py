@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from megatron_patch.ops.triton.config import ChunkCall, power_of_two
-from megatron_patch.ops.triton.launch import launcher
+from megatron_patch.ops.triton.launch import launch
 from megatron_patch.ops.triton.tiles import (
     key,
     load_aug_score,
@@ -242,10 +242,12 @@ def chunk_bwd_fallback_kernel(
 def chunk_bwd_fallback(call: ChunkCall, d_y, prepared, h, dh, gradients) -> None:
     """Writes the gradients of the fallback chunks; see `chunk_bwd`."""
     chunk, programs = call.config.chunk, min(call.grid[0], PROGRAMS)
-    launcher(chunk_bwd_fallback_kernel, (programs,))(
-        call.inputs, d_y, prepared, call.new(programs, chunk, chunk, dtype=call.dtype),
-        h, dh, gradients, *call.chunk_arguments, call.grid[0], call.scale, call.inverse_tau,
-        call.q_strides, call.gate_strides, call.v_strides,
+    d_scores = call.new(programs, chunk, chunk, dtype=call.dtype)
+    strides = call.q_strides, call.gate_strides, call.v_strides
+    launch(
+        chunk_bwd_fallback_kernel, (programs,),
+        (call.inputs, d_y, prepared, d_scores, h, dh, gradients, *call.chunk_tensors),
+        (*call.chunk_numbers, call.grid[0], *call.scales, *strides),
         H=call.heads, K=call.k, V=call.width, C=chunk, BV=min(32, power_of_two(call.width)),
         PRECISION=call.config.precision, num_warps=4,
     )  # fmt: skip

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from megatron_patch.ops.triton.config import ChunkCall, power_of_two
-from megatron_patch.ops.triton.launch import contiguous, launcher
+from megatron_patch.ops.triton.launch import cdiv, contiguous, launch
 from megatron_patch.ops.triton.tiles import chunk_and_head, exp2, locate, matmul
 
 
@@ -110,8 +110,8 @@ def segment_scan_kernel(
     """Turns each segment's own sum into the state that enters it, in place, and writes the state
     after the last segment of each sequence. Grid: (sequences * H, K tiles * V tiles).
 
-    h [segments, H, K, V]; h0 (or `None` for zeros) and ht [sequences, H, K, V]; all float32 and
-    contiguous.
+    h [segments, H, K, V]; h0 (or `None` for zeros) and ht (or `None` if not wanted) [sequences, H,
+    K, V]; all float32 and contiguous.
     """
     sequence, head = chunk_and_head(H)
     sequence = sequence.to(tl.int64)
@@ -137,11 +137,12 @@ def segment_scan_kernel(
         decay = tl.load(g_segment + at * K + k_columns, mask=k_columns < K, other=0.0)
         tl.store(h + at * (K * V) + offsets, state, mask=mask)
         state = state * tl.exp2(decay)[:, None] + total
-    tl.store(ht + own, state, mask=mask)
+    if ht is not None:
+        tl.store(ht + own, state, mask=mask)
 
 
 def _chunk_h(
-    call: ChunkCall, x, y, y_strides, prepared, h0, reverse
+    call: ChunkCall, x, y, y_strides, prepared, h0, wants_ht, reverse
 ) -> tuple[torch.Tensor, torch.Tensor]:
     config, indices = call.config, call.indices
     heads, k, width = call.heads, call.k, call.width
@@ -149,40 +150,48 @@ def _chunk_h(
     h = call.new(indices.chunk_count, heads, k, width, dtype=call.dtype)
 
     def walk(h0, ht, g_segment) -> None:
-        tiles = triton.cdiv(k, config.h_k) * triton.cdiv(width, config.h_v)
-        launcher(chunk_h_kernel, (indices.segment_count * heads, tiles))(
-            x, y, prepared.g_last, prepared.fallback, h, h0, ht, g_segment,
-            indices.segment_indices, indices.chunk_offsets, call.cu_seqlens,
-            call.time, indices.segments, indices.chunks, y_strides,
+        tiles = cdiv(k, config.h_k) * cdiv(width, config.h_v)
+        launch(
+            chunk_h_kernel, (indices.segment_count * heads, tiles),
+            (
+                x, y, prepared.g_last, prepared.fallback, h, h0, ht, g_segment,
+                indices.segment_indices, indices.chunk_offsets, call.cu_seqlens,
+            ),
+            (call.time, indices.segments, indices.chunks, y_strides),
             H=heads, K=k, V=width, C=config.chunk, BK=config.h_k, BV=config.h_v,
             SEGMENT=config.segment, REVERSE=reverse, PRECISION=config.full_precision,
             num_warps=config.h_warps, num_stages=config.h_stages,
         )  # fmt: skip
 
-    ht = call.new(indices.sequences, heads, k, width)
+    ht = call.new(*((indices.sequences, heads, k, width) if wants_ht else (0,)))
     if indices.segments == 1:
-        walk(h0, ht, None)
+        walk(h0, ht if wants_ht else None, None)
         return h, ht
     h_segment = call.new(indices.segment_count, heads, k, width)
     g_segment = call.new(indices.segment_count, heads, k)
     walk(None, h_segment, g_segment)
     block_k, block_v = 16, min(64, power_of_two(width))
-    tiles = triton.cdiv(k, block_k) * triton.cdiv(width, block_v)
-    launcher(segment_scan_kernel, (indices.sequences * heads, tiles))(
-        h_segment, g_segment, h0, ht, indices.segment_offsets, indices.segments,
+    tiles = cdiv(k, block_k) * cdiv(width, block_v)
+    launch(
+        segment_scan_kernel, (indices.sequences * heads, tiles),
+        (h_segment, g_segment, h0, ht if wants_ht else None, indices.segment_offsets),
+        (indices.segments,),
         H=heads, K=k, V=width, BK=block_k, BV=block_v, REVERSE=reverse, num_warps=2,
     )  # fmt: skip
     walk(h_segment, None, None)
     return h, ht
 
 
-def chunk_fwd_h(call: ChunkCall, prepared, h0) -> tuple[torch.Tensor, torch.Tensor]:
+def chunk_fwd_h(call: ChunkCall, prepared, h0, wants_ht) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns 2^m times the state before each chunk, [chunks, H, K, V], and the state after the
-    last token of each sequence, [N, H, K, V] float32."""
-    return _chunk_h(call, prepared.kg, call.v, call.v_strides, prepared, h0, reverse=False)
+    last token of each sequence, [N, H, K, V] float32, empty if not wanted."""
+    return _chunk_h(call, prepared.kg, call.v, call.v_strides, prepared, h0, wants_ht, False)
 
 
-def chunk_bwd_dh(call: ChunkCall, prepared, d_y, d_ht) -> tuple[torch.Tensor, torch.Tensor]:
+def chunk_bwd_dh(
+    call: ChunkCall, prepared, d_y, d_ht, wants_d_h0
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns 2^m times the gradient of the state after each chunk, [chunks, H, K, V], and the
-    gradient of the initial state, [N, H, K, V] float32. d_y is contiguous."""
-    return _chunk_h(call, prepared.qg, d_y, d_y.stride()[:3], prepared, d_ht, reverse=True)
+    gradient of the initial state, [N, H, K, V] float32, empty if not wanted. d_y is contiguous."""
+    strides = d_y.stride()[:3]
+    return _chunk_h(call, prepared.qg, d_y, strides, prepared, d_ht, wants_d_h0, True)

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from megatron_patch.ops.triton.config import ChunkCall
-from megatron_patch.ops.triton.launch import launcher
+from megatron_patch.ops.triton.launch import launch
 from megatron_patch.ops.triton.tiles import (
     chunk_and_head,
     chunk_rows,
@@ -153,9 +153,13 @@ def chunk_bwd_o_kernel(
 def chunk_fwd_o(call: ChunkCall, prepared, scores, h, out, x_hat, rstd, norm_eps: float) -> None:
     """Writes out, and x_hat and rstd unless they are `None`."""
     config = call.config
-    launcher(chunk_fwd_o_kernel, call.grid)(
-        call.v, call.out_gate, call.bias, prepared, scores, h, out, x_hat, rstd,
-        *call.chunk_arguments, norm_eps, call.v_strides, call.out_gate_strides,
+    launch(
+        chunk_fwd_o_kernel, call.grid,
+        (
+            call.v, call.out_gate, call.bias, prepared, scores, h, out, x_hat, rstd,
+            *call.chunk_tensors,
+        ),
+        (*call.chunk_numbers, norm_eps, call.v_strides, call.out_gate_strides),
         H=call.heads, K=call.k, V=call.width, C=config.chunk, BK=config.o_k, BV=config.o_v,
         HAS_AUG=call.aug is not None, PRECISION=config.precision,
         num_warps=config.o_warps, maxnreg=config.o_registers,
@@ -165,9 +169,13 @@ def chunk_fwd_o(call: ChunkCall, prepared, scores, h, out, x_hat, rstd, norm_eps
 def chunk_bwd_o(call: ChunkCall, x_hat, rstd, d_out, d_y, d_out_gate, d_bias) -> None:
     """Writes d_y, d_out_gate and d_bias; see `chunk_bwd_o_kernel`."""
     config = call.config
-    launcher(chunk_bwd_o_kernel, call.grid)(
-        x_hat, rstd, call.out_gate, call.bias, d_out, d_y, d_out_gate, d_bias,
-        *call.chunk_arguments, call.out_gate_strides, d_out.stride()[:3],
+    launch(
+        chunk_bwd_o_kernel, call.grid,
+        (
+            x_hat, rstd, call.out_gate, call.bias, d_out, d_y, d_out_gate, d_bias,
+            *call.chunk_tensors,
+        ),
+        (*call.chunk_numbers, call.out_gate_strides, d_out.stride()[:3]),
         H=call.heads, V=call.width, C=config.chunk, ROWS=config.bwd_o_rows, BV=config.o_v,
         num_warps=config.bwd_o_warps,
     )  # fmt: skip

@@ -21,7 +21,7 @@ import triton.language as tl
 
 from megatron_patch.ops.triton.chunk_fallback import fallback_factors, fallback_scores
 from megatron_patch.ops.triton.config import ChunkCall, power_of_two
-from megatron_patch.ops.triton.launch import launcher
+from megatron_patch.ops.triton.launch import launch
 from megatron_patch.ops.triton.tiles import (
     FACTOR_LIMIT,
     LOWEST_LOG_DECAY,
@@ -149,9 +149,10 @@ def chunk_prepare(call: ChunkCall) -> tuple[Prepared, torch.Tensor]:
         aug_score=call.new(*(shape if call.aug is not None else (0,))),
     )
     scores = call.new_scores()
-    launcher(chunk_prepare_kernel, call.grid)(
-        call.q, call.gates, call.aug, prepared, scores, *call.chunk_arguments,
-        call.scale, call.inverse_tau, call.q_strides, call.gate_strides,
+    launch(
+        chunk_prepare_kernel, call.grid,
+        (call.q, call.gates, call.aug, prepared, scores, *call.chunk_tensors),
+        (*call.chunk_numbers, *call.scales, call.q_strides, call.gate_strides),
         H=call.heads, K=call.k, C=call.config.chunk, BK=power_of_two(call.k),
         RUN=call.config.prepare_run, PRECISION=call.config.precision,
         num_warps=call.config.prepare_warps,

@@ -136,23 +136,24 @@ class ChunkCall:
         self.out_gate_strides = (0, 0, 0) if out_gate is None else out_gate.stride()[:3]
         self.batch, self.time, self.heads, self.k = q.shape
         self.width = v.shape[-1]
-        self.scale, self.inverse_tau = scale, 1.0 / tau
+        self.scales = scale, 1.0 / tau
         self.config = config = configure(self.k, self.width, q.dtype)
         self.dtype = config.dtype
         self.indices = indices = prepare_chunk_indices(
             self.batch, self.time, config.chunk, config.segment, cu_seqlens
         )
-        self.chunk_arguments = indices.chunk_indices, cu_seqlens, self.time, indices.chunks
+        self.chunk_tensors = indices.chunk_indices, cu_seqlens
+        self.chunk_numbers = self.time, indices.chunks
         self.grid = (indices.chunk_count * self.heads,)
 
     def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Returns uninitialised memory."""
-        return torch.empty(shape, dtype=dtype, device=self.q.device)
+        return self.q.new_empty(shape, dtype=dtype)
 
     def new_output(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """Returns memory for a result, with zeros in rows that no packed sequence covers."""
-        make = torch.empty if self.cu_seqlens is None else torch.zeros
-        return make(shape, dtype=dtype or self.q.dtype, device=self.q.device)
+        make = self.q.new_empty if self.cu_seqlens is None else self.q.new_zeros
+        return make(shape, dtype=dtype)
 
     def new_scores(self) -> Tensor:
         """Returns memory for scores or their gradients, [B, T, H, C]."""

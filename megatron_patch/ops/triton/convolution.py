@@ -20,10 +20,12 @@ from torch import Tensor
 from megatron_patch.ops.torch_ops import give_state
 from megatron_patch.ops.triton import fused_recurrent
 from megatron_patch.ops.triton.launch import (
+    cdiv,
     contiguous,
     differentiable,
     is_decoding_step,
     last_stride_one,
+    launch,
 )
 from megatron_patch.ops.triton.tiles import sigmoid
 
@@ -353,10 +355,10 @@ class _Call:
         batch, time, self.channels = x.shape
         self.width = weight.shape[-1]
         self.sequences = batch if cu_seqlens is None else len(cu_seqlens) - 1
-        self.runs = batch * triton.cdiv(time, run)
+        self.runs = batch * cdiv(time, run)
         block = min(512 // x.element_size(), triton.next_power_of_2(self.channels))
-        self.blocks = triton.cdiv(self.channels, block)
-        self.numbers = cu_seqlens, time, self.sequences
+        self.blocks = cdiv(self.channels, block)
+        self.numbers = time, self.sequences
         self.options = dict(
             D=self.channels, W=self.width, RUN=run, R=rows, BD=block, SILU=silu, num_warps=1
         )
@@ -382,9 +384,10 @@ def convolution_fwd(
     y = x.new_empty(x.shape)
     final_state = call.new_state(x) if output_final_state else x.new_empty(0)
     with torch.cuda.device_of(x):
-        convolution_fwd_kernel[call.grid(output_final_state)](
-            x, weight.contiguous(), contiguous(initial_state), y, final_state,
-            *call.numbers, x.stride()[:2], y.stride()[:2], **call.options,
+        launch(
+            convolution_fwd_kernel, call.grid(output_final_state),
+            (x, weight.contiguous(), contiguous(initial_state), y, final_state, cu_seqlens),
+            (*call.numbers, x.stride()[:2], y.stride()[:2]), **call.options,
         )  # fmt: skip
     return y, final_state
 
@@ -408,10 +411,13 @@ def convolution_bwd(
     has_state = initial_state is not None
     d_state = call.new_state(x) if has_state else x.new_empty(0)
     with torch.cuda.device_of(x):
-        convolution_bwd_kernel[call.grid(has_state)](
-            x, weight.contiguous(), contiguous(initial_state), d_y, contiguous(d_final_state),
-            d_x, partials, d_state, *call.numbers,
-            x.stride()[:2], d_y.stride()[:2], d_x.stride()[:2], **call.options,
+        launch(
+            convolution_bwd_kernel, call.grid(has_state),
+            (
+                x, weight.contiguous(), contiguous(initial_state), d_y, contiguous(d_final_state),
+                d_x, partials, d_state, cu_seqlens,
+            ),
+            (*call.numbers, x.stride()[:2], d_y.stride()[:2], d_x.stride()[:2]), **call.options,
         )  # fmt: skip
     d_weight = torch.empty(weight.shape, dtype=weight.dtype, device=x.device)
     d_weight[:, 0] = partials.sum(0).t()
@@ -460,7 +466,7 @@ def _gradients(
     return d_x, d_weight, d_state if initial_state is not None else None, None, None, None
 
 
-_with_gradients = differentiable(_forward, convolution_fwd, _setup_context, _gradients)
+_with_gradients = differentiable(_forward, convolution_fwd, _setup_context, _gradients, 2)
 
 
 def short_convolution(

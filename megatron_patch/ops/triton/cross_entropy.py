@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor, distributed
 
+from megatron_patch.ops.triton.launch import cdiv, launch
+
 BLOCK, WARPS = 4096, 8  # columns of a row that a program reads at a time
 
 
@@ -62,9 +64,9 @@ class _CrossEntropy(torch.autograd.Function):
         ranks = 1 if group is None else distributed.get_world_size(group)
         start = 0 if ranks == 1 else distributed.get_rank(group) * columns
         with torch.cuda.device_of(logits):
-            cross_entropy_fwd[(rows,)](
-                logits, target, lse, picked, start, columns, logits.stride(0), BLOCK=BLOCK,
-                num_warps=WARPS,
+            launch(
+                cross_entropy_fwd, (rows,), (logits, target, lse, picked),
+                (start, columns, logits.stride(0)), BLOCK=BLOCK, num_warps=WARPS,
             )  # fmt: skip
         if ranks > 1:
             top = lse.clone()
@@ -85,9 +87,10 @@ class _CrossEntropy(torch.autograd.Function):
         logits, target, lse = ctx.saved_tensors
         rows, columns = logits.shape
         with torch.cuda.device_of(logits):
-            cross_entropy_bwd[(rows, triton.cdiv(columns, BLOCK))](
-                logits, target, lse, d_loss.contiguous(), ctx.start, columns, logits.stride(0),
-                BLOCK=BLOCK, num_warps=WARPS,
+            launch(
+                cross_entropy_bwd, (rows, cdiv(columns, BLOCK)),
+                (logits, target, lse, d_loss.contiguous()),
+                (ctx.start, columns, logits.stride(0)), BLOCK=BLOCK, num_warps=WARPS,
             )  # fmt: skip
         return logits, None, None
 

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_patch.ops.triton.config import precision_of
-from megatron_patch.ops.triton.launch import contiguous, last_stride_one
+from megatron_patch.ops.triton.launch import cdiv, contiguous, last_stride_one, launch
 from megatron_patch.ops.triton.tiles import exp2, key, load_log_decay, sigmoid
 
 TILE = 8192  # entries of the state that a program holds in registers at a time
@@ -129,10 +129,13 @@ def _attention(
     block_v = triton.next_power_of_2(width)
     block_k = min(triton.next_power_of_2(k), max(1, TILE // block_v))
     with torch.cuda.device_of(q):
-        attention_step_kernel[(batch * heads,)](
-            q, gate_logits, v, contiguous(aug), out_gate, contiguous(bias), state.contiguous(),
-            new_state, out, scale, 1.0 / tau, norm_eps,
-            *map(_batch_head_strides, (q, gate_logits, v, out_gate)),
+        launch(
+            attention_step_kernel, (batch * heads,),
+            (
+                q, gate_logits, v, contiguous(aug), out_gate, contiguous(bias),
+                state.contiguous(), new_state, out,
+            ),
+            (scale, 1.0 / tau, norm_eps, *map(_batch_head_strides, (q, gate_logits, v, out_gate))),
             H=heads, K=k, V=width, BK=block_k, BV=block_v, PRECISION=precision_of(q.dtype),
             num_warps=max(1, block_k * block_v // 2048),
         )  # fmt: skip
@@ -205,8 +208,9 @@ def _convolution(x, weight, state, new_state, silu) -> Tensor:
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     block = min(512, triton.next_power_of_2(channels))
     with torch.cuda.device_of(x):
-        convolution_step_kernel[(batch, triton.cdiv(channels, block))](
-            x, weight.contiguous(), contiguous(state), new_state, y, x.stride(0),
+        launch(
+            convolution_step_kernel, (batch, cdiv(channels, block)),
+            (x, weight.contiguous(), contiguous(state), new_state, y), (x.stride(0),),
             D=channels, W=weight.shape[-1], BD=block, SILU=silu,
         )  # fmt: skip
     return y

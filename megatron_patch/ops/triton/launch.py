@@ -14,11 +14,15 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton.compiler import CompiledKernel
+from triton.runtime import JITFunction, driver
 
 from megatron_patch.ops.checks import is_traced, records_gradients
 
 _compiling = contextvars.ContextVar("compiling", default=False)
 _lock = threading.Lock()
+# Whether a compiled kernel takes all of its parameters, as it does from Triton 3.5 on.
+_takes_all_parameters = hasattr(triton, "AsyncCompileMode") and torch.version.hip is None
 
 
 def is_compiling() -> bool:
@@ -26,9 +30,107 @@ def is_compiling() -> bool:
     return _compiling.get()
 
 
-def launcher(kernel: Any, grid: tuple[int, ...]) -> Callable:
-    """Returns `kernel[grid]`, or during a compile pass the function that only compiles it."""
-    return functools.partial(kernel.warmup, grid=grid) if is_compiling() else kernel[grid]
+def current_stream() -> tuple[int, int]:
+    """Returns the current device and the address of its current stream."""
+    device = driver.active.get_current_device()
+    return device, driver.active.get_current_stream(device)
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], tensors: tuple, numbers: tuple = (), **options: Any
+) -> None:
+    """Launches a kernel on the current device and stream, or in a compile pass only compiles it.
+
+    Triton's own path examines all arguments and asks the driver about every pointer, which takes
+    longer than short sequences take the GPU. It serves the first launch of a `launch_key`. The next
+    ones call the kernel that it compiled, with addresses in place of tensors, and see no setting of
+    Triton that has changed since.
+
+    Args:
+        grid: one to three sizes.
+        tensors: the kernel's first parameters. `None` stands for a tensor that is not there; a
+            tuple for a parameter that is a tuple of tensors.
+        numbers: the next parameters: ints, floats and tuples of ints.
+        options: the other parameters, all constexpr, and Triton's own options.
+    """
+    if is_compiling():
+        kernel.warmup(*tensors, *numbers, grid=grid, **options)
+        return
+    if not _may_skip_binder(kernel):
+        kernel[grid](*tensors, *numbers, **options)
+        return
+    device, stream = current_stream()
+    key, addresses = launch_key(kernel, device, tensors, numbers, options)
+    found = _compiled.get(key)
+    if found is None:
+        _keep(key, kernel[grid](*tensors, *numbers, **options), kernel, len(tensors + numbers))
+        return
+    compiled, constants = found
+    try:
+        compiled.run(
+            *(*grid, 1, 1)[:3], stream, compiled.function, compiled.packed_metadata,
+            None, None, None,  # no hooks, and nothing to tell them
+            *addresses, *numbers, *constants,
+        )  # fmt: skip
+    except TypeError:  # this Triton's launcher takes other arguments, and has launched nothing
+        global _takes_all_parameters
+        _takes_all_parameters = False
+        kernel[grid](*tensors, *numbers, **options)
+
+
+# What launches with a `launch_key` call: the kernel that Triton compiled, and as many `None` as it
+# has constexpr parameters, whose values it ignores.
+_compiled: dict[tuple, tuple[CompiledKernel, list[None]]] = {}
+_LARGEST = 4096  # keys; sequence lengths are in them
+
+
+def _keep(key: tuple, compiled: Any, kernel: JITFunction, count: int) -> None:
+    if isinstance(compiled, CompiledKernel):
+        if len(_compiled) >= _LARGEST:
+            _compiled.clear()
+        _compiled[key] = compiled, [None] * (len(kernel.arg_names) - count)
+
+
+def _may_skip_binder(kernel: Any) -> bool:
+    """Returns whether a compiled kernel may be called: not in the interpreter, on AMD and before
+    Triton 3.5, where it takes other arguments, nor while a profiler hooks into launches."""
+    if type(kernel) is not JITFunction or not _takes_all_parameters:
+        return False
+    hooks = triton.knobs.runtime
+    enter, leave = hooks.launch_enter_hook, hooks.launch_exit_hook
+    # A chain of hooks, or in other versions a hook or `None`.
+    return not getattr(enter, "calls", enter) and not getattr(leave, "calls", leave)
+
+
+def launch_key(
+    kernel: Any, device: int, tensors: tuple, numbers: tuple, options: dict[str, Any]
+) -> tuple[tuple, list]:
+    """Returns what decides which compiled kernel serves a launch, and the tensors' addresses.
+
+    Triton compiles for dtypes, for whether addresses are multiples of 16, for the values of
+    constexpr parameters, and for the types of numbers and whether they are 1 or multiples of 16.
+    The key holds the numbers themselves, and their types because 1 == 1.0.
+    """
+    kinds: list = [id(kernel), device, numbers, *map(type, numbers), *options, *options.values()]
+    addresses = _addresses(tensors, kinds)
+    return tuple(kinds), addresses
+
+
+def _addresses(tensors: tuple, kinds: list) -> list:
+    """Returns the addresses of tensors and appends what Triton tells tensors apart by."""
+    addresses: list = []
+    for x in tensors:
+        if x is None:
+            addresses.append(None)
+            kinds.append(None)
+        elif isinstance(x, tuple):
+            kinds.append(len(x))
+            addresses.append(tuple(_addresses(x, kinds)))
+        else:
+            address = x.data_ptr()
+            addresses.append(address)
+            kinds.append((x.dtype,) if address % 16 else x.dtype)
+    return addresses
 
 
 def compiled_together(cache_key: Callable[..., Hashable]) -> Callable[[Callable], Callable]:
@@ -36,7 +138,7 @@ def compiled_together(cache_key: Callable[..., Hashable]) -> Callable[[Callable]
 
     Triton compiles a kernel when it is first launched, one after the other. Almost all of that time
     goes to MLIR, LLVM, ptxas and the C compiler, which release Python's lock, so threads are
-    enough. The function must launch through `launcher`, must have no other side effect, and takes a
+    enough. The function must launch through `launch`, must have no other side effect, and takes a
     tensor on the kernels' device as its first argument.
 
     Args:
@@ -102,6 +204,7 @@ def differentiable(
     run: Callable[..., tuple[Tensor, ...]],
     setup_context: Callable[[Any, tuple, tuple], None],
     gradients: Callable[..., tuple[Tensor | None, ...]],
+    results: int,
 ) -> Callable[..., tuple[Tensor, ...]]:
     """Returns `operator` with gradients, and with a fast path for eager calls.
 
@@ -114,19 +217,25 @@ def differentiable(
         run: the function that `operator` wraps.
         setup_context: takes (ctx, inputs, output), as in `register_autograd`.
         gradients: takes (ctx, whether the call is eager, the gradient of each result).
+        results: how many results a caller needs. The others, which `setup_context` saves, are
+            results only because a custom operator cannot save anything else.
     """
 
     def traced_gradients(ctx: Any, *found: Tensor | None) -> tuple[Tensor | None, ...]:
         return gradients(ctx, False, *found)
 
-    operator.register_autograd(traced_gradients, setup_context=setup_context)
+    def traced_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        setup_context(ctx, inputs, output)
+        ctx.mark_non_differentiable(*output[results:])
+
+    operator.register_autograd(traced_gradients, setup_context=traced_context)
 
     class Eager(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
             output = run(*inputs)
             setup_context(ctx, inputs, output)
-            return output
+            return output[:results]
 
         @staticmethod
         @torch.autograd.function.once_differentiable
@@ -142,6 +251,11 @@ def differentiable(
 def is_decoding_step(x: Tensor, cu_seqlens: Tensor | None, *tensors: Tensor | None) -> bool:
     """Returns whether the one-token kernels can serve a call on x [B, T, ...]."""
     return x.shape[1] == 1 and cu_seqlens is None and not records_gradients(*tensors)
+
+
+def cdiv(count: int, size: int) -> int:
+    """Returns count / size, rounded up, in a tenth of the time of `triton.cdiv`."""
+    return -(-count // size)
 
 
 def last_stride_one(x: Tensor | None) -> Tensor | None:

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron_patch.ops.triton.launch import launch
+
 
 @triton.jit
 def add_rms_norm_fwd_kernel(
@@ -51,15 +53,16 @@ def add_rms_norm_bwd_kernel(
     tl.store(d_x + at, gradient.to(d_x.dtype.element_ty), mask=mask)
 
 
-def _launch(kernel: Any, like: Tensor, *arguments: Any, **flags: bool) -> None:
+def _launch(kernel: Any, like: Tensor, tensors: tuple, numbers: tuple = (), **flags: bool) -> None:
     width = like.shape[-1]
     if like.numel() == 0:
         return
     block = triton.next_power_of_2(width)
     with torch.cuda.device_of(like):
-        kernel[(like.numel() // width,)](
-            *arguments, D=width, BLOCK=block, num_warps=min(max(block // 256, 1), 16), **flags
-        )
+        launch(
+            kernel, (like.numel() // width,), tensors, numbers,
+            D=width, BLOCK=block, num_warps=min(max(block // 256, 1), 16), **flags,
+        )  # fmt: skip
 
 
 class _AddRMSNorm(torch.autograd.Function):
@@ -71,7 +74,7 @@ class _AddRMSNorm(torch.autograd.Function):
         total = torch.empty_like(kept) if ctx.has_residual else kept
         normed, rstd = torch.empty_like(kept), kept.new_empty(kept.shape[:-1], dtype=torch.float32)
         _launch(
-            add_rms_norm_fwd_kernel, kept, kept, residual, total, normed, rstd, float(eps),
+            add_rms_norm_fwd_kernel, kept, (kept, residual, total, normed, rstd), (float(eps),),
             HAS_RESIDUAL=ctx.has_residual,
         )  # fmt: skip
         ctx.save_for_backward(total, rstd)
@@ -86,7 +89,7 @@ class _AddRMSNorm(torch.autograd.Function):
         d_total = None if d_total is None else d_total.contiguous()
         d_x = torch.empty_like(total)
         _launch(
-            add_rms_norm_bwd_kernel, total, total, rstd, d_total, d_normed.contiguous(), d_x,
+            add_rms_norm_bwd_kernel, total, (total, rstd, d_total, d_normed.contiguous(), d_x),
             HAS_D_TOTAL=d_total is not None,
         )  # fmt: skip
         return d_x, d_x if ctx.has_residual else None, None

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron_patch.ops.triton.launch import cdiv, launch
 from megatron_patch.ops.triton.tiles import sigmoid
 
 ROWS, COLUMNS = 4, 1024  # per program; a thread then loads 16 bytes per row of 16-bit values
@@ -68,11 +69,11 @@ def _launch(kernel: Any, gate: Tensor, up: Tensor, *others: Tensor, stride: int)
         return
     width = gate.shape[-1]
     count = gate.numel() // width
-    grid = triton.cdiv(count, ROWS), triton.cdiv(width, COLUMNS)
+    grid = cdiv(count, ROWS), cdiv(width, COLUMNS)
     with torch.cuda.device_of(gate):
-        kernel[grid](
-            gate, up, *others, count, F=width, STRIDE=stride, ROWS=ROWS, COLUMNS=COLUMNS,
-            num_warps=4,
+        launch(
+            kernel, grid, (gate, up, *others), (count,),
+            F=width, STRIDE=stride, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4,
         )  # fmt: skip
 
 

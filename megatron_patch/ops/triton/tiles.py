@@ -14,6 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
+from megatron_patch.ops.triton.launch import launch
+
 # Triton's interpreter has neither inline assembly nor bfloat16 matrix products.
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -67,29 +69,68 @@ def prepare_chunk_indices(
         return ChunkIndices(
             batch, chunk_count // batch, segment_count // batch, chunk_count, segment_count
         )
-    cu_seqlens = cu_seqlens.long()
-    lengths = cu_seqlens.diff()
-    chunk_offsets = _offsets((lengths + chunk - 1) // chunk)
-    segment_offsets = _offsets((lengths + segment - 1) // segment)
-    return ChunkIndices(
-        len(lengths), 0, 0, chunk_count, segment_count,
-        _indices(chunk_offsets, chunk_count), _indices(segment_offsets, segment_count),
-        chunk_offsets.int(), segment_offsets.int(),
+    sequences = len(cu_seqlens) - 1
+    counts = (chunk_count, segment_count)
+
+    def new(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.int32, device=cu_seqlens.device)
+
+    indices = [new(count, 2) for count in counts]
+    offsets = [new(sequences + 1) for _ in counts]
+    launch(
+        chunk_indices_kernel, (sequences + 1, 2), (cu_seqlens, *indices, *offsets),
+        (sequences, *counts), C=chunk, SEGMENT=segment, BLOCK=256, num_warps=4,
     )  # fmt: skip
+    return ChunkIndices(sequences, 0, 0, *counts, *indices, *offsets)
 
 
-def _offsets(counts: torch.Tensor) -> torch.Tensor:
-    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+@triton.jit(do_not_specialize=["sequences", "chunk_count", "segment_count"])
+def chunk_indices_kernel(
+    cu_seqlens, chunk_indices, segment_indices, chunk_offsets, segment_offsets, sequences,
+    chunk_count, segment_count,
+    C: tl.constexpr, SEGMENT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Writes the four tensors of `ChunkIndices`. Grid: (sequences + 1, 2), for chunks and for
+    segments. One kernel, because both passes of every layer need them."""
+    if tl.program_id(1) == 0:
+        write_indices(cu_seqlens, chunk_indices, chunk_offsets, sequences, chunk_count, C, BLOCK)
+    else:
+        write_indices(
+            cu_seqlens, segment_indices, segment_offsets, sequences, segment_count, SEGMENT, BLOCK
+        )
 
 
-def _indices(offsets: torch.Tensor, count: int) -> torch.Tensor:
-    """Returns (sequence or -1, index within it) of the chunks 0 .. count - 1, as [count, 2]."""
-    chunk = torch.arange(count, device=offsets.device)
-    sequence = torch.searchsorted(offsets[1:], chunk, right=True)
-    exists = sequence < len(offsets) - 1
-    sequence = torch.where(exists, sequence, 0)
-    index = chunk - offsets[sequence]
-    return torch.stack([torch.where(exists, sequence, -1), index], 1).int()
+@triton.jit
+def write_indices(
+    cu_seqlens, indices, offsets, sequences, count, SIZE: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Writes one sequence's offset and indices; behind the last sequence, the number of all and the
+    sequence -1."""
+    sequence = tl.program_id(0)
+    column = tl.arange(0, BLOCK)
+    before = tl.zeros([BLOCK], tl.int32)
+    for block in range(0, sequence, BLOCK):
+        before += pieces_of(cu_seqlens, block + column, block + column < sequence, SIZE)
+    first = tl.sum(before)
+    tl.store(offsets + sequence, first)
+    end = count
+    if sequence < sequences:
+        end = tl.minimum(end, first + pieces_of(cu_seqlens, sequence, None, SIZE))
+    else:
+        sequence = -1
+    for block in range(first, end, BLOCK):
+        at = block + column
+        tl.store(indices + at * 2, tl.zeros([BLOCK], tl.int32) + sequence, mask=at < end)
+        tl.store(indices + at * 2 + 1, at - first, mask=at < end)
+
+
+@triton.jit
+def pieces_of(cu_seqlens, sequences, mask, SIZE: tl.constexpr):
+    """Returns the number of chunks or segments of each of these sequences, zero where masked."""
+    start = tl.load(cu_seqlens + sequences, mask=mask)
+    end = tl.load(cu_seqlens + sequences + 1, mask=mask)
+    pieces = tl.cdiv(tl.maximum(end - start, 0), SIZE).to(tl.int32)
+    return pieces if mask is None else tl.where(mask, pieces, 0)
 
 
 @triton.jit

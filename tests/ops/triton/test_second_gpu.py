@@ -49,3 +49,16 @@ def test_decoding_steps(dtype):
     test_triton_step.assert_right(meta_linear_attention, attention, "reference", tolerance)
     convolution = test_triton_step.make_convolution(2, 96, dtype=dtype)
     test_triton_step.assert_right(short_convolution, convolution, "torch", tolerance)
+
+
+def test_both_gpus_in_turn():
+    """A kernel is loaded on each GPU. The second round launches it directly."""
+    tensors = test_triton_mixer.make(2, 200, 2, 64, 128, dtype=torch.bfloat16)
+    results = {}
+    for device in ("cuda:0", "cuda:1") * 2:
+        own = {name: x.to(device) for name, x in tensors.items()}
+        with torch.no_grad():
+            out, state = meta_linear_attention(**own, output_final_state=True, backend="triton")
+        assert str(out.device) == device
+        results.setdefault(device, []).extend([out.cpu(), state.cpu()])
+    assert all(map(torch.equal, results["cuda:0"], results["cuda:1"]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -270,6 +271,23 @@ def test_chunk_indices_of_packed_sequences():
     assert segments == [[1, 0], [2, 0], [2, 1], [3, 0], [3, 1], [3, 2]]
     assert indices.chunk_offsets.tolist() == [0, 0, 1, 6, 15]
     assert indices.segment_offsets.tolist() == [0, 0, 1, 3, 6]
+
+
+def test_chunk_indices_of_many_packed_sequences():
+    """More than one program reads at once, as they are in a packed batch of short documents."""
+    lengths = torch.randint(0, 40, (600,), generator=torch.Generator().manual_seed(0)).tolist()
+    bounds = torch.tensor([0, *np.cumsum(lengths)], device=DEVICE, dtype=torch.int32)
+    indices = prepare_chunk_indices(1, sum(lengths), 16, 64, bounds)
+    pairs = (
+        (16, indices.chunk_indices, indices.chunk_offsets),
+        (64, indices.segment_indices, indices.segment_offsets),
+    )
+    for size, found, offsets in pairs:
+        counts = [-(-length // size) for length in lengths]
+        wanted = [[n, i] for n, count in enumerate(counts) for i in range(count)]
+        assert found[: len(wanted)].tolist() == wanted
+        assert (found[len(wanted) :, 0] == -1).all()
+        assert offsets.tolist() == [0, *np.cumsum(counts)]
 
 
 def test_who_looks_at_operators_finds_one():

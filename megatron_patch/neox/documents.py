@@ -1,0 +1,111 @@
+"""Documents of packed samples, for `metala: {reset_at_document: true}`.
+
+GPT-NeoX cuts a stream of documents into samples. Each document ends with an end-of-document token.
+With the setting, a token sees its own document alone: the state and the convolution of MetaLA
+layers begin anew after each such token, and a hybrid's attention has a block-diagonal causal mask.
+
+The boundaries take the attention mask's place in the batch, because GPT-NeoX hands that from layer
+to layer and from one pipeline stage to the next, as bool of a fixed shape. Without attention layers
+it is [B, 1, 1, T], true where a document begins; with them it is their mask [B, 1, T, T], true
+where a query may not see a key, and a document begins where a token may not see the one before it.
+Each stage turns it into `cu_seqlens` of the B rows laid end to end, once a micro-batch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_patch.architecture import MetaLAOptions, SettingsError
+from megatron_patch.neox.fast_step import say
+
+
+def resets(neox_args: Any) -> bool:
+    """Returns whether the run has `metala: {reset_at_document: true}`."""
+    return MetaLAOptions.parse(neox_args.metala).reset_at_document
+
+
+def find_starts(tokens: Tensor, eod: int | None) -> Tensor:
+    """Returns where documents begin in samples [B, T]: bool, true for the first token of a row and
+    for each token behind `eod`. Raises a SettingsError if the tokenizer has no such token."""
+    if eod is None:
+        raise SettingsError(
+            "metala.reset_at_document: found true with a tokenizer that has no end-of-document "
+            "token, wanted one with <|endoftext|>"
+        )
+    return F.pad(tokens[:, :-1] == eod, (1, 0), value=True)
+
+
+def attention_mask(starts: Tensor, causal: Tensor) -> Tensor:
+    """Returns the block-diagonal causal mask, bool [B, 1, T, T], true where a query may not see a
+    key, from `causal`, the mask [1, 1, T, T] of whole rows."""
+    document = starts.cumsum(1)
+    return causal | (document[:, None, :, None] != document[:, None, None, :])
+
+
+def positions(starts: Tensor) -> Tensor:
+    """Returns the position of each token in its document, int64 [B, T]."""
+    place = torch.arange(starts.shape[1], device=starts.device).expand_as(starts)
+    return place - torch.where(starts, place, 0).cummax(1).values
+
+
+def pack(starts: Tensor) -> Tensor:
+    """Returns `cu_seqlens`, int32 [N + 1], of N documents in rows that are laid end to end. Waits
+    for the device, since only the values say how many there are."""
+    rows = starts.flatten()
+    return F.pad(rows.nonzero()[:, 0], (0, 1), value=rows.numel()).int()
+
+
+# The last mask, what tells it from others, and its `cu_seqlens`. All layers of a stage read one
+# mask, though checkpointing gives each of them another tensor object; its memory tells that it is
+# the same. The mask is kept, so that no other one can take its memory.
+_last: tuple[Tensor, tuple, Tensor] | None = None
+# Masks so far in which no document ended, `None` after one in which one did.
+_without_end: int | None = 0
+TOLD_AFTER = 100
+
+
+def remember(mask: Tensor, batch: int, cu_seqlens: Tensor) -> None:
+    """Keeps the `cu_seqlens` of B rows and of the mask that layers read next.
+
+    Says so if no document ends in the first hundred masks: GPT-NeoX's `preprocess_data.py` writes
+    no ends by default.
+    """
+    global _last, _without_end
+    _last = mask, _identity(mask, batch), cu_seqlens
+    if _without_end is None:
+        return
+    _without_end = _without_end + 1 if len(cu_seqlens) - 1 == batch else None
+    if _without_end == TOLD_AFTER:
+        say(
+            "metala.reset_at_document: found no end-of-document token in the first batches; "
+            "preprocess_data.py writes them with --append-eod"
+        )
+
+
+def cu_seqlens_of(mask: Tensor | None, batch: int, time: int) -> Tensor | None:
+    """Returns the boundaries of documents that a mask holds, for B rows of T tokens laid end to
+    end, or `None` if each row is one document. It waits for the device once a micro-batch, unless
+    the boundaries were remembered."""
+    if mask is None or time == 1 or mask.shape[-1] != time:
+        return None
+    if mask.is_inference():  # such tensors have no version
+        return pack(_starts_in(mask, batch))
+    if _last is None or _last[1] != _identity(mask, batch):
+        remember(mask, batch, pack(_starts_in(mask, batch)))
+    return _last[2]
+
+
+def _identity(mask: Tensor, batch: int) -> tuple:
+    return mask.data_ptr(), mask.shape, mask._version, mask.device, batch
+
+
+def _starts_in(mask: Tensor, batch: int) -> Tensor:
+    if mask.shape[-2] == 1:
+        starts = mask[:, 0, 0]
+    else:
+        starts = F.pad(mask[:, 0].diagonal(-1, 1, 2), (1, 0), value=True)
+    return starts.expand(batch, -1)

@@ -1,0 +1,102 @@
+#!/usr/bin/env python3
+"""Times training steps at growing lengths: MetaLA in GPT-NeoX, and a compiled LLaMA of equal size.
+
+    python scripts/benchmarks/benchmark_lengths.py results.json        # on one GPU
+    python scripts/benchmarks/benchmark_lengths.py results.json --plot docs/training_length.png
+
+Each step has --tokens tokens, or one sequence where that is longer. The second command draws what
+the first one measured: a length in the file is not measured again. benchmark_training.py says what
+is measured and how.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+from benchmark_training import (
+    ROOT,
+    Measurement,
+    measure,
+    measure_llama,
+    report,
+    training_settings,
+    write_data,
+)
+
+from convert.command import ConvertError, need_neox
+from megatron_patch.architecture import SettingsError
+from megatron_patch.commands.command_line import (
+    Parser,
+    existing_file,
+    picture,
+    run_script,
+    whole,
+)
+
+LENGTHS = (2048, 8192, 32_768, 131_072)
+MODELS = ("MetaLA", "LLaMA, compiled")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("results", type=Path, help="a JSON file, read if it exists and written")
+    parser.add_argument("--config", type=existing_file, default=ROOT / "configs/metala_380m.yml")
+    parser.add_argument("--lengths", type=whole(1), nargs="+", default=LENGTHS, metavar="N")
+    parser.add_argument("--tokens", type=whole(1), default=16_384, help="default: 16384")
+    parser.add_argument("--plot", type=picture, metavar="PATH", help="a picture of the results")
+    options = parser.parse_args(argv)
+    found = json.loads(options.results.read_text()) if options.results.exists() else {}
+    for length in options.lengths:
+        for model in MODELS:
+            key = f"{model} {length}"
+            if key not in found:
+                found[key] = asdict(run(model, length, options))
+                options.results.write_text(json.dumps(found, indent=1) + "\n")
+            report(key, Measurement(**found[key]))
+    if options.plot:
+        draw(found, options.lengths, options.plot)
+
+
+def run(model: str, length: int, options: argparse.Namespace) -> Measurement:
+    """Trains one model at one length."""
+    batch = max(options.tokens // length, 1)
+    sizes = dict(config=options.config, gpus=1, tensor_parallel=1, length=length, micro_batch=batch)
+    settings = training_settings(argparse.Namespace(**sizes, steps=30))
+    if model == "MetaLA":
+        with tempfile.TemporaryDirectory() as work:
+            data = write_data(Path(work))
+            return measure(need_neox(), {**settings, **data}, Path(work), "metala")
+    # Attention takes seconds a step at 131,072 tokens.
+    return measure_llama(settings, steps=20 if length <= 8192 else 3)
+
+
+def draw(found: dict[str, dict], lengths: list[int], path: Path) -> None:
+    """Draws tokens per second, and memory, against length."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (speed, memory) = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    for model in MODELS:
+        points = [(n, Measurement(**found[f"{model} {n}"])) for n in lengths]
+        speed.plot(lengths, [one.tokens_per_second / 1e3 for _, one in points], "o-", label=model)
+        memory.plot(lengths, [one.gigabytes for _, one in points], "o-", label=model)
+        times = [f"{statistics.mean(one.milliseconds):.1f} ms" for _, one in points]
+        print(model, dict(zip(lengths, times, strict=True)))
+    for axes, title in ((speed, "thousand tokens/s"), (memory, "GB reserved")):
+        axes.set_xscale("log", base=2)
+        axes.set_ylim(bottom=0)
+        axes.set(xlabel="tokens in a sequence", title=title)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path, dpi=130)
+
+
+if __name__ == "__main__":
+    run_script(main, ConvertError, SettingsError)
