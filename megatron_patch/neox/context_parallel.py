@@ -58,7 +58,7 @@ def check_context_parallel(args: Any, program: str) -> None:
             f"{options.conv_width - 1} tokens that the convolution reads back"
         )
     if options.reset_at_document:
-        refuse_size("1 with metala.reset_at_document, whose boundaries one rank must see")
+        refuse_size("1 with metala.reset_at_document: the state that a rank hands on knows no end")
     for name in ("eval_tasks", "autotuning", "fp16_lm_cross_entropy"):
         if found := getattr(args, name):
             refuse(name, found, f"none with metala.context_parallel_size = {size}")

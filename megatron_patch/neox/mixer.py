@@ -161,7 +161,7 @@ class ParallelMetaLAMixer(nn.Module):
             use_cache: whether to return the state after the last token.
             cu_seqlens: int32 [N + 1], the boundaries of N documents in the b rows laid end to end,
                 for which nothing is carried over; `None` where each row is one document. Not
-                together with `past` or `use_cache`.
+                together with `past`, `use_cache` or rows whose tokens are split over ranks.
 
         Returns:
             The output, shaped and split as x, and the state, or `None` without `use_cache`.

@@ -152,6 +152,14 @@ REFUSED = [
     ({"metala": {"reset_at_document": 1}}, "metala.reset_at_document: found 1, wanted true or"),
     # sequences that cannot be split over ranks
     (
+        {"metala": {**CONTEXT, **DOCUMENTS}},
+        "metala.context_parallel_size: found 2, wanted 1 with metala.reset_at_document",
+    ),
+    (
+        {**SEQUENCE, "metala": DOCUMENTS},
+        "sequence_parallel: found True, wanted false with metala.reset_at_document",
+    ),
+    (
         {"metala": {"context_parallel_size": 3}},
         "metala.context_parallel_size: found 3, wanted a divisor of seq_length = 64 that leaves",
     ),
@@ -194,14 +202,6 @@ REFUSED = [
     (
         {**SEQUENCE, "attention_config": HYBRID, "use_qk_layernorm": True},
         "sequence_parallel: found True, wanted false with use_qk_layernorm",
-    ),
-    (
-        {**SEQUENCE, "metala": DOCUMENTS},
-        "sequence_parallel: found True, wanted false with metala.reset_at_document",
-    ),
-    (
-        {"metala": {**CONTEXT, **DOCUMENTS}},
-        "metala.context_parallel_size: found 2, wanted 1 with metala.reset_at_document",
     ),
     (
         {**SEQUENCE, "seq_length": 63},
