@@ -15,13 +15,16 @@ MODELS = ("metala", "softmax", "gla", "mamba")
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of a model.
+    """Sizes and options of a model. Baselines take those that they have.
 
     Attributes:
         vocabulary, width, layers, heads: of the model.
-        kernel_size: of MetaLA's short convolution; 1 mixes no tokens.
+        kernel_size: of the short convolution; 1 mixes no tokens.
         self_augmentation: whether MetaLA has it.
         expand_k: width of all keys over the width of the model.
+        norm: of MetaLA and softmax: a `norm_type` of `MetaLAConfig`.
+        tied: whether the head is the embedding; else it is a linear with a bias, as MAD's.
+        state: state size of a channel of Mamba.
     """
 
     vocabulary: int
@@ -31,6 +34,9 @@ class Sizes:
     kernel_size: int = 2
     self_augmentation: bool = True
     expand_k: float = 1.0
+    norm: str = "layernorm"
+    tied: bool = True
+    state: int = 16
 
     @property
     def mlp(self) -> int:
@@ -42,7 +48,8 @@ class Scored(nn.Module):
     """A causal language model that computes logits only where they are scored.
 
     Args:
-        body: maps tokens [B, T] to hidden states [B, T, D].
+        body: maps tokens [B, T] to hidden states [B, T, D], which may be the first of several
+            results.
         head: maps hidden states to logits.
     """
 
@@ -50,23 +57,25 @@ class Scored(nn.Module):
         super().__init__()
         self.body, self.head = body, head
 
+    def hidden(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Maps tokens [B, T] to hidden states [B, T, D]."""
+        hidden = self.body(tokens)
+        return hidden if isinstance(hidden, torch.Tensor) else hidden[0]
+
     def forward(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Maps tokens [B, T] and positions [B, P] to logits [B, P, vocabulary]."""
-        hidden = self.body(tokens)
-        if not isinstance(hidden, torch.Tensor):
-            hidden = hidden[0]
-        return self.head(hidden.take_along_dim(positions[..., None], dim=1))
+        return self.head(self.hidden(tokens).take_along_dim(positions[..., None], dim=1))
 
 
 def build(name: str, sizes: Sizes) -> Scored:
-    """Returns a new model, one of MODELS.
+    """Returns a new model, one of MODELS, with its library's initialisation.
 
-    All tie the head to the embedding, as zoology does, and the first three have LayerNorms and a
-    SwiGLU in each layer. "softmax" is MetaLA's hybrid with attention layers alone, with rotary
-    position embeddings. "gla" is flash-linear-attention's, "mamba" that of mamba_ssm. Raises a
-    CommandError where these are not installed.
+    "softmax" is MetaLA's hybrid with attention layers alone and rotary position embeddings. "gla"
+    is flash-linear-attention's, "mamba" that of transformers, in twice the layers since it has no
+    MLP. Raises a CommandError where a library is missing.
     """
-    common = dict(vocab_size=sizes.vocabulary, hidden_size=sizes.width)
+    common = dict(vocab_size=sizes.vocabulary, hidden_size=sizes.width, use_cache=False,
+                  pad_token_id=None, tie_word_embeddings=True)  # fmt: skip
     if name in ("metala", "softmax"):
         attention = dict(layer_types=["full_attention"] * sizes.layers, rope_theta=10000.0)
         config = MetaLAConfig(
@@ -74,19 +83,16 @@ def build(name: str, sizes: Sizes) -> Scored:
             num_hidden_layers=sizes.layers,
             num_attention_heads=sizes.heads,
             intermediate_size=sizes.mlp,
-            norm_type="layernorm",
+            norm_type=sizes.norm,
             norm_eps=1e-5,
-            tie_word_embeddings=True,
             conv_width=sizes.kernel_size,
             expand_k=sizes.expand_k,
             self_augmentation=sizes.self_augmentation,
-            pad_token_id=None,
-            use_cache=False,
             **(attention if name == "softmax" else {}),
         )
         model = MetaLAForCausalLM(config)
-        return Scored(model.model, model.lm_head)
-    if name == "gla":
+        body = model.model
+    elif name == "gla":
         try:
             from fla.models import GLAConfig, GLAForCausalLM
         except ImportError:
@@ -100,19 +106,15 @@ def build(name: str, sizes: Sizes) -> Scored:
             expand_v=1.0,
             use_short_conv=sizes.kernel_size > 1,
             conv_size=sizes.kernel_size,
-            tie_word_embeddings=True,
-            pad_token_id=None,
-            use_cache=False,
         )
         model = GLAForCausalLM(config)
-        return Scored(model.model, model.lm_head)
-    if name == "mamba":
-        try:
-            from mamba_ssm.models.config_mamba import MambaConfig
-            from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
-        except ImportError:
-            raise CommandError("mamba: needs mamba_ssm, which is not here") from None
-        config = MambaConfig(d_model=sizes.width, n_layer=sizes.layers, vocab_size=sizes.vocabulary)
-        model = MambaLMHeadModel(config)
-        return Scored(model.backbone, model.lm_head)
-    raise CommandError(f"model: found {name}, wanted one of {', '.join(MODELS)}")
+        body = model.model
+    elif name == "mamba":
+        from transformers import MambaConfig, MambaForCausalLM
+
+        config = MambaConfig(**common, num_hidden_layers=2 * sizes.layers, state_size=sizes.state)
+        model = MambaForCausalLM(config)
+        body = model.backbone
+    else:
+        raise CommandError(f"model: found {name}, wanted one of {', '.join(MODELS)}")
+    return Scored(body, model.lm_head if sizes.tied else nn.Linear(sizes.width, sizes.vocabulary))
