@@ -22,6 +22,7 @@ class Sizes:
         kernel_size: of the short convolution; 1 mixes no tokens.
         self_augmentation: whether MetaLA has it.
         expand_k: width of all keys over the width of the model.
+        tau: divides MetaLA's log decay. Near 0 it keeps nothing of earlier tokens.
         norm: of MetaLA and softmax: a `norm_type` of `MetaLAConfig`.
         tied: whether the head is the embedding; else it is a linear with a bias, as MAD's.
         state: state size of a channel of Mamba.
@@ -34,6 +35,7 @@ class Sizes:
     kernel_size: int = 2
     self_augmentation: bool = True
     expand_k: float = 1.0
+    tau: float = 16.0
     norm: str = "layernorm"
     tied: bool = True
     state: int = 16
@@ -87,6 +89,7 @@ def build(name: str, sizes: Sizes) -> Scored:
             norm_eps=1e-5,
             conv_width=sizes.kernel_size,
             expand_k=sizes.expand_k,
+            tau=sizes.tau,
             self_augmentation=sizes.self_augmentation,
             **(attention if name == "softmax" else {}),
         )
