@@ -105,9 +105,7 @@ def read_folder(folder: Path, size: int) -> Pictures:
 
 def split(pictures: Pictures, fraction: float, seed: int) -> tuple[Pictures, Pictures]:
     """Returns a random 1 - `fraction` for training, and the rest for the test."""
-    order = torch.randperm(
-        len(pictures.labels), generator=torch.Generator().manual_seed(seed)
-    )
+    order = torch.randperm(len(pictures.labels), generator=torch.Generator().manual_seed(seed))
     first = len(order) - max(1, round(fraction * len(order)))
     return tuple(
         Pictures(pictures.pixels[part], pictures.labels[part], pictures.classes)

@@ -1,5 +1,5 @@
-"""ListOps sequences (Nangia and Bowman, arXiv 1804.06028), as in Long Range Arena (Tay et al., arXiv
-2011.04006): an own generator, and a reader of the published files.
+"""ListOps expressions (Nangia and Bowman, arXiv 1804.06028), as in Long Range Arena (Tay et al.,
+arXiv 2011.04006): an own generator, and a reader of the published files.
 
 An expression is an operator with its arguments, digits or expressions again, such as
 `[MAX 4 3 [MIN 2 3 ] 1 0 ]` with the value 4. MED is the median, rounded down; SM is the sum modulo

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from megatron_patch.commands.command_line import CommandError
 from megatron_patch.hf import MetaLAConfig, MetaLAForCausalLM
+from megatron_patch.hf.layers_metala import MetaLATokenMixer
 
-MODELS = ("metala", "softmax", "gla", "mamba")
+OURS = ("metala", "softmax", "hybrid", "window")
+MODELS = (*OURS, "gla", "mamba")
 
 
 @dataclass(frozen=True)
@@ -58,19 +61,37 @@ class Scored(nn.Module):
         return self.head(hidden.take_along_dim(positions[..., None], dim=1))
 
 
-def build(name: str, sizes: Sizes) -> Scored:
-    """Returns a new model, one of MODELS.
+class Forget(nn.Module):
+    """Gate logits that forget: decay 0 and key 1, so that a state holds one token."""
 
-    All tie the head to the embedding, as zoology does, and the first three have LayerNorms and a
-    SwiGLU in each layer. "softmax" is MetaLA's hybrid with attention layers alone, with rotary
-    position embeddings. "gla" is flash-linear-attention's, "mamba" that of mamba_ssm. Raises a
-    CommandError where these are not installed.
+    def __init__(self, columns: int):
+        super().__init__()
+        self.columns = columns
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.new_full((*x.shape[:-1], self.columns), -1e4)
+
+
+def metala_config(name: str, sizes: Sizes, **others: Any) -> MetaLAConfig:
+    """Returns the configuration of one of OURS, with LayerNorms.
+
+    "softmax" is MetaLA's hybrid with attention layers alone, with rotary position embeddings. In
+    "hybrid" each fourth layer is one, without them: its other layers tell the order of tokens.
+
+    Args:
+        others: what to set beside `sizes`, or in its place.
     """
-    common = dict(vocab_size=sizes.vocabulary, hidden_size=sizes.width)
-    if name in ("metala", "softmax"):
+    attention: dict[str, Any] = {}
+    if name == "softmax":
         attention = dict(layer_types=["full_attention"] * sizes.layers, rope_theta=10000.0)
-        config = MetaLAConfig(
-            **common,
+    elif name == "hybrid":
+        kinds = ("full_attention" if index % 4 == 3 else "linear_attention"
+                 for index in range(sizes.layers))  # fmt: skip
+        attention = dict(layer_types=list(kinds))
+    return MetaLAConfig(
+        **dict(
+            vocab_size=sizes.vocabulary,
+            hidden_size=sizes.width,
             num_hidden_layers=sizes.layers,
             num_attention_heads=sizes.heads,
             intermediate_size=sizes.mlp,
@@ -82,9 +103,33 @@ def build(name: str, sizes: Sizes) -> Scored:
             self_augmentation=sizes.self_augmentation,
             pad_token_id=None,
             use_cache=False,
-            **(attention if name == "softmax" else {}),
+            **attention,
         )
-        model = MetaLAForCausalLM(config)
+        | others
+    )
+
+
+def prepared(name: str, model: nn.Module) -> nn.Module:
+    """Returns a MetaLA model as one of OURS. "window" forgets all but the short convolution's
+    tokens: it is what a model without memory can do."""
+    if name == "window":
+        for module in list(model.modules()):
+            if isinstance(module, MetaLATokenMixer):
+                module.k_gate = Forget(module.k_gate.out_features)
+    return model
+
+
+def build(name: str, sizes: Sizes) -> Scored:
+    """Returns a new model, one of MODELS.
+
+    All tie the head to the embedding, as zoology does, and all but "mamba" have norms and a SwiGLU
+    in each layer. For OURS see `metala_config` and `prepared`. "gla" is
+    flash-linear-attention's, "mamba" that of mamba_ssm. Raises a CommandError where these are not
+    installed.
+    """
+    common = dict(vocab_size=sizes.vocabulary, hidden_size=sizes.width)
+    if name in OURS:
+        model = prepared(name, MetaLAForCausalLM(metala_config(name, sizes)))
         return Scored(model.model, model.lm_head)
     if name == "gla":
         try:
