@@ -102,6 +102,8 @@ def metala_config(name: str, sizes: Sizes, **others: Any) -> MetaLAConfig:
             expand_k=sizes.expand_k,
             self_augmentation=sizes.self_augmentation,
             pad_token_id=None,
+            bos_token_id=None,
+            eos_token_id=None,
             use_cache=False,
             **attention,
         )
