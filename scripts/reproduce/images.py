@@ -8,14 +8,15 @@ backwards, and the two results are added; so both kinds of layers have 4 d^2 wei
 convolution and biases. A classifier reads the mean of the last states.
 
     --data segments     drawn digits of seven segments, 28 x 28, which need nothing
+    --data pairs        two of these side by side, a 0 or a 1 each; the class is whether they agree
     --data digits       scikit-learn's handwritten digits, 8 x 8, where it is installed
     --data FOLDER       FOLDER/CLASS/*.png and so on, as torchvision's ImageFolder; a tenth is the
                         test
 
 Usage: scripts/reproduce/run.sh images [--data DATA] [--seeds 0 1 2]
 
---tiny trains one layer on a few drawn digits: both kinds of layers tell them apart; MetaLA without
-memory, which sees each patch and its place for itself, does so less well.
+--tiny trains one layer on pairs: both kinds of layers can compare two digits; MetaLA without
+memory, which sees each patch for itself, guesses.
 """
 
 from __future__ import annotations
@@ -28,7 +29,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from classifier import Classifier, accuracy
-from images_data import Pictures, draw_digits, patches_of, read_folder, sklearn_digits, split
+from images_data import (
+    Pictures,
+    draw_digits,
+    draw_pairs,
+    patches_of,
+    read_folder,
+    sklearn_digits,
+    split,
+)
 from models import Sizes, metala_config, prepared
 from torch import nn
 from training import (
@@ -57,12 +66,12 @@ MODELS = ("metala", "softmax", "forward", "window")
 DEFAULT = dict(
     model=["metala", "softmax", "forward"], layers=4, width=128, heads=4, kernel_size=4, size=28,
     patch=4, lr=1e-3, batch=128, epochs=30, warm_up=100, decay=0.05, examples=20_000,
-    bfloat16=False, seeds=[0, 1, 2],
+    bfloat16=False, seeds=[0, 1, 2], data="segments",
 )  # fmt: skip
 TINY = dict(
     model=["metala", "softmax", "window"], layers=1, width=32, heads=2, kernel_size=1, size=20,
     patch=4, lr=1e-2, batch=64, epochs=10, warm_up=20, decay=0.05, examples=2048, bfloat16=False,
-    seeds=[0],
+    seeds=[0], data="pairs",
 )  # fmt: skip
 SIZE_OF_DIGITS = dict(size=8, patch=2)
 TEST_FRACTION = 0.1
@@ -117,10 +126,17 @@ class PictureModel(nn.Module):
         return self.classifier(inputs_embeds=self.embed(patches) + self.places)
 
 
+def source_of_data(text: str) -> str:
+    """Argument type: the name of a generator, or a folder."""
+    return text if text in ("segments", "pairs", "digits") else str(existing_folder(text))
+
+
 def load(case: dict[str, Any]) -> tuple[Pictures, Pictures]:
     """Returns the pictures for training and for the test: the same for all seeds."""
     if case["data"] == "segments":
         return split(draw_digits(case["examples"], case["size"], 0), TEST_FRACTION, 0)
+    if case["data"] == "pairs":
+        return split(draw_pairs(case["examples"], case["size"], 0), TEST_FRACTION, 0)
     if case["data"] == "digits":
         return split(sklearn_digits(), 2 * TEST_FRACTION, 0)
     return split(read_folder(Path(case["data"]), case["size"]), TEST_FRACTION, 0)
@@ -164,7 +180,7 @@ def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     positive = number(lambda value: value > 0, "above 0")
     parser.add_argument("--model", type=one_of(MODELS), nargs="+", help=", ".join(MODELS))
-    parser.add_argument("--data", default="segments", help="segments, digits, or a folder")
+    parser.add_argument("--data", type=source_of_data, help="segments, pairs, digits, or a folder")
     parser.add_argument("--seeds", type=whole(0), nargs="+", metavar="N")
     parser.add_argument("--lr", type=positive, metavar="RATE")
     parser.add_argument(
@@ -178,11 +194,9 @@ def main() -> None:
     tiny, file, device, limits = take_run_arguments(args, "images")
     given = {name: value for name, value in args.items() if value is not None}
     settings = {**(TINY if tiny else DEFAULT)}
-    if given["data"] == "digits":
+    if given.get("data") == "digits":
         settings |= SIZE_OF_DIGITS
         sklearn_digits()  # so that a missing package is refused before the first run
-    elif given["data"] != "segments":
-        given["data"] = str(existing_folder(given["data"]))
     settings |= given
     if settings["size"] % settings["patch"]:
         parser.error(f"--patch: found {settings['patch']}, wanted a divisor of the "
@@ -190,7 +204,7 @@ def main() -> None:
     models, seeds = settings.pop("model"), settings.pop("seeds")
     cases = [dict(model=model, seed=seed, **settings) for seed in seeds for model in models]
     runs = sweep(file, cases, functools.partial(run_case, device), **limits)
-    if tiny and given == {"data": "segments"}:
+    if tiny and not given:
         report_effect(runs)
     print(file)
 

@@ -24,7 +24,7 @@ class Pictures(NamedTuple):
     """Pictures with their classes.
 
     Attributes:
-        pixels: uint8 [N, C, S, S].
+        pixels: uint8 [N, C, S, S] (of `draw_pairs` twice as wide).
         labels: int64 [N].
         classes: the names of the classes.
     """
@@ -34,14 +34,15 @@ class Pictures(NamedTuple):
     classes: list[str]
 
 
-def draw_digits(count: int, size: int, seed: int) -> Pictures:
-    """Draws digits of seven segments, of random place, size, slant, thickness and noise."""
+def draw_digits(count: int, size: int, seed: int, digits: torch.Tensor | None = None) -> Pictures:
+    """Draws digits of seven segments, of random place, size, slant, thickness and noise. `digits`,
+    int64 [count], says which; `None` for random ones."""
     generator = torch.Generator().manual_seed(seed)
 
     def between(low: float, high: float) -> torch.Tensor:
         return low + (high - low) * torch.rand(count, 1, 1, generator=generator)
 
-    labels = torch.randint(10, (count,), generator=generator)
+    labels = torch.randint(10, (count,), generator=generator) if digits is None else digits
     width = between(0.2, 0.32)  # of the box, as a part of the picture, as are all lengths
     left, top = between(0.12, 0.48), between(0.1, 0.9) * (0.76 - 2 * width) + 0.08
     slant, thickness = between(-0.2, 0.2), between(0.02, 0.05)
@@ -58,6 +59,15 @@ def draw_digits(count: int, size: int, seed: int) -> Pictures:
     noise = 0.15 * torch.randn(ink.shape, generator=generator)
     pixels = (255 * (0.8 * ink + 0.1 + noise).clamp(0, 1)).to(torch.uint8)
     return Pictures(pixels[:, None], labels, [str(digit) for digit in range(10)])
+
+
+def draw_pairs(count: int, size: int, seed: int) -> Pictures:
+    """Draws two digits side by side, each a 0 or a 1. The class is whether they are equal, which
+    no patch shows by itself. The pictures are [N, 1, S, 2 S]."""
+    digits = torch.randint(2, (2, count), generator=torch.Generator().manual_seed(seed))
+    halves = [draw_digits(count, size, seed + 1 + side, digits[side]) for side in range(2)]
+    pixels = torch.cat([half.pixels for half in halves], -1)
+    return Pictures(pixels, (digits[0] == digits[1]).long(), ["different", "equal"])
 
 
 def sklearn_digits() -> Pictures:
@@ -114,7 +124,7 @@ def split(pictures: Pictures, fraction: float, seed: int) -> tuple[Pictures, Pic
 
 
 def patches_of(pixels: torch.Tensor, patch: int) -> torch.Tensor:
-    """Cuts uint8 [N, C, S, S] into patches, row by row: float32 [N, (S / patch)^2, C patch^2], from
-    -1 to 1. S is a multiple of `patch`."""
+    """Cuts uint8 [N, C, H, W] into patches, row by row: float32 [N, H W / patch^2, C patch^2], from
+    -1 to 1. Both sides are multiples of `patch`."""
     columns = F.unfold(pixels.float() / 127.5 - 1, kernel_size=patch, stride=patch)
     return columns.transpose(1, 2).contiguous()
