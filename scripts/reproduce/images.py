@@ -69,13 +69,13 @@ DEFAULT = dict(
     bfloat16=False, seeds=[0, 1, 2], data="segments",
 )  # fmt: skip
 TINY = dict(
-    model=["metala", "softmax", "window"], layers=1, width=32, heads=2, kernel_size=1, size=20,
-    patch=4, lr=1e-2, batch=64, epochs=10, warm_up=20, decay=0.05, examples=2048, bfloat16=False,
+    model=["metala", "softmax", "window"], layers=1, width=64, heads=2, kernel_size=1, size=16,
+    patch=16, lr=5e-3, batch=64, epochs=30, warm_up=20, decay=0.05, examples=2048, bfloat16=False,
     seeds=[0], data="pairs",
 )  # fmt: skip
 SIZE_OF_DIGITS = dict(size=8, patch=2)
 TEST_FRACTION = 0.1
-MARGIN = 0.1  # by which --tiny shall show the effect
+MARGIN = 0.25  # by which --tiny shall show the effect
 
 
 class BothDirections(nn.Module):

@@ -27,15 +27,13 @@ from __future__ import annotations
 
 import argparse
 import functools
-import math
-import time
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from models import MODELS, Sizes, build
+from steps import Schedule, train_steps
 from training import (
-    Step,
     add_run_arguments,
     cross_entropy,
     sweep,
@@ -153,13 +151,6 @@ def run_case(device: torch.device, case: dict[str, Any], until: float) -> dict[s
     )  # fmt: skip
     model = build(case["model"], sizes).to(device).train()
     task = Needle(case["digits"], case["haystack"] == "repeated")
-    on_cuda = device.type == "cuda"
-    if on_cuda:
-        torch.set_float32_matmul_precision("high")
-    rate = torch.tensor(case["lr"], device=device)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=rate, weight_decay=0.1, capturable=on_cuda, fused=on_cuda
-    )
 
     def loss_of(tokens: torch.Tensor) -> torch.Tensor:
         inputs, positions, answer = scored(tokens, task.digits)
@@ -169,35 +160,16 @@ def run_case(device: torch.device, case: dict[str, Any], until: float) -> dict[s
             logits = model(inputs, positions)
         return cross_entropy(logits, answer)
 
-    # A captured step has one shape, so each length has its own.
-    steps = {length: Step(loss_of, optimizer, device) for length in case["lengths"]}
     generator = torch.Generator(device).manual_seed(case["seed"])
+    lengths = case["lengths"]
+
+    def batch_at(step: int) -> torch.Tensor:
+        length = lengths[step % len(lengths)]
+        return task.draw(max(1, case["tokens"] // length), length, generator, nearer=True)
+
     title = title_of(case, ("model", "haystack", "seed"))
-    losses: list[float | None] = []
-    ending: dict[str, bool] = {}
-    every, start, done = max(1, case["steps"] // 20), time.monotonic(), 0
-    while done < case["steps"] and time.time() < until:
-        rate.fill_(rate_at(done, case))
-        length = case["lengths"][done % len(case["lengths"])]
-        steps[length](task.draw(max(1, case["tokens"] // length), length, generator, nearer=True))
-        done += 1
-        if done % every == 0:
-            total = sum(step.loss_sum.item() for step in steps.values()) / every
-            losses.append(round(total, 5) if math.isfinite(total) else None)
-            for step in steps.values():
-                step.loss_sum.zero_()
-            seconds = time.monotonic() - start
-            print(
-                f"{title}step {done}/{case['steps']}, loss {total:.4f}, {seconds:.0f} s", flush=True
-            )
-            if losses[-1] is None:
-                ending = {"diverged": True}
-                break
-            if losses[-1] < LEARNED:
-                break
-    else:
-        if done < case["steps"]:
-            ending = {"partial": True}
+    schedule = Schedule(case["lr"], case["steps"], case["warm_up"], stop_below=LEARNED)
+    found = train_steps(model, loss_of, batch_at, schedule, device, until, title)
     accuracies = {}
     for length in case["test_lengths"]:
         batch = max(1, 2 * case["tokens"] // length)
@@ -208,21 +180,9 @@ def run_case(device: torch.device, case: dict[str, Any], until: float) -> dict[s
         print(f"{title}{length} tokens: {accuracies[str(length)]:.3f}", flush=True)
     return {
         "accuracy": accuracies[str(case["test_lengths"][-1])],
-        **ending,
         "accuracies": accuracies,
-        "losses": losses,
-        "steps": done,
-        "seconds": round(time.monotonic() - start, 1),
-        "parameters": sum(weight.numel() for weight in model.parameters()),
+        **found,
     }
-
-
-def rate_at(step: int, case: dict[str, Any]) -> float:
-    """Returns the learning rate: a linear rise, then a cosine to a tenth."""
-    if step < case["warm_up"]:
-        return case["lr"] * (step + 1) / case["warm_up"]
-    progress = (step - case["warm_up"]) / max(1, case["steps"] - case["warm_up"])
-    return case["lr"] * (0.1 + 0.9 * (1 + math.cos(math.pi * progress)) / 2)
 
 
 def main() -> None:
