@@ -70,8 +70,8 @@ def train_steps(
         torch.set_float32_matmul_precision("high")
     rate = torch.tensor(schedule.learning_rate, device=device)
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=schedule.weight_decay,
-        capturable=on_cuda, fused=on_cuda,
+        model.parameters(), lr=rate, weight_decay=schedule.weight_decay, capturable=on_cuda,
+        fused=on_cuda,
     )  # fmt: skip
     by_shape: dict[torch.Size, Step] = {}
     losses: list[float | None] = []
