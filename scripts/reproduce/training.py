@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from megatron_patch.commands.command_line import CommandError, device, number, whole
+from megatron_patch.commands.command_line import CommandError, device, number, replacing, whole
 
 IGNORED = -100  # the label of a position that is not scored
 EAGER_STEPS = 3  # before the capture: kernels compile, and AdamW makes its state
@@ -185,6 +185,7 @@ def train(
     device: torch.device,
     until: float = math.inf,
     title: str = "",
+    checkpoint: Path | None = None,
 ) -> Result:
     """Trains a model on sequences and tests it after each epoch, as `train_epochs` tells.
 
@@ -203,7 +204,9 @@ def train(
             return accuracy(model, test, 4 * recipe.batch_size)
 
     examples = len(training.inputs)
-    return train_epochs(model, loss_of, evaluate, examples, recipe, device, until, title)
+    return train_epochs(
+        model, loss_of, evaluate, examples, recipe, device, until, title, checkpoint
+    )
 
 
 def train_epochs(
@@ -215,6 +218,7 @@ def train_epochs(
     device: torch.device,
     until: float = math.inf,
     title: str = "",
+    checkpoint: Path | None = None,
 ) -> Result:
     """Trains a model and tests it after each epoch.
 
@@ -225,6 +229,8 @@ def train_epochs(
         examples: number of training examples.
         until: `time.time()` at which training ends at the latest, in the middle of an epoch.
         title: begins the lines that tell how training goes.
+        checkpoint: a file that keeps the run after each epoch. A run that time cut off goes on
+            there; one that has ended removes it. `None` keeps nothing.
 
     Returns:
         `accuracy` of the last epoch, `best_accuracy`, `accuracies` and `losses` of all epochs,
@@ -253,15 +259,26 @@ def train_epochs(
     accuracies: list[float] = []
     losses: list[float | None] = []
     ending: Result = {}
-    start = time.monotonic()
-    for epoch in range(recipe.epochs):
+    steps_before, seconds_before = 0, 0.0
+    if checkpoint is not None and checkpoint.exists():
+        kept = torch.load(checkpoint, map_location=device, weights_only=True)
+        model.load_state_dict(kept["model"])
+        optimizer.load_state_dict(kept["optimizer"])
+        optimizer.param_groups[0]["lr"] = rate
+        accuracies, losses = kept["accuracies"], kept["losses"]
+        steps_before, seconds_before = kept["steps"], kept["seconds"]
+        print(f"{title}goes on after epoch {len(losses)} of {checkpoint}", flush=True)
+    start = time.monotonic() - seconds_before
+    for epoch in range(len(losses), recipe.epochs):
+        torch.manual_seed(recipe.seed * recipe.epochs + epoch)  # the order of an epoch
         step.loss_sum.zero_()
         order = torch.randperm(examples, device=device)[: steps * recipe.batch_size]
         for count, index in enumerate(order.split(recipe.batch_size)):
             if time.time() > until:
                 break
-            if count == 0 or step.count < recipe.warm_up:
-                rate.fill_(recipe.learning_rate_of(step.count, epoch))
+            done = steps_before + step.count
+            if count == 0 or done < recipe.warm_up:
+                rate.fill_(recipe.learning_rate_of(done, epoch))
             step(index)
             # The CPU is far ahead of the GPU otherwise, and does not see that time is up.
             if on_cuda and count % 64 == 0:
@@ -280,13 +297,27 @@ def train_epochs(
             break
         if accuracies[-1] >= recipe.stop_at:
             break
+        if checkpoint is not None:
+            kept = {
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "accuracies": accuracies,
+                "losses": losses,
+                "steps": steps_before + step.count,
+                "seconds": seconds,
+            }
+            checkpoint.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(checkpoint) as new:
+                torch.save(kept, new)
+    if checkpoint is not None and not ending.get("partial"):
+        checkpoint.unlink(missing_ok=True)
     return {
         "accuracy": accuracies[-1] if accuracies else None,
         "best_accuracy": max(accuracies, default=None),
         **ending,
         "accuracies": accuracies,
         "losses": losses,
-        "steps": step.count,
+        "steps": steps_before + step.count,
         "seconds": round(time.monotonic() - start, 1),
         "parameters": sum(weight.numel() for weight in model.parameters()),
     }
