@@ -37,7 +37,6 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from models import MODELS, Sizes, build
@@ -189,7 +188,7 @@ def main() -> None:
     for model in models:  # so that one that is not installed is refused before the first run
         build(model, Sizes(vocabulary=8, width=16))
     runs = sweep(file, cases, functools.partial(run_case, device, file.parent), **limits)
-    if tiny and len(kernel_sizes) == 2:
+    if tiny and len(kernel_sizes) == 2 and len(runs) == len(cases):
         report_effect(runs)
     print(file)
 
