@@ -185,6 +185,7 @@ def train(
     device: torch.device,
     until: float = math.inf,
     title: str = "",
+    checkpoint: Path | None = None,
 ) -> Result:
     """Trains a model on sequences and tests it after each epoch, as `train_epochs` tells.
 
@@ -203,7 +204,9 @@ def train(
             return accuracy(model, test, 4 * recipe.batch_size)
 
     examples = len(training.inputs)
-    return train_epochs(model, loss_of, evaluate, examples, recipe, device, until, title)
+    return train_epochs(
+        model, loss_of, evaluate, examples, recipe, device, until, title, checkpoint
+    )
 
 
 def train_epochs(
