@@ -37,7 +37,6 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from models import MODELS, Sizes, build
