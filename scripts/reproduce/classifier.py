@@ -28,11 +28,11 @@ class Classifier(nn.Module):
     def forward(self, present: torch.Tensor | None = None, **inputs: torch.Tensor) -> torch.Tensor:
         """Returns logits [B, classes] of the body's inputs. `present`, bool [B, T], marks the
         tokens whose states count; `None` for all."""
-        hidden = self.body(**inputs)[0].float()
+        hidden = self.body(**inputs)[0].to(self.head.weight.dtype)
         if present is None:
             mean = hidden.mean(1)
         else:
-            weight = present.float()[..., None]
+            weight = present.to(hidden.dtype)[..., None]
             mean = (hidden * weight).sum(1) / weight.sum(1)
         return self.head(mean)
 

@@ -106,7 +106,7 @@ class Needle:
         places = random(examples, 1, below=free + 1)
         if nearer:
             drawn = torch.rand(examples, 1, generator=generator, device=device)
-            places = (free + 1 - (free + 1) ** drawn).long().clamp(0, free)
+            places = (free + 1 - ((free + 2) ** drawn).long()).clamp(min=0)
         places = places + torch.arange(digits + 1, device=device)
         tokens.scatter_(1, places, torch.cat([mark, answer], 1))
         tokens[:, -digits - 1] = QUERY
