@@ -55,7 +55,8 @@ def test_every_width(K, V):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("K", "V"), [(16, 16), (32, 32), (64, 64), (128, 128), (32, 16), (64, 32), (128, 64)]
+    ("K", "V"),
+    [(16, 16), (16, 32), (32, 32), (64, 64), (128, 128), (32, 16), (64, 32), (128, 64)],
 )
 def test_keys_as_wide_as_values_and_wider(K, V, dtype):
     """Covers two chunks with a state, and several tiles of K (K = 128 in bfloat16)."""

@@ -1,0 +1,149 @@
+"""ListOps: expressions and their values, the published files, a run that goes on, and --tiny."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import listops
+import pytest
+import torch
+import training
+from listops_data import END, PAD, TOKENS, Shape, draw, draw_expression, evaluate, read_tsv
+
+from megatron_patch.commands.command_line import CommandError
+
+
+def tokens_of(text: str) -> list[int]:
+    return [TOKENS.index(word) for word in text.split()]
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("[MAX 4 3 [MIN 2 3 ] 1 0 ]", 4),
+        ("[MED 1 9 4 ]", 4),
+        ("[MED 1 9 4 3 ]", 3),  # 3.5, rounded down
+        ("[SM 9 8 7 ]", 4),
+        ("[MIN [SM 5 5 ] [MAX 0 7 ] ]", 0),
+    ],
+)
+def test_values(text, value):
+    assert evaluate(tokens_of(text)) == value
+
+
+@pytest.mark.parametrize("text", ["", "[MAX ]", "4 ]", "[MAX 1 2", "[MIN 1 2 ] 3"])
+def test_what_is_no_expression(text):
+    with pytest.raises(ValueError):
+        evaluate(tokens_of(text))
+
+
+@pytest.mark.parametrize("shape", [Shape(), Shape(4, 3, 8, 20)])
+def test_drawn_expressions(shape):
+    rng = random.Random(0)
+    for _ in range(20):
+        tokens, value = draw_expression(shape, rng)
+        assert shape.shortest <= len(tokens) <= shape.longest
+        assert evaluate(tokens) == value
+        steps = [(1 <= x <= 4) - (x == END) for x in tokens]
+        assert max(itertools.accumulate(steps)) < shape.depth
+        counts, open_ones = [], []
+        for token in tokens:
+            if 1 <= token <= 4:
+                open_ones.append(0)
+            elif token == END:
+                counts.append(open_ones.pop())
+                if open_ones:
+                    open_ones[-1] += 1
+            else:
+                open_ones[-1] += 1
+        assert 2 <= min(counts) and max(counts) <= shape.arguments
+
+
+def test_a_seed_gives_the_same_expressions():
+    shape = Shape(3, 4, 5, 12)
+    first, more, other = draw(shape, 30, 0, 1), draw(shape, 501, 0, 2), draw(shape, 30, 1, 1)
+    assert all(torch.equal(a, b[:30]) for a, b in zip(first, more, strict=True))
+    assert not torch.equal(first[0], other[0])
+
+
+def test_published_files(tmp_path):
+    file = tmp_path / "basic_test.tsv"
+    line = "( ( ( ( [MAX 4 ) ( ( ( [MIN 2 ) 3 ) ] ) ) 1 ) ] )\t4\n"
+    file.write_text("Source\tTarget\n" + line + "( ( ( [SM 9 ) 8 ) ] )\t7\n")
+    tokens, values = read_tsv(file)
+    assert tokens[0].tolist() == tokens_of("[MAX 4 [MIN 2 3 ] 1 ]")
+    assert tokens[1].tolist() == tokens_of("[SM 9 8 ]") + 4 * [PAD]
+    assert values.tolist() == [4, 7]
+    file.write_text(line.replace("\t4", "\t5"))
+    with pytest.raises(CommandError, match="basic_test.tsv:1: found the value 5, wanted 4"):
+        read_tsv(file)
+    file.write_text(line + "[MAX 3\t3\n")
+    with pytest.raises(CommandError, match="basic_test.tsv:2: wanted an expression"):
+        read_tsv(file)
+
+
+def test_padding_changes_nothing():
+    torch.manual_seed(0)
+    model = listops.build({**listops.TINY, "model": "metala", "kernel_size": 4}).double().eval()
+    inputs = torch.tensor([tokens_of("[MAX 4 3 [MIN 2 3 ] 1 0 ]")])
+    padded = torch.nn.functional.pad(inputs, (0, 7), value=PAD)
+    with torch.no_grad():
+        wanted, found = (model(x != PAD, input_ids=x) for x in (inputs, padded))
+    assert torch.allclose(wanted, found, rtol=1e-12, atol=1e-12)
+
+
+def test_a_run_that_time_cut_off_goes_on_as_if_it_had_not(monkeypatch, tmp_path):
+    """With momentum, warm-up and the order of examples."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(40, 3, generator=generator)
+    y = x @ torch.tensor([1.0, 2.0, 3.0])
+    recipe = training.Recipe(1e-2, epochs=5, batch_size=8, weight_decay=0.1, warm_up=8)
+
+    def run(stop_after=99, checkpoint=None):
+        torch.manual_seed(1)
+        model = torch.nn.Linear(3, 1)
+        calls = iter(range(100))
+
+        def test() -> float:
+            if next(calls) + 1 == stop_after:
+                monkeypatch.setattr(training.time, "time", lambda: 2.0)
+            return model.weight.sum().item()
+
+        monkeypatch.setattr(training.time, "time", lambda: 0.0)
+
+        def loss_of(index: torch.Tensor) -> torch.Tensor:
+            return (model(x[index])[:, 0] - y[index]).square().mean()
+
+        found = training.train_epochs(
+            model, loss_of, test, 40, recipe, torch.device("cpu"), 1.0, "", checkpoint
+        )
+        return {name: found.get(name) for name in ("partial", "steps", "losses", "accuracies")}
+
+    wanted, file = run(), tmp_path / "kept.pt"
+    cut = run(stop_after=2, checkpoint=file)
+    assert cut["partial"] and cut["steps"] == 10 and file.exists()
+    assert run(checkpoint=file) == wanted
+    assert not file.exists()
+
+
+def test_memory_matters(command, capsys):
+    runs = command(listops, "--tiny")
+    with_memory, without = (run["accuracy"] for run in runs)
+    assert with_memory > without + listops.MARGIN and without > runs[0]["majority"]
+    assert "ListOps: MetaLA" in capsys.readouterr().out
+    again = command(listops, "--tiny")  # nothing is left to run
+    assert again == runs
+
+
+def test_effect_that_is_missing_is_an_error():
+    runs = [{"settings": {"model": name}, "accuracy": 0.5, "majority": 0.1}
+            for name in ("metala", "window")]  # fmt: skip
+    with pytest.raises(CommandError, match="wanted MetaLA ahead"):
+        listops.report_effect(runs)
+
+
+def test_longest_before_shortest(command, capsys):
+    with pytest.raises(SystemExit):
+        command(listops, "--tiny", "--shortest", "9")
+    assert "--shortest: found 9, wanted at most --longest" in capsys.readouterr().err
