@@ -13,7 +13,7 @@ from tests.neox.training import neox, settings
 # The stock train.py, but a layer begins with the same weights in every layout, and each rank writes
 # what `Training` reads.
 SCRIPT = """
-import os, sys, torch, zlib
+import os, sys, time, torch, zlib
 sys.path.insert(0, os.getcwd())
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.utils import safe_get_full_grad
@@ -78,6 +78,7 @@ def forward_and_count(self, args):
         return forward(self, args)
     with Storages() as storages:
         output = forward(self, args)
+    time.sleep(0.5)  # the threads of gloo let go of their tensors a moment later
     kept.append(storages.kept())
     return output
 
