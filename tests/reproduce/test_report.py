@@ -1,0 +1,97 @@
+"""The report of the experiments' results."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import mad
+import mqar
+import pytest
+import report
+
+from megatron_patch.commands.command_line import CommandError
+
+FACTS = dict(command="python mqar.py", card="a card", date="2026-11-29", commit="abc", torch="2.11")
+
+
+def run_of(case: dict, accuracy: float | None, **others) -> dict:
+    return {"settings": case, "accuracy": accuracy, "accuracies": [0.1], "losses": [1.0], **FACTS,
+            **others}  # fmt: skip
+
+
+def recall(width: int, rate: float, seed: int, accuracy: float | None, **others) -> dict:
+    case = {name: value for name, value in mqar.PAPER.items() if name not in ("lr", "seeds")}
+    epochs = others.pop("epochs", 64)
+    chosen = dict(model="metala", width=width, lr=rate, seed=seed, epochs=epochs)
+    return run_of(case | chosen, accuracy, **others)
+
+
+def copying(task: str, accuracy: float) -> dict:
+    case = next(case for case in mad.cases_of(mad.TRAINING | dict(task=[task]), False))
+    return run_of(case, accuracy)
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    """Function: writes results and a document, and returns the document that the report makes."""
+
+    def run(document: str, **results: list[dict]) -> str:
+        for name, runs in results.items():
+            lines = [json.dumps(run) for run in runs]
+            (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+        path = tmp_path / "document.md"
+        path.write_text(document)
+        arguments = ["--results", str(tmp_path), "--document", str(path)]
+        monkeypatch.setattr(sys, "argv", ["report.py", *arguments])
+        report.main()
+        return path.read_text()
+
+    return run
+
+
+EMPTY = f"Before\n{report.BEGIN}old\n{report.END}after\n"
+
+
+def test_the_best_rate_of_each_seed_counts(write):
+    runs = [
+        recall(128, 1e-3, 0, 0.20), recall(128, 1e-2, 0, 0.80), recall(128, 1e-4, 0, None),
+        recall(128, 1e-3, 1, 0.90), recall(128, 1e-2, 1, 0.10),
+    ]  # fmt: skip
+    text = write(EMPTY, mqar=runs)
+    assert "| metala | 128 | 85.0 ± 7.1 | 90.4 | 0.001 | 2, 5 |  |" in text
+    assert "- `python mqar.py`, a card, 2026-11-29, abc, PyTorch 2.11" in text
+    assert text.startswith("Before\n") and text.endswith("after\n") and "old" not in text
+    assert write(text, mqar=runs) == text
+
+
+def test_what_is_unusual_or_unfinished_is_told(write):
+    runs = [
+        recall(64, 1e-3, 0, 0.30),
+        recall(64, 1e-3, 0, 0.99, partial=True),  # the same run, cut off before
+        recall(64, 1e-3, 0, 0.50, epochs=8),
+        recall(128, 1e-3, 0, 0.40, partial=True),
+    ]
+    text = write(EMPTY, mqar=runs)
+    assert "| metala | 64 | 30.0 | 28.5 | 0.001 | 1, 1 |  |" in text
+    assert "| metala | 64 | 50.0 | 28.5 | 0.001 | 1, 1 | epochs 8 |" in text
+    assert "| 40.0 | 90.4 | 0.001 | 1, 1 | not finished: after 1 of 64 epochs |" in text
+
+
+def test_mad_has_an_average_once_all_tasks_are_there(write):
+    runs = [copying(task, 0.5 + index / 10) for index, task in enumerate(mad.TASKS)]
+    assert "average" not in write(EMPTY, mad=runs[:-1])
+    text = write(EMPTY, mad=runs)
+    assert "| metala | average | 75.00 | 73.98 | | | |" in text
+    assert "| metala | copy | 100.0 | 97.71 |" in text
+
+
+def test_a_document_without_marks_is_refused(write):
+    with pytest.raises(CommandError, match="found no lines"):
+        write("nothing", mqar=[recall(64, 1e-3, 0, 0.3)])
+
+
+def test_the_document_in_the_repository_can_be_written():
+    text = (Path(report.DOCS) / "reproduction.md").read_text(encoding="utf-8")
+    assert report.replaced(text, ["x"]).count(report.BEGIN) == 1
