@@ -19,6 +19,7 @@ import torch
 
 from megatron_patch.architecture import METALA, SettingsError, refuse, yaml_number_hint
 from megatron_patch.architecture_neox import expand_attention_config, from_neox
+from megatron_patch.neox.memory_settings import check_memory_settings
 from megatron_patch.ops.backends import unsupported_reason
 
 # ---- Types and ranges of every setting
@@ -301,6 +302,7 @@ def _check_zero(args: Any) -> None:
         if (tensor := args.model_parallel_size) > 1:
             refuse("zero_optimization.stage", stage, f"0 or 1 with model_parallel_size = {tensor}")
     _check_accumulation(args, stage)
+    check_memory_settings(args, stage)
 
 
 def _check_accumulation(args: Any, stage: int) -> None:

@@ -192,7 +192,7 @@ class Bench:
 
     def outcome(self, combination: Combination) -> Outcome:
         """Runs one combination that the checks accept."""
-        steps, line = self._run(combination)
+        steps, line = self.run(combination)
         if steps is None:
             kind = "refused" if line.startswith("MetaLA: ") else "FAILED"
             return Outcome(kind, line=line.removeprefix("MetaLA: "))
@@ -218,7 +218,7 @@ class Bench:
         )
 
     def _run_baseline(self, baseline: Combination) -> list[tuple[float, float]]:
-        steps, line = self._run(baseline, save_first=True)
+        steps, line = self.run(baseline, save_first=True)
         assert steps is not None, line
         return steps
 
@@ -233,13 +233,13 @@ class Bench:
     def _folder(self, combination: Combination) -> Path:
         return self.folder / "-".join(str(int(value)) for value in astuple(combination))
 
-    def _run(
-        self, combination: Combination, save_first: bool = False
+    def run(
+        self, combination: Combination, save_first: bool = False, **changes
     ) -> tuple[list[tuple[float, float]] | None, str]:
         """Returns (loss, norm of the gradients) of each step; without them, a line that says
-        why."""
+        why. `changes` are further settings."""
         folder = self._folder(combination)
-        config = {**self._files(), **combination.settings()}
+        config = {**self._files(), **combination.settings(), **changes}
         if save_first:
             config |= {"save": str(folder / "checkpoints"), "extra_save_iters": [0]}
         elif combination.zero != 3:  # which loads only its own files, and starts with the same
