@@ -33,18 +33,14 @@ def _check_activation_checkpointing(args: Any) -> None:
     for name in kinds:
         if getattr(args, name) and not args.checkpoint_activations:
             refuse(name, True, "false without checkpoint_activations")
-    if args.partition_activations:
-        if max(args.model_parallel_size, 1) * max(args.pipe_parallel_size, 1) == 1:
-            refuse(
-                "partition_activations",
-                True,
-                "false with one tensor-parallel rank and no pipeline, where DeepSpeed computes "
-                "wrong gradients",
-            )
-        return
-    for name in ("contiguous_checkpointing", "checkpoint_in_cpu"):
-        if getattr(args, name):
-            refuse(name, True, "false, or partition_activations: true beside it")
+    if args.contiguous_checkpointing:
+        wanted = "false: DeepSpeed's buffers do not outlast a micro-batch"
+        refuse("contiguous_checkpointing", True, wanted)
+    if args.partition_activations and max(args.model_parallel_size, 1) == 1:
+        wanted = "false with model_parallel_size = 1, where DeepSpeed computes wrong gradients"
+        refuse("partition_activations", True, wanted)
+    if args.checkpoint_in_cpu and not args.partition_activations:
+        refuse("checkpoint_in_cpu", True, "false, or partition_activations: true beside it")
 
 
 def _check_offloading(args: Any, stage: int) -> None:

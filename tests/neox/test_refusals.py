@@ -103,7 +103,11 @@ REFUSED = [
     ),
     (
         {"checkpoint_activations": True, "partition_activations": True},
-        "partition_activations: found True, wanted false with one tensor-parallel rank",
+        "partition_activations: found True, wanted false with model_parallel_size = 1",
+    ),
+    (
+        {"checkpoint_activations": True, "contiguous_checkpointing": True},
+        "contiguous_checkpointing: found True, wanted false: DeepSpeed",
     ),
     (
         {"checkpoint_activations": True, "checkpoint_in_cpu": True, "pipe_parallel_size": 1},
