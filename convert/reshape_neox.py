@@ -96,6 +96,11 @@ def reshape_neox(
             tensor_parallel, pipeline_parallel, data_parallel or reader.layout.data_parallel
         )
         if layout.data_parallel != reader.layout.data_parallel:
+            if ((source.settings.get("metala") or {}).get("context_parallel_size") or 1) > 1:
+                raise ConvertError(
+                    "--data-parallel: found another number than before, wanted the same with "
+                    "metala.context_parallel_size above 1, whose ranks count as data-parallel"
+                )
             kept = batch(reader.rank_states[0]["ds_config"], layout.data_parallel)
             others |= {k: v for k, v in kept.items() if source.settings.get(k) != v}
     given = read_yaml(config) if config else config_texts(source.step)
