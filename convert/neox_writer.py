@@ -1,4 +1,5 @@
-"""Writing GPT-NeoX checkpoints (weights only) and their settings, for any parallel layout."""
+"""Writing GPT-NeoX checkpoints and their settings, for any parallel layout. `optimizer_writer.py`
+writes the optimizer's states."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from tqdm import tqdm
 
 from convert.command import ConvertError
 from convert.neox_reader import LAYER_FILE_NAME, RANK_FILE_NAME, check_tensor_parallel
+from convert.optimizer_writer import OptimizerWriter
 from convert.tensor_table import TensorRule, check_finite, tensor_table
 from megatron_patch.architecture import Architecture
 from megatron_patch.architecture_neox import module_layers, with_defaults
@@ -41,8 +43,9 @@ def write_checkpoint(
     iteration: int,
     settings: Mapping[str, Any],
     configs: Mapping[str, str],
+    optimizer: OptimizerWriter | None = None,
 ) -> None:
-    """Writes a checkpoint that GPT-NeoX loads with `finetune: true`.
+    """Writes a checkpoint that GPT-NeoX loads, without an optimizer only with `finetune: true`.
 
     Args:
         folder: an empty folder, for GPT-NeoX's `load`.
@@ -51,20 +54,27 @@ def write_checkpoint(
         tensor_parallel, pipeline_parallel: the new layout; 0 stages write mp_rank files.
         iteration: the iteration's number.
         settings, configs: the new layout's settings, merged, and as YAML texts by file name.
+        optimizer: writes its states in the same layout.
     """
     step = folder / f"global_step{iteration}"
     (step / "configs").mkdir(parents=True)
     for name, text in configs.items():
         (step / "configs" / name).write_text(text, encoding="utf-8")
     table = tensor_table(shape)
-    states = _states(shape, tensor_parallel, pipeline_parallel, iteration, settings)
+    weights_only = _states(shape, tensor_parallel, pipeline_parallel, iteration, settings)
+
+    def states(number: int) -> dict[str, Any]:
+        if optimizer is None:
+            return weights_only
+        return optimizer.rank_states(number, weights_only["args"])
+
     with tqdm(
         total=len(table) * (1 if pipeline_parallel else tensor_parallel), desc="tensors"
     ) as bar:
         if pipeline_parallel:
             _write_layers(step, shape, table, full, tensor_parallel, bar)
             for rank in range(tensor_parallel * pipeline_parallel):
-                torch.save({"module": None, **states}, step / RANK_FILE_NAME.format(rank))
+                torch.save({"module": None, **states(rank)}, step / RANK_FILE_NAME.format(rank))
         else:
             # Rank by rank: all ranks at once would take the memory of the whole model.
             for rank in range(tensor_parallel):
@@ -73,7 +83,9 @@ def write_checkpoint(
                     shard = rule.shard(full(rule), tensor_parallel, rank)
                     module[f"sequential.{rule.layer}.{rule.name}"] = _copy(shard, rule)
                     bar.update()
-                torch.save({"module": module, **states}, step / RANK_FILE_NAME.format(rank))
+                torch.save({"module": module, **states(rank)}, step / RANK_FILE_NAME.format(rank))
+    if optimizer is not None:
+        optimizer.write_partitions(step)
     (folder / "latest").write_text(step.name)
 
 

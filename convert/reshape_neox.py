@@ -1,8 +1,11 @@
 #!/usr/bin/env python3
-"""Writes a GPT-NeoX checkpoint of a MetaLA model in another parallel layout, weights only.
+"""Writes a GPT-NeoX checkpoint of a MetaLA model in another parallel layout.
 
 python convert/reshape_neox.py --checkpoint CHECKPOINTS --output FOLDER --tensor-parallel 2 \\
     --pipeline-parallel 1
+
+The weights alone, from which a run starts anew; with `--with-optimizer` also the optimizer's
+states, the schedule and the random states, with which the run goes on.
 """
 
 from __future__ import annotations
@@ -25,8 +28,12 @@ from convert.neox_writer import (
     tell_new_rows,
     write_checkpoint,
 )
+from convert.optimizer_layout import Layout
+from convert.optimizer_reader import OptimizerReader
+from convert.optimizer_writer import OptimizerWriter, batch
 from convert.output_folder import check_target, complete_folder
 from convert.tokenizer import find_tokenizer, read_tokenizer
+from megatron_patch.architecture import WHOLE
 from megatron_patch.architecture_neox import with_defaults
 from megatron_patch.commands.command_line import run_script
 from megatron_patch.neox.yaml_config import merge_yaml_texts, read_yaml, settle
@@ -41,6 +48,8 @@ def reshape_neox(
     config: list[Path] | None = None,
     tokenizer: Path | None = None,
     overwrite: bool = False,
+    with_optimizer: bool = False,
+    data_parallel: int | None = None,
 ) -> NeoXCheckpoint:
     """Writes `output`, a folder for GPT-NeoX's `load`, and returns it opened. If anything fails, it
     is as it was before. For arguments and errors not described here, see `neox_to_hf`.
@@ -53,9 +62,17 @@ def reshape_neox(
     Args:
         tensor_parallel, pipeline_parallel: the new layout; 0 stages write mp_rank files.
         tokenizer: read only if `tensor_parallel` changes.
+        with_optimizer: writes the optimizer's states too, so that the run goes on.
+        data_parallel: the number of data-parallel ranks that go on, by default as many as before.
     """
+    if data_parallel is not None and not (with_optimizer and WHOLE.accepts(data_parallel)):
+        raise ConvertError(
+            f"--data-parallel: found {data_parallel}, wanted at least 1, and --with-optimizer: "
+            "weights alone start on any number of data-parallel ranks"
+        )
     check_target(output, overwrite, check_checkpoint_export)
     source = NeoXCheckpoint(checkpoint, iteration, config)
+    reader = OptimizerReader(source) if with_optimizer else None
     args = with_defaults(source.settings)
     rows = source.shape.padded_vocab_size
     others = zero_that_loads(source.settings, tensor_parallel, pipeline_parallel)
@@ -74,13 +91,38 @@ def reshape_neox(
             others["make_vocab_size_divisible_by"] = kept
     shape = replace(source.shape, padded_vocab_size=rows)
     check_layout(shape, tensor_parallel, pipeline_parallel)
+    if reader is not None:
+        layout = Layout(
+            tensor_parallel, pipeline_parallel, data_parallel or reader.layout.data_parallel
+        )
+        if layout.data_parallel != reader.layout.data_parallel:
+            if ((source.settings.get("metala") or {}).get("context_parallel_size") or 1) > 1:
+                raise ConvertError(
+                    "--data-parallel: found another number than before, wanted the same with "
+                    "metala.context_parallel_size above 1, whose ranks count as data-parallel"
+                )
+            kept = batch(reader.rank_states[0]["ds_config"], layout.data_parallel)
+            others |= {k: v for k, v in kept.items() if source.settings.get(k) != v}
     given = read_yaml(config) if config else config_texts(source.step)
     texts = in_one_folder(settle(given))
     configs = adapt_configs(texts, tensor_parallel, pipeline_parallel, others)
     settings = merge_yaml_texts(configs)
+    writer = None
+    if reader is not None:
+        changed = "zero_optimization" in others
+        writer = OptimizerWriter(reader, shape, layout, settings, 1 if changed else reader.stage)
     with complete_folder(output, overwrite, check_checkpoint_export) as folder:
-        layout = (tensor_parallel, pipeline_parallel)
-        write_checkpoint(folder, shape, source.full, *layout, source.iteration, settings, configs)
+        write_checkpoint(
+            folder,
+            shape,
+            source.full,
+            tensor_parallel,
+            pipeline_parallel,
+            source.iteration,
+            settings,
+            configs,
+            writer,
+        )
         write_record(folder)
     for key, value in others.items():
         told = f"stage {value['stage']}" if isinstance(value, Mapping) else value
@@ -93,9 +135,13 @@ def reshape_neox(
     written = NeoXCheckpoint(output)
     print(
         f"wrote {written.step}: tensor parallel {tensor_parallel}, pipeline parallel "
-        f"{pipeline_parallel}, {rows:,} vocabulary rows\n"
-        f"train from it with load: {output} and finetune: true"
+        f"{pipeline_parallel}, {rows:,} vocabulary rows"
     )
+    if reader is None:
+        print(f"train from it with load: {output} and finetune: true")
+    else:
+        ranks = layout.stages * tensor_parallel * layout.data_parallel
+        print(f"go on from it with load: {output} on {ranks} ranks")
     return written
 
 
@@ -129,6 +175,10 @@ def in_one_folder(texts: dict[str, str]) -> dict[str, str]:
 @one_line_errors()
 def main(argv: list[str] | None = None) -> None:
     parser = command_parser(__doc__, "checkpoint", reads_checkpoint=True, takes_layout=True)
+    states = "write the optimizer's states too, so that the run goes on"
+    parser.add_argument("--with-optimizer", action="store_true", help=states)
+    ranks = "with --with-optimizer: data-parallel ranks that go on; default: as many as before"
+    parser.add_argument("--data-parallel", type=int, metavar="D", help=ranks)
     reshape_neox(**vars(parser.parse_args(argv)))
 
 

@@ -44,6 +44,7 @@ def _allow_deepspeed_states() -> None:
         ("deepspeed.runtime.zero.config", "ZeroStageEnum", int),
         ("deepspeed.runtime.fp16.loss_scaler", "LossScaler", object),
         ("deepspeed.runtime.fp16.loss_scaler", "DynamicLossScaler", object),
+        ("deepspeed.utils.tensor_fragment", "fragment_address", object),
     ):
         stand_in = type(name, (kind,), {"__module__": module})
         torch.serialization.add_safe_globals([stand_in])

@@ -97,16 +97,18 @@ def make_once(tmp_path_factory) -> Callable[[str, Callable[[Path], None]], Path]
 def neox_checkout(make_once) -> Path:
     """A linked copy of the GPT-NeoX checkout with its helper compiled, so that no training compiles
     it again. Tests that need it are skipped without a checkout."""
-    source = find_neox()
-    if source is None:
+    if find_neox() is None:
         pytest.skip("no GPT-NeoX checkout")
 
-    def copy(folder: Path) -> None:
-        shutil.copytree(source, folder, ignore=shutil.ignore_patterns(".git"))
-        subprocess.run([sys.executable, SCRIPTS / "link_neox.py", folder], check=True)
-        subprocess.run(["make", "-C", folder / "megatron/data"], check=True)
+    return make_once("gpt-neox", link_copy)
 
-    return make_once("gpt-neox", copy)
+
+def link_copy(folder: Path) -> Path:
+    """Copies the checkout to `folder`, links it and compiles its helper; returns the folder."""
+    shutil.copytree(find_neox(), folder, ignore=shutil.ignore_patterns(".git"))
+    subprocess.run([sys.executable, SCRIPTS / "link_neox.py", folder], check=True)
+    subprocess.run(["make", "-C", folder / "megatron/data"], check=True)
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -165,6 +167,10 @@ def pytest_terminal_summary(terminalreporter):
 @pytest.fixture(scope="session")
 def tokenizer_file(tmp_path_factory) -> Path:
     """A byte-level BPE tokenizer.json with exactly VOCABULARY tokens."""
+    return train_tokenizer(tmp_path_factory.mktemp("tokenizer") / "tokenizer.json")
+
+
+def train_tokenizer(path: Path) -> Path:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -178,7 +184,6 @@ def tokenizer_file(tmp_path_factory) -> Path:
     )
     tokenizer.train([str(ROOT / "LICENSE"), shutil.__file__], trainer)
     assert tokenizer.get_vocab_size() == VOCABULARY
-    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
     tokenizer.save(str(path))
     return path
 

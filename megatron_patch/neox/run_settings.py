@@ -21,6 +21,7 @@ from megatron_patch.architecture import METALA, SettingsError, refuse, yaml_numb
 from megatron_patch.architecture_neox import expand_attention_config, from_neox
 from megatron_patch.neox.context_parallel import check_context_parallel
 from megatron_patch.neox.inference_settings import check_inference
+from megatron_patch.neox.memory_settings import check_memory_settings
 from megatron_patch.neox.sequence_parallel import check_sequence_parallel
 from megatron_patch.ops.backends import unsupported_reason
 
@@ -305,6 +306,7 @@ def _check_zero(args: Any) -> None:
         if (tensor := args.model_parallel_size) > 1:
             refuse("zero_optimization.stage", stage, f"0 or 1 with model_parallel_size = {tensor}")
     _check_accumulation(args, stage)
+    check_memory_settings(args, stage)
 
 
 def _check_accumulation(args: Any, stage: int) -> None:

@@ -209,6 +209,43 @@ REFUSED = [
     ),
     # what GPT-NeoX itself refuses
     ({"min_lr": 1.0}, "GPT-NeoX refuses the settings: "),
+    # what DeepSpeed ends in a traceback, ignores, or computes wrongly
+    (
+        {"partition_activations": True},
+        "partition_activations: found True, wanted false without checkpoint_activations",
+    ),
+    (
+        {"checkpoint_activations": True, "partition_activations": True},
+        "partition_activations: found True, wanted false with model_parallel_size = 1",
+    ),
+    (
+        {"checkpoint_activations": True, "contiguous_checkpointing": True},
+        "contiguous_checkpointing: found True, wanted false: DeepSpeed",
+    ),
+    (
+        {"checkpoint_activations": True, "checkpoint_in_cpu": True, "pipe_parallel_size": 1},
+        "checkpoint_in_cpu: found True, wanted false, or partition_activations: true",
+    ),
+    (
+        {"zero_optimization": {"stage": 1, "offload_param": {"device": "cpu"}}},
+        "zero_optimization.offload_param: found {'device': 'cpu'}, wanted none without ZeRO stage",
+    ),
+    (
+        {"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}},
+        "zero_optimization.offload_optimizer: found {'device': 'cpu'}, wanted none without ZeRO",
+    ),
+    (
+        {"zero_optimization": {"stage": 2, "cpu_offload": True}},
+        "zero_optimization.cpu_offload: found True, wanted none on the CPU",
+    ),
+    (
+        {
+            "zero_optimization": {"stage": 2, "cpu_offload": True},
+            "distributed_backend": "nccl",
+            "optimizer": ADAM,
+        },
+        "optimizer.type: found 'Adam', wanted cpu_adam with zero_optimization.cpu_offload",
+    ),
     # no checkpoint would be written
     ({"save": "checkpoints"}, "checkpoint_factor: found none, wanted the number of steps"),
 ]
