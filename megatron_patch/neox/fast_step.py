@@ -64,17 +64,15 @@ def prepare_engine(engine: Any, neox_args: Any) -> None:
 
 def why_no_graphs(neox_args: Any) -> str | None:
     """Returns why the layers of a run are not captured, or `None`."""
-    zero = neox_args.zero_optimization or {}
+    options, zero = MetaLAOptions.parse(neox_args.metala), neox_args.zero_optimization or {}
     offloads = ("cpu_offload", "offload_optimizer", "offload_param")
     reasons = {
-        "metala.cuda_graphs is never": (
-            MetaLAOptions.parse(neox_args.metala).cuda_graphs == "never"
-        ),
+        "metala.cuda_graphs is never": options.cuda_graphs == "never",
         "model_parallel_size is above 1, and captured all-reduces have not been tested": (
             neox_args.model_parallel_size > 1
         ),
         "metala.context_parallel_size is above 1, and captured all-gathers have not been tested": (
-            MetaLAOptions.parse(neox_args.metala).context_parallel_size > 1
+            options.context_parallel_size > 1
         ),
         "pipe_parallel_size is above 1, and a stage has several micro-batches in flight": (
             neox_args.pipe_parallel_size > 1
@@ -83,7 +81,7 @@ def why_no_graphs(neox_args: Any) -> str | None:
             neox_args.checkpoint_activations
         ),
         "metala.reset_at_document is true, and captured boundaries have not been tested": (
-            MetaLAOptions.parse(neox_args.metala).reset_at_document
+            options.reset_at_document
         ),
         "hidden_dropout is above 0, and random numbers in graphs have not been tested": (
             neox_args.hidden_dropout > 0

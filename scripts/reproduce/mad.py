@@ -46,11 +46,10 @@ from training import (
     Sequences,
     Settings,
     add_run_arguments,
-    cross_entropy,
     sweep,
     take_run_arguments,
     title_of,
-    train_epochs,
+    train,
 )
 
 from megatron_patch.commands.command_line import (
@@ -270,8 +269,8 @@ def macro_accuracy(model: nn.Module, data: Sequences, batch: int, vocabulary: in
 
 def run_case(device: torch.device, case: Settings, until: float) -> Result:
     """Trains by the settings that `main` makes."""
-    training = draw(case, case["examples"], training=True).to(device)
-    test = draw(case, case["test_examples"], training=False).to(device)
+    training = draw(case, case["examples"], training=True)
+    test = draw(case, case["test_examples"], training=False)
     torch.manual_seed(case["seed"])
     vocabulary, batch = case["vocabulary"], min(case["batch"], case["examples"])
     sizes = Sizes(
@@ -285,20 +284,9 @@ def run_case(device: torch.device, case: Settings, until: float) -> Result:
         case["lr"], case["epochs"], batch, case["decay"], min_learning_rate=1e-6, stop_at=0.999,
         bfloat16=device.type == "cuda", seed=case["seed"],
     )  # fmt: skip
-    model.to(device)
-    positions, labels = training.scored()
-
-    def loss_of(index: torch.Tensor) -> torch.Tensor:
-        with recipe.autocast(device):
-            logits = model(training.inputs[index], positions[index])
-        return cross_entropy(logits, labels[index])
-
-    def evaluate() -> float:
-        with recipe.autocast(device):
-            return macro_accuracy(model, test, case["batch"], vocabulary)
-
     title = title_of(case, ("model", "task", "lr", "decay", "seed"))
-    return train_epochs(model, loss_of, evaluate, case["examples"], recipe, device, until, title)
+    score = functools.partial(macro_accuracy, batch=case["batch"], vocabulary=vocabulary)
+    return train(model, training, test, recipe, device, until, title, score=score)
 
 
 def cases_of(settings: Settings, whole_benchmark: bool) -> Iterable[Settings]:

@@ -186,11 +186,14 @@ def train(
     until: float = math.inf,
     title: str = "",
     checkpoint: Path | None = None,
+    score: Callable[[nn.Module, Sequences], float] | None = None,
 ) -> Result:
     """Trains a model on sequences and tests it after each epoch, as `train_epochs` tells.
 
-    The model maps tokens [B, T] and positions [B, P] to logits [B, P, vocabulary].
+    The model maps tokens [B, T] and positions [B, P] to logits [B, P, vocabulary]. `score` maps it
+    and the test examples to their accuracy; by default that of all labels alike.
     """
+    score = score or functools.partial(accuracy, batch_size=4 * recipe.batch_size)
     training, test = training.to(device), test.to(device)
     positions, labels = training.scored()
 
@@ -201,7 +204,7 @@ def train(
 
     def evaluate() -> float:
         with recipe.autocast(device):
-            return accuracy(model, test, 4 * recipe.batch_size)
+            return score(model, test)
 
     examples = len(training.inputs)
     return train_epochs(

@@ -27,6 +27,7 @@ RUN = dict(
         ({"metala": {"cuda_graphs": "never"}}, "metala.cuda_graphs"),
         ({"model_parallel_size": 2}, "model_parallel_size"),
         ({"metala": {"context_parallel_size": 2}}, "metala.context_parallel_size"),
+        ({"metala": {"reset_at_document": True}}, "metala.reset_at_document"),
         ({"pipe_parallel_size": 2}, "pipe_parallel_size"),
         ({"checkpoint_activations": True}, "checkpoint_activations"),
         ({"hidden_dropout": 0.1}, "hidden_dropout"),
