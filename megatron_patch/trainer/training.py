@@ -6,8 +6,8 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -232,13 +232,25 @@ def wandb_wanted(settings: TrainerSettings) -> bool:
     return True
 
 
+@contextmanager
+def accelerate_precision(precision: str) -> Iterator[None]:
+    """Sets accelerate's environment variable to the precision of the settings while a Trainer is
+    built. `accelerate launch` sets it too, and then it would override `bf16=False`."""
+    name = "ACCELERATE_MIXED_PRECISION"
+    before = os.environ.get(name)
+    os.environ[name] = "bf16" if precision == "bfloat16" else "no"
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
+
+
 def training_arguments(settings: TrainerSettings) -> TrainingArguments:
     """Returns the Trainer's arguments for the settings."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     micro, steps = settings.batch(world_size)
-    # This variable, which `accelerate launch` sets, would override `bf16=False`.
-    is_mixed = settings.precision == "bfloat16"
-    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if is_mixed else "no"
     arguments = TrainingArguments(
         output_dir=str(settings.save),
         use_cpu=not torch.cuda.is_available(),
@@ -249,7 +261,7 @@ def training_arguments(settings: TrainerSettings) -> TrainingArguments:
         average_tokens_across_devices=False,  # all batches have the same number of tokens
         learning_rate=settings.optimizer.params.lr,
         max_grad_norm=settings.gradient_clipping,
-        bf16=is_mixed,
+        bf16=settings.precision == "bfloat16",
         seed=settings.seed,
         logging_steps=settings.log_interval,
         logging_nan_inf_filter=False,  # the filter would replace a NaN by the mean of other losses
@@ -288,14 +300,15 @@ def train(
     callbacks = [MetricsFile(settings.save / METRICS)]
     if validation is not None:
         callbacks.append(EvaluationSteps(settings.eval_interval))
-    trainer = MetaLATrainer(
-        settings=settings,
-        validation=validation,
-        model=model,
-        args=training_arguments(settings),
-        train_dataset=train_samples,
-        callbacks=callbacks,
-    )
+    with accelerate_precision(settings.precision):
+        trainer = MetaLATrainer(
+            settings=settings,
+            validation=validation,
+            model=model,
+            args=training_arguments(settings),
+            train_dataset=train_samples,
+            callbacks=callbacks,
+        )
     allow_numpy_states()  # transformers 4.46 does not do so itself
     is_first = os.environ.get("RANK", "0") == "0"
     with held(str(settings.save)) if is_first else nullcontext():

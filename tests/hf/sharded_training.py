@@ -123,9 +123,6 @@ def deepspeed_accelerator(rows: int):
                 "zero_allow_untested_optimizer": True,
                 "zero_optimization": {
                     "stage": 3,
-                    # On a busy machine the third loss once was another. A CPU has no streams that
-                    # would order gradients with a reduction beside them.
-                    "overlap_comm": False,
                     "stage3_param_persistence_threshold": 0,  # shard even the smallest
                     "stage3_gather_16bit_weights_on_model_save": True,
                 },

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import os
 import sys
 import types
 
@@ -33,6 +34,8 @@ def on_the_cpu(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # the settings win
     AcceleratorState._reset_state(True)  # else the Trainer keeps the last one's precision
+    yield
+    assert os.environ["ACCELERATE_MIXED_PRECISION"] == "bf16"  # training leaves it as it was
 
 
 def run(config, dtype=torch.float32):
