@@ -58,11 +58,11 @@ LAYOUTS = {
     "sequence parallel": dict(tp=2, pp=1, sequence_parallel=True),
     "context parallel": dict(tp=1, pp=0, metala={**MODEL["metala"], "context_parallel_size": 2}),
     "pipeline": dict(tp=1, pp=2),
-    "data parallel, ZeRO 1": dict(
+    "data parallel, ZeRO 1, in many buckets": dict(
         tp=1,
         pp=0,
         train_micro_batch_size_per_gpu=BATCH // 2,
-        **ZERO_1,
+        zero_optimization={"stage": 1, "overlap_comm": True, "reduce_bucket_size": 1_000_000},
     ),
 }
 
