@@ -82,10 +82,8 @@ def _pack(starts: Tensor, goes_on: bool) -> Tensor:
     """Returns `cu_seqlens` of the documents in a part of each row. `goes_on` is true behind the
     first part: a row's first sequence is then the document before, and possibly empty."""
     rows, time = starts.shape
-    if goes_on:
-        starts = F.pad(starts, (1, 0), value=True)
-    row, column = starts.nonzero().unbind(1)
-    positions = row * time + (column - goes_on).clamp(min=0)
+    row, column = F.pad(starts, (1, 0), value=goes_on).nonzero().unbind(1)
+    positions = row * time + (column - 1).clamp(min=0)
     return F.pad(positions, (0, 1), value=rows * time).int()
 
 
