@@ -16,10 +16,10 @@ A rank sends one state, with its decay, per sequence and head, and W - 1 rows, w
 Every rank of the group must call these functions in the same order.
 
 Packed documents are kept apart by the `cu_seqlens` of a rank's own tokens, its B rows of T laid end
-to end. The first sequence of each row is the document that goes on from the previous rank, and gets
-what comes from there: it is empty where a document begins with the row, except on the first rank,
-which gets zeros. A rank hands on its last document alone: a document begins with a log decay of
--inf, so G is -inf and U is what the last document adds.
+to end. Behind the first rank, a row's first sequence is the rest of the document before; it is
+empty where a document begins with the row. It alone gets what the previous rank hands on. A rank
+hands on its last document alone: a document begins with a log decay of -inf, so G is -inf and U is
+the state of the last one.
 """
 
 from __future__ import annotations
@@ -59,10 +59,9 @@ def incoming_rows(
     rows = x[:, time - count :]
     if cu_seqlens is None:
         return _FromPrevious.apply(rows.transpose(1, 2), group)
-    first = _first_sequences(cu_seqlens, batch, time)
-    starts = _document_starts(cu_seqlens, first, batch, time)[:, time - count :]
-    later_starts = F.pad(starts[:, 1:].flip(1).cumsum(1).flip(1), (0, 1))
-    rows = rows.masked_fill((later_starts > 0)[..., None], 0)
+    first, starts = _sequences(cu_seqlens, batch, time)
+    later = F.pad(starts[:, time - count + 1 :].flip(1).cumsum(1).flip(1), (0, 1))
+    rows = rows.masked_fill((later > 0)[..., None], 0)  # of documents that end on this rank
     incoming = _FromPrevious.apply(rows.transpose(1, 2), group)
     return _give_to(first, incoming, len(cu_seqlens) - 1)
 
@@ -92,24 +91,20 @@ def incoming_state(
     if cu_seqlens is None:
         return _Combine.apply(*_OwnState.apply(gate_logits, v, tau, None), group)
     batch, time = v.shape[:2]
-    first = _first_sequences(cu_seqlens, batch, time)
-    starts = _document_starts(cu_seqlens, first, batch, time)
+    first, starts = _sequences(cu_seqlens, batch, time)
     incoming = _Combine.apply(*_OwnState.apply(gate_logits, v, tau, starts), group)
     return _give_to(first, incoming, len(cu_seqlens) - 1)
 
 
-def _first_sequences(cu_seqlens: Tensor, batch: int, time: int) -> Tensor:
-    """Returns the number of each row's first sequence, int64 [B]."""
-    rows = torch.arange(batch, dtype=cu_seqlens.dtype, device=cu_seqlens.device) * time
-    return torch.searchsorted(cu_seqlens, rows)
-
-
-def _document_starts(cu_seqlens: Tensor, first: Tensor, batch: int, time: int) -> Tensor:
-    """Returns where documents begin other than those that go on, bool [B, T]."""
-    total = batch * time
+def _sequences(cu_seqlens: Tensor, batch: int, time: int) -> tuple[Tensor, Tensor]:
+    """Returns the number of each row's first sequence, int64 [B], and where the others begin, bool
+    [B, T]."""
+    total, device = batch * time, cu_seqlens.device
+    rows = torch.arange(0, total, time, dtype=cu_seqlens.dtype, device=device)
+    first = torch.searchsorted(cu_seqlens, rows)
     others = cu_seqlens[:-1].long().index_fill(0, first, total)
-    starts = torch.zeros(total + 1, dtype=torch.bool, device=cu_seqlens.device)
-    return starts.index_fill(0, others, True)[:total].view(batch, time)
+    starts = torch.zeros(total + 1, dtype=torch.bool, device=device).index_fill(0, others, True)
+    return first, starts[:total].view(batch, time)
 
 
 def _give_to(first: Tensor, incoming: Tensor, sequences: int) -> Tensor:
