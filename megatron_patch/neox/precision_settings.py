@@ -36,6 +36,8 @@ def check_precision(args: Any) -> None:
     Raises a SettingsError, one line that names the setting, what was found and what was wanted."""
     if args.amp is not None:
         refuse("amp", args.amp, "none, but precision: DeepSpeed no longer has amp")
+    if args.communication_data_type is not None:  # true or false to GPT-NeoX, a name to DeepSpeed
+        refuse("communication_data_type", args.communication_data_type, "none, or fp32_allreduce")
     precision = model_precision(args)
     # GPT-NeoX fills in `enabled` for fp16, and for bf16 only where nothing else stands there.
     if precision == "bfloat16" and args.bf16 and args.bf16.get("enabled") is not True:

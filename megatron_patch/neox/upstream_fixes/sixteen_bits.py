@@ -1,15 +1,14 @@
-"""bfloat16 without ZeRO and without a pipeline: DeepSpeed's step is that of float32 again.
+"""bfloat16 without ZeRO and without a pipeline trains as float32 does.
 
-There DeepSpeed keeps the weights in float32 and steps them by `FP16_Optimizer` (with a fused Adam)
-or `FP16_UnfusedOptimizer` (with any other optimizer). Two things go wrong:
+DeepSpeed then keeps the weights in float32 and steps them by its `FP16_Optimizer` (if Adam is the
+fused one) or its `FP16_UnfusedOptimizer` (any other). Two things go wrong:
 
-- Both take a step at the start, on gradients of zero, so that the optimizer makes its states. To
-  Adam the first real step is then the second: its moments are the old ones and a first share of the
-  gradient, but its bias correction is that of two. With betas of 0.9 and 0.95 the first step is
-  0.74 times as long. The weights also decay once too often, by the full learning rate.
-- The unfused one clips by a norm of gradients, and asks those whether tensor-parallel ranks split
-  them. Only parameters know. So it leaves out all gradients of all ranks but the first, and each
-  rank reaches the same wrong norm.
+- Both take a step at the start, with gradients of zero, so that the optimizer makes its states. The
+  first real step is then Adam's second: the bias correction is that of two steps, the moments hold
+  one gradient. With betas of 0.9 and 0.95 the step is 0.74 times as long. The weights also decay
+  once too often, at the full learning rate.
+- The unfused one clips by a norm to which only the first tensor-parallel rank contributes. It looks
+  for the mark of a split tensor on gradients, and only parameters bear it.
 """
 
 from __future__ import annotations
