@@ -38,10 +38,13 @@ Accumulator = tuple[Tensor, Callable[[], None]]
 
 
 def add_to_sum(total: Tensor, gradient: Tensor) -> None:
-    """Adds a gradient to its float32 sum, of any shape with as many elements, in one kernel."""
+    """Adds a gradient to its sum, of any shape with as many elements, in one kernel.
+
+    DeepSpeed keeps the sums in bfloat16 in pipelines without ZeRO. PyTorch adds to those.
+    """
     gradient = gradient.view_as(total)
-    is_flat = total.is_contiguous() and gradient.is_contiguous()
-    backend = choose("accumulate", "auto" if is_flat else "torch", gradient.dtype, gradient.device)
+    is_plain = total.is_contiguous() and gradient.is_contiguous() and total.dtype == torch.float32
+    backend = choose("accumulate", "auto" if is_plain else "torch", gradient.dtype, gradient.device)
     function_of("accumulate", backend)(total, gradient)
 
 

@@ -22,6 +22,11 @@ from megatron_patch.architecture_neox import expand_attention_config, from_neox
 from megatron_patch.neox.context_parallel import check_context_parallel
 from megatron_patch.neox.inference_settings import check_inference
 from megatron_patch.neox.memory_settings import check_memory_settings
+from megatron_patch.neox.precision_settings import (
+    check_precision,
+    check_precision_of_training,
+    model_precision,
+)
 from megatron_patch.neox.sequence_parallel import check_sequence_parallel
 from megatron_patch.ops.backends import unsupported_reason
 
@@ -188,6 +193,7 @@ def check_run(args: Any) -> None:
                 f"none with layers of type {', '.join(others)}: GPT-NeoX heeds it in a pipeline "
                 "alone, and not when it generates",
             )
+    check_precision(args)
     check_context_parallel(args, program(args))
     check_sequence_parallel(args, program(args))
     if args.user_script:  # else these are the settings of a model alone
@@ -305,29 +311,8 @@ def _check_zero(args: Any) -> None:
             refuse("zero_optimization.stage", stage, wanted)
         if (tensor := args.model_parallel_size) > 1:
             refuse("zero_optimization.stage", stage, f"0 or 1 with model_parallel_size = {tensor}")
-    _check_accumulation(args, stage)
+    check_precision_of_training(args, stage)
     check_memory_settings(args, stage)
-
-
-def _check_accumulation(args: Any, stage: int) -> None:
-    """Refuses to accumulate gradients in another precision than the model's without ZeRO, since
-    DeepSpeed cannot."""
-    from deepspeed.runtime.config import DtypeEnum
-
-    found = (args.data_types or {}).get("grad_accum_dtype")
-    if found is None:
-        return
-    model = "fp32"
-    for name, precision in (("fp16", "fp16"), ("bf16", "bfloat16")):
-        if args.precision == precision or (getattr(args, name) or {}).get("enabled"):
-            model = name
-    try:
-        is_models = DtypeEnum(found).value == DtypeEnum(model).value
-    except ValueError:
-        refuse("data_types.grad_accum_dtype", found, "fp32, fp16 or bf16")
-    if stage == 0 and not is_models:
-        wanted = f"{model}, the model's, with ZeRO stage 0, or stage 1"
-        refuse("data_types.grad_accum_dtype", found, wanted)
 
 
 def _check_logging(args: Any) -> None:
@@ -338,15 +323,12 @@ def _check_logging(args: Any) -> None:
             if found := getattr(args, name):
                 wanted = "false: GPT-NeoX reads gradients that only DeeperSpeed stores"
                 refuse(name, found, wanted)
-    with_fp16_optimizer = zero_stage(args) == 0 and (
-        args.precision == "fp16" or (args.precision == "bfloat16" and args.pipe_parallel_size == 0)
-    )
-    if args.log_optimizer_states and not with_fp16_optimizer:
+    is_plain_bfloat16 = model_precision(args) == "bfloat16" and args.pipe_parallel_size == 0
+    if args.log_optimizer_states and not (is_plain_bfloat16 and zero_stage(args) == 0):
         refuse(
             "log_optimizer_states",
             args.log_optimizer_states,
-            "false: GPT-NeoX reads the states of DeepSpeed's optimizer of 16 bits without ZeRO "
-            "alone",
+            "false: GPT-NeoX reads them in bfloat16 without ZeRO and without a pipeline alone",
         )
 
 

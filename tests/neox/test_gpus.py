@@ -64,6 +64,13 @@ LAYOUTS = {
         train_micro_batch_size_per_gpu=BATCH // 2,
         zero_optimization={"stage": 1, "overlap_comm": True, "reduce_bucket_size": 1_000_000},
     ),
+    "data parallel, no ZeRO": dict(
+        tp=1,
+        pp=0,
+        train_micro_batch_size_per_gpu=BATCH // 2,
+        zero_optimization={"stage": 0},
+        data_types=None,
+    ),
 }
 
 

@@ -15,11 +15,23 @@ from megatron_patch.neox.upstream_fixes.processes import ChildProcess
 from tests.neox.training import settings, stand_in
 
 ADAM = {"type": "Adam", "params": {"lr": 1e-3}}
+BFLOAT16 = {"precision": "bfloat16"}
+FP16 = {"precision": None, "distributed_backend": "nccl"}
+ZERO_2 = {"zero_optimization": {"stage": 2}}
 HYBRID = ["metala", "global"]
 DOCUMENTS = {"reset_at_document": True}
 UNCONDITIONAL = {"user_script": "generate.py", "text_gen_type": "unconditional"}
 CONTEXT = {"context_parallel_size": 2}
 SEQUENCE = {"sequence_parallel": True, "model_parallel_size": 2, "global_num_gpus": 2}
+
+
+def optimizer(kind: str) -> dict:
+    return {"optimizer": {**ADAM, "type": kind}}
+
+
+def extra(**settings) -> dict:
+    return {"deepspeed_extra_args": settings}
+
 
 REFUSED = [
     # a choice in another case, which GPT-NeoX accepts and then does not know
@@ -81,6 +93,38 @@ REFUSED = [
         {"precision": "bfloat16", "data_types": {"grad_accum_dtype": "fp32"}},
         "data_types.grad_accum_dtype: found 'fp32', wanted bf16",
     ),
+    ({"data_types": {"grad_accum_dtype": "bf16"}}, "data_types.grad_accum_dtype: found 'bf16'"),
+    ({"data_types": {"param_dtype": "bf16"}}, "data_types.param_dtype: found 'bf16', wanted fp32"),
+    (
+        {**BFLOAT16, **ZERO_2, "data_types": {"grad_accum_dtype": "fp16"}},
+        "data_types.grad_accum_dtype: found 'fp16', wanted bf16 or fp32",
+    ),
+    # weights in 16 bits, or another precision than the settings say
+    ({**BFLOAT16, "bf16": {"enabled": False}}, "bf16.enabled: found False, wanted true with prec"),
+    ({**BFLOAT16, "bf16": {"immediate_grad_update": True}}, "bf16.enabled: found None, wanted"),
+    (
+        {**BFLOAT16, "bf16": {"enabled": True, "bf16_master_weights_and_grads": True}},
+        "bf16.bf16_master_weights_and_grads: found True, wanted false: weights in 16 bits lose",
+    ),
+    ({"amp": {"enabled": False}}, "amp: found {'enabled': False}, wanted none, but precision"),
+    (extra(bf16={"enabled": True}), "deepspeed_extra_args.bf16: found {'enabled': True}, wanted"),
+    (extra(torch_autocast={}), "deepspeed_extra_args.torch_autocast: found {}, wanted none, but"),
+    (extra(zero_optimization={}), "deepspeed_extra_args.zero_optimization: found {}, wanted none"),
+    (
+        {**extra(communication_data_type="bf16"), "fp32_allreduce": True},
+        "deepspeed_extra_args.communication_data_type: found 'bf16', wanted fp32 with fp32_",
+    ),
+    ({"communication_data_type": True}, "communication_data_type: found True, wanted none"),
+    # DeepSpeed's optimizers of 16 bits and ZeRO
+    ({**FP16, "precision": "fp16"}, "zero_optimization.stage: found 0, wanted 1, 2 or 3 with prec"),
+    ({**FP16, "fp16": {"enabled": True}}, "zero_optimization.stage: found 0, wanted 1, 2 or 3"),
+    (optimizer("OneBitAdam"), "optimizer.type: found 'OneBitAdam', wanted another: DeepSpeed no"),
+    ({**optimizer("madgrad_wd"), **ZERO_2}, "optimizer.type: found 'madgrad_wd', wanted adam or"),
+    (
+        {**optimizer("sm3"), **BFLOAT16, "pipe_parallel_size": 1},
+        "optimizer.type: found 'sm3', wanted another in bfloat16 with pipe_parallel_size = 1",
+    ),
+    ({**optimizer("lion"), **ZERO_2}, "optimizer.type: found 'lion', wanted adam on the CPU"),
     ({"train_impl": "dpo"}, "train_impl: found 'dpo', wanted normal"),
     ({"curriculum_learning": {"enabled": True}}, "curriculum_learning: found"),
     ({"soft_prompt_tuning": {"enabled": True}}, "soft_prompt_tuning: found"),
@@ -258,6 +302,10 @@ ACCEPTED = [
         "zero_optimization": {"stage": 1},
         "data_types": {"grad_accum_dtype": "fp32"},
     },
+    {"precision": None, "bf16": {"enabled": True}, "log_optimizer_states": True},
+    {**BFLOAT16, **extra(bf16={"enabled": True}, comms_logger={})},
+    {**BFLOAT16, **optimizer("sm3")},
+    {**BFLOAT16, **optimizer("lion"), "pipe_parallel_size": 1},
     {"user_script": "generate.py", "optimizer": None, "train_iters": None},
     {**UNCONDITIONAL, "attention_config": HYBRID, "pos_emb": "learned"},
     {**UNCONDITIONAL, "attention_config": HYBRID, "pos_emb": "sinusoidal", "recompute": True},

@@ -21,6 +21,7 @@ from megatron_patch.neox.upstream_fixes import (
     gradient_norm,
     processes,
     saving,
+    sixteen_bits,
     small,
     watchdog,
 )
@@ -45,6 +46,8 @@ FIXES = (
     small.repair_gpt2_tokenizer,
     gradient_norm.clip_each_parameter_once,
     gradient_norm.reduce_equally_often,
+    sixteen_bits.take_no_step_at_the_start,
+    sixteen_bits.tell_gradients_apart,
     processes.fail_where_it_failed,
     watchdog.watch_ranks,
 )

@@ -102,7 +102,6 @@ def clip_gradients(
 
 def _reduce_as_often(optimizer: Any, group: distributed.ProcessGroup) -> None:
     """Lets every stage reduce as many norms as the stage with the most parameter groups does."""
-    from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
     from deepspeed.runtime.utils import combine_grad_norm_groups
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
@@ -116,11 +115,6 @@ def _reduce_as_often(optimizer: Any, group: distributed.ProcessGroup) -> None:
         )
     if most == least:
         return
-    if isinstance(optimizer, FP16_UnfusedOptimizer):
-        end_run(
-            "optimizer.type: found one without a fused kernel in fp16, with parameters that decay "
-            "and others on some stages and one kind on others, wanted Adam or ZeRO stage 1"
-        )
     if isinstance(optimizer, DeepSpeedZeroOptimizer) and groups < most:
         own_norm = optimizer.scaled_global_norm
 
