@@ -10,6 +10,7 @@ from megatron import mpu
 from torch import nn
 
 from megatron_patch.architecture import QUERY_GATE_GAIN, Architecture
+from megatron_patch.neox.recompute import Compute, ForTwo, Rerun, recomputed
 from megatron_patch.neox.sequence_parallel import column_parallel
 from megatron_patch.neox.token_groups import context_group, is_sequence_parallel, token_group
 from megatron_patch.ops import meta_linear_attention, short_convolution
@@ -151,6 +152,7 @@ class ParallelMetaLAMixer(nn.Module):
         past: MixerState | None = None,
         use_cache: bool = False,
         cu_seqlens: torch.Tensor | None = None,
+        again: Compute | None = None,
     ) -> tuple[torch.Tensor, MixerState | None]:
         """Mixes tokens.
 
@@ -162,41 +164,67 @@ class ParallelMetaLAMixer(nn.Module):
             cu_seqlens: int32 [N + 1], the boundaries of N documents in the b rows laid end to end,
                 for which nothing is carried over; `None` where each row is one document. Not
                 together with `past`, `use_cache` or rows whose tokens are split over ranks.
+            again: computes x again; without it x is kept for the backward pass.
 
         Returns:
             The output, shaped and split as x, and the state, or `None` without `use_cache`.
         """
-        conv_state, state = past if past is not None else (None, None)
-        x = self._swapped(x)
-        rows = x.shape[:2]
-        if cu_seqlens is not None:  # the operators take packed sequences in a batch of one
-            x = x.reshape(1, -1, x.shape[-1])
+        conv_past, state = past if past is not None else (None, None)
+        rows = self._swapped(x).shape[:2]
         if (group := token_group()) is not None:
-            conv_state = incoming_rows(x, self.options.conv_width - 1, group)
-        x, conv_state = self.conv1d(x, conv_state, use_cache, cu_seqlens)
-        x = self._swapped(x).contiguous()
-        projected = column_parallel(self.in_proj, x, self.options.recompute == "cheap")
+            conv_past = incoming_rows(self._swapped(x), self.options.conv_width - 1, group)
+
+        def convolve(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+            x = self._swapped(x)
+            if cu_seqlens is not None:  # the operators take packed sequences in a batch of one
+                x = x.reshape(1, -1, x.shape[-1])
+            x, last = self.conv1d(x, conv_past, use_cache, cu_seqlens)
+            return self._swapped(x).contiguous(), last
+
+        recompute, convolve_again = self.options.recompute, None
+        if recompute == "most" and again is not None:
+            normed = again = ForTwo(again)  # the convolution asks, and then its backward pass
+            convolve_again = lambda: convolve(normed())[0]  # noqa: E731
+        with recomputed(x, again):
+            x, conv_state = convolve(x)
+        projected = column_parallel(self.in_proj, x, recompute == "nothing", convolve_again)
         heads = self._swapped(projected).unflatten(-1, (self.num_heads, -1))
         q, gate_logits, v, out_gate = heads.split(
             [self.key_width, self.key_width, self.value_width, self.value_width], dim=-1
         )
         if (group := context_group()) is not None:
             state = incoming_state(gate_logits, v, self.options.tau, group)
-        out, state = meta_linear_attention(
-            q,
-            gate_logits,
-            v,
-            self.aug_balance,
-            out_gate,
-            out_gate_bias=self.out_gate_bias,
-            tau=self.options.tau,
-            norm_eps=self.options.output_norm_eps,
-            initial_state=state,
-            output_final_state=use_cache,
-            cu_seqlens=cu_seqlens,
-            backend=self.options.backend,
-        )
-        output, _ = self.out_proj(self._swapped(out).flatten(-2))
+
+        def operate(q, gate_logits, v, aug, out_gate, out_gate_bias, state) -> tuple:
+            return meta_linear_attention(
+                q,
+                gate_logits,
+                v,
+                aug,
+                out_gate,
+                out_gate_bias=out_gate_bias,
+                tau=self.options.tau,
+                norm_eps=self.options.output_norm_eps,
+                initial_state=state,
+                output_final_state=use_cache,
+                cu_seqlens=cu_seqlens,
+                backend=self.options.backend,
+            )
+
+        def joined(out: torch.Tensor) -> torch.Tensor:
+            return self._swapped(out).flatten(-2).contiguous()
+
+        tensors = q, gate_logits, v, self.aug_balance, out_gate, self.out_gate_bias, state
+        joined_again = None
+        if recompute == "most":
+            rerun = Rerun(operate, *tensors)
+            out, state = rerun.first()
+            joined_again = lambda: joined(rerun.again())  # noqa: E731
+        else:
+            out, state = operate(*tensors)
+        out = joined(out)
+        with recomputed(out, joined_again):
+            output, _ = self.out_proj(out)
         if cu_seqlens is not None:
             output = output.view(*rows, -1)
         return output, (conv_state, state) if use_cache else None
