@@ -95,7 +95,7 @@ class ParallelSwiGLU(nn.Module):
         gate_and_up = column_parallel(self.gate_up_proj, x, not self.recompute, again)
         hidden = swiglu(gate_and_up)
         activate = partial(swiglu, gate_and_up.detach()) if self.recompute else None
-        with recomputed(hidden, activate):
+        with recomputed(hidden, activate, self.down_proj.weight):
             return self.down_proj(hidden)[0]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from megatron import mpu
@@ -184,7 +185,10 @@ class ParallelMetaLAMixer(nn.Module):
         recompute, convolve_again = self.options.recompute, None
         if recompute == "most" and again is not None:
             normed = again = ForTwo(again)  # the convolution asks, and then its backward pass
-            convolve_again = lambda: convolve(normed())[0]  # noqa: E731
+
+            def convolve_again() -> torch.Tensor:
+                return convolve(normed())[0]
+
         with recomputed(x, again):
             x, conv_state = convolve(x)
         projected = column_parallel(self.in_proj, x, recompute == "nothing", convolve_again)
@@ -194,40 +198,46 @@ class ParallelMetaLAMixer(nn.Module):
         )
         if (group := context_group()) is not None:
             state = incoming_state(gate_logits, v, self.options.tau, group)
-
-        def operate(q, gate_logits, v, aug, out_gate, out_gate_bias, state) -> tuple:
-            return meta_linear_attention(
-                q,
-                gate_logits,
-                v,
-                aug,
-                out_gate,
-                out_gate_bias=out_gate_bias,
-                tau=self.options.tau,
-                norm_eps=self.options.output_norm_eps,
-                initial_state=state,
-                output_final_state=use_cache,
-                cu_seqlens=cu_seqlens,
-                backend=self.options.backend,
-            )
-
-        def joined(out: torch.Tensor) -> torch.Tensor:
-            return self._swapped(out).flatten(-2).contiguous()
-
-        tensors = q, gate_logits, v, self.aug_balance, out_gate, self.out_gate_bias, state
-        joined_again = None
-        if recompute == "most":
-            rerun = Rerun(operate, *tensors)
-            out, state = rerun.first()
-            joined_again = lambda: joined(rerun.again())  # noqa: E731
-        else:
-            out, state = operate(*tensors)
-        out = joined(out)
-        with recomputed(out, joined_again):
+        operate = Rerun(
+            partial(self._operate, use_cache, cu_seqlens),
+            (q, gate_logits, v, self.aug_balance, out_gate, self.out_gate_bias, state),
+            is_on=recompute == "most",
+        )
+        out, state = operate.first()
+        with recomputed(out, operate.again if recompute == "most" else None, self.out_proj.weight):
             output, _ = self.out_proj(out)
         if cu_seqlens is not None:
             output = output.view(*rows, -1)
         return output, (conv_state, state) if use_cache else None
+
+    def _operate(
+        self,
+        output_final_state: bool,
+        cu_seqlens: torch.Tensor | None,
+        q: torch.Tensor,
+        gate_logits: torch.Tensor,
+        v: torch.Tensor,
+        aug: torch.Tensor | None,
+        out_gate: torch.Tensor,
+        out_gate_bias: torch.Tensor,
+        initial_state: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Returns the operator's output with its heads side by side, and its final state."""
+        out, state = meta_linear_attention(
+            q,
+            gate_logits,
+            v,
+            aug,
+            out_gate,
+            out_gate_bias=out_gate_bias,
+            tau=self.options.tau,
+            norm_eps=self.options.output_norm_eps,
+            initial_state=initial_state,
+            output_final_state=output_final_state,
+            cu_seqlens=cu_seqlens,
+            backend=self.options.backend,
+        )
+        return self._swapped(out).flatten(-2).contiguous(), state
 
     def _swapped(self, x: torch.Tensor) -> torch.Tensor:
         """Returns [s, b, ...] as [b, s, ...] or the reverse, with sequence parallelism alone."""

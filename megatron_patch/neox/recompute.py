@@ -13,7 +13,7 @@ MLP's width and K the key width of H heads (see `tests/neox/test_recompute.py` f
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -24,7 +24,9 @@ from torch.autograd.graph import saved_tensors_hooks
 Compute = Callable[[], Tensor]
 
 
-def recomputed(value: Tensor, compute: Compute | None) -> AbstractContextManager:
+def recomputed(
+    value: Tensor, compute: Compute | None, weight: Tensor | None = None
+) -> AbstractContextManager:
     """Returns a context in which no operation saves `value` for its backward pass.
 
     An operation that would save it computes it again in the backward pass. Other tensors are saved
@@ -34,12 +36,17 @@ def recomputed(value: Tensor, compute: Compute | None) -> AbstractContextManager
         value: contiguous, or a view of a contiguous tensor with its dimensions in another order.
         compute: returns the same numbers, in the same order in memory. It must not keep `value`
             alive. Without it, everything is saved.
+        weight: a parameter that the operations save. ZeRO 3 takes its memory away in between.
     """
     if compute is None or not value.requires_grad:
         return nullcontext()
     address, size, dtype = value.data_ptr(), value.numel(), value.dtype
 
     def pack(saved: Tensor) -> Any:
+        if weight is not None and saved.data_ptr() == weight.data_ptr():
+            # DeepSpeed's products save the parameter, PyTorch's own save it transposed.
+            is_whole = saved.shape == weight.shape and saved.is_contiguous()
+            return weight if is_whole else saved
         is_value = (saved.data_ptr(), saved.numel(), saved.dtype) == (address, size, dtype)
         return (saved.shape, saved.stride()) if is_value else saved
 
@@ -75,16 +82,23 @@ class Rerun:
     Args:
         function: returns a tuple whose first entry is a tensor. It draws no random numbers.
         arguments: tensors or `None`.
+        is_on: without it, all is kept and nothing is run again.
     """
 
-    def __init__(self, function: Callable[..., tuple], *arguments: Tensor | None):
-        self.function, self.arguments = function, arguments
+    def __init__(
+        self,
+        function: Callable[..., tuple],
+        arguments: Sequence[Tensor | None],
+        is_on: bool = True,
+    ):
+        self.function, self.arguments, self.is_on = function, arguments, is_on
         self.saved: list[Tensor | None] = []  # by the second run, until the backward pass takes it
 
     def first(self) -> tuple:
         """Returns the function's result."""
         numbers = itertools.count()
-        with saved_tensors_hooks(lambda _: next(numbers), self._take):
+        hooks = saved_tensors_hooks(lambda _: next(numbers), self._take)
+        with hooks if self.is_on else nullcontext():
             return self.function(*self.arguments)
 
     def again(self) -> Tensor:
