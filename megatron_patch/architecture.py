@@ -188,8 +188,9 @@ class MetaLAOptions:
     )
     recompute: str = _option(
         "cheap",
-        one_of("cheap", "nothing"),
-        "'cheap': the backward pass computes norms and SwiGLU again and they are not kept",
+        one_of("cheap", "most", "nothing"),
+        "what the backward pass computes again, so that it is not kept: 'cheap': norms and SwiGLU; "
+        "'most': the convolution and the operator too; 'nothing'",
         of_model=False,
     )
     context_parallel_size: int = _option(

@@ -6,7 +6,6 @@ Hidden states are [s, b, h]: sequence, batch, hidden size, as everywhere in GPT-
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from functools import partial
 
 import torch
@@ -19,7 +18,7 @@ from megatron_patch.architecture import MetaLAOptions
 from megatron_patch.architecture_neox import from_neox
 from megatron_patch.neox import documents
 from megatron_patch.neox.mixer import MixerState, ParallelMetaLAMixer
-from megatron_patch.neox.recompute import recomputed
+from megatron_patch.neox.recompute import Compute, recomputed
 from megatron_patch.neox.sequence_parallel import column_parallel
 from megatron_patch.neox.token_groups import is_sequence_parallel
 from megatron_patch.ops import add_rms_norm, swiglu
@@ -70,7 +69,7 @@ class ParallelSwiGLU(nn.Module):
         output_layer_init_method: Callable[[torch.Tensor], object],
     ):
         super().__init__()
-        self.recompute = MetaLAOptions.parse(neox_args.metala).recompute == "cheap"
+        self.recompute = MetaLAOptions.parse(neox_args.metala).recompute != "nothing"
         self.gate_up_proj = mpu.ColumnParallelLinear(
             neox_args=neox_args,
             input_size=neox_args.hidden_size,
@@ -89,12 +88,14 @@ class ParallelSwiGLU(nn.Module):
             bias=False,
         )
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, again: Compute | None = None) -> torch.Tensor:
         """Maps [s, b, h] to [s, b, h]; input and output are identical on all tensor-parallel
-        ranks, or with sequence parallelism each rank's tokens."""
-        gate_and_up = column_parallel(self.gate_up_proj, x, self.recompute)
+        ranks, or with sequence parallelism each rank's tokens. `again` computes x again; without it
+        x is kept for the backward pass."""
+        gate_and_up = column_parallel(self.gate_up_proj, x, not self.recompute, again)
         hidden = swiglu(gate_and_up)
-        with recomputed(hidden, partial(swiglu, gate_and_up.detach()), self.recompute):
+        activate = partial(swiglu, gate_and_up.detach()) if self.recompute else None
+        with recomputed(hidden, activate, self.down_proj.weight):
             return self.down_proj(hidden)[0]
 
 
@@ -131,7 +132,7 @@ class ParallelMetaLALayer(nn.Module):
         # GPT-NeoX's generation sets `use_cache`. When it unsets it again, to train or to evaluate,
         # `layer_past` still holds the last state, so `forward` reads both.
         # ZeRO 3 gathers a norm's weights for its forward pass alone.
-        self.recompute = model.metala.recompute == "cheap" and neox_args.zero_stage != 3
+        self.recompute = model.metala.recompute != "nothing" and neox_args.zero_stage != 3
         self.resets = model.metala.reset_at_document
         self.use_cache = False
         self.layer_past: MixerState | None = None
@@ -172,13 +173,16 @@ class ParallelMetaLALayer(nn.Module):
         past = self.layer_past if self.use_cache else None
         x = x.contiguous() if self.is_split else x.transpose(0, 1).contiguous()
         x, normed = self._add_and_norm(x, None, self.input_norm)
-        with self._recomputing(normed, x, self.input_norm):
-            mixed, self.layer_past = self.mixer(
-                normed, past, self.use_cache, cu_seqlens, conv_cu_seqlens
-            )
+        mixed, self.layer_past = self.mixer(
+            normed,
+            past,
+            self.use_cache,
+            cu_seqlens,
+            conv_cu_seqlens,
+            self._norm_again(x, self.input_norm),
+        )
         x, normed = self._add_and_norm(x, self._dropout(mixed), self.mlp_norm)
-        with self._recomputing(normed, x, self.mlp_norm):
-            x = x + self._dropout(self.mlp(normed))
+        x = x + self._dropout(self.mlp(normed, self._norm_again(x, self.mlp_norm)))
         if x.requires_grad:
             # An attention layer returns a gradient that is transposed in memory. Without this one
             # copy, each matrix product of this layer would copy it again.
@@ -196,12 +200,12 @@ class ParallelMetaLALayer(nn.Module):
         x = x if residual is None else x + residual
         return x, norm(x)
 
-    def _recomputing(
-        self, normed: torch.Tensor, x: torch.Tensor, norm: nn.Module
-    ) -> AbstractContextManager:
-        """Returns a context in which `normed` is not kept but computed again from x."""
+    def _norm_again(self, x: torch.Tensor, norm: nn.Module) -> Compute | None:
+        """Returns what computes the norm of x in the backward pass, `None` where it is kept."""
+        if not self.recompute:
+            return None
         x = x.detach()
-        return recomputed(normed, lambda: self._add_and_norm(x, None, norm)[1], self.recompute)
+        return lambda: self._add_and_norm(x, None, norm)[1]
 
     def _dropout(self, x: torch.Tensor) -> torch.Tensor:
         return F.dropout(x, self.hidden_dropout, self.training)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from megatron import mpu
 from torch import nn
 
 from megatron_patch.architecture import QUERY_GATE_GAIN, Architecture
+from megatron_patch.neox.recompute import Compute, ForTwo, Rerun, recomputed
 from megatron_patch.neox.sequence_parallel import column_parallel
 from megatron_patch.neox.token_groups import context_group, is_sequence_parallel, token_group
 from megatron_patch.ops import meta_linear_attention, short_convolution
@@ -152,6 +154,7 @@ class ParallelMetaLAMixer(nn.Module):
         use_cache: bool = False,
         cu_seqlens: torch.Tensor | None = None,
         conv_cu_seqlens: torch.Tensor | None = None,
+        again: Compute | None = None,
     ) -> tuple[torch.Tensor, MixerState | None]:
         """Mixes tokens.
 
@@ -166,26 +169,40 @@ class ParallelMetaLAMixer(nn.Module):
                 first documents go on from the rank before (`ops/context_parallel.py`).
             conv_cu_seqlens: the same for the tokens of x, where sequence parallelism makes these a
                 part of what the recurrence reads; otherwise `cu_seqlens` serves.
+            again: computes x again; without it x is kept for the backward pass.
 
         Returns:
             The output, shaped and split as x, and the state, or `None` without `use_cache`.
         """
-        conv_state, state = past if past is not None else (None, None)
+        conv_past, state = past if past is not None else (None, None)
         conv_cu_seqlens = cu_seqlens if conv_cu_seqlens is None else conv_cu_seqlens
         # The operators take packed sequences in a batch of one.
-        packed, x = cu_seqlens is not None, self._swapped(x)
-        rows = len(x)
+        is_packed, rows = cu_seqlens is not None, len(self._swapped(x))
         if (group := token_group()) is not None:
-            conv_state = incoming_rows(x, self.options.conv_width - 1, group, conv_cu_seqlens)
-        if packed:
-            x = x.flatten(0, 1)[None]
-        x, conv_state = self.conv1d(x, conv_state, use_cache, conv_cu_seqlens)
-        if packed:
-            x = x.view(rows, -1, x.shape[-1])
-        x = self._swapped(x).contiguous()
-        projected = column_parallel(self.in_proj, x, self.options.recompute == "cheap")
+            width = self.options.conv_width
+            conv_past = incoming_rows(self._swapped(x), width - 1, group, conv_cu_seqlens)
+
+        def convolve(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+            x = self._swapped(x)
+            if is_packed:
+                x = x.reshape(1, -1, x.shape[-1])
+            x, last = self.conv1d(x, conv_past, use_cache, conv_cu_seqlens)
+            if is_packed:
+                x = x.view(rows, -1, x.shape[-1])
+            return self._swapped(x).contiguous(), last
+
+        recompute, convolve_again = self.options.recompute, None
+        if recompute == "most" and again is not None:
+            normed = again = ForTwo(again)  # the convolution asks, and then its backward pass
+
+            def convolve_again() -> torch.Tensor:
+                return convolve(normed())[0]
+
+        with recomputed(x, again):
+            x, conv_state = convolve(x)
+        projected = column_parallel(self.in_proj, x, recompute == "nothing", convolve_again)
         heads = self._swapped(projected).unflatten(-1, (self.num_heads, -1))
-        if packed:
+        if is_packed:
             heads = heads.flatten(0, 1)[None]
         q, gate_logits, v, out_gate = heads.split(
             [self.key_width, self.key_width, self.value_width, self.value_width], dim=-1
@@ -193,23 +210,46 @@ class ParallelMetaLAMixer(nn.Module):
         if (group := context_group()) is not None:
             by_row = (y.view(rows, -1, *y.shape[2:]) for y in (gate_logits, v))
             state = incoming_state(*by_row, self.options.tau, group, cu_seqlens)
+        operate = Rerun(
+            partial(self._operate, rows, use_cache, cu_seqlens),
+            (q, gate_logits, v, self.aug_balance, out_gate, self.out_gate_bias, state),
+            is_on=recompute == "most",
+        )
+        out, state = operate.first()
+        with recomputed(out, operate.again if recompute == "most" else None, self.out_proj.weight):
+            output, _ = self.out_proj(out)
+        return output, (conv_state, state) if use_cache else None
+
+    def _operate(
+        self,
+        rows: int,
+        output_final_state: bool,
+        cu_seqlens: torch.Tensor | None,
+        q: torch.Tensor,
+        gate_logits: torch.Tensor,
+        v: torch.Tensor,
+        aug: torch.Tensor | None,
+        out_gate: torch.Tensor,
+        out_gate_bias: torch.Tensor,
+        initial_state: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Returns the operator's output for b rows, its heads side by side, and its final state."""
         out, state = meta_linear_attention(
             q,
             gate_logits,
             v,
-            self.aug_balance,
+            aug,
             out_gate,
-            out_gate_bias=self.out_gate_bias,
+            out_gate_bias=out_gate_bias,
             tau=self.options.tau,
             norm_eps=self.options.output_norm_eps,
-            initial_state=state,
-            output_final_state=use_cache,
+            initial_state=initial_state,
+            output_final_state=output_final_state,
             cu_seqlens=cu_seqlens,
             backend=self.options.backend,
         )
         out = out.flatten(-2).view(rows, -1, self.num_heads * self.value_width)
-        output, _ = self.out_proj(self._swapped(out))
-        return output, (conv_state, state) if use_cache else None
+        return self._swapped(out).contiguous(), state
 
     def _swapped(self, x: torch.Tensor) -> torch.Tensor:
         """Returns [s, b, ...] as [b, s, ...] or the reverse, with sequence parallelism alone."""

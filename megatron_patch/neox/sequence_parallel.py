@@ -17,24 +17,31 @@ import torch.nn.functional as F
 from megatron_patch.architecture import METALA, SOFTMAX_TYPES, MetaLAOptions, refuse
 from megatron_patch.architecture_neox import expand_attention_config
 from megatron_patch.neox.patching import has_metala_layers, replace
-from megatron_patch.neox.recompute import recomputed
+from megatron_patch.neox.recompute import Compute, recomputed
 from megatron_patch.neox.token_groups import context_size, is_sequence_parallel
 
 
-def column_parallel(linear: torch.nn.Module, x: torch.Tensor, recompute: bool) -> torch.Tensor:
+def column_parallel(
+    linear: torch.nn.Module, x: torch.Tensor, keep_gathered: bool, again: Compute | None
+) -> torch.Tensor:
     """Returns the product of GPT-NeoX's `ColumnParallelLinear`, which has no bias, and x [s, b, h].
 
-    With sequence parallelism x is [s / tp, b, h]. With `recompute` too, only that is kept, and the
-    backward pass gathers the tokens again, as in Megatron-LM. GPT-NeoX keeps them gathered, which
-    is all that not splitting them would cost.
+    Args:
+        x: with sequence parallelism [s / tp, b, h].
+        keep_gathered: with sequence parallelism, whether to keep the gathered tokens for the
+            backward pass, as GPT-NeoX does, which is all that not splitting them would cost.
+            Otherwise they are gathered again, as in Megatron-LM.
+        again: computes x again; without it x is kept.
     """
-    if not (linear.sequence_parallel and recompute):
-        return linear(x)[0]
+    if not linear.sequence_parallel or keep_gathered:
+        with recomputed(x, again):
+            return linear(x)[0]
     from megatron import mpu
 
-    gather, own = mpu.gather_from_sequence_parallel_region, x.detach()
+    gather = mpu.gather_from_sequence_parallel_region
     whole = gather(x)
-    with recomputed(whole, lambda: gather(own)):
+    own = None if again else x.detach()
+    with recomputed(whole, lambda: gather(again() if again else own)):
         return F.linear(whole, linear.weight)
 
 

@@ -22,7 +22,7 @@ from benchmark_training import (
     ROOT,
     Measurement,
     measure,
-    measure_llama,
+    measure_peer,
     report,
     training_settings,
     write_data,
@@ -72,7 +72,7 @@ def run(model: str, length: int, options: argparse.Namespace) -> Measurement:
             data = write_data(Path(work))
             return measure(need_neox(), {**settings, **data}, Path(work), "metala")
     # Attention takes seconds a step at 131,072 tokens.
-    return measure_llama(settings, steps=20 if length <= 8192 else 3)
+    return measure_peer("llama", settings, steps=20 if length <= 8192 else 3)
 
 
 def draw(found: dict[str, dict], lengths: list[int], path: Path) -> None:

@@ -2,21 +2,25 @@
 """Times training steps in GPT-NeoX, beside models of the same size with softmax attention.
 
     python scripts/benchmarks/benchmark_training.py                                # one GPU
+    python scripts/benchmarks/benchmark_training.py --models metala llama gla \\
+        --recompute nothing cheap most                                             # and memory
     python scripts/benchmarks/benchmark_training.py --micro-batch 1 --length 32768 --models metala
     python scripts/benchmarks/benchmark_training.py --gpus 2                       # data parallel
     python scripts/benchmarks/benchmark_training.py --gpus 2 --tensor-parallel 2
 
 Prints, for each model: milliseconds of a step (mean, fastest and slowest interval), tokens per
 second of all GPUs, the memory that PyTorch reserved on the first GPU, and parameters. Then MetaLA's
-speed and memory divided by each of the others'.
+speed and memory divided by each of the others'. `--recompute` gives a row to each of these values
+of `metala.recompute`.
 
 It needs a linked GPT-NeoX checkout (`GPT_NEOX_PATH`, or the one of scripts/setup.sh). The stock
 `deepy.py train.py` trains on random tokens with the settings of `--config`, without accumulation.
 The numbers are those that GPT-NeoX prints after the first ten iterations. `documents` is `metala`
 with `reset_at_document`; its documents have 1,024 tokens. `attention` has
 GPT-NeoX's attention of type `flash` where flash-attn is installed, else `global`, with rotary
-positions and MLPs of the same width. `llama` is no GPT-NeoX: llama_step.py trains a compiled LLaMA
-in a bare loop, on one GPU.
+positions and MLPs of the same width. `llama` and `gla` are no GPT-NeoX: peer_step.py trains them in
+a bare loop, on one GPU. `gla` needs flash-linear-attention and takes minutes before its first step.
+It is measured where `--models` names it.
 """
 
 from __future__ import annotations
@@ -37,6 +41,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from peer_step import PEERS
 
 from convert.command import ConvertError, need_neox
 from megatron_patch.architecture import SettingsError
@@ -53,11 +58,13 @@ from megatron_patch.indexed_dataset import IndexedDatasetWriter
 from megatron_patch.neox.yaml_config import merge_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
-MODELS = ("metala", "documents", "attention", "llama")
+MODELS = ("metala", "documents", "attention", *PEERS)
+LEVELS = ("nothing", "cheap", "most")
 TOKENS = 32_000
 INTERVAL = 10  # GPT-NeoX prints the mean time of so many iterations; the first mean is left out
 TIME = re.compile(r"elapsed time per iteration \(ms\): (\S+) \|")
 MEMORY = re.compile(r"\| max reserved: (\S+)")
+GRAPHS = re.compile(r"^.*MetaLA: (CUDA graphs .*)$", re.MULTILINE)
 PARAMETERS = re.compile(r"number of parameters on model parallel rank 0: (\d+)")
 
 
@@ -168,6 +175,8 @@ def measure(
     if done.returncode:
         print(*done.stdout.splitlines()[-40:], sep="\n", file=sys.stderr)
         raise CommandError(f"training {name} failed with exit code {done.returncode}")
+    for line in GRAPHS.findall(done.stdout):  # says how much memory they take
+        print(f"  {line}")
     times = [float(time) for time in TIME.findall(done.stdout)][1:]
     tokens = settings["train_batch_size"] * settings["seq_length"]
     return Measurement(
@@ -178,8 +187,8 @@ def measure(
     )
 
 
-def measure_llama(settings: dict[str, Any], steps: int = 20) -> Measurement:
-    """Runs llama_step.py for the sizes of a model in GPT-NeoX."""
+def measure_peer(model: str, settings: dict[str, Any], steps: int = 20) -> Measurement:
+    """Runs peer_step.py for the sizes of a model in GPT-NeoX."""
     sizes = {
         "layers": settings["num_layers"],
         "width": settings["hidden_size"],
@@ -191,8 +200,9 @@ def measure_llama(settings: dict[str, Any], steps: int = 20) -> Measurement:
         "steps": steps,
     }
     flags = [str(part) for name, size in sizes.items() for part in (f"--{name}", size)]
-    script = Path(__file__).with_name("llama_step.py")
-    done = subprocess.run([sys.executable, script, *flags], capture_output=True, text=True)
+    script = Path(__file__).with_name("peer_step.py")
+    command = [sys.executable, script, "--model", model, *flags]
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise CommandError(f"{script.name} failed: {done.stderr.strip().splitlines()[-1]}")
     found = json.loads(done.stdout.splitlines()[-1])
@@ -212,7 +222,17 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--length", type=whole(1), help="tokens (default: as in --config)")
     parser.add_argument("--steps", type=whole(2 * INTERVAL), default=40, help="default: 40")
     parser.add_argument(
-        "--models", nargs="+", type=one_of(MODELS), help=f"of {', '.join(MODELS)} (default: all)"
+        "--models",
+        nargs="+",
+        type=one_of(MODELS),
+        default=[name for name in MODELS if name != "gla"],
+        help=f"of {', '.join(MODELS)} (default: all but gla)",
+    )
+    parser.add_argument(
+        "--recompute",
+        nargs="+",
+        type=one_of(LEVELS),
+        help=f"of {', '.join(LEVELS)} (default: as in --config)",
     )
     options = parser.parse_args(argv)
     if options.gpus % options.tensor_parallel:
@@ -231,32 +251,45 @@ def main(argv: list[str] | None = None) -> None:
         f"{settings['seq_length']:,} tokens a step",
         flush=True,
     )
-    wanted = options.models or MODELS
     kind = "flash" if find_spec("flash_attn") else "global"
-    apart = {**(settings.get("metala") or {}), "reset_at_document": True}
-    models = {
-        "metala": settings,
-        "documents": {**settings, "metala": apart},
+    own = settings.get("metala") or {}
+    models = {"metala": settings}
+    if options.recompute:
+        models = {
+            f"metala, {level}": {**settings, "metala": {**own, "recompute": level}}
+            for level in options.recompute
+        }
+    models |= {
+        "documents": {**settings, "metala": {**own, "reset_at_document": True}},
         f"attention, {kind}": with_attention(settings, kind),
     }
-    models = {name: model for name, model in models.items() if name.split(",")[0] in wanted}
+    models = {name: model for name, model in models.items() if name.split(",")[0] in options.models}
     head = f"{'':<20}{'step':>12}{'intervals':>20}{'tokens/s':>12}{'memory':>11}"
     print(f"{head}{'parameters':>14}")
-    found = {}
+    found, failures = {}, []
     with tempfile.TemporaryDirectory() as work:
         data = write_data(Path(work))
         for name, model in models.items():
-            one = measure(checkout, {**model, **data}, Path(work), name.split(",")[0])
-            found[name] = one
-            report(name, one)
-    if "llama" in wanted and options.gpus == 1 and torch.cuda.is_available():
-        found["llama, compiled"] = measure_llama(settings)
-        report("llama, compiled", found["llama, compiled"])
-    ours = found.pop("metala", None)
-    for name, other in found.items() if ours else ():
-        speed = ours.tokens_per_second / other.tokens_per_second
-        memory = ours.gigabytes / other.gigabytes if other.gigabytes else float("nan")
-        print(f"{f'metala / {name}':<52}{speed:>12.2f}{memory:>8.2f}")
+            found[name] = measure(checkout, {**model, **data}, Path(work), name)
+            report(name, found[name])
+    peers = [name for name in PEERS if name in options.models]
+    if peers and (options.gpus > 1 or not torch.cuda.is_available()):
+        print(f"{', '.join(peers)}: not measured, wanted one GPU")
+        peers = []
+    for name in peers:
+        try:
+            found[name] = measure_peer(name, settings)
+            report(name, found[name])
+        except CommandError as error:  # the others are compared all the same
+            failures.append(error)
+    ours = {name: found.pop(name) for name in list(found) if name.split(",")[0] == "metala"}
+    for name, other in found.items():
+        for own_name, own in ours.items():
+            speed = own.tokens_per_second / other.tokens_per_second
+            memory = own.gigabytes / other.gigabytes if other.gigabytes else float("nan")
+            print(f"{f'{own_name} / {name}':<52}{speed:>12.2f}{memory:>8.2f}")
+    if failures:
+        raise failures[0]
 
 
 def report(name: str, one: Measurement) -> None:

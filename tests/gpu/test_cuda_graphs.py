@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from megatron_patch.neox.cuda_graphs import WARM_UP, LayerGraphs
+from megatron_patch.neox.recompute import Rerun, recomputed
 from megatron_patch.ops import meta_linear_attention, short_convolution
 
 pytestmark = [
@@ -34,27 +37,49 @@ class Layer(nn.Module):
 class MixingLayer(Layer):
     """A layer of two heads whose convolution and state begin anew in each document."""
 
+    recomputes = False
+
     def __init__(self, number: int):
         super().__init__(number)
         self.convolution = nn.Parameter(torch.randn(SHAPE[-1], 1, 4))
         self.aug = nn.Parameter(torch.randn(2, 32))
         self.bias = nn.Parameter(torch.randn(2, 64))
         self.projection = nn.Linear(SHAPE[-1], 2 * (32 + 32 + 64 + 64), bias=False)
+        self.output = nn.Linear(SHAPE[-1], SHAPE[-1], bias=False)
 
     def compute(self, x, cu_seqlens=None):
         rows = x.transpose(0, 1).reshape(1, -1, SHAPE[-1])
-        rows, _ = short_convolution(rows, self.convolution, cu_seqlens=cu_seqlens)
-        heads = self.projection(rows).unflatten(-1, (2, -1)).split([32, 32, 64, 64], -1)
-        out, _ = meta_linear_attention(
-            *heads[:3],
-            self.aug,
-            heads[3],
-            out_gate_bias=self.bias,
-            cu_seqlens=cu_seqlens,
-            backend="triton",
-        )
-        mixed = out.reshape(x.shape[1], x.shape[0], SHAPE[-1]).transpose(0, 1)
+
+        def convolve(rows):
+            return short_convolution(rows, self.convolution, cu_seqlens=cu_seqlens)[0]
+
+        def operate(q, gate_logits, v, aug, out_gate, bias):
+            out, _ = meta_linear_attention(
+                q,
+                gate_logits,
+                v,
+                aug,
+                out_gate,
+                out_gate_bias=bias,
+                cu_seqlens=cu_seqlens,
+                backend="triton",
+            )
+            return (out.flatten(-2),)
+
+        convolved = convolve(rows)
+        with recomputed(convolved, partial(convolve, rows.detach()) if self.recomputes else None):
+            heads = self.projection(convolved).unflatten(-1, (2, -1)).split([32, 32, 64, 64], -1)
+        operate = Rerun(operate, (*heads[:3], self.aug, heads[3], self.bias), self.recomputes)
+        (out,) = operate.first()
+        with recomputed(out, operate.again if self.recomputes else None):
+            mixed = self.output(out).view(x.shape[1], x.shape[0], SHAPE[-1]).transpose(0, 1)
         return super().compute(x + mixed)
+
+
+class RecomputingLayer(MixingLayer):
+    """Computes convolution and operator again in the backward pass, as `recompute: most` does."""
+
+    recomputes = True
 
 
 class Model:
@@ -232,6 +257,14 @@ def test_bits_with_documents_of_every_number():
             assert not torch.equal(found[0], other[0])
     assert graphs.by_graph == LAYERS * sum(count <= 20 for count in counts[WARM_UP:])
     assert len(graphs.lines) == 2 and "room for 20 documents" in graphs.lines[1]
+
+
+def test_bits_where_the_backward_pass_computes_again():
+    graphs, plain = Model(True, kind=RecomputingLayer), Model(False, kind=MixingLayer)
+    for seed in range(WARM_UP + 3):
+        assert_equal(step(graphs, seed), step(plain, seed))
+        assert_equal(graphs.gradients(), plain.gradients())
+    assert graphs.by_graph == 3 * LAYERS
 
 
 def test_documents_of_two_forward_passes_before_a_backward_pass():

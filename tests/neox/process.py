@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 import textwrap
 from pathlib import Path
 
@@ -38,15 +39,19 @@ class NeoXProcess:
     def __init__(self, checkout: Path, folder: Path):
         self.checkout, self.answer = checkout, folder / "answer"
 
-    def __call__(self, settings: dict, code: str):
+    def __call__(self, settings: dict, code: str, interpret_triton: bool = False):
         """Runs `code`, which finds `neox_args`, `NeoXArgs`, `settings`, `json` and `torch`, and
-        returns the value that it passes to `answer`."""
+        returns the value that it passes to `answer`. Triton's interpreter can be chosen only before
+        GPT-NeoX is imported, so that takes a process of its own."""
         self.answer.unlink(missing_ok=True)
         rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "CUDA_VISIBLE_DEVICES": ""}
         store = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        python = fork_server(self.checkout).python
+        if interpret_triton:
+            python, rank["TRITON_INTERPRET"] = sys.executable, "1"
         given = {"NEOX_SETTINGS": json.dumps(settings), "NEOX_ANSWER": str(self.answer)}
         run = subprocess.run(
-            [fork_server(self.checkout).python, "-c", PRELUDE + textwrap.dedent(code)],
+            [python, "-c", PRELUDE + textwrap.dedent(code)],
             cwd=self.checkout,
             env={**os.environ, "OMP_NUM_THREADS": "1", **rank, **store, **given},
             stdout=subprocess.PIPE,

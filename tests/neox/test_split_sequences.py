@@ -155,6 +155,7 @@ def one(train) -> Training:
 
 
 CONTEXT = {"metala": {"context_parallel_size": 2}}
+MOST = {"recompute": "most"}
 
 
 def zero(stage: int) -> dict:
@@ -164,11 +165,20 @@ def zero(stage: int) -> dict:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"num_gpus": 2, "checkpoint_activations": True, **zero(1)},
+        {
+            "num_gpus": 2,
+            "checkpoint_activations": True,
+            "metala": {"context_parallel_size": 2, **MOST},
+            **zero(1),
+        },
         {"num_gpus": 4, "gradient_accumulation_steps": 2, **zero(2)},
-        {"num_gpus": 4, "model_parallel_size": 2},
+        {
+            "num_gpus": 4,
+            "model_parallel_size": 2,
+            "metala": {"context_parallel_size": 2, **MOST},
+        },
         {"num_gpus": 4, "pipe_parallel_size": 2},
-        {"num_gpus": 4, "metala": {"context_parallel_size": 4}, **zero(3)},
+        {"num_gpus": 4, "metala": {"context_parallel_size": 4, **MOST}, **zero(3)},
     ],
     ids=["ZeRO 1, recomputed", "data, ZeRO 2", "tensor", "pipeline", "of four, ZeRO 3"],
 )
@@ -195,16 +205,17 @@ def one_hybrid(train) -> Training:
 
 
 def test_sequence_parallel_ranks_train_as_one(train, one_hybrid):
-    """And each of two ranks keeps half as much."""
-    training = train(num_gpus=2, **SEQUENCE, **HYBRID)
-    training.assert_equal(one_hybrid)
+    """And each of two ranks keeps half as much, and with `recompute: most` less than a quarter."""
     [*_, whole] = one_hybrid.ranks[0]
-    for *_, kept in training.ranks:
-        assert 2 * kept < whole
+    for metala, parts in (({}, 2), (MOST, 4)):
+        training = train(num_gpus=2, metala=metala, **SEQUENCE, **HYBRID)
+        training.assert_equal(one_hybrid)
+        for *_, kept in training.ranks:
+            assert parts * kept < whole
 
 
 def test_sequence_parallel_stages_train_as_one(train, one_hybrid):
-    changes = {"pipe_parallel_size": 2, "checkpoint_activations": True, **zero(1)}
+    changes = {"pipe_parallel_size": 2, "checkpoint_activations": True, "metala": MOST, **zero(1)}
     train(num_gpus=4, **SEQUENCE, **HYBRID, **changes).assert_equal(one_hybrid)
 
 

@@ -120,6 +120,7 @@ CASES = [
     ("benchmark_training.py", "--tensor-parallel 0", "--tensor-parallel: found 0, wanted"),
     ("benchmark_training.py", "--tensor-parallel 2", "--gpus: found 1, wanted a multiple of"),
     ("benchmark_training.py", "--micro-batch -2", "--micro-batch: found -2, wanted a whole number"),
+    ("benchmark_training.py", "--recompute all", "--recompute: found all, wanted "),
     ("benchmark_training.py", "--steps 19", "--steps: found 19, wanted a whole number from 20"),
     *(
         pytest.param(f"benchmark_{name}.py", "", "found no CUDA device, wanted one", marks=NO_GPU)
