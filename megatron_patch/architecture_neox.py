@@ -75,6 +75,7 @@ GPT_NEOX_DEFAULTS = {
     "rpe_num_buckets": 32,
     "scalenorm_epsilon": 1e-8,
     "tokenizer_type": "GPT2BPETokenizer",
+    "train_impl": "normal",
     "use_bias_in_attn_linear": True,
     "use_bias_in_mlp": True,
 }
@@ -307,6 +308,7 @@ EXPORTED = {
     "moe_num_experts": (1,),
     "use_mup": (False,),
     "pos_emb": ("none",),
+    "train_impl": ("normal", "dpo", "kto"),  # a reward model has another head
 }
 EXPORTED_WITH_ATTENTION = {
     "pos_emb": ("none", "rotary"),

@@ -1,0 +1,240 @@
+"""Fine-tuning on labelled documents, DPO, KTO and reward models: real trainings against the losses
+that the exported Hugging Face models have on the same samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from convert import reshape_neox
+from megatron_patch.hf import MetaLAForCausalLM
+from megatron_patch.indexed_dataset import IndexedDatasetWriter
+from tests.conftest import VOCABULARY
+from tests.neox.conversion import convert, export
+from tests.neox.training import Run, settings, train, train_once
+
+LENGTH, BATCH, STEPS = 48, 4, 4
+PARTS = ("train", "valid", "test")
+RUN = {
+    "seq_length": LENGTH,
+    "max_position_embeddings": LENGTH,
+    "train_micro_batch_size_per_gpu": BATCH,
+    "train_iters": STEPS,
+    "lr_decay_iters": STEPS,
+    "checkpoint_factor": 1,
+    "init_method_std": 0.1,
+    "data_path": None,
+    "pack_impl": "unpacked",
+    "warmup": 0.0,
+}
+
+
+def write(prefix: Path, documents: list[np.ndarray], dtype: str = "<i4") -> None:
+    """A .bin/.idx pair of any numbers, those below zero too."""
+    with IndexedDatasetWriter(prefix, VOCABULARY) as writer:
+        writer.dtype = np.dtype(dtype)
+        for document in documents:
+            writer.add_document(np.zeros(len(document), int))
+    np.concatenate(documents).astype(dtype).tofile(f"{prefix}.bin")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """A folder of data sets. Each document is a prompt, which has no labels, and an answer that
+    counts up (`chosen`) or down (`rejected`) and ends with <|endoftext|>, 0. Labels of a reward
+    model are in `end`. Some documents are longer than a sample."""
+    folder, rng = tmp_path_factory.mktemp("post_training"), np.random.default_rng(0)
+    sets: dict[str, list] = {}
+    for i in range(24):
+        prompt = rng.integers(1, VOCABULARY, rng.integers(3, 12))
+        for name, step in (("chosen", 1), ("rejected", -1)):
+            answer = (prompt[-1] + step * np.arange(1, rng.integers(5, 45))) % VOCABULARY
+            document = np.concatenate([prompt, answer, [0]])
+            labels = np.where(np.arange(len(document)) < len(prompt), -100, document)
+            ends = np.full(len(document), -100)
+            ends[min(len(document), LENGTH) - 1] = 0
+            for kind, values in (("", document), ("_label", labels), ("_end", ends)):
+                sets.setdefault(name + kind, []).append(values)
+    for name, documents in sets.items():
+        write(folder / name, documents)
+    mixed = slice(0, 12)
+    for kind in ("", "_label"):
+        write(folder / f"mixed{kind}", sets[f"chosen{kind}"][mixed] + sets[f"rejected{kind}"][mixed])
+    write(folder / "mixed_reward", [np.array([1])] * 12 + [np.array([-1])] * 12)
+    return folder
+
+
+def paths(data: Path, sign: str, kind: str, name: str) -> dict:
+    return {f"{sign}{part}{kind}_data_paths": [str(data / name)] for part in PARTS}
+
+
+def labelled(data: Path) -> dict:
+    return {**paths(data, "", "", "mixed"), **paths(data, "", "_label", "mixed_label")}
+
+
+def pairs(data: Path, labels: str = "label") -> dict:
+    found = {"dataset_impl": "pairwise"}
+    for sign, name in (("pos_", "chosen"), ("neg_", "rejected")):
+        found |= paths(data, sign, "", name)
+        found |= paths(data, sign, "_label", f"{name}_{labels}")
+    return found
+
+
+# ---- Samples
+
+READ = """
+from megatron.data.data_utils import build_train_valid_test_data_loaders
+loader = build_train_valid_test_data_loaders(neox_args)["train"]
+answer([{key: value.tolist() for key, value in batch.items()} for batch in loader])
+"""
+
+
+@pytest.fixture
+def config(data, tokenizer_file) -> dict:
+    return {**settings(data, tokenizer_file), **RUN}
+
+
+def documents(data: Path, name: str) -> list[list[int]]:
+    from megatron_patch.indexed_dataset import IndexedDataset
+
+    return [d.tolist() for d in IndexedDataset(data / name)]
+
+
+@pytest.mark.parametrize("packing", ["unpacked", "pack_until_overflow"])
+def test_padded_samples_hold_their_documents_and_no_more(in_neox, config, data, packing):
+    config |= {**labelled(data), "pack_impl": packing, "train_iters": 12}
+    known, labels = documents(data, "mixed"), documents(data, "mixed_label")
+    seen = 0
+    for batch in in_neox(config, READ):
+        for row, marks in zip(batch["text"], batch["label"], strict=True):
+            assert len(row) == len(marks) == LENGTH + 1
+            while len(row) > 3:
+                fits = [i for i, d in enumerate(known) if row[: len(d)] == d[: len(row)]]
+                if not fits:
+                    break
+                (i,) = fits
+                assert marks[: len(labels[i])] == labels[i][: len(marks)]
+                row, marks, seen = row[len(known[i]) :], marks[len(known[i]) :], seen + 1
+            assert set(row) <= {1} and set(marks) <= {-100}  # 0 would end a document
+    assert seen >= 48
+
+
+# ---- Trainings
+
+
+@pytest.fixture(scope="module")
+def base(neox_checkout, data, tokenizer_file, make_once) -> tuple[Run, Path]:
+    """A fine-tuning on labelled documents, and the folder of its checkpoints. The other trainings
+    start from it."""
+    config = {**settings(data, tokenizer_file), **RUN, **labelled(data)}
+    run, folder = train_once(make_once, "post-training-base", neox_checkout, config)
+    return run, folder / "checkpoints"
+
+
+@pytest.fixture(scope="module")
+def exported(neox_checkout, tmp_path_factory) -> Callable[[Path, int], MetaLAForCausalLM]:
+    """Function: the Hugging Face model of a checkpoint."""
+
+    def load(checkpoints: Path, step: int) -> MetaLAForCausalLM:
+        folder = tmp_path_factory.mktemp("hf") / "model"
+        export(neox_checkout, checkpoints, folder, "--iteration", step)
+        return MetaLAForCausalLM.from_pretrained(folder).eval()
+
+    return load
+
+
+def log_probabilities(
+    model: MetaLAForCausalLM, batch: dict, text: str, label: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the labels of a batch, 0 where there is none: [b, s], and where there is one."""
+    tokens, labels = (torch.tensor(batch[key]) for key in (text, label))
+    with torch.no_grad():
+        logp = model(tokens[:, :-1], use_cache=False).logits.log_softmax(-1)
+    labels = labels[:, 1:]
+    return logp.gather(2, labels.clamp(min=0)[..., None])[..., 0] * (labels >= 0), labels >= 0
+
+
+def test_fine_tuning_has_the_loss_of_its_labels(in_neox, config, data, base, exported):
+    run, checkpoints = base
+    batches = in_neox({**config, **labelled(data)}, READ)
+    for step in (1, 2):
+        model, batch = exported(checkpoints, step - 1), batches[step - 1]
+        logp, counts = log_probabilities(model, batch, "text", "label")
+        assert run.losses[step] == pytest.approx((-logp.sum() / counts.sum()).item(), abs=1e-5)
+    assert run.losses[STEPS] < run.losses[1]
+
+
+BETA = 0.5
+
+
+def objective(data: Path, base: Path, kind: str) -> dict:
+    """The settings of a preference training that starts from the checkpoints `base`."""
+    changes = {"train_impl": kind, "dpo_beta": BETA, "kto_beta": BETA}
+    changes |= {"load": str(base), "finetune": True}
+    if kind == "kto":
+        return {**changes, **labelled(data), **paths(data, "", "_reward", "mixed_reward")}
+    return {**changes, **pairs(data, "end" if kind == "rm" else "label")}
+
+
+@pytest.fixture(scope="module")
+def trained(neox_checkout, data, tokenizer_file, base, make_once):
+    """Function: a preference training from the fine-tuned model, and the folder of its
+    checkpoints."""
+
+    def run(kind: str, **changes) -> tuple[Run, Path]:
+        config = {**settings(data, tokenizer_file), **RUN, **objective(data, base[1], kind)}
+        name = "-".join(["post-training", kind, *changes])
+        found, folder = train_once(make_once, name, neox_checkout, {**config, **changes})
+        return found, folder / "checkpoints"
+
+    return run
+
+
+def dpo_loss(policy: MetaLAForCausalLM, reference: MetaLAForCausalLM | None, batch: dict):
+    """arXiv 2305.18290, equation 7."""
+
+    def margin(model: MetaLAForCausalLM) -> torch.Tensor:
+        chosen, rejected = (
+            log_probabilities(model, batch, sign, f"{sign}_label")[0].sum(1)
+            for sign in ("pos", "neg")
+        )
+        return chosen - rejected
+
+    ratio = margin(policy) - (0 if reference is None else margin(reference))
+    return -F.logsigmoid(BETA * ratio).mean()
+
+
+def kto_loss(policy: MetaLAForCausalLM, reference: MetaLAForCausalLM, batch: dict):
+    """arXiv 2402.01306, equation 8, with the mean of the other half of the batch for the reference
+    point z, and each sample's part of it at least 0, as in GPT-NeoX."""
+    ratio = sum(
+        sign * log_probabilities(model, batch, "text", "label")[0].sum(1)
+        for sign, model in ((1, policy), (-1, reference))
+    )
+    reward = torch.tensor(batch["reward"])[:, 0]
+    halves = ratio.chunk(2)
+    z = torch.cat([half.clamp(min=0).mean().expand(len(half)) for half in halves[::-1]])
+    return 0.5 * (1 - torch.sigmoid(BETA * reward * (ratio - z))).mean() * 2
+
+
+LOSSES = {"dpo": dpo_loss, "kto": kto_loss}
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_preferences_have_the_loss_of_their_formula(
+    in_neox, config, data, base, trained, exported, kind
+):
+    run, checkpoints = trained(kind)
+    batches = in_neox({**config, **objective(data, base[1], kind)}, READ)
+    reference = exported(base[1], STEPS)
+    for step in (1, 2, STEPS):
+        policy = exported(checkpoints, step - 1)
+        loss = LOSSES[kind](policy, reference, batches[step - 1])
+        assert run.losses[step] == pytest.approx(loss.item(), abs=1e-5)
+    print(run.losses)
+    assert run.losses[STEPS] < run.losses[1]
