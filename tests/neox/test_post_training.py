@@ -238,3 +238,77 @@ def test_preferences_have_the_loss_of_their_formula(
         assert run.losses[step] == pytest.approx(loss.item(), abs=1e-5)
     print(run.losses)
     assert run.losses[STEPS] < run.losses[1]
+
+
+# A batch through GPT-NeoX's own step in float64: the largest differences of the loss and of the
+# gradients from those of the formula.
+STEP = """
+    from functools import partial
+    from torch.nn.functional import logsigmoid
+    from megatron import training
+    kind, beta = neox_args.train_impl, neox_args.dpo_beta
+    torch.manual_seed(0)
+    model, reference = (training.get_model(neox_args).double() for _ in range(2))
+    for one in (model, reference):
+        one.set_batch_fn(partial(training.get_batch_sequential, neox_args=neox_args))
+    text = torch.randint(2, 512, (8, 49))
+    text[:, 30] = neox_args.tokenizer.eod
+    labels = torch.where(torch.rand(8, 49) < 0.5, text, -100)
+    if kind == "rm":
+        labels = torch.full_like(text, -100).scatter(1, torch.randint(1, 49, (8, 1)), 7)
+    rewards = torch.tensor([1.0, -1, 1, 1, -1, 1, -1, -1])
+    padded = rewards[:, None] * (torch.arange(49) < 40)
+    batch = {"text": text, "label": labels, "reward": padded}
+    batch |= {f"{sign}{key}": value for i, sign in enumerate(("pos", "neg"))
+              for key, value in (("", text.chunk(2)[i]), ("_label", labels.chunk(2)[i]))}
+    loss, metrics = training.forward_step(
+        iter([batch]), model, neox_args, None, is_train=True, reference_model=reference
+    )
+    loss.backward()
+    found = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+
+    def outputs(one):
+        batch = training._get_batch(neox_args, None, ["text"], {"text": text}, torch.int64)
+        return one((batch[0], batch[4], batch[3]))
+
+    counts = labels[:, 1:] >= 0
+
+    def logp(one):
+        logits = outputs(one).log_softmax(-1)
+        return (logits.gather(2, text[:, 1:, None])[..., 0] * counts).sum(1)
+
+    if kind == "rm":
+        chosen, rejected = outputs(model)[..., 0][counts].chunk(2)
+        wanted = -logsigmoid(chosen - rejected).mean()
+    else:
+        with torch.no_grad():
+            known = logp(reference)
+        ratio = logp(model) - known
+        if kind == "dpo":
+            chosen, rejected = ratio.chunk(2)
+            wanted = -logsigmoid(beta * (chosen - rejected)).mean()
+        else:
+            z = [half.detach().clamp(min=0).mean().expand(4) for half in ratio.chunk(2)]
+            wanted = (1 - torch.sigmoid(beta * rewards * (ratio - torch.cat(z[::-1])))).mean()
+    wanted.backward()
+    largest = max(p.grad.abs().max() for p in model.parameters())
+    apart = max((p.grad - g).abs().max() for p, g in zip(model.parameters(), found))
+    answer([(loss - wanted).abs().item(), (apart / largest).item(), largest.item()])
+"""
+MODELS = {
+    "metala": {},
+    "documents": {"metala": {"reset_at_document": True}},
+    "hybrid": {"attention_config": ["global", "metala"], "pos_emb": "rotary"},
+    "tied": {"no_weight_tying": False},
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [(kind, name) for kind in ("dpo", "kto", "rm") for name in MODELS if (kind, name) != ("rm", "tied")],
+)
+def test_gradients_are_those_of_the_formula(in_neox, config, data, kind, name):
+    changes = {"dpo_fp32": False, "kto_fp32": False, **MODELS[name]}
+    loss, gradients, largest = in_neox({**config, **objective(data, data, kind), **changes}, STEP)
+    assert loss < 1e-10 and gradients < 1e-10 and largest > 1e-3
