@@ -136,6 +136,7 @@ def from_neox(settings: Any, padded_vocab_size: int | None = None) -> Architectu
         norm_eps=getattr(settings, epsilon),
         tied=not settings.no_weight_tying,
         init_std=settings.init_method_std,
+        rewards=settings.train_impl == "rm",
         metala=MetaLAOptions.parse(settings.metala),
         layer_types=tuple(layer_types) if others else (),
         attention=_attention_from_neox(settings, others) if others else None,
@@ -308,7 +309,6 @@ EXPORTED = {
     "moe_num_experts": (1,),
     "use_mup": (False,),
     "pos_emb": ("none",),
-    "train_impl": ("normal", "dpo", "kto"),  # a reward model has another head
 }
 EXPORTED_WITH_ATTENTION = {
     "pos_emb": ("none", "rotary"),

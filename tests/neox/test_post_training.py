@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import AutoModelForSequenceClassification
 
 from convert import reshape_neox
 from megatron_patch.hf import MetaLAForCausalLM
@@ -312,3 +313,69 @@ def test_gradients_are_those_of_the_formula(in_neox, config, data, kind, name):
     changes = {"dpo_fp32": False, "kto_fp32": False, **MODELS[name]}
     loss, gradients, largest = in_neox({**config, **objective(data, data, kind), **changes}, STEP)
     assert loss < 1e-10 and gradients < 1e-10 and largest > 1e-3
+
+
+# ---- Layouts, going on, export
+
+
+def test_a_reward_model_is_exported(neox_checkout, in_neox, config, data, base, trained, tmp_path):
+    """Its head too, equal to GPT-NeoX's model; it has the loss of its training."""
+    run, checkpoints = trained("rm")
+    batches = in_neox({**config, **objective(data, base[1], "rm")}, READ)
+    for step in (1, STEPS):
+        folder = tmp_path / f"hf{step}"
+        export(neox_checkout, checkpoints, folder, "--iteration", step - 1, "--verify")
+        model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+        rewards = []
+        for sign in ("pos", "neg"):
+            tokens, labels = (torch.tensor(batches[step - 1][f"{sign}{key}"]) for key in ("", "_label"))
+            lengths = (labels >= 0).int().argmax(1)
+            mask = torch.arange(LENGTH + 1) < lengths[:, None]
+            with torch.no_grad():
+                rewards.append(model(tokens, attention_mask=mask.int()).logits[:, 0])
+        loss = -F.logsigmoid(rewards[0] - rewards[1]).mean()
+        assert run.losses[step] == pytest.approx(loss.item(), abs=1e-5)
+    assert "reward model" in (folder / "README.md").read_text()
+
+
+def reshape(checkout: Path, checkpoints: Path, step: int, output: Path) -> None:
+    """Splits a checkpoint over two tensor-parallel ranks."""
+    convert(
+        reshape_neox, checkout,
+        "--checkpoint", checkpoints, "--iteration", step, "--output", output,
+        "--tensor-parallel", 2, "--pipeline-parallel", 0,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["dpo", "kto", "rm"])
+def test_two_tensor_parallel_ranks_train_alike(
+    neox_checkout, data, tokenizer_file, base, trained, tmp_path, kind
+):
+    wanted, checkpoints = trained(kind)
+    # The head of a reward model is new, so its first weights are taken from its own run.
+    start = (checkpoints, 0) if kind == "rm" else (base[1], STEPS)
+    reshape(neox_checkout, *start, tmp_path / "start")
+    changes = {**RUN, **objective(data, tmp_path / "start", kind), "num_gpus": 2}
+    run = train(neox_checkout, settings(data, tokenizer_file, tp=2, **changes), tmp_path)
+    assert run.losses == pytest.approx(wanted.losses, abs=1e-5)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_two_data_parallel_ranks_with_zero_train_alike(
+    neox_checkout, data, tokenizer_file, base, trained, tmp_path, stage
+):
+    changes = {"num_gpus": 2, "train_micro_batch_size_per_gpu": BATCH // 2}
+    changes |= {"zero_optimization": {"stage": stage}, **objective(data, base[1], "dpo")}
+    run = train(neox_checkout, settings(data, tokenizer_file, **{**RUN, **changes}), tmp_path)
+    assert run.losses == pytest.approx(trained("dpo")[0].losses, abs=1e-5)
+
+
+def test_a_stopped_training_goes_on_with_the_first_reference(
+    neox_checkout, data, tokenizer_file, base, trained, tmp_path
+):
+    config = settings(data, tokenizer_file, **{**RUN, **objective(data, base[1], "dpo")})
+    config["save"] = str(tmp_path / "checkpoints")
+    train(neox_checkout, {**config, "exit_interval": 2}, tmp_path / "first")
+    run = train(neox_checkout, config, tmp_path / "second")
+    wanted = trained("dpo")[0].losses
+    assert run.losses == pytest.approx({step: wanted[step] for step in (3, STEPS)}, abs=1e-6)
