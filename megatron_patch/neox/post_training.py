@@ -32,6 +32,11 @@ def check_post_training(args: Any, program: str) -> None:
     dataset = "pairwise" if kind in PAIRWISE else "gpt2"
     if args.dataset_impl != dataset:
         refuse("dataset_impl", args.dataset_impl, f"{dataset} with train_impl: {kind}")
+    if found := args.precompute_model_name:
+        refuse("precompute_model_name", found, "none: the reference model runs beside the other")
+    for name in ("data_path",) if kind in PAIRWISE else ("pos_train_data_paths",):
+        if found := getattr(args, name):
+            refuse(name, found, f"none with train_impl: {kind}")
     if kind != "normal":
         _check_layout(args, kind)
         _check_objective(args, kind)
@@ -46,7 +51,7 @@ def needs_reference(args: Any) -> bool:
 def reference_args(args: Any) -> Any:
     """Returns the settings by which the reference model is loaded: the `load` and `iteration` of
     the YAML files. The run itself may go on from its own `save` instead (`go_on_from_save`)."""
-    given = merge_yaml_texts(args.config_files) if args.config_files else vars(args)
+    given = _as_written(args)
     reference = copy.copy(args)
     reference.load, reference.iteration = given.get("load"), given.get("iteration")
     reference.finetune = True
@@ -57,34 +62,37 @@ def check_micro_batch(args: Any) -> None:
     """Checks the samples of a micro-batch, which GPT-NeoX has derived. Raises a SettingsError."""
     samples, kind = args.train_micro_batch_size_per_gpu, args.train_impl
     if kind == "rm" and samples < 2:
-        refuse("train_micro_batch_size_per_gpu", samples, "at least 2 with train_impl: rm")
+        wanted = "at least 2 with train_impl: rm: GPT-NeoX drops the dimension of a single sample"
+        refuse("train_micro_batch_size_per_gpu", samples, wanted)
     if kind == "kto" and samples % 2:
         wanted = "an even number with train_impl: kto, which compares two halves"
         refuse("train_micro_batch_size_per_gpu", samples, wanted)
 
 
+def _as_written(args: Any) -> dict[str, Any]:
+    """Returns the settings of the YAML files; all settings where they come from no file."""
+    return merge_yaml_texts(args.config_files) if args.config_files else vars(args)
+
+
 def _check_layout(args: Any, kind: str) -> None:
     size = MetaLAOptions.parse(args.metala).context_parallel_size
     if size > 1:
-        wanted = f"1 with train_impl: {kind}, which adds up whole sequences"
+        wanted = f"1 with train_impl: {kind}, whose loss adds up whole sequences"
         refuse("metala.context_parallel_size", size, wanted)
     if (stages := args.pipe_parallel_size) > 0:
         refuse("pipe_parallel_size", stages, f"0 with train_impl: {kind}: GPT-NeoX has no other")
     if args.sequence_parallel and args.model_parallel_size > 1:
         refuse("sequence_parallel", True, f"false with train_impl: {kind}")
     if (args.zero_optimization or {}).get("stage") == 3:
-        wanted = f"0, 1 or 2 with train_impl: {kind}: it also holds models that do not train"
-        refuse("zero_optimization.stage", 3, wanted)
+        refuse("zero_optimization.stage", 3, f"0, 1 or 2 with train_impl: {kind}")
     if args.eval_tasks and kind == "rm":
         refuse("eval_tasks", args.eval_tasks, "none with train_impl: rm, which makes no words")
 
 
 def _check_objective(args: Any, kind: str) -> None:
-    if found := args.precompute_model_name:
-        wanted = f"none with train_impl: {kind}: the reference model runs beside"
-        refuse("precompute_model_name", found, wanted)
-    if needs_reference(args) and not _has_reference(args):
-        wanted = f"true and load: the reference model of train_impl: {kind}"
+    given = _as_written(args)
+    if needs_reference(args) and not (given.get("load") and given.get("finetune")):
+        wanted = f"true, and in load the checkpoint that is the reference of train_impl: {kind}"
         refuse("finetune", args.finetune, wanted)
     if kind == "rm" and not args.no_weight_tying:
         refuse("no_weight_tying", False, "true with train_impl: rm, whose head gives one number")
@@ -96,42 +104,34 @@ def _check_objective(args: Any, kind: str) -> None:
         refuse("kto_undesirable_weight", args.kto_undesirable_weight, wanted)
 
 
-def _has_reference(args: Any) -> bool:
-    """Returns whether a run starts from `load` as it is, so that it can be the reference model. In
-    a run that goes on from `save`, the YAML files say so."""
-    given = merge_yaml_texts(args.config_files) if args.config_files else vars(args)
-    return bool(given.get("load") and given.get("finetune"))
-
-
 def _check_labels(args: Any, kind: str) -> None:
-    """Checks that each data set has what its samples are made of: labels wherever documents are
+    """Checks that the data sets have what samples are made of: labels wherever documents are
     padded, and for KTO rewards."""
-    signs = ("pos_", "neg_") if kind in PAIRWISE else ("",)
-    needs_labels = kind != "normal" or args.pack_impl != "packed"
-    if kind in PAIRWISE and args.pack_impl != "unpacked":
-        refuse("pack_impl", args.pack_impl, f"unpacked with train_impl: {kind}: a sample is a pair")
-    if kind == "kto" and args.pack_impl != "unpacked":
-        refuse("pack_impl", args.pack_impl, "unpacked with train_impl: kto: a sample has a reward")
-    if args.train_epochs and args.pack_impl != "packed":
-        wanted = f"none with pack_impl: {args.pack_impl}, but train_iters"
-        refuse("train_epochs", args.train_epochs, wanted)
-    for sign in signs:
-        first = args.__dict__[f"{sign}train_label_data_paths"]
+    packing, epochs = args.pack_impl, args.train_epochs
+    if kind != "normal" and packing != "unpacked":
+        refuse("pack_impl", packing, f"unpacked with train_impl: {kind}: a sample is one document")
+    if epochs and packing != "packed":
+        refuse("train_epochs", epochs, f"none with pack_impl: {packing}, but train_iters")
+    # GPT-NeoX pads with token 0. Without labels nothing but `eod_mask_loss` leaves it out of the
+    # loss, if 0 is the end-of-document token, which the ranks check (`upstream_fixes/data.py`).
+    needs_labels = packing == "unpacked" or (packing != "packed" and not args.eod_mask_loss)
+    for sign in ("pos_", "neg_") if kind in PAIRWISE else ("",):
+        has_labels = bool(getattr(args, f"{sign}train_label_data_paths"))
         for part in PARTS:
-            paths = getattr(args, f"{sign}{part}_data_paths") or []
+            name = f"{sign}{part}_data_paths"
+            paths = getattr(args, name) or []
             if kind != "normal" and not paths:
-                wanted = f"data sets with train_impl: {kind}"
-                refuse(f"{sign}{part}_data_paths", None, wanted)
-            labels = getattr(args, f"{sign}{part}_label_data_paths")
-            if (needs_labels or first) and len(labels or []) != max(len(paths), 1):
-                why = "the others have labels" if first else "padding would count in the loss"
-                wanted = f"as many as {sign}{part}_data_paths: {why}"
+                refuse(name, None, f"data sets with train_impl: {kind}")
+            labels = getattr(args, f"{sign}{part}_label_data_paths") or []
+            if labels and not has_labels:
+                wanted = f"none without {sign}train_label_data_paths"
                 refuse(f"{sign}{part}_label_data_paths", labels, wanted)
-            if labels and not (first and needs_labels or first):
-                wanted = f"none without {sign}train_label_data_paths, by which GPT-NeoX reads them"
-                refuse(f"{sign}{part}_label_data_paths", labels, wanted)
-            if kind == "kto":
-                rewards = args.__dict__[f"{part}_reward_data_paths"]
-                if len(rewards or []) != len(paths):
-                    wanted = f"as many as {part}_data_paths with train_impl: kto"
-                    refuse(f"{part}_reward_data_paths", rewards, wanted)
+            if (needs_labels or has_labels) and len(labels) != max(len(paths), 1):
+                wanted = f"as many as {name}"
+                if not has_labels:
+                    wanted += f": with pack_impl: {packing} padding would count in the loss"
+                refuse(f"{sign}{part}_label_data_paths", labels or None, wanted)
+            rewards = getattr(args, f"{part}_reward_data_paths") or []
+            if len(rewards) != (len(paths) if kind == "kto" else 0):
+                wanted = f"as many as {name}" if kind == "kto" else "none without train_impl: kto"
+                refuse(f"{part}_reward_data_paths", rewards or None, wanted)
