@@ -322,10 +322,11 @@ CASES.remove(("rm", "tied"))
 @pytest.fixture(scope="module")
 def apart(in_neox, data, tokenizer_file) -> dict:
     """The answers of STEPS_ALONE for each of CASES, from one process."""
-    exact = {"dpo_fp32": False, "kto_fp32": False}
-    changes = [{**objective(data, data, kind), **exact, **MODELS[name]} for kind, name in CASES]
-    config = {**settings(data, tokenizer_file), **RUN}
-    return dict(zip(CASES, in_neox(config, STEPS_ALONE % json.dumps(changes)), strict=True))
+    every = {**RUN, "dpo_fp32": False, "kto_fp32": False}
+    changes = [{**every, **objective(data, data, kind), **MODELS[name]} for kind, name in CASES]
+    code = STEPS_ALONE % json.dumps(changes)
+    found = in_neox(settings(data / "mixed", tokenizer_file), code)
+    return dict(zip(CASES, found, strict=True))
 
 
 @pytest.mark.parametrize("case", CASES, ids="-".join)
