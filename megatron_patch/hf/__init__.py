@@ -9,8 +9,12 @@ from transformers import (
 
 from megatron_patch.hf.cache_metala import MetaLACache
 from megatron_patch.hf.configuration_metala import MetaLAConfig
-from megatron_patch.hf.modeling_metala import MetaLAForCausalLM, MetaLAModel, MetaLAPreTrainedModel
-from megatron_patch.hf.reward_metala import MetaLAForSequenceClassification
+from megatron_patch.hf.modeling_metala import (
+    MetaLAForCausalLM,
+    MetaLAForSequenceClassification,
+    MetaLAModel,
+    MetaLAPreTrainedModel,
+)
 
 AutoConfig.register(MetaLAConfig.model_type, MetaLAConfig, exist_ok=True)
 AutoModel.register(MetaLAConfig, MetaLAModel, exist_ok=True)

@@ -26,7 +26,7 @@ AUTO_MAP = {
     "AutoConfig": "configuration_metala.MetaLAConfig",
     "AutoModel": "modeling_metala.MetaLAModel",
     "AutoModelForCausalLM": "modeling_metala.MetaLAForCausalLM",
-    "AutoModelForSequenceClassification": "reward_metala.MetaLAForSequenceClassification",
+    "AutoModelForSequenceClassification": "modeling_metala.MetaLAForSequenceClassification",
 }
 
 

@@ -36,13 +36,10 @@ RUN = {
 }
 
 
-def write(prefix: Path, documents: list[np.ndarray], dtype: str = "<i4") -> None:
-    """A .bin/.idx pair of any numbers, those below zero too."""
-    with IndexedDatasetWriter(prefix, VOCABULARY) as writer:
-        writer.dtype = np.dtype(dtype)
+def write(prefix: Path, documents: list[list[int]]) -> None:
+    with IndexedDatasetWriter(prefix, VOCABULARY, lowest=-100) as writer:
         for document in documents:
-            writer.add_document(np.zeros(len(document), int))
-    np.concatenate(documents).astype(dtype).tofile(f"{prefix}.bin")
+            writer.add_document(document)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +64,7 @@ def data(tmp_path_factory) -> Path:
     for kind in ("", "_label"):
         documents = sets[f"chosen{kind}"][:12] + sets[f"rejected{kind}"][:12]
         write(folder / f"mixed{kind}", documents)
-    write(folder / "mixed_reward", [np.array([1])] * 12 + [np.array([-1])] * 12)
+    write(folder / "mixed_reward", [[1]] * 12 + [[-1]] * 12)
     return folder
 
 

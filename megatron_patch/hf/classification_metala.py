@@ -1,33 +1,21 @@
-"""MetaLA models that give a sequence numbers in place of words: reward models (one number)."""
+"""The forward pass of MetaLA models that give a sequence numbers, as reward models do."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import nn
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
-from .configuration_metala import MetaLAConfig
-from .modeling_metala import MetaLAModel
-from .pretrained_metala import MetaLAPreTrainedModel
 
+class MetaLAClassificationMixin:
+    """Reads `config.num_labels` numbers off each row's last token. The class has a `model` and a
+    linear head `score`."""
 
-class MetaLAForSequenceClassification(MetaLAPreTrainedModel):
-    """MetaLA model with a linear head of `config.num_labels` numbers on each row's last token. An
-    exported reward model has one, the reward."""
-
-    def __init__(self, config: MetaLAConfig):
-        super().__init__(config)
-        self.num_labels = config.num_labels
-        self.model = MetaLAModel(config)
-        self.score = nn.Linear(config.decoder_embed_dim, config.num_labels, bias=False)
-        self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
+    def get_input_embeddings(self) -> torch.nn.Module:
         return self.model.get_input_embeddings()
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: torch.nn.Module) -> None:
         self.model.set_input_embeddings(value)
 
     def forward(
@@ -42,7 +30,7 @@ class MetaLAForSequenceClassification(MetaLAPreTrainedModel):
         """Runs the model and the head.
 
         Args:
-            attention_mask: [B, T], 0 for padding on either side. Without one, a row ends with its
+            attention_mask: [B, T], 0 for padding, on either side. Without one a row ends with its
                 last column.
             labels: [B], or [B, num_labels] for several numbers; see transformers' `problem_type`.
             kwargs: other arguments of `MetaLAModel.forward`.
@@ -69,10 +57,6 @@ class MetaLAForSequenceClassification(MetaLAPreTrainedModel):
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
         )
-        return found if self.config.return_dict and return_dict is not False else found.to_tuple()
-
-
-if __name__.startswith("transformers_modules."):
-    MetaLAForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
-
-__all__ = ["MetaLAForSequenceClassification"]
+        if return_dict is None:
+            return_dict = self.config.return_dict
+        return found if return_dict else found.to_tuple()
