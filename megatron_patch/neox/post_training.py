@@ -8,6 +8,7 @@ What it would compute wrongly, or end in a traceback, is refused here in one lin
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 from megatron_patch.architecture import MetaLAOptions, refuse
@@ -90,10 +91,14 @@ def _check_layout(args: Any, kind: str) -> None:
 
 
 def _check_objective(args: Any, kind: str) -> None:
-    given = _as_written(args)
-    if needs_reference(args) and not (given.get("load") and given.get("finetune")):
-        wanted = f"true, and in load the checkpoint that is the reference of train_impl: {kind}"
-        refuse("finetune", args.finetune, wanted)
+    if needs_reference(args):
+        given = _as_written(args)
+        load, save = given.get("load"), given.get("save")
+        if not (load and given.get("finetune")):
+            wanted = f"true, and in load the checkpoint that is the reference of train_impl: {kind}"
+            refuse("finetune", args.finetune, wanted)
+        if save and Path(load).resolve() == Path(save).resolve():
+            refuse("save", save, "another folder than load, which keeps the reference model")
     if kind == "rm" and not args.no_weight_tying:
         refuse("no_weight_tying", False, "true with train_impl: rm, whose head gives one number")
     if kind == "rm" and args.eod_mask_loss:

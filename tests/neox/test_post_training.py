@@ -332,6 +332,24 @@ def test_gradients_are_those_of_the_formula(apart, case):
     assert loss < 1e-10 and gradients < 1e-10 and largest > 1e-3
 
 
+def test_a_reward_model_wants_one_label_a_document(in_neox, config, data):
+    """GPT-NeoX would take a second label of the first row for that of the second row."""
+    code = """
+    from megatron import training
+    from megatron_patch.architecture import SettingsError
+    text = torch.ones(2, 49, dtype=torch.long)
+    labels = torch.full_like(text, -100)
+    labels[0, [7, 9]] = 1
+    batch = {"pos": text, "neg": text, "pos_label": labels, "neg_label": labels}
+    try:
+        training.get_batch(neox_args, iter([batch]))
+    except SettingsError as error:
+        answer(str(error))
+    """
+    found = in_neox({**config, **objective(data, data, "rm")}, code)
+    assert found.startswith("train_impl: found rm and documents with [2, 0, 2, 0] labels")
+
+
 # ---- Layouts, going on, export
 
 

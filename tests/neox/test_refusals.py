@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from importlib.metadata import PackageNotFoundError
+from pathlib import Path
 
 import pytest
 import yaml
@@ -247,6 +249,7 @@ REFUSED = [
     ({**REWARDS, "eod_mask_loss": True}, "eod_mask_loss: found True, wanted false with train"),
     ({**PAIRS, "finetune": False}, "finetune: found False, wanted true, and in load the"),
     ({**PAIRS, "load": None}, "finetune: found True, wanted true, and in load the checkpoint"),
+    ({**PAIRS, "save": "./x/"}, "save: found './x/', wanted another folder than load"),
     ({**KTO, "kto_desirable_weight": 2.0}, "kto_undesirable_weight: found 1.0, wanted kto_desir"),
     ({**PAIRS, "pack_impl": "packed"}, "pack_impl: found 'packed', wanted unpacked with train"),
     ({**PAIRS, "neg_valid_data_paths": None}, "neg_valid_data_paths: found None, wanted data sets"),
@@ -303,7 +306,10 @@ REFUSED = [
     ({"save": "checkpoints"}, "checkpoint_factor: found none, wanted the number of steps"),
 ]
 
+TRAINING = (Path(__file__).resolve().parents[2] / "docs/training.md").read_text(encoding="utf-8")
+CHAPTER = re.search(r"\n## Fine-tuning and preference.*?\n## ", TRAINING, re.DOTALL)[0]
 ACCEPTED = [
+    *map(yaml.safe_load, re.findall(r"```yaml\n(.*?)```", CHAPTER, re.DOTALL)),
     PAIRS,
     REWARDS,
     {**PAIRS, "load": None, "finetune": False, "dpo_reference_free": True},

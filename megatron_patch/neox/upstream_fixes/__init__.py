@@ -47,6 +47,7 @@ FIXES = (
     small.repair_gpt2_tokenizer,
     preferences.define_log_probabilities,
     preferences.give_each_token_the_reward,
+    preferences.check_labels_of_rewards,
     preferences.load_the_reference,
     gradient_norm.clip_each_parameter_once,
     gradient_norm.reduce_equally_often,

@@ -111,7 +111,7 @@ def _file_state(dataset) -> str:
     return f"{status.st_size} {status.st_mtime_ns}"
 
 
-# megatron/data/gpt2_dataset.py:163, megatron/data/pairwise_dataset.py:128
+# megatron/data/gpt2_dataset.py:165, megatron/data/pairwise_dataset.py:143
 @repairs(
     "padded samples", "megatron.data.gpt2_dataset:GPT2Dataset.__getitem__", "length=offset_l + 1"
 )

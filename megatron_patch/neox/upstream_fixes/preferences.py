@@ -7,6 +7,7 @@ from importlib import import_module
 
 import torch
 
+from megatron_patch.architecture import SettingsError
 from megatron_patch.neox.patching import in_metala_runs, repairs, swapped
 from megatron_patch.neox.post_training import reference_args
 
@@ -37,7 +38,7 @@ def define_log_probabilities() -> None:
             setattr(training, name, function)
 
 
-# megatron/training.py:768 and 783 take the mean of a row that ends with zeros where it is padded,
+# megatron/training.py:774 and 787 take the mean of a row that ends with zeros where it is padded,
 # so the reward of a sample would shrink with its length.
 @repairs("rewards of KTO", "megatron.training:forward_step", "reward1.mean(-1)")
 def give_each_token_the_reward() -> None:
@@ -53,8 +54,25 @@ def give_each_token_the_reward() -> None:
         return *others, rewards[:, :1].expand_as(rewards), reference
 
 
+# megatron/training.py:611 takes the n-th label of all rows for that of the n-th row.
+@repairs("labels of rewards", "megatron.training:forward_step", "pos_loss_mask.nonzero()")
+def check_labels_of_rewards() -> None:
+    """Ends a training of a reward model at a document that has no label, or several."""
+    from megatron.training import get_batch
+
+    @in_metala_runs(get_batch)
+    def get_batch_with_one_label(get_batch, neox_args, data_iterator):
+        batch = get_batch(neox_args, data_iterator)
+        if neox_args.train_impl == "rm" and ((found := batch[2].sum(1)) != 1).any():
+            raise SettingsError(
+                f"train_impl: found rm and documents with {found.int().tolist()} labels, wanted "
+                "one label in each, behind the token that gets the reward"
+            )
+        return batch
+
+
 # megatron/training.py:1243: a run that goes on from its own checkpoint would take that for the
-# reference. Line 1230 tells the trained model alone how inputs become a batch.
+# reference. Line 1227 tells the trained model alone how inputs become a batch.
 @repairs("reference model", "megatron.training:setup_model_and_optimizer", "model=reference_model,")
 def load_the_reference() -> None:
     """Loads the reference model from the `load` of the YAML files, also when a run goes on."""
