@@ -37,7 +37,6 @@ FOLDED_INTO = {
     "attention.query_key_value.weight": ("input_layernorm.scale", 1),
     "mlp.linear1.weight": ("post_attention_layernorm.scale", 1),
     "final_linear.weight": ("norm.scale", 1),
-    "rm_linear.weight": ("norm.scale", 1),
 }
 
 
