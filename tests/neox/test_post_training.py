@@ -15,7 +15,7 @@ from transformers import AutoModelForSequenceClassification
 
 from convert import reshape_neox
 from megatron_patch.hf import MetaLAForCausalLM
-from megatron_patch.indexed_dataset import IndexedDatasetWriter
+from megatron_patch.indexed_dataset import IndexedDataset, IndexedDatasetWriter
 from tests.conftest import VOCABULARY
 from tests.neox.conversion import convert, export
 from tests.neox.training import Run, settings, train, train_once
@@ -84,41 +84,65 @@ def pairs(data: Path, labels: str = "label") -> dict:
     return found
 
 
+BETA = 0.5
+
+
+def objective(data: Path, base: Path, kind: str) -> dict:
+    """The settings of a preference training that starts from the checkpoints `base`."""
+    changes = {"train_impl": kind, "dpo_beta": BETA, "kto_beta": BETA}
+    changes |= {"load": str(base), "finetune": True}
+    if kind == "kto":
+        return {**changes, **labelled(data), **paths(data, "", "_reward", "mixed_reward")}
+    return {**changes, **pairs(data, "end" if kind == "rm" else "label")}
+
+
 # ---- Samples
 
+# The batches of each training, from one process.
 READ = """
 from megatron.data.data_utils import build_train_valid_test_data_loaders
-loader = build_train_valid_test_data_loaders(neox_args)["train"]
-answer([{key: value.tolist() for key, value in batch.items()} for batch in loader])
+answers = []
+for changes in json.loads(%r):
+    neox_args = NeoXArgs.from_dict({**settings, **changes})
+    neox_args.configure_distributed_args()
+    neox_args.build_tokenizer()
+    loader = build_train_valid_test_data_loaders(neox_args)["train"]
+    answers.append([{key: x.tolist() for key, x in batch.items()} for batch in loader])
+answer(answers)
 """
+PACKINGS = ("unpacked", "pack_until_overflow")
 
 
-@pytest.fixture
-def config(data, tokenizer_file) -> dict:
-    return {**settings(data, tokenizer_file), **RUN}
+@pytest.fixture(scope="module")
+def batches(in_neox, data, tokenizer_file) -> dict[str, list[dict]]:
+    """The batches of trainings by `train_impl`, and of longer fine-tunings by `pack_impl`."""
+    trainings = {"normal": labelled(data)}
+    trainings |= {kind: objective(data, data, kind) for kind in ("dpo", "kto", "rm")}
+    for packing in PACKINGS:
+        trainings[packing] = {**labelled(data), "pack_impl": packing, "train_iters": 12}
+    code = READ % json.dumps([{**RUN, **changes} for changes in trainings.values()])
+    found = in_neox(settings(data / "mixed", tokenizer_file), code)
+    return dict(zip(trainings, found, strict=True))
 
 
-def documents(data: Path, name: str) -> list[list[int]]:
-    from megatron_patch.indexed_dataset import IndexedDataset
-
-    return [d.tolist() for d in IndexedDataset(data / name)]
-
-
-@pytest.mark.parametrize("packing", ["unpacked", "pack_until_overflow"])
-def test_padded_samples_hold_their_documents_and_no_more(in_neox, config, data, packing):
-    config |= {**labelled(data), "pack_impl": packing, "train_iters": 12}
-    known, labels = documents(data, "mixed"), documents(data, "mixed_label")
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_padded_samples_hold_their_documents_and_no_more(batches, data, packing):
+    documents, labels = (
+        [document.tolist() for document in IndexedDataset(data / f"mixed{kind}")]
+        for kind in ("", "_label")
+    )
     seen = 0
-    for batch in in_neox(config, READ):
+    for batch in batches[packing]:
         for row, marks in zip(batch["text"], batch["label"], strict=True):
             assert len(row) == len(marks) == LENGTH + 1
             while len(row) > 3:
-                fits = [i for i, d in enumerate(known) if row[: len(d)] == d[: len(row)]]
+                fits = [i for i, d in enumerate(documents) if row[: len(d)] == d[: len(row)]]
                 if not fits:
                     break
                 (i,) = fits
                 assert marks[: len(labels[i])] == labels[i][: len(marks)]
-                row, marks, seen = row[len(known[i]) :], marks[len(known[i]) :], seen + 1
+                length, seen = len(labels[i]), seen + 1
+                row, marks = row[length:], marks[length:]
             assert set(row) <= {1} and set(marks) <= {-100}  # 0 would end a document
     assert seen >= 48
 
@@ -158,26 +182,13 @@ def log_probabilities(
     return logp.gather(2, labels.clamp(min=0)[..., None])[..., 0] * (labels >= 0), labels >= 0
 
 
-def test_fine_tuning_has_the_loss_of_its_labels(in_neox, config, data, base, exported):
+def test_fine_tuning_has_the_loss_of_its_labels(batches, base, exported):
     run, checkpoints = base
-    batches = in_neox({**config, **labelled(data)}, READ)
     for step in (1, 2):
-        model, batch = exported(checkpoints, step - 1), batches[step - 1]
+        model, batch = exported(checkpoints, step - 1), batches["normal"][step - 1]
         logp, counts = log_probabilities(model, batch, "text", "label")
         assert run.losses[step] == pytest.approx((-logp.sum() / counts.sum()).item(), abs=1e-5)
     assert run.losses[STEPS] < run.losses[1]
-
-
-BETA = 0.5
-
-
-def objective(data: Path, base: Path, kind: str) -> dict:
-    """The settings of a preference training that starts from the checkpoints `base`."""
-    changes = {"train_impl": kind, "dpo_beta": BETA, "kto_beta": BETA}
-    changes |= {"load": str(base), "finetune": True}
-    if kind == "kto":
-        return {**changes, **labelled(data), **paths(data, "", "_reward", "mixed_reward")}
-    return {**changes, **pairs(data, "end" if kind == "rm" else "label")}
 
 
 @pytest.fixture(scope="module")
@@ -225,19 +236,17 @@ LOSSES = {"dpo": dpo_loss, "kto": kto_loss}
 
 
 @pytest.mark.parametrize("kind", LOSSES)
-def test_preferences_have_the_loss_of_their_formula(
-    in_neox, config, data, base, trained, exported, kind
-):
+def test_preferences_have_the_loss_of_their_formula(batches, base, trained, exported, kind):
     run, checkpoints = trained(kind)
-    batches = in_neox({**config, **objective(data, base[1], kind)}, READ)
     reference = exported(base[1], STEPS)
     for step in (1, 2, STEPS):
         policy = exported(checkpoints, step - 1)
-        loss = LOSSES[kind](policy, reference, batches[step - 1])
+        loss = LOSSES[kind](policy, reference, batches[kind][step - 1])
         assert run.losses[step] == pytest.approx(loss.item(), abs=1e-5)
     last = exported(checkpoints, STEPS)
     # At first the model is the reference.
-    assert np.mean([LOSSES[kind](last, reference, b) for b in batches]) < run.losses[1] - 0.1
+    losses = [LOSSES[kind](last, reference, batch) for batch in batches[kind]]
+    assert np.mean(losses) < run.losses[1] - 0.1
 
 
 # A batch through GPT-NeoX's own step in float64: the largest differences of the loss and of the
@@ -332,7 +341,7 @@ def test_gradients_are_those_of_the_formula(apart, case):
     assert loss < 1e-10 and gradients < 1e-10 and largest > 1e-3
 
 
-def test_a_reward_model_wants_one_label_a_document(in_neox, config, data):
+def test_a_reward_model_wants_one_label_a_document(in_neox, data, tokenizer_file):
     """GPT-NeoX would take a second label of the first row for that of the second row."""
     code = """
     from megatron import training
@@ -346,25 +355,25 @@ def test_a_reward_model_wants_one_label_a_document(in_neox, config, data):
     except SettingsError as error:
         answer(str(error))
     """
-    found = in_neox({**config, **objective(data, data, "rm")}, code)
+    config = settings(data, tokenizer_file, **{**RUN, **objective(data, data, "rm")})
+    found = in_neox(config, code)
     assert found.startswith("train_impl: found rm and documents with [2, 0, 2, 0] labels")
 
 
 # ---- Layouts, going on, export
 
 
-def test_a_reward_model_is_exported(neox_checkout, in_neox, config, data, base, trained, tmp_path):
+def test_a_reward_model_is_exported(neox_checkout, batches, trained, tmp_path):
     """Its head too, equal to GPT-NeoX's model; it has the loss of its training."""
     run, checkpoints = trained("rm")
-    batches = in_neox({**config, **objective(data, base[1], "rm")}, READ)
     for step in (1, STEPS):
         folder = tmp_path / f"hf{step}"
         export(neox_checkout, checkpoints, folder, "--iteration", step - 1, "--verify")
         model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
         rewards = []
         for sign in ("pos", "neg"):
-            tokens = torch.tensor(batches[step - 1][sign])
-            labels = torch.tensor(batches[step - 1][f"{sign}_label"])
+            tokens = torch.tensor(batches["rm"][step - 1][sign])
+            labels = torch.tensor(batches["rm"][step - 1][f"{sign}_label"])
             mask = torch.arange(LENGTH + 1) < (labels >= 0).int().argmax(1, keepdim=True)
             with torch.no_grad():
                 rewards.append(model(tokens, attention_mask=mask.int()).logits[:, 0])
