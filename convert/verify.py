@@ -106,7 +106,9 @@ def compare(
     )
 
 
-def _hf_logits(folder: Path, token_ids: torch.Tensor, rewards: bool) -> tuple[torch.Tensor, float]:
+def _hf_logits(
+    folder: Path, token_ids: torch.Tensor, rewards: bool = False
+) -> tuple[torch.Tensor, float]:
     """Returns the logits of the Hugging Face model, those of `rewards` [batch, time, 1], and how
     far the last bits of its embedding move them."""
     from megatron_patch.hf import MetaLAForCausalLM, MetaLAForSequenceClassification
