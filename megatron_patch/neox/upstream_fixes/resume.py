@@ -70,7 +70,8 @@ def check_load(args) -> None:
             "no_load_optim: found true, wanted false: GPT-NeoX would train one of the model's "
             "tensors alone; finetune: true starts from the weights of a checkpoint"
         )
-    if is_training and needs_reference(args) and (reference := reference_args(args)).load:
+    if is_training and METALA in (args.attention_config or ()) and needs_reference(args):
+        reference = reference_args(args)
         _check_states(reference, _find_step(reference), is_training)
     if args.load is None:
         return
