@@ -387,8 +387,11 @@ def write_config(
 
     from megatron_patch.hf.remote_code import write_model_code
 
+    kind = {"architectures": ["MetaLAForCausalLM"]}
+    if shape.rewards:
+        kind = {"architectures": ["MetaLAForSequenceClassification"], "num_labels": 1}
     try:
-        config = MetaLAConfig(**shape.to_hf(), architectures=["MetaLAForCausalLM"], **special)
+        config = MetaLAConfig(**shape.to_hf(), **kind, **special)
     except ValueError as error:
         raise ConvertError(f"the settings cannot be exported: {error}") from None
     config.save_pretrained(folder)
@@ -397,5 +400,6 @@ def write_config(
     # transformers 4 reads torch_dtype, transformers 5 reads dtype.
     values["torch_dtype"] = values["dtype"] = str(dtype).removeprefix("torch.")
     write_json(path, dict(sorted(values.items())))
-    GenerationConfig(**special).save_pretrained(folder)
+    if not shape.rewards:
+        GenerationConfig(**special).save_pretrained(folder)
     write_model_code(folder)

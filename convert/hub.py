@@ -29,15 +29,15 @@ TEMPLATE = """\
 
 # MetaLA, {parameters:,} parameters
 
-A causal language model with [MetaLA](https://arxiv.org/abs/2411.10741) (Meta Linear Attention):
+A {kind} with [MetaLA](https://arxiv.org/abs/2411.10741) (Meta Linear Attention):
 linear time in training, a state of constant size in generation. It was trained in
 [GPT-NeoX](https://github.com/EleutherAI/gpt-neox).
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto_class}, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained(folder)
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+model = {auto_class}.from_pretrained(folder, trust_remote_code=True)
 ```
 
 `trust_remote_code` runs the model's code that is in this folder; it is not needed where
@@ -85,7 +85,7 @@ def write_model_card(
 
     metadata = ModelCardData(
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag="text-classification" if shape.rewards else "text-generation",
         tags=["metala", "linear-attention", "gpt-neox"],
     )
     parameters = sum(math.prod(rule.shape) for rule in tensor_table(shape))
@@ -97,6 +97,10 @@ def write_model_card(
     known = samples is not None and isinstance(length, int)
     card = TEMPLATE.format(
         metadata=metadata.to_yaml(),
+        kind="reward model" if shape.rewards else "causal language model",
+        auto_class="AutoModelForSequenceClassification"
+        if shape.rewards
+        else "AutoModelForCausalLM",
         parameters=parameters,
         architecture="\n".join(
             ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())]

@@ -155,7 +155,10 @@ def tensor_table(shape: Architecture) -> list[TensorRule]:
         block = _attention_block if shape.is_attention(i) else _metala_block
         rules += block(shape, i + 2, f"model.layers.{i}")
     rules += _norm(shape, n + 3, "norm", "model.final_norm")
-    if not shape.tied:
+    if shape.rewards:
+        head = {"score.weight": (1, shape.hidden_size)}
+        rules.append(_rule(n + 4, "rm_linear.weight", Split.ROW, head))
+    elif not shape.tied:
         head = {"lm_head.weight": vocabulary}
         rules.append(_rule(n + 4, "final_linear.weight", Split.VOCAB, head))
     return rules

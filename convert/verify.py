@@ -81,7 +81,7 @@ def verify(
     token_ids = torch.randint(tokens, (BATCH, LENGTH), generator=generator)
     with tempfile.TemporaryDirectory(prefix="verify-") as work:
         expected = _neox_logits(neox, source, token_ids, Path(work))
-    found, rounding = _hf_logits(folder, token_ids)
+    found, rounding = _hf_logits(folder, token_ids, source.shape.rewards)
     comparison = compare(expected[..., : found.shape[-1]], found, rounding, rounded_to)
     if not comparison.is_equal:
         raise ConvertError(f"not equal to the GPT-NeoX model: {comparison}")
@@ -106,23 +106,27 @@ def compare(
     )
 
 
-def _hf_logits(folder: Path, token_ids: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """Returns the logits of the Hugging Face model, and how far the last bits of its embedding
-    move them."""
-    from megatron_patch.hf import MetaLAForCausalLM
+def _hf_logits(
+    folder: Path, token_ids: torch.Tensor, rewards: bool = False
+) -> tuple[torch.Tensor, float]:
+    """Returns the logits of the Hugging Face model, those of `rewards` [batch, time, 1], and how
+    far the last bits of its embedding move them."""
+    from megatron_patch.hf import MetaLAForCausalLM, MetaLAForSequenceClassification
 
-    model, loading = MetaLAForCausalLM.from_pretrained(folder, output_loading_info=True)
+    kind = MetaLAForSequenceClassification if rewards else MetaLAForCausalLM
+    model, loading = kind.from_pretrained(folder, output_loading_info=True)
     wrong = {key: sorted(names) for key, names in loading.items() if names}
     if wrong:
         raise ConvertError(f"{folder}: does not fit the Hugging Face model: {wrong}")
     with torch.no_grad():
         model = model.float().eval()
-        logits = model(token_ids, use_cache=False).logits
+        head = model.score if rewards else model.lm_head
+        logits = head(model.model(token_ids, use_cache=False)[0])
         embedding = model.get_input_embeddings().weight
         generator = torch.Generator().manual_seed(0)
         up_or_down = torch.randint(2, embedding.shape, generator=generator) * 2 - 1
         embedding.mul_(1 + up_or_down * torch.finfo(torch.float32).eps)
-        moved = model(token_ids, use_cache=False).logits
+        moved = head(model.model(token_ids, use_cache=False)[0])
     return logits, (moved - logits).abs().max().item()
 
 
@@ -286,6 +290,7 @@ def build_model(settings: dict, ranks: int, padded_vocab_size: int, length: int)
         }
     )
     neox_args.padded_vocab_size = padded_vocab_size
+    neox_args.train_impl = settings.get("train_impl", "normal")  # a reward model has another head
     deepspeed.init_distributed(dist_backend="gloo")
     neox_args.configure_distributed_args()
     initialize_megatron(neox_args, allow_no_cuda=True)()

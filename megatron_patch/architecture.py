@@ -264,6 +264,7 @@ class Architecture:
         norm: GPT-NeoX's name of the norm.
         norm_eps: epsilon of the norm.
         tied: whether the head shares the embedding's weight.
+        rewards: whether it is a reward model, whose head gives one number.
         init_std: standard deviation of new weights.
         metala: the options of the MetaLA layers.
         layer_types: GPT-NeoX's name of each layer's type; empty where all layers are MetaLA's.
@@ -285,6 +286,7 @@ class Architecture:
     norm_eps: float = _described(POSITIVE, "rms_norm_epsilon", "norm_eps", default=1e-6)
     tied: bool = _described(SWITCH, "no_weight_tying", "tie_word_embeddings", default=False)
     init_std: float = _described(POSITIVE, "init_method_std", "init_std", default=0.02)
+    rewards: bool = False
     metala: MetaLAOptions = MetaLAOptions()
     layer_types: tuple[str, ...] = ()
     attention: AttentionLayers | None = None

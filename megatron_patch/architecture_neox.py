@@ -75,6 +75,7 @@ GPT_NEOX_DEFAULTS = {
     "rpe_num_buckets": 32,
     "scalenorm_epsilon": 1e-8,
     "tokenizer_type": "GPT2BPETokenizer",
+    "train_impl": "normal",
     "use_bias_in_attn_linear": True,
     "use_bias_in_mlp": True,
 }
@@ -135,6 +136,7 @@ def from_neox(settings: Any, padded_vocab_size: int | None = None) -> Architectu
         norm_eps=getattr(settings, epsilon),
         tied=not settings.no_weight_tying,
         init_std=settings.init_method_std,
+        rewards=settings.train_impl == "rm",
         metala=MetaLAOptions.parse(settings.metala),
         layer_types=tuple(layer_types) if others else (),
         attention=_attention_from_neox(settings, others) if others else None,

@@ -167,11 +167,13 @@ class IndexedDatasetWriter:
     Args:
         prefix: path of the pair without the ending; its folder is made, an existing pair replaced.
         vocab_size: limit of the token ids, which also decides on two or four bytes per token.
+        lowest: the smallest number. Labels of documents have -100 where a token does not count;
+            below 0 a number takes four bytes.
     """
 
-    def __init__(self, prefix: str | Path, vocab_size: int):
-        self.vocab_size = vocab_size
-        self.dtype = token_dtype(vocab_size)
+    def __init__(self, prefix: str | Path, vocab_size: int, lowest: int = 0):
+        self.vocab_size, self.lowest = vocab_size, lowest
+        self.dtype = token_dtype(vocab_size) if lowest >= 0 else np.dtype("<i4")
         self.paths = [bin_path(prefix), idx_path(prefix)]
         self._temporary = [p.with_name(f"{p.name}.tmp") for p in self.paths]
         self._sizes: list[int] = []
@@ -179,8 +181,8 @@ class IndexedDatasetWriter:
         self._file = _open_alone(self._temporary[0])
 
     def add_document(self, tokens: np.ndarray | list[int]) -> None:
-        """Appends one document. Raises an IndexedDatasetError if a token is negative or not below
-        `vocab_size`, or the document has 2^31 tokens or more."""
+        """Appends one document. Raises an IndexedDatasetError if a token is below `lowest` or not
+        below `vocab_size`, or the document has 2^31 tokens or more."""
         tokens = np.asarray(tokens).reshape(-1)
         if tokens.size >= 2**31:
             raise IndexedDatasetError(
@@ -188,10 +190,10 @@ class IndexedDatasetWriter:
             )
         if tokens.size:
             low, high = int(tokens.min()), int(tokens.max())
-            if low < 0 or high >= self.vocab_size:
+            if low < self.lowest or high >= self.vocab_size:
                 raise IndexedDatasetError(
-                    f"document {len(self._sizes)}: found tokens from {low} to {high}, wanted 0 to "
-                    f"{self.vocab_size - 1}"
+                    f"document {len(self._sizes)}: found tokens from {low} to {high}, wanted "
+                    f"{self.lowest} to {self.vocab_size - 1}"
                 )
         self._file.write(tokens.astype(self.dtype).tobytes())
         self._sizes.append(tokens.size)

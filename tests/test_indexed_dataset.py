@@ -150,3 +150,12 @@ def test_gpt_neox_reads_and_writes_the_same_bytes(neox_checkout, tmp_path, vocab
     assert json.loads(line.removeprefix("READ ")) == [documents, list(range(5))]
     assert bin_path(ours).read_bytes() == bin_path(theirs).read_bytes()
     assert idx_path(ours).read_bytes() == idx_path(theirs).read_bytes()
+
+
+def test_labels_may_be_below_zero(tmp_path):
+    with IndexedDatasetWriter(tmp_path / "labels", 512, lowest=-100) as writer:
+        writer.add_document([-100, 511])
+        with pytest.raises(IndexedDatasetError, match="from -101 to 3, wanted -100 to 511"):
+            writer.add_document([-101, 3])
+    dataset = IndexedDataset(tmp_path / "labels")
+    assert dataset[0].tolist() == [-100, 511] and dataset.dtype == np.dtype("<i4")

@@ -28,6 +28,7 @@ from . import layers_metala
 from .architecture_metala import Architecture  # noqa: F401
 from .attention_metala import attention_inputs, join_padding
 from .cache_metala import MetaLACache
+from .classification_metala import MetaLAClassificationMixin
 from .configuration_metala import MetaLAConfig
 from .decoding_metala import detach_from_graph, register_class, register_functions, replay_step
 from .documents_metala import (
@@ -423,6 +424,17 @@ class MetaLAForCausalLM(MetaLAPreTrainedModel, MetaLAGenerationMixin):
         return torch.take_along_dim(hidden, keep[..., None], dim=1)
 
 
+class MetaLAForSequenceClassification(MetaLAClassificationMixin, MetaLAPreTrainedModel):
+    """MetaLA model with a head of `config.num_labels` numbers; a reward model has one."""
+
+    def __init__(self, config: MetaLAConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = MetaLAModel(config)
+        self.score = nn.Linear(config.decoder_embed_dim, config.num_labels, bias=False)
+        self.post_init()
+
+
 # The code that a captured decoding step replaces.
 register_class(MetaLARMSNorm, "dim", "eps")
 register_class(MetaLALayerNorm, "eps", "normalized_shape")
@@ -440,5 +452,11 @@ if __name__.startswith("transformers_modules."):
     # Loaded from a model folder, so save this code with the model. transformers 5 does so anyway.
     MetaLAModel.register_for_auto_class("AutoModel")
     MetaLAForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+    MetaLAForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
 
-__all__ = ["MetaLAForCausalLM", "MetaLAModel", "MetaLAPreTrainedModel"]
+__all__ = [
+    "MetaLAForCausalLM",
+    "MetaLAForSequenceClassification",
+    "MetaLAModel",
+    "MetaLAPreTrainedModel",
+]

@@ -26,6 +26,7 @@ AUTO_MAP = {
     "AutoConfig": "configuration_metala.MetaLAConfig",
     "AutoModel": "modeling_metala.MetaLAModel",
     "AutoModelForCausalLM": "modeling_metala.MetaLAForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_metala.MetaLAForSequenceClassification",
 }
 
 

@@ -98,6 +98,9 @@ def why_no_graphs(neox_args: Any) -> str | None:
         "log_gradient_noise_scale reads each micro-batch's gradients from the parameters": (
             neox_args.log_gradient_noise_scale
         ),
+        "train_impl is not normal, and captures beside a reference model have not been tested": (
+            neox_args.train_impl != "normal"
+        ),
         "torch runs on ROCm, where captures have not been tested": torch.version.hip is not None,
     }
     return next((reason for reason, holds in reasons.items() if holds), None)

@@ -22,6 +22,7 @@ from megatron_patch.architecture_neox import expand_attention_config, from_neox
 from megatron_patch.neox.context_parallel import check_context_parallel
 from megatron_patch.neox.inference_settings import check_inference
 from megatron_patch.neox.memory_settings import check_memory_settings
+from megatron_patch.neox.post_training import check_micro_batch, check_post_training
 from megatron_patch.neox.precision_settings import (
     check_precision,
     check_precision_of_training,
@@ -196,6 +197,7 @@ def check_run(args: Any) -> None:
     check_precision(args)
     check_context_parallel(args, program(args))
     check_sequence_parallel(args, program(args))
+    check_post_training(args, program(args))
     if args.user_script:  # else these are the settings of a model alone
         _check_tokenizer(args)
     if program(args) == "train.py":
@@ -227,9 +229,10 @@ def check_backend(args: Any) -> None:
 def check_limits(args: Any) -> None:
     """Checks the settings that GPT-NeoX has expanded. The launcher calls it, and it also warns of a
     warm-up that is too short. Raises a SettingsError if there are more data sets than GPT-NeoX can
-    blend."""
+    blend, or a micro-batch does not suit `train_impl`."""
     if METALA not in (args.attention_config or ()):
         return
+    check_micro_batch(args)
     for prefix in ("", "pos_", "neg_"):
         for split in ("train", "valid", "test"):
             name = f"{prefix}{split}_data_paths"
@@ -285,11 +288,6 @@ def _check_training(args: Any) -> None:
     for name in ("train_iters", "train_epochs"):
         if (found := getattr(args, name)) is not None and found < 1:
             refuse(name, found, "at least 1: nothing would be trained")
-    if args.train_impl != "normal":
-        wanted = "normal: metala layers train on the next token alone"
-        refuse("train_impl", args.train_impl, wanted)
-    if args.dataset_impl != "gpt2":
-        refuse("dataset_impl", args.dataset_impl, "gpt2, the one of train_impl: normal")
     if found := args.curriculum_learning:
         refuse("curriculum_learning", found, "none: DeepSpeed and GPT-NeoX disagree about it")
     _check_zero(args)

@@ -23,6 +23,7 @@ CODE_FILES = {
     "architecture_metala.py",
     "attention_metala.py",
     "cache_metala.py",
+    "classification_metala.py",
     "configuration_metala.py",
     "decoding_metala.py",
     "documents_metala.py",

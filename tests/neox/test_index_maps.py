@@ -66,7 +66,7 @@ def equal(one: dict, other: dict) -> bool:
 
 @pytest.mark.parametrize("packing", ["packed", "pack_until_overflow"])
 def test_data_prepared_again_are_read(read, tmp_path, packing):
-    changes = {"pack_impl": packing, "split": "60,20,20"}
+    changes = {"pack_impl": packing, "split": "60,20,20", "eod_mask_loss": True}
     write(tmp_path / "text", seed=0)
     first, is_untouched = read(tmp_path / "text", **changes)
     assert is_untouched  # only one tensor-parallel rank reads
@@ -103,7 +103,8 @@ def test_no_document_is_in_two_parts(read, tmp_path, packing):
     """After `split` was changed, and with the packing that counts from the first document."""
     write(tmp_path / "text", seed=0)
     for split in ("60,20,20", "20,20,60"):
-        samples, _ = read(tmp_path / "text", split=split, pack_impl=packing)
+        changes = {"split": split, "pack_impl": packing, "eod_mask_loss": True}
+        samples, _ = read(tmp_path / "text", **changes)
         # Padding is 0.
         train, valid, test = (set(samples[part].ravel().tolist()) - {0} for part in PARTS)
         assert 0 < max(train) < min(valid) <= max(valid) < min(test)
@@ -112,10 +113,11 @@ def test_no_document_is_in_two_parts(read, tmp_path, packing):
 def test_other_labels_make_other_samples(read, tmp_path):
     """Documents without labels are left out."""
     changes = {**blend(tmp_path / "text"), "pack_impl": "pack_until_overflow"}
-    changes["train_label_data_paths"] = [f"{tmp_path}/label0", f"{tmp_path}/label1"]
+    for part in PARTS:
+        changes[f"{part}_label_data_paths"] = [f"{tmp_path}/label0", f"{tmp_path}/label1"]
     for i in (0, 1):
         write(tmp_path / f"text{i}", seed=i)
-    for left_out in (range(1, 21), range(21, 41)):
+    for left_out in (range(2, 21), range(21, 41)):  # padding is 1
         for i in (0, 1):
             write_labels(tmp_path / f"label{i}", i, left_out)
         samples, _ = read(None, **changes)

@@ -19,6 +19,8 @@ def limits(**changes) -> SimpleNamespace:
         warmup=0.1,
         lr_decay_iters=None,
         lr_decay_fraction=None,
+        train_impl="normal",
+        train_micro_batch_size_per_gpu=1,
     )
     return stand_in(values, **changes)
 
@@ -29,6 +31,14 @@ def test_more_data_sets_than_gpt_neox_blends(name):
     with pytest.raises(SettingsError, match=f"^{name}: found 255, wanted at most 254: GPT-NeoX"):
         check_limits(limits(**{name: ["a"] * 255}))
     check_limits(limits(**{name: ["a"] * 255}, attention_config=["global"]))
+
+
+@pytest.mark.parametrize(("kind", "samples"), [("rm", 1), ("kto", 3)])
+def test_samples_that_do_not_suit_the_objective(kind, samples):
+    changes = {"train_impl": kind, "train_micro_batch_size_per_gpu": samples}
+    with pytest.raises(SettingsError, match=f"^train_micro_batch_size_per_gpu: found {samples}, "):
+        check_limits(limits(**changes))
+    check_limits(limits(**{**changes, "train_micro_batch_size_per_gpu": 4}))
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from importlib.metadata import PackageNotFoundError
+from pathlib import Path
 
 import pytest
 import yaml
@@ -33,6 +35,23 @@ def extra(**settings) -> dict:
     return {"deepspeed_extra_args": settings}
 
 
+def paths(*kinds: tuple[str, str]) -> dict:
+    """Data sets of each part, whose files need not exist here."""
+    return {f"{sign}{p}{kind}_data_paths": ["x"] for sign, kind in kinds for p in PARTS}
+
+
+PARTS = ("train", "valid", "test")
+UNPACKED = {"data_path": None, "pack_impl": "unpacked", "load": "x", "finetune": True}
+DATA = {"data_path": None, **paths(("", ""), ("", "_label"))}
+PAIRS = {
+    **UNPACKED,
+    "train_impl": "dpo",
+    "dataset_impl": "pairwise",
+    **paths(("pos_", ""), ("pos_", "_label"), ("neg_", ""), ("neg_", "_label")),
+}
+REWARDS = {**PAIRS, "train_impl": "rm"}
+KTO = {**DATA, **UNPACKED, "train_impl": "kto", **paths(("", "_reward"))}
+NO_LABELS = {"pos_test_label_data_paths": None}
 REFUSED = [
     # a choice in another case, which GPT-NeoX accepts and then does not know
     ({"precision": "bf16"}, "precision: found 'bf16', wanted 'fp16' or 'fp32' or 'bfloat16'"),
@@ -125,7 +144,7 @@ REFUSED = [
         "optimizer.type: found 'sm3', wanted another in bfloat16 with pipe_parallel_size = 1",
     ),
     ({**optimizer("lion"), **ZERO_2}, "optimizer.type: found 'lion', wanted adam on the CPU"),
-    ({"train_impl": "dpo"}, "train_impl: found 'dpo', wanted normal"),
+    ({"train_impl": "reinforce"}, "train_impl: found 'reinforce', wanted normal, dpo, kto or rm"),
     ({"curriculum_learning": {"enabled": True}}, "curriculum_learning: found"),
     ({"soft_prompt_tuning": {"enabled": True}}, "soft_prompt_tuning: found"),
     ({"log_gradient_noise_scale": True}, "log_gradient_noise_scale: found True, wanted false"),
@@ -243,6 +262,42 @@ REFUSED = [
         {**SEQUENCE, "seq_length": 63},
         "sequence_parallel: found True, wanted false with seq_length = 63: 2 ranks cannot",
     ),
+    # preferences and padded documents
+    (
+        {"train_impl": "rm", "user_script": "generate.py", "optimizer": None},
+        "train_impl: found 'rm', wanted normal in generate.py",
+    ),
+    ({"train_impl": "dpo"}, "dataset_impl: found 'gpt2', wanted pairwise with train_impl: dpo"),
+    ({"dataset_impl": "online"}, "dataset_impl: found 'online', wanted gpt2 with train_impl"),
+    ({"precompute_model_name": "x"}, "precompute_model_name: found 'x', wanted none"),
+    ({**PAIRS, "data_path": "x"}, "data_path: found 'x', wanted none with train_impl: dpo"),
+    ({"pos_train_data_paths": ["x"]}, "pos_train_data_paths: found ['x'], wanted none with"),
+    ({**PAIRS, "pipe_parallel_size": 1}, "pipe_parallel_size: found 1, wanted 0 with train_impl"),
+    ({**PAIRS, "metala": CONTEXT}, "metala.context_parallel_size: found 2, wanted 1 with train"),
+    ({**PAIRS, **SEQUENCE}, "sequence_parallel: found True, wanted false with train_impl: dpo"),
+    (
+        {**PAIRS, "zero_optimization": {"stage": 3}},
+        "zero_optimization.stage: found 3, wanted 0, 1 or 2 with train_impl: dpo",
+    ),
+    ({**REWARDS, "eval_tasks": ["piqa"]}, "eval_tasks: found ['piqa'], wanted none with train"),
+    ({**REWARDS, "no_weight_tying": False}, "no_weight_tying: found False, wanted true with"),
+    ({**REWARDS, "eod_mask_loss": True}, "eod_mask_loss: found True, wanted false with train"),
+    ({**PAIRS, "finetune": False}, "finetune: found False, wanted true, and in load the"),
+    ({**PAIRS, "load": None}, "finetune: found True, wanted true, and in load the checkpoint"),
+    ({**PAIRS, "save": "./x/"}, "save: found './x/', wanted another folder than load"),
+    ({**KTO, "kto_desirable_weight": 2.0}, "kto_undesirable_weight: found 1.0, wanted kto_desir"),
+    ({**PAIRS, "pack_impl": "packed"}, "pack_impl: found 'packed', wanted unpacked with train"),
+    ({**PAIRS, "neg_valid_data_paths": None}, "neg_valid_data_paths: found None, wanted data sets"),
+    ({**PAIRS, **NO_LABELS}, "pos_test_label_data_paths: found None, wanted as many as pos_test"),
+    ({**KTO, "valid_reward_data_paths": None}, "valid_reward_data_paths: found None, wanted as m"),
+    ({"pack_impl": "unpacked"}, "train_label_data_paths: found None, wanted as many as train_data"),
+    ({"pack_impl": "pack_until_overflow"}, "train_label_data_paths: found None, wanted as many as"),
+    ({"valid_label_data_paths": ["x"]}, "valid_label_data_paths: found ['x'], wanted none without"),
+    ({"test_reward_data_paths": ["x"]}, "test_reward_data_paths: found ['x'], wanted none without"),
+    (
+        {**DATA, "pack_impl": "unpacked", "train_iters": None, "train_epochs": 1},
+        "train_epochs: found 1, wanted none with pack_impl: unpacked",
+    ),
     # what GPT-NeoX itself refuses
     ({"min_lr": 1.0}, "GPT-NeoX refuses the settings: "),
     # what DeepSpeed ends in a traceback, ignores, or computes wrongly
@@ -286,7 +341,17 @@ REFUSED = [
     ({"save": "checkpoints"}, "checkpoint_factor: found none, wanted the number of steps"),
 ]
 
+TRAINING = (Path(__file__).resolve().parents[2] / "docs/training.md").read_text(encoding="utf-8")
+CHAPTER = re.search(r"\n## Fine-tuning and preference.*?\n## ", TRAINING, re.DOTALL)[0]
 ACCEPTED = [
+    *map(yaml.safe_load, re.findall(r"```yaml\n(.*?)```", CHAPTER, re.DOTALL)),
+    PAIRS,
+    REWARDS,
+    {**PAIRS, "load": None, "finetune": False, "dpo_reference_free": True},
+    {**KTO, "user_script": "generate.py", "optimizer": None, "pipe_parallel_size": 1},
+    {**KTO, "zero_optimization": {"stage": 2}},
+    {**DATA, "pack_impl": "pack_until_overflow"},
+    {"pack_impl": "pack_until_overflow", "eod_mask_loss": True},
     {"optimizer": ADAM, "gradient_accumulation_steps": None},
     {"zero_optimization": {"stage": 2}},
     {"zero_optimization": {"stage": 1}, "pipe_parallel_size": 2, "global_num_gpus": 2},

@@ -27,6 +27,7 @@ def settings(load, **changes) -> SimpleNamespace:
         model_parallel_size=1,
         pipe_parallel_size=0,
         user_script="./train.py",
+        train_impl="normal",
         config_files={},
         zero_optimization={"stage": 0},
         precision="fp32",
@@ -93,6 +94,15 @@ def test_a_first_start_and_a_resumption_pass(tmp_path):
 def test_a_checkpoint_that_was_meant_must_exist(tmp_path, changes):
     with pytest.raises(SettingsError, match=f"load: found no checkpoint in {tmp_path}"):
         check_load(settings(str(tmp_path), **changes))
+
+
+def test_the_reference_model_must_exist(tmp_path):
+    """Also when the run itself goes on from `save`."""
+    save_step(tmp_path / "save", 10)
+    written = {"config_files": {"a.yml": f"{{load: {tmp_path}/base, finetune: true}}"}}
+    changes = {"attention_config": ["metala"], "train_impl": "kto", "save": None, **written}
+    with pytest.raises(SettingsError, match=f"load: found no checkpoint in {tmp_path}/base"):
+        check_load(settings(str(tmp_path / "save"), **changes))
 
 
 def test_the_asked_iteration_must_exist(tmp_path):

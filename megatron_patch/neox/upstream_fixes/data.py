@@ -1,4 +1,5 @@
-"""Index maps (`PREFIX_*_indexmap_*.npy`): which documents make which sample, and in which order.
+"""Index maps (`PREFIX_*_indexmap_*.npy`), which say which documents make which sample and in which
+order, and where samples end that are padded.
 
 GPT-NeoX builds them once and finds them again by a name that holds lengths and the seed, but not
 the documents' sizes or their range. After other text was prepared to the same prefix, or `split`
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from megatron_patch.architecture import SettingsError
 from megatron_patch.neox.patching import in_metala_runs, repairs, swapped
 
 
@@ -62,16 +64,29 @@ def of_own_data(build: Callable) -> Callable:
         if values["packing_impl"] != "pack_until_overflow":
             return build(*call.args, **call.kwargs)
         # This packing counts documents from the data set's first one, so validation would read the
-        # documents of the training. It gets the sizes of its own documents instead. Its last sample
-        # ends one document too far; the entry appended to `doc_idx` stands for that document.
-        documents, first = values["documents"], int(values["documents"][0])
-        for sizes in {"sizes", "pos_sizes", "neg_sizes"} & values.keys():
-            values[sizes] = values[sizes][documents]
-        values["documents"] = documents - first
+        # documents of the training, and it runs past its list where the last document is left out.
+        # It gets the sizes of those documents alone that it may use. Its last sample ends one
+        # document too far; the entry appended to `doc_idx` stands for that document.
+        documents = _usable(**values)
+        values["sizes"] = values["sizes"][documents]
+        values["documents"] = np.arange(len(documents), dtype=np.int32)
+        values["label_dataset"], values["allow_chopped"] = None, True
         doc_idx, sample_idx, shuffle_idx = build(*call.args, **call.kwargs)
-        return np.append(doc_idx, doc_idx[:1]) + first, sample_idx, shuffle_idx
+        return documents[np.append(doc_idx, doc_idx[:1])], sample_idx, shuffle_idx
 
     return build_of_own_data
+
+
+def _usable(documents, sizes, label_dataset, seq_length, allow_chopped, data_prefix, **_):
+    """Returns the numbers of the documents that have a label and, unless they may be chopped, fit
+    into a sample. Raises a SettingsError if there is none."""
+    rows = seq_length + 1
+    usable = documents if allow_chopped else documents[sizes[documents] <= rows]
+    if label_dataset is not None:
+        usable = [i for i in usable if np.any(label_dataset.get(i)[:rows] != -100)]
+    if len(usable) == 0:
+        raise SettingsError(f"{data_prefix}: found no document that has labels and fits a sample")
+    return np.asarray(usable, dtype=np.int32)
 
 
 def _fingerprint(values: dict[str, Any]) -> str:
@@ -94,3 +109,55 @@ def _file_state(dataset) -> str:
     path = getattr(dataset, "_path", None) or dataset.path
     status = os.stat(f"{path}.bin")
     return f"{status.st_size} {status.st_mtime_ns}"
+
+
+# megatron/data/gpt2_dataset.py:165, megatron/data/pairwise_dataset.py:143
+@repairs(
+    "padded samples", "megatron.data.gpt2_dataset:GPT2Dataset.__getitem__", "length=offset_l + 1"
+)
+def end_samples_with_their_documents() -> None:
+    """Ends samples that are padded with their own documents, in runs with MetaLA layers.
+
+    GPT-NeoX appends the first token of the document that happens to follow, with its label. It
+    pads with token 0, which may be the end-of-document token; each would be a document of its own
+    under `metala: {reset_at_document: true}`.
+    """
+    from megatron import training  # noqa: F401  (holds the function)
+    from megatron.data import data_utils
+    from megatron.data.gpt2_dataset import GPT2Dataset
+    from megatron.data.pairwise_dataset import PairwiseDataset
+
+    @in_metala_runs(data_utils.build_train_valid_test_data_loaders)
+    def build_loaders_of_whole_samples(build_loaders, neox_args):
+        eod = neox_args.tokenizer.eod
+        if neox_args.pack_impl != "packed":
+            if neox_args.train_impl == "normal" and not neox_args.train_label_data_paths and eod:
+                raise SettingsError(
+                    "train_label_data_paths: found none, wanted labels: the end-of-document token "
+                    f"is {eod}, so padding, which is 0, would count in the loss"
+                )
+            for dataset in (GPT2Dataset, PairwiseDataset):
+                _end_with_documents(dataset, padding=int(eod == 0))
+        return build_loaders(neox_args)
+
+
+def _end_with_documents(dataset: type, padding: int) -> None:
+    """Lets samples of a data set that have labels end with their documents."""
+    get = inspect.unwrap(dataset.__getitem__)
+
+    @functools.wraps(get)
+    def get_padded(self, index: int) -> dict[str, np.ndarray]:
+        sample = get(self, index)
+        try:
+            place = self.shuffle_idx[index]
+            first, end = self.sample_idx[place][0], self.sample_idx[place + 1][0]
+        except IndexError:  # GPT-NeoX has taken another index instead
+            return sample
+        for sign, tokens in (("pos_", "pos"), ("neg_", "neg"), ("", "text")):
+            if f"{sign}label" in sample:
+                sizes = getattr(self, f"{sign}indexed_dataset").sizes
+                length = sizes[self.doc_idx[first:end]].sum()
+                sample[tokens][length:], sample[f"{sign}label"][length:] = padding, -100
+        return sample
+
+    dataset.__getitem__ = get_padded

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from megatron_patch.architecture import METALA, SettingsError, refuse
 from megatron_patch.architecture_neox import module_layers
+from megatron_patch.neox.post_training import needs_reference, reference_args
 from megatron_patch.neox.run_settings import program
 from megatron_patch.neox.yaml_config import SUFFIXES, merge_yaml_texts, read_yaml
 from megatron_patch.steps import latest_step, saved_steps
@@ -69,6 +70,9 @@ def check_load(args) -> None:
             "no_load_optim: found true, wanted false: GPT-NeoX would train one of the model's "
             "tensors alone; finetune: true starts from the weights of a checkpoint"
         )
+    if is_training and METALA in (args.attention_config or ()) and needs_reference(args):
+        reference = reference_args(args)
+        _check_states(reference, _find_step(reference), is_training)
     if args.load is None:
         return
     step = _find_step(args)

@@ -1,0 +1,45 @@
+"""Models that give a sequence numbers, such as exported reward models."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForSequenceClassification
+
+from megatron_patch.hf import MetaLAForSequenceClassification
+
+
+@pytest.fixture
+def model(tiny_config) -> MetaLAForSequenceClassification:
+    return MetaLAForSequenceClassification(tiny_config(num_labels=1)).eval()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_row_has_the_number_of_its_last_token(model, side):
+    rows = [torch.randint(3, 60, (length,)) for length in (5, 70, 1)]
+    ids, mask = torch.full((3, 70), 2), torch.zeros(3, 70, dtype=torch.long)
+    for i, row in enumerate(rows):
+        place = slice(70 - len(row), 70) if side == "left" else slice(0, len(row))
+        ids[i, place], mask[i, place] = row, 1
+    with torch.no_grad():
+        alone = [model.score(model.model(row[None])[0])[0, -1] for row in rows]
+        found = model(ids, attention_mask=mask).logits
+    assert found.shape == (3, 1)
+    torch.testing.assert_close(found, torch.stack(alone), rtol=0, atol=1e-5)
+
+
+def test_loss_and_gradient(model):
+    ids, labels = torch.randint(3, 60, (4, 9)), torch.randn(4)
+    loss, logits = model(ids, labels=labels, use_cache=False, return_dict=False)
+    assert loss.item() == pytest.approx(F.mse_loss(logits[:, 0], labels).item())
+    loss.backward()
+    assert model.score.weight.grad.abs().max() > 0
+
+
+def test_is_saved_and_loaded(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    assert type(loaded) is MetaLAForSequenceClassification and loaded.config.num_labels == 1
+    ids = torch.randint(3, 60, (2, 9))
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
