@@ -17,6 +17,7 @@ RUN = dict(
     pipe_parallel_size=0,
     checkpoint_activations=False,
     hidden_dropout=0.0,
+    train_impl="normal",
     zero_optimization={"stage": 1},
     log_gradient_noise_scale=False,
 )
@@ -32,6 +33,7 @@ RUN = dict(
         ({"pipe_parallel_size": 2}, "pipe_parallel_size"),
         ({"checkpoint_activations": True}, "checkpoint_activations"),
         ({"hidden_dropout": 0.1}, "hidden_dropout"),
+        ({"train_impl": "dpo"}, "train_impl"),
         ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage"),
         ({"zero_optimization": {"stage": 2, "cpu_offload": True}}, "zero_optimization offloads"),
         (
