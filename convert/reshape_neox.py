@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from convert.command import ConvertError, command_parser, one_line_errors
+from convert.command import ConvertError, command_parser
 from convert.export_record import check_checkpoint_export, write_record
 from convert.neox_reader import NeoXCheckpoint, config_texts
 from convert.neox_writer import (
@@ -35,7 +35,7 @@ from convert.output_folder import check_target, complete_folder
 from convert.tokenizer import find_tokenizer, read_tokenizer
 from megatron_patch.architecture import WHOLE
 from megatron_patch.architecture_neox import with_defaults
-from megatron_patch.commands.command_line import run_script
+from megatron_patch.commands.command_line import run_script, whole
 from megatron_patch.neox.yaml_config import merge_yaml_texts, read_yaml, settle
 
 
@@ -172,13 +172,12 @@ def in_one_folder(texts: dict[str, str]) -> dict[str, str]:
     return by_name
 
 
-@one_line_errors()
 def main(argv: list[str] | None = None) -> None:
     parser = command_parser(__doc__, "checkpoint", reads_checkpoint=True, takes_layout=True)
     states = "write the optimizer's states too, so that the run goes on"
     parser.add_argument("--with-optimizer", action="store_true", help=states)
     ranks = "with --with-optimizer: data-parallel ranks that go on; default: as many as before"
-    parser.add_argument("--data-parallel", type=int, metavar="D", help=ranks)
+    parser.add_argument("--data-parallel", type=whole(1), metavar="D", help=ranks)
     reshape_neox(**vars(parser.parse_args(argv)))
 
 

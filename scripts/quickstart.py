@@ -270,9 +270,6 @@ class HFTrainer(Engine):
     step_name = "checkpoint-"
 
     def __init__(self, tokenizer: Path, prefix: Path):
-        earlier, folder = FOLDER / "embedded", FOLDER / self.name
-        if earlier.exists() and not folder.exists():
-            earlier.rename(folder)  # version 0.1.0 used another name; its run goes on
         super().__init__(tokenizer, prefix)
         self.log = self.checkpoints / "metrics.jsonl"
         self.difference: float | None = None

@@ -3,5 +3,9 @@
 # and a picture of the loss, in runs/quickstart. A second run reuses finished steps; --fresh does not.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+if [ -n "$*" ] && [ "$*" != --fresh ]; then
+  echo "quickstart.sh: found $*, wanted --fresh or nothing" >&2
+  exit 2
+fi
 source scripts/setup.sh
 exec "$METALA_PYTHON" scripts/quickstart.py "$@"

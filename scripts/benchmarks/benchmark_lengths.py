@@ -28,8 +28,7 @@ from benchmark_training import (
     write_data,
 )
 
-from convert.command import ConvertError, need_neox
-from megatron_patch.architecture import SettingsError
+from convert.command import need_neox
 from megatron_patch.commands.command_line import (
     Parser,
     existing_file,
@@ -99,4 +98,4 @@ def draw(found: dict[str, dict], lengths: list[int], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, ConvertError, SettingsError)
+    run_script(main)

@@ -38,7 +38,7 @@ import numpy as np
 import torch
 import yaml
 
-from convert.command import ConvertError, need_neox
+from convert.command import need_neox
 from megatron_patch.architecture import SettingsError
 from megatron_patch.commands.command_line import (
     CommandError,
@@ -270,4 +270,4 @@ def report(name: str, one: Measurement) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, ConvertError, SettingsError)
+    run_script(main)
