@@ -49,7 +49,6 @@ from megatron_patch.commands.command_line import (
     told,
     whole,
 )
-from megatron_patch.commands.special_tokens import Typed
 from megatron_patch.hf import MetaLACache, MetaLAForCausalLM
 
 TOKENS_AT_ONCE = 4096  # a long text is read in pieces of this size, to bound the memory
@@ -77,13 +76,11 @@ class Conversation:
     Args:
         system: system message, or the first line of plain text.
         plain: whether to ignore the chat template.
-        special_tokens: whether special tokens that the user types stay special. Otherwise they are
-            text, and only those of the chat template are special.
 
     Attributes:
         cache: the state after everything read so far.
         messages: the chat template's messages; empty for plain text.
-        text: everything read so far, with placeholders for special tokens that the user typed.
+        text: everything read so far.
     """
 
     def __init__(
@@ -92,14 +89,12 @@ class Conversation:
         tokenizer: PreTrainedTokenizerBase,
         system: str | None = None,
         plain: bool = False,
-        special_tokens: bool = False,
     ):
         self.model = model
         self.tokenizer = tokenizer
         self.system = system
         self.plain = plain or not tokenizer.chat_template
         self.end_ids = _end_ids(model, tokenizer)
-        self.typed = Typed(tokenizer, self.end_ids, special_tokens)
         self.reset()
 
     def reset(self) -> None:
@@ -137,7 +132,7 @@ class Conversation:
                 answer.append(token)
                 show(token)
             written = self.tokenizer.decode(answer, skip_special_tokens=True)
-            self.text += self.typed.quote(written)
+            self.text += written
         except BaseException as error:
             self.cache, self.messages, self.text = before
             if isinstance(error, (ValueError, RuntimeError)):  # the model's, e.g. out of memory
@@ -153,8 +148,8 @@ class Conversation:
             first = not self.text
             # Each turn is a new line of the text.
             new = f"{self.system}\n{words}" if first and self.system else words
-            new = self.typed.quote(new if first else f"\n{new}")
-            ids = self.typed.encode(new, add_special_tokens=first)
+            new = new if first else f"\n{new}"
+            ids = self.tokenizer(new, add_special_tokens=first)["input_ids"]
             if first and ids and ids[-1] in self.end_ids:
                 ids.pop()  # some tokenizers end every text
             if not ids:
@@ -163,12 +158,9 @@ class Conversation:
             return ids
 
         messages = [*self.messages, {"role": "user", "content": words}]
-        quoted = [
-            {**message, "content": self.typed.quote(message["content"])} for message in messages
-        ]
         try:
             text = self.tokenizer.apply_chat_template(
-                quoted, tokenize=False, add_generation_prompt=True
+                messages, tokenize=False, add_generation_prompt=True
             )
         except Exception as error:  # a template is a program
             raise ChatError(f"the chat template: {told(error)}") from None
@@ -180,7 +172,7 @@ class Conversation:
             self.cache.reset()
             new = text
         self.messages, self.text = messages, text
-        return self.typed.encode(new)
+        return self.tokenizer(new, add_special_tokens=False)["input_ids"]
 
     @torch.inference_mode()
     def _write(
@@ -355,11 +347,6 @@ def parse_arguments() -> argparse.Namespace:
     add("--top-p", type=top_p, default=0.95, help="probability to draw from")
     add("--seed", type=whole(0), help="for the same answers again")
     add("--plain", action="store_true", help="plain text, without chat template")
-    add(
-        "--special-tokens",
-        action="store_true",
-        help="read special tokens in what is typed as such, not as text",
-    )
     add("--stats", action="store_true", help="say after each turn what it took")
     add("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", type=one_of(DTYPES), default="auto", help="auto: the folder's")
@@ -383,9 +370,7 @@ def main() -> None:
         found = type(model).__name__
         raise CommandError(f"folder: found {arguments.folder}, a {found}, wanted a MetaLA model")
     model = model.to(arguments.device).eval()
-    conversation = Conversation(
-        model, tokenizer, arguments.system, arguments.plain, arguments.special_tokens
-    )
+    conversation = Conversation(model, tokenizer, arguments.system, arguments.plain)
     choose = chooser(arguments.temperature, arguments.top_p)
 
     for line in lines():

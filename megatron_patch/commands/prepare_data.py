@@ -7,6 +7,7 @@ text. The same input gives the same files."""
 from __future__ import annotations
 
 import multiprocessing
+import re
 import signal
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
@@ -32,7 +33,6 @@ from megatron_patch.commands.command_line import (
     whole,
 )
 from megatron_patch.commands.documents import MAX_BYTES, Document, iterate_documents, with_a_first
-from megatron_patch.commands.special_tokens import any_of, read_as_text, special_contents
 from megatron_patch.commands.text_pieces import MAX_STRETCH, PIECE, pieces, safe_cut
 from megatron_patch.indexed_dataset import IndexedDatasetWriter, bin_path, idx_path, index_map_paths
 
@@ -80,8 +80,11 @@ class Encoder:
             )
         self.special_tokens = special_tokens
         if not special_tokens:
-            read_as_text(self.tokenizer, [END_OF_TEXT])
-        self.special = any_of(special_contents(self.tokenizer))
+            self.tokenizer.add_special_tokens([END_OF_TEXT])  # it may be one that is not special
+            self.tokenizer.encode_special_tokens = True
+        added = self.tokenizer.get_added_tokens_decoder().values()
+        special = sorted((token.content for token in added if token.special), key=len, reverse=True)
+        self.special = re.compile("|".join(map(re.escape, special)) or "(?!)")
         # transformers may have saved truncation and padding in the file.
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()

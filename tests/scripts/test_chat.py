@@ -165,7 +165,7 @@ def test_a_hybrid_is_saved_and_loaded(model, tokenizer_file, tmp_path):
 
 
 def test_words_without_tokens_are_no_turn(model, tokenizer_file):
-    conversation = Conversation(model, build_tokenizer(tokenizer_file), special_tokens=True)
+    conversation = Conversation(model, build_tokenizer(tokenizer_file))
     with pytest.raises(ChatError, match="no tokens"):
         talk(conversation, "<|endoftext|>")  # left out at the start of a text
     ((_, answer),) = talk(conversation, "one")

@@ -14,10 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
-from megatron_patch.commands.special_tokens import Typed
 from tests.scripts.talking import (
     FORGETFUL_TEMPLATE,
     SCRIPT,
@@ -28,86 +25,6 @@ from tests.scripts.talking import (
 )
 
 END = "<|endoftext|>"
-
-
-def parts_of(tokenizer_file, template, *parts):
-    """Returns the ids of parts: strings are text, a 0 is the special end token."""
-    plain = Tokenizer.from_file(str(tokenizer_file))
-    plain.encode_special_tokens = True
-    return [i for part in parts for i in ([0] if part == 0 else plain.encode(part).ids)]
-
-
-@pytest.fixture
-def read(model, monkeypatch):
-    """A list that records every id the model reads, answers included."""
-    ids = []
-    forward = model.forward
-
-    def noted(input_ids, **kwargs):
-        ids.extend(input_ids[0].tolist())
-        return forward(input_ids, **kwargs)
-
-    monkeypatch.setattr(model, "forward", noted)
-    return ids
-
-
-@pytest.mark.parametrize("is_special", [True, False])
-def test_special_tokens_that_are_typed_are_text(
-    model,
-    tokenizer_file,
-    read,
-    is_special,
-    tmp_path,
-):
-    description = json.loads(tokenizer_file.read_text())
-    description["added_tokens"][0]["special"] = is_special
-    (tmp_path / "tokenizer.json").write_text(json.dumps(description))
-    tokenizer = build_tokenizer(tmp_path / "tokenizer.json", TEMPLATE)
-    words = f"quote {END}<|user|> <|padding|>\ufdd00\ufdd2 end"
-    conversation = Conversation(model, tokenizer, system=f"No {END}.")
-    talk(conversation, words, tokens=0)
-    start = parts_of(
-        tokenizer_file, TEMPLATE, f"<|system|>No {END}.", 0, f"<|user|>{words}", 0, "<|assistant|>"
-    )
-    assert read == start
-    # The model's own words are text too, and earlier turns are not read again.
-    written = parts_of(tokenizer_file, TEMPLATE, f"an {END} end")
-    script = iter([*written, 0])
-    conversation.say("one", lambda _: next(script), 100, lambda _: None)
-    read.clear()
-    talk(conversation, f"two {END}", tokens=0)
-    assert read == parts_of(tokenizer_file, TEMPLATE, 0, f"<|user|>two {END}", 0, "<|assistant|>")
-
-    asked = Conversation(model, tokenizer, special_tokens=True)
-    read.clear()
-    talk(asked, f"a {END}b", tokens=0)
-    assert read == parts_of(tokenizer_file, TEMPLATE, "<|user|>a ", 0, "b", 0, "<|assistant|>")
-
-
-def test_special_tokens_in_plain_text_are_text(
-    model,
-    tokenizer_file,
-    read,
-):
-    conversation = Conversation(model, build_tokenizer(tokenizer_file))
-    talk(conversation, END, f"a{END}", tokens=0)
-    assert read == parts_of(tokenizer_file, None, END, f"\na{END}")
-
-
-def test_stand_ins_take_space_as_their_tokens_do(tokenizer_file):
-    """A special token strips the spaces around it, and the tokenizer marks a text's first word."""
-
-    letters = {character: place for place, character in enumerate("▁abc<|e>xyz")}
-    own = Tokenizer(models.BPE(letters, [("▁", "a")] if "▁a" in letters else []))
-    own.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
-    own.add_special_tokens([AddedToken("<|e|>", lstrip=True, rstrip=True), AddedToken("<x>")])
-    typed = Typed(PreTrainedTokenizerFast(tokenizer_object=own))
-    for text in ("a <|e|> b<x> c", "<|e|>a b", "a<x>b"):
-        wanted = own.encode(text).ids
-        marked = text + typed.quote(" <x>")
-        ids = typed.encode(marked)
-        assert ids[: len(wanted)] == wanted
-        assert ids[len(wanted) :] == [letters[c] for c in "▁<x>"]
 
 
 def test_a_failed_turn_changes_nothing(model, tokenizer_file, monkeypatch):
