@@ -5,30 +5,23 @@ each turn reads only the new words, however long the conversation is.
 If the tokenizer has a chat template, each line you type is a message. Otherwise, and with --plain,
 the model continues it as text. Ctrl-C ends an answer early.
 
-    /reset       forget everything
-    /save FILE   save the conversation with the model's state
-    /load FILE   go on with a saved conversation
-    /quit        end (or Ctrl-D)
+    /reset   forget everything
+    /quit    end (or Ctrl-D)
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import json
-import os
 import re
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -52,7 +45,6 @@ from megatron_patch.commands.command_line import (
 from megatron_patch.hf import MetaLACache, MetaLAForCausalLM
 
 TOKENS_AT_ONCE = 4096  # a long text is read in pieces of this size, to bound the memory
-COMMANDS = ("/reset", "/save", "/load", "/quit")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DTYPE_KEY = "torch_dtype" if transformers.__version__.startswith("4.") else "dtype"
 
@@ -199,62 +191,6 @@ class Conversation:
         out = self.model(ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
         return out.logits[0, -1]
 
-    def save(self, path: Path) -> None:
-        """Writes the state and the text to a safetensors file."""
-        kept = {"messages": self.messages, "text": self.text, "plain": self.plain}
-        try:
-            self.cache.save(path, metadata={"conversation": json.dumps(kept)})
-        except (OSError, ValueError, SafetensorError) as error:
-            raise ChatError(f"{path}: {told(error)}") from None
-
-    def load(self, path: Path) -> None:
-        """Goes on with the conversation in a file. Raises a ChatError if the file is missing, holds
-        no conversation, or one with another model."""
-        try:
-            cache = MetaLACache.load(path, device=self.model.device)
-            with safe_open(path, framework="pt") as file:
-                kept = _checked(file.metadata().get("conversation", ""))
-        except (OSError, SafetensorError, ValueError) as error:
-            reason = told(error).removeprefix(f"{path}: ")
-            raise ChatError(f"{path}: no saved conversation ({reason})") from None
-        if kept["plain"] != self.plain:
-            raise ChatError(f"{path}: kept {'with' if kept['plain'] else 'without'} --plain")
-        if wrong := cache.misfit(self.model.config):
-            raise ChatError(f"{path}: the conversation of another model ({wrong})")
-        if cache.batch_size not in (-1, 1):
-            raise ChatError(f"{path}: found {cache.batch_size} conversations, wanted one")
-        for name, tensor in (pair for layer in cache.layers for pair in layer.tensors()):
-            if name != "recurrent_states" and tensor.dtype != self.model.dtype:
-                raise ChatError(
-                    f"{path}: kept in {tensor.dtype}, wanted {self.model.dtype} (--dtype)"
-                )
-        cache.decoding_graph = self.cache.decoding_graph
-        self.cache, self.messages, self.text = cache, kept["messages"], kept["text"]
-
-
-def _checked(conversation: str) -> dict[str, Any]:
-    """Parses the JSON that `save` writes beside the state. Raises a ValueError if it is
-    malformed."""
-    try:
-        kept = json.loads(conversation)
-    except (ValueError, RecursionError):
-        kept = None
-    kept = kept if isinstance(kept, dict) else {}
-    messages = kept.get("messages")
-    fits = isinstance(messages, list) and all(
-        isinstance(message, dict)
-        and message.keys() == {"role", "content"}
-        and all(map(_is_text, message.values()))
-        for message in messages
-    )
-    if not fits or not _is_text(kept.get("text")) or not isinstance(kept.get("plain"), bool):
-        raise ValueError("found no messages and text, wanted those of a conversation")
-    return kept
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
-
 
 def _end_ids(model: MetaLAForCausalLM, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Returns the ids that end an answer."""
@@ -316,25 +252,6 @@ def lines() -> Iterator[str]:
             return
 
 
-def obey(command: str, conversation: Conversation) -> bool:
-    """Runs a command of the chat and returns whether to go on."""
-    name, _, argument = command.partition(" ")
-    argument = argument.strip()
-    if name == "/quit":
-        return False
-    if name not in COMMANDS:
-        raise ChatError(f"{name}: no such command; there are {', '.join(COMMANDS)}")
-    if name == "/reset":
-        conversation.reset()
-        print("(all forgotten)")
-        return True
-    if not argument:
-        raise ChatError(f"{name}: wanted the name of a file after it")
-    getattr(conversation, name[1:])(Path(os.path.expanduser(argument)))
-    print(f"({'saved' if name == '/save' else 'loaded'}: {conversation.cache!r})")
-    return True
-
-
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     temperature = number(lambda x: x >= 0, "of 0 or more")
@@ -375,11 +292,15 @@ def main() -> None:
 
     for line in lines():
         try:
-            if re.match(r"/\w+(\s|$)", line):
-                if not obey(line.strip(), conversation):
-                    break
+            if line.strip() == "/quit":
+                break
+            if line.strip() == "/reset":
+                conversation.reset()
+                print("(all forgotten)")
+            elif re.match(r"/\w+(\s|$)", line):
+                raise ChatError(f"{line.split()[0]}: no such command; there are /reset and /quit")
             elif line.strip():
-                if not _is_text(line):
+                if re.search("[\ud800-\udfff]", line):
                     raise ChatError(f"found bytes that are not {sys.stdin.encoding}, wanted text")
                 streamer = TextStreamer(tokenizer, skip_special_tokens=True)
                 with CtrlC() as ctrl_c:
