@@ -16,6 +16,7 @@ import torch
 from megatron_patch.architecture import METALA
 from megatron_patch.neox import documents
 from megatron_patch.neox.patching import has_metala_layers, replace
+from megatron_patch.neox.token_groups import own_tokens
 
 # The `sliding_window_width` that stands for "no layer reads the mask". No settings can have it.
 _UNREAD = -1
@@ -62,15 +63,15 @@ def shrink_unread_attention_mask() -> None:
     def with_documents(neox_args, batch, on_host):
         tokens, labels, loss_mask, mask, positions = batch
         eod = neox_args.tokenizer.eod
-        starts = documents.find_starts(tokens, eod)
+        starts = own_tokens(documents.find_starts(tokens, eod))
         if is_read(neox_args):
             mask, positions = documents.attention_mask(starts, mask), documents.positions(starts)
         else:
             mask = starts[:, None, None]
         if on_host is not None:
-            cu_seqlens = documents.pack(documents.find_starts(on_host, eod))
-            cu_seqlens = cu_seqlens.to(tokens.device, non_blocking=True)
-            documents.remember(mask, len(tokens), cu_seqlens)
+            found = documents.pack(own_tokens(documents.find_starts(on_host, eod)))
+            found = [x.to(tokens.device, non_blocking=True) for x in found]
+            documents.remember(mask, len(tokens), documents.Boundaries(*found))
         return tokens, labels, loss_mask, mask, positions
 
     @functools.wraps(make_inputs)

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from megatron_patch.architecture import METALA, MetaLAOptions, refuse
 from megatron_patch.architecture_neox import expand_attention_config
 from megatron_patch.neox.patching import in_metala_runs, replace, swapped
-from megatron_patch.neox.token_groups import context_group, context_size
+from megatron_patch.neox.token_groups import context_group, context_size, own_tokens
 
 
 def mean_over_context(count: torch.Tensor) -> torch.Tensor:
@@ -51,14 +51,12 @@ def check_context_parallel(args: Any, program: str) -> None:
     kinds = set(expand_attention_config(args.attention_config, args.num_layers)) - {METALA}
     if kinds:
         refuse_size(f"1 with layers of type {sorted(kinds)[0]}, which need all tokens on a rank")
-    length = args.seq_length // size
-    if args.seq_length % size or length < options.conv_width - 1:
+    least = max(options.conv_width - 1, 2)  # a mask of one token says nothing of documents
+    if args.seq_length % size or args.seq_length // size < least:
         refuse_size(
-            f"a divisor of seq_length = {args.seq_length} that leaves a rank the "
-            f"{options.conv_width - 1} tokens that the convolution reads back"
+            f"a divisor of seq_length = {args.seq_length} that leaves a rank at least {least} "
+            "tokens, as many as the convolution reads back"
         )
-    if options.reset_at_document:
-        refuse_size("1 with metala.reset_at_document: the state that a rank hands on knows no end")
     for name in ("eval_tasks", "autotuning", "fp16_lm_cross_entropy"):
         if found := getattr(args, name):
             refuse(name, found, f"none with metala.context_parallel_size = {size}")
@@ -143,11 +141,5 @@ def _keep_own_tokens() -> None:
     @in_metala_runs(_get_batch)
     def get_own_tokens(get_batch, neox_args, *args, **kwargs):
         *by_token, attention_mask, position_ids = get_batch(neox_args, *args, **kwargs)
-        return *map(_own_slice, by_token), attention_mask, _own_slice(position_ids)
-
-
-def _own_slice(x: torch.Tensor) -> torch.Tensor:
-    """Returns this rank's part of [b, s]."""
-    if (group := context_group()) is None:
-        return x
-    return x.chunk(dist.get_world_size(group), dim=1)[dist.get_rank(group)].contiguous()
+        # Boundaries of documents, in the mask's place, are this rank's (`attention_mask.py`).
+        return *map(own_tokens, by_token), attention_mask, own_tokens(position_ids)

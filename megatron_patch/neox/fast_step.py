@@ -2,8 +2,9 @@
 
 - Layers are launched as CUDA graphs (`cuda_graphs.py`).
 - DeepSpeed leaves the gradients of a single data-parallel rank where they are. Its bfloat16
-  optimizer adds each gradient to its float32 sum at once and in one kernel, computes the norm and
-  clips with a handful of kernels.
+  optimizer adds each gradient to its float32 sum at once and in one kernel, averages the sums over
+  ranks during the backward pass (`overlapped_reduction.py`), computes the norm and clips with a
+  handful of kernels.
 - GPT-NeoX no longer waits for the GPU between the parts of a step.
 """
 
@@ -17,6 +18,7 @@ import torch
 
 from megatron_patch.architecture import MetaLAOptions
 from megatron_patch.neox.cuda_graphs import Accumulator, LayerGraphs, add_to_sum
+from megatron_patch.neox.overlapped_reduction import BUCKET, OverlappedReduction, why_no_overlap
 from megatron_patch.neox.patching import in_metala_runs, replace
 from megatron_patch.neox.upstream_fixes.cpu_mode import runs_on_cpu
 
@@ -48,9 +50,10 @@ def prepare_engine(engine: Any, neox_args: Any) -> None:
     _reduce_gradients_in_place(engine)
     accumulators = None
     if isinstance(engine.optimizer, BF16_Optimizer):
+        _average_during_backward(engine, neox_args)
         _add_gradients_at_once(engine)
         _fuse_norm_and_clipping()
-        accumulators = _accumulators(engine.optimizer)
+        accumulators = _accumulators(engine)
     if runs_on_cpu(neox_args):
         return
     if (reason := why_no_graphs(neox_args)) is not None:
@@ -127,23 +130,26 @@ def _add_gradients_at_once(engine: Any) -> None:
         if lp.grad is not None:
             total = self.fp32_groups_gradients[group_idx][param_idx]
             add_to_sum(total, lp.grad)
-            _note_gradient(self, lp, total, group_idx, param_idx)
+            _note_gradient(engine, lp, total, group_idx, param_idx)
 
     optimizer._update_hp_grad = MethodType(add_in_one_kernel, optimizer)
 
 
-def _note_gradient(optimizer: Any, parameter: Any, total: Any, group: int, index: int) -> None:
+def _note_gradient(engine: Any, parameter: Any, total: Any, group: int, index: int) -> None:
     """Does what DeepSpeed does when a gradient has been added to its sum."""
     parameter._hp_grad = total
-    optimizer.fp32_groups_has_gradients[group][index] = True
+    engine.optimizer.fp32_groups_has_gradients[group][index] = True
+    if engine.overlapped is not None:
+        engine.overlapped.note(parameter)
 
 
-def _accumulators(optimizer: Any) -> dict[torch.nn.Parameter, Accumulator]:
+def _accumulators(engine: Any) -> dict[torch.nn.Parameter, Accumulator]:
     """Returns each parameter's float32 sum of gradients, and what to call after an addition."""
+    optimizer = engine.optimizer
     return {
         parameter: (
             total,
-            functools.partial(_note_gradient, optimizer, parameter, total, group, index),
+            functools.partial(_note_gradient, engine, parameter, total, group, index),
         )
         for group, parameters in enumerate(optimizer.bf16_groups)
         for index, (parameter, total) in enumerate(
@@ -170,6 +176,20 @@ def _reduce_gradients_in_place(engine: Any) -> None:
             reduce(grads, 0 if is_flat else elements_per_buffer)
 
     engine.buffered_allreduce_fallback = reduce_each
+
+
+def _average_during_backward(engine: Any, neox_args: Any) -> None:
+    """Overlaps the averages over data-parallel ranks with the backward pass, where that can be."""
+    engine.overlapped = None
+    zero = neox_args.zero_optimization or {}
+    if torch.distributed.get_world_size(engine.seq_data_parallel_group) == 1:
+        return
+    if (reason := why_no_overlap(neox_args)) is not None:
+        if zero.get("overlap_comm"):
+            say(f"gradients are averaged after the backward pass: {reason}")
+        return
+    engine.overlapped = OverlappedReduction(engine, zero.get("reduce_bucket_size", BUCKET))
+    engine.buffered_allreduce_fallback = lambda **_: engine.overlapped.finish()
 
 
 def _fuse_norm_and_clipping() -> None:

@@ -146,17 +146,22 @@ class ParallelMetaLALayer(nn.Module):
         """Maps hidden states [s, b, h] to [s, b, h]. It reads `attention_mask` for the boundaries
         of documents alone (`documents.py`): the recurrence is causal. A generation, which sets
         `use_cache`, takes its prompt for one document."""
-        cu_seqlens = None
+        boundaries = documents.Boundaries()
         if self.resets and not self.use_cache:
-            cu_seqlens = documents.cu_seqlens_of(attention_mask, x.shape[1], x.shape[0])
+            boundaries = documents.boundaries_of(attention_mask, x.shape[1], x.shape[0])
         if self.graphs is not None and self.training and not self.use_cache:
-            if (y := self.graphs.run(self.index, x, cu_seqlens)) is not None:
+            if (y := self.graphs.run(self.index, x, boundaries.recurrence)) is not None:
                 return y
-        return self.compute(x, cu_seqlens)
+        return self.compute(x, *boundaries)
 
-    def compute(self, x: torch.Tensor, cu_seqlens: torch.Tensor | None = None) -> torch.Tensor:
+    def compute(
+        self,
+        x: torch.Tensor,
+        cu_seqlens: torch.Tensor | None = None,
+        conv_cu_seqlens: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Runs the layer without CUDA graphs; `cu_seqlens` bounds the documents of the b rows laid
-        end to end.
+        end to end, for the convolution too unless `conv_cu_seqlens` does.
 
         The convolution and the operator want [b, s, h] in memory, so the layer works in that order.
         Between MetaLA layers the hidden states stay so, seen as [s, b, h], and nothing is
@@ -167,7 +172,9 @@ class ParallelMetaLALayer(nn.Module):
         x = x.contiguous() if self.is_split else x.transpose(0, 1).contiguous()
         x, normed = self._add_and_norm(x, None, self.input_norm)
         with self._recomputing(normed, x, self.input_norm):
-            mixed, self.layer_past = self.mixer(normed, past, self.use_cache, cu_seqlens)
+            mixed, self.layer_past = self.mixer(
+                normed, past, self.use_cache, cu_seqlens, conv_cu_seqlens
+            )
         x, normed = self._add_and_norm(x, self._dropout(mixed), self.mlp_norm)
         with self._recomputing(normed, x, self.mlp_norm):
             x = x + self._dropout(self.mlp(normed))

@@ -151,6 +151,7 @@ class ParallelMetaLAMixer(nn.Module):
         past: MixerState | None = None,
         use_cache: bool = False,
         cu_seqlens: torch.Tensor | None = None,
+        conv_cu_seqlens: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, MixerState | None]:
         """Mixes tokens.
 
@@ -161,27 +162,37 @@ class ParallelMetaLAMixer(nn.Module):
             use_cache: whether to return the state after the last token.
             cu_seqlens: int32 [N + 1], the boundaries of N documents in the b rows laid end to end,
                 for which nothing is carried over; `None` where each row is one document. Not
-                together with `past`, `use_cache` or rows whose tokens are split over ranks.
+                together with `past` or `use_cache`. Where ranks split the tokens of the rows, the
+                first documents go on from the rank before (`ops/context_parallel.py`).
+            conv_cu_seqlens: the same for the tokens of x, where sequence parallelism makes these a
+                part of what the recurrence reads; otherwise `cu_seqlens` serves.
 
         Returns:
             The output, shaped and split as x, and the state, or `None` without `use_cache`.
         """
         conv_state, state = past if past is not None else (None, None)
-        x = self._swapped(x)
-        rows = x.shape[:2]
-        if cu_seqlens is not None:  # the operators take packed sequences in a batch of one
-            x = x.reshape(1, -1, x.shape[-1])
+        conv_cu_seqlens = cu_seqlens if conv_cu_seqlens is None else conv_cu_seqlens
+        # The operators take packed sequences in a batch of one.
+        packed, x = cu_seqlens is not None, self._swapped(x)
+        rows = len(x)
         if (group := token_group()) is not None:
-            conv_state = incoming_rows(x, self.options.conv_width - 1, group)
-        x, conv_state = self.conv1d(x, conv_state, use_cache, cu_seqlens)
+            conv_state = incoming_rows(x, self.options.conv_width - 1, group, conv_cu_seqlens)
+        if packed:
+            x = x.flatten(0, 1)[None]
+        x, conv_state = self.conv1d(x, conv_state, use_cache, conv_cu_seqlens)
+        if packed:
+            x = x.view(rows, -1, x.shape[-1])
         x = self._swapped(x).contiguous()
         projected = column_parallel(self.in_proj, x, self.options.recompute == "cheap")
         heads = self._swapped(projected).unflatten(-1, (self.num_heads, -1))
+        if packed:
+            heads = heads.flatten(0, 1)[None]
         q, gate_logits, v, out_gate = heads.split(
             [self.key_width, self.key_width, self.value_width, self.value_width], dim=-1
         )
         if (group := context_group()) is not None:
-            state = incoming_state(gate_logits, v, self.options.tau, group)
+            by_row = (y.view(rows, -1, *y.shape[2:]) for y in (gate_logits, v))
+            state = incoming_state(*by_row, self.options.tau, group, cu_seqlens)
         out, state = meta_linear_attention(
             q,
             gate_logits,
@@ -196,9 +207,8 @@ class ParallelMetaLAMixer(nn.Module):
             cu_seqlens=cu_seqlens,
             backend=self.options.backend,
         )
-        output, _ = self.out_proj(self._swapped(out).flatten(-2))
-        if cu_seqlens is not None:
-            output = output.view(*rows, -1)
+        out = out.flatten(-2).view(rows, -1, self.num_heads * self.value_width)
+        output, _ = self.out_proj(self._swapped(out))
         return output, (conv_state, state) if use_cache else None
 
     def _swapped(self, x: torch.Tensor) -> torch.Tensor:

@@ -54,15 +54,12 @@ def check_sequence_parallel(args: Any, program: str) -> None:
     kinds = set(expand_attention_config(args.attention_config, args.num_layers))
     if others := sorted(kinds - {METALA, *SOFTMAX_TYPES}):
         refuse_it(f"with layers of type {others[0]}, which need all tokens on a rank")
-    options = MetaLAOptions.parse(args.metala)
-    if options.reset_at_document:
-        refuse_it("with metala.reset_at_document: the rows before a rank's tokens know no end")
     if args.partition_activations:
         refuse_it("with partition_activations: DeepSpeed takes the ranks' activations for copies")
     if args.use_qk_layernorm:
         refuse_it("with use_qk_layernorm: GPT-NeoX takes the weights of its own heads for copies")
     parts = args.model_parallel_size * context_size(args)
-    rows = options.conv_width - 1
+    rows = MetaLAOptions.parse(args.metala).conv_width - 1
     if args.seq_length % parts or args.seq_length // parts < rows:
         refuse_it(
             f"with seq_length = {args.seq_length}: {parts} ranks cannot each have as many tokens, "

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from megatron_patch.architecture import MetaLAOptions
@@ -34,6 +35,17 @@ def token_group() -> dist.ProcessGroup | None:
     """Returns the ranks among which a layer's input is split, in the order of their tokens; `None`
     where every rank gets whole sequences."""
     return _token
+
+
+def place_in(group: dist.ProcessGroup | None) -> tuple[int, int]:
+    """Returns this rank's place in a group and how many ranks that has; (0, 1) for `None`."""
+    return (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+
+
+def own_tokens(x: torch.Tensor) -> torch.Tensor:
+    """Returns the part of whole sequences [b, s] that is on this rank after an input projection."""
+    rank, ranks = place_in(_context)
+    return x.chunk(ranks, dim=1)[rank].contiguous()
 
 
 def make_token_groups() -> None:

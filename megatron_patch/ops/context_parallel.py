@@ -14,10 +14,17 @@ The short convolution takes its W - 1 inputs before the first token from the pre
 
 A rank sends one state, with its decay, per sequence and head, and W - 1 rows, whatever the length.
 Every rank of the group must call these functions in the same order.
+
+Packed documents are kept apart by the `cu_seqlens` of a rank's own tokens, its B rows of T laid end
+to end. Behind the first rank, a row's first sequence is the rest of the document before; it is
+empty where a document begins with the row. It alone gets what the previous rank hands on. A rank
+hands on its last document alone: a document begins with a log decay of -inf, so G is -inf and U is
+the state of the last one.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -29,24 +36,43 @@ from torch.distributed import ProcessGroup
 from megatron_patch.ops.torch_ops import compute_dtype, without_autocast
 
 
-def incoming_rows(x: Tensor, count: int, group: ProcessGroup) -> Tensor:
+def incoming_rows(
+    x: Tensor, count: int, group: ProcessGroup, cu_seqlens: Tensor | None = None
+) -> Tensor:
     """Returns the inputs before this rank's first token, for `short_convolution` to begin from.
 
     Args:
         x: [B, T, D], this rank's tokens, T >= count.
         count: W - 1, for a convolution of width W.
         group: the ranks that hold the sequence, in order.
+        cu_seqlens: [N + 1], the boundaries of documents in this rank's tokens.
 
     Returns:
-        [B, D, count], the last rows of the previous rank; zeros on the first. Gradients flow back
-        to that rank.
+        [B, D, count], the last rows of the previous rank; zeros on the first, and for tokens of
+        documents that end there. With `cu_seqlens` [N, D, count], which are zeros for all but the
+        first sequence of each row. Gradients flow back to that rank.
     """
+    batch, time, channels = x.shape
     if count == 0:
-        return x.new_empty(x.shape[0], x.shape[2], 0)
-    return _FromPrevious.apply(x[:, x.shape[1] - count :].transpose(1, 2), group)
+        sequences = batch if cu_seqlens is None else len(cu_seqlens) - 1
+        return x.new_empty(sequences, channels, 0)
+    rows = x[:, time - count :]
+    if cu_seqlens is None:
+        return _FromPrevious.apply(rows.transpose(1, 2), group)
+    first, starts = _sequences(cu_seqlens, batch, time)
+    later = F.pad(starts[:, time - count + 1 :].flip(1).cumsum(1).flip(1), (0, 1))
+    rows = rows.masked_fill((later > 0)[..., None], 0)  # of documents that end on this rank
+    incoming = _FromPrevious.apply(rows.transpose(1, 2), group)
+    return _give_to(first, incoming, len(cu_seqlens) - 1)
 
 
-def incoming_state(gate_logits: Tensor, v: Tensor, tau: float, group: ProcessGroup) -> Tensor:
+def incoming_state(
+    gate_logits: Tensor,
+    v: Tensor,
+    tau: float,
+    group: ProcessGroup,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
     """Returns the state before this rank's first token, the `initial_state` of
     `meta_linear_attention`.
 
@@ -55,12 +81,36 @@ def incoming_state(gate_logits: Tensor, v: Tensor, tau: float, group: ProcessGro
         v: [B, T, H, V].
         tau: the log decay's divisor.
         group: the ranks that hold the sequence, in order.
+        cu_seqlens: [N + 1], the boundaries of documents in this rank's tokens.
 
     Returns:
-        [B, H, K, V] in float32 (float64 for float64 inputs); zeros on the first rank. Gradients
-        flow to `gate_logits` and `v` of all ranks before.
+        [B, H, K, V] in float32 (float64 for float64 inputs); zeros on the first rank. With
+        `cu_seqlens` [N, H, K, V], which are zeros for all but the first sequence of each row.
+        Gradients flow to `gate_logits` and `v` of all ranks before.
     """
-    return _Combine.apply(*_OwnState.apply(gate_logits, v, tau), group)
+    if cu_seqlens is None:
+        return _Combine.apply(*_OwnState.apply(gate_logits, v, tau, None), group)
+    batch, time = v.shape[:2]
+    first, starts = _sequences(cu_seqlens, batch, time)
+    incoming = _Combine.apply(*_OwnState.apply(gate_logits, v, tau, starts), group)
+    return _give_to(first, incoming, len(cu_seqlens) - 1)
+
+
+def _sequences(cu_seqlens: Tensor, batch: int, time: int) -> tuple[Tensor, Tensor]:
+    """Returns the number of each row's first sequence, int64 [B], and where the others begin, bool
+    [B, T]."""
+    total, device = batch * time, cu_seqlens.device
+    rows = torch.arange(0, total, time, dtype=cu_seqlens.dtype, device=device)
+    first = torch.searchsorted(cu_seqlens, rows)
+    others = cu_seqlens[:-1].long().index_fill(0, first, total)
+    starts = torch.zeros(total + 1, dtype=torch.bool, device=device).index_fill(0, others, True)
+    return first, starts[:total].view(batch, time)
+
+
+def _give_to(first: Tensor, incoming: Tensor, sequences: int) -> Tensor:
+    """Returns [N, ...], zeros but for the sequences `first`, which get `incoming` [B, ...]."""
+    zeros = incoming.new_zeros(sequences, *incoming.shape[1:])
+    return zeros.index_copy(0, first, incoming)
 
 
 def _all_gather(x: Tensor, group: ProcessGroup) -> Tensor:
@@ -92,38 +142,42 @@ class _OwnState(torch.autograd.Function):
     their log decays.
 
     With u_t the sum of the log decays after token t, U = sum of (k_t exp(u_t)) v_t^T. All exponents
-    are at most zero. Only the inputs are kept for the backward pass.
+    are at most zero; they are -inf across the `starts` of documents. Only the inputs are kept for
+    the backward pass.
     """
 
     @staticmethod
-    def forward(ctx: Any, gate_logits: Tensor, v: Tensor, tau: float) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(gate_logits, v)
+    def forward(
+        ctx: Any, gate_logits: Tensor, v: Tensor, tau: float, starts: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(gate_logits, v, starts)
         ctx.tau = tau
         with without_autocast(v.device):
-            *_, weight, total = _own_weights(gate_logits, tau)
+            *_, weight, total = _own_weights(gate_logits, tau, starts)
             update = torch.einsum("bthk,bthv->bhkv", weight, v.to(weight.dtype))
         return update, total
 
     @staticmethod
-    def backward(ctx: Any, d_update: Tensor, d_total: Tensor) -> tuple[Tensor, Tensor, None]:
-        gate_logits, v = ctx.saved_tensors
+    def backward(ctx: Any, d_update: Tensor, d_total: Tensor) -> tuple[Tensor | None, ...]:
+        gate_logits, v, starts = ctx.saved_tensors
         with without_autocast(v.device):
-            logits, g, decay_after, weight, _ = _own_weights(gate_logits, ctx.tau)
+            logits, g, decay_after, weight, _ = _own_weights(gate_logits, ctx.tau, starts)
             d_v = torch.einsum("bthk,bhkv->bthv", weight, d_update)
             d_weight = torch.einsum("bthv,bhkv->bthk", v.to(weight.dtype), d_update)
             # Token t's log decay acts on the whole state and on what the tokens before t added.
             before = F.pad((d_weight * weight).cumsum(1)[:, :-1], (0, 0, 0, 0, 1, 0))
             d_g = d_total[:, None] + before - d_weight * decay_after * g.exp()
             d_logits = d_g * torch.sigmoid(-logits) / ctx.tau
-        return d_logits.to(gate_logits.dtype), d_v.to(v.dtype), None
+        return d_logits.to(gate_logits.dtype), d_v.to(v.dtype), None, None
 
 
-def _own_weights(gate_logits: Tensor, tau: float) -> tuple[Tensor, ...]:
+def _own_weights(gate_logits: Tensor, tau: float, starts: Tensor | None) -> tuple[Tensor, ...]:
     """Returns the logits, g, exp(u), k exp(u) [B, T, H, K] and G [B, H, K], in float32 or
     float64."""
     logits = gate_logits.to(compute_dtype(gate_logits))
     g = F.logsigmoid(logits) / tau
-    since = g.flip(1).cumsum(1).flip(1)  # from each token on; u is that of the next token
+    cut = g if starts is None else g.masked_fill(starts[..., None, None], -math.inf)
+    since = cut.flip(1).cumsum(1).flip(1)  # from each token on; u is that of the next token
     decay_after = F.pad(since[:, 1:], (0, 0, 0, 0, 0, 1)).exp()
     return logits, g, decay_after, -torch.expm1(g) * decay_after, since[:, 0]
 

@@ -36,9 +36,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "parallelism.md"
 BEGIN, END = "<!-- table: written by tests/neox/parallelism_table.py -->", "<!-- end of table -->"
 RANKS, STEPS, BATCH, LAYERS = 4, 3, 4, 4
 ZERO_STAGES = (0, 1, 2, 3)
-# These three are tested by test_split_sequences.py and test_documents.py. Their combinations take
-# many times as long: add (2, 4), True and True, and run the table again.
-CONTEXT, SEQUENCE, DOCUMENTS = (1,), (False,), (False,)
+CONTEXT, SEQUENCE, DOCUMENTS = (1, 2, 4), (False, True), (False, True)
 # Differences that rounding in float32 explains: of the loss, and of the norm relative to itself.
 LOSS_TOLERANCE, NORM_TOLERANCE = 3e-6, 1e-6
 
@@ -110,6 +108,7 @@ class Combination:
             **({"reset_at_document": True} if self.documents else {}),
         }
         kinds = ["metala", "metala", "global", "metala"] if self.hybrid else ["metala"] * LAYERS
+        samples = 2 if self.data == 1 else 1  # of a micro-batch
         return {
             "num_layers": LAYERS,
             "attention_config": kinds,
@@ -118,8 +117,8 @@ class Combination:
             "model_parallel_size": self.tensor,
             "pipe_parallel_size": self.pipeline,
             "num_gpus": self.ranks,
-            "train_micro_batch_size_per_gpu": 1,
-            "gradient_accumulation_steps": BATCH // self.data,
+            "train_micro_batch_size_per_gpu": samples,
+            "gradient_accumulation_steps": BATCH // (self.data * samples),
             "zero_optimization": {"stage": self.zero},
             **({"sequence_parallel": True} if self.sequence else {}),
             **({"checkpoint_activations": True} if self.recompute else {}),
@@ -211,6 +210,7 @@ class Bench:
             self.data,
             self.tokenizer,
             train_iters=STEPS,
+            eval_iters=0,
             lr_decay_iters=10,
             warmup=0.0,
             gradient_clipping=0.5,  # below the norms, so that a wrong norm shows in the next loss
@@ -384,7 +384,7 @@ def cells(table: str) -> dict[tuple, list[str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, required=True, help="kept between runs")
-    parser.add_argument("--jobs", type=int, default=2, help="combinations at a time")
+    parser.add_argument("--jobs", type=int, default=3, help="combinations at a time")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         outcomes = run_all(Path(name), given.results, given.jobs)

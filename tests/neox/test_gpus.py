@@ -58,11 +58,11 @@ LAYOUTS = {
     "sequence parallel": dict(tp=2, pp=1, sequence_parallel=True),
     "context parallel": dict(tp=1, pp=0, metala={**MODEL["metala"], "context_parallel_size": 2}),
     "pipeline": dict(tp=1, pp=2),
-    "data parallel, ZeRO 1": dict(
+    "data parallel, ZeRO 1, in many buckets": dict(
         tp=1,
         pp=0,
         train_micro_batch_size_per_gpu=BATCH // 2,
-        **ZERO_1,
+        zero_optimization={"stage": 1, "overlap_comm": True, "reduce_bucket_size": 1_000_000},
     ),
 }
 
@@ -91,31 +91,52 @@ def assert_losses_are_near(found: dict, wanted: dict, first: float, later: float
     assert max(away.values()) <= later
 
 
+def train_from_the_same_weights(
+    checkout: Path, checkpoints: Path, config: dict, folder: Path
+) -> Run:
+    """A training on two GPUs, from the weights of another one's step 0."""
+    tp, pp = config["model_parallel_size"], config["pipe_parallel_size"]
+    convert(
+        reshape_neox, checkout,
+        "--checkpoint", checkpoints, "--iteration", 0, "--output", folder / "step0",
+        "--tensor-parallel", tp, "--pipeline-parallel", pp,
+    )  # fmt: skip
+    start = {"load": str(folder / "step0"), "finetune": True}
+    saved = {"save": str(folder / "checkpoints"), "num_gpus": 2}
+    return train(checkout, {**config, **start, **saved}, folder)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_two_gpus_train_as_one(
     neox_checkout, token_data, tokenizer_file, precision, one_gpu, tmp_path, layout
 ):
     run, folder = one_gpu
     changes = {**MODEL, **PRECISIONS[precision], **LAYOUTS[layout]}
-    convert(
-        reshape_neox, neox_checkout,
-        "--checkpoint", folder / "checkpoints", "--iteration", 0, "--output", tmp_path / "step0",
-        "--tensor-parallel", changes["tp"], "--pipeline-parallel", changes["pp"],
-    )  # fmt: skip
-    config = settings(
-        token_data,
-        tokenizer_file,
-        **changes,
-        load=str(tmp_path / "step0"),
-        finetune=True,
-        save=str(tmp_path / "checkpoints"),
-        num_gpus=2,
-    )
-    two = train(neox_checkout, config, tmp_path)
+    config = settings(token_data, tokenizer_file, **changes)
+    two = train_from_the_same_weights(neox_checkout, folder / "checkpoints", config, tmp_path)
     first, later = TOLERANCES[precision]
     assert_losses_are_near(two.losses, run.losses, first, later)
     assert_losses_are_near(two.validation_losses, run.validation_losses, 0.0, later)
     export(neox_checkout, tmp_path / "checkpoints", tmp_path / "hf", "--verify")
+
+
+@pytest.mark.parametrize("layout", ["sequence parallel", "context parallel"])
+def test_documents_are_apart_where_gpus_split_the_tokens(
+    neox_checkout, short_documents, tokenizer_file, make_once, tmp_path, layout
+):
+    documents = {**MODEL["metala"], "reset_at_document": True}
+    changes = {**MODEL, **PRECISIONS["float32"], "metala": documents}
+    config = settings(short_documents, tokenizer_file, num_gpus=1, **changes)
+    run, folder = train_once(make_once, "one-gpu-documents", neox_checkout, config)
+
+    changes |= LAYOUTS[layout]
+    changes["metala"] = {**documents, **changes["metala"]}
+    config = settings(short_documents, tokenizer_file, **changes)
+    two = train_from_the_same_weights(neox_checkout, folder / "checkpoints", config, tmp_path)
+    assert_losses_are_near(two.losses, run.losses, *TOLERANCES["float32"])
+    assert_losses_are_near(
+        two.validation_losses, run.validation_losses, 0.0, TOLERANCES["float32"][1]
+    )
 
 
 def test_the_loss_falls(one_gpu):

@@ -19,11 +19,13 @@ SAMPLE = [
     Combination(data=2, zero=3, hybrid=True),
     Combination(data=2, zero=2, recompute=True),
     Combination(tensor=2, zero=1, hybrid=True, recompute=True),
-    Combination(tensor=2, pipeline=2, zero=1),
+    Combination(tensor=2, pipeline=2, sequence=True, zero=1),
+    Combination(pipeline=2, context=2, documents=True),
 ]
 REFUSED = [
     Combination(tensor=2, zero=2),
     Combination(pipeline=2, zero=3, recompute=True),
+    Combination(context=2, hybrid=True),
 ]
 
 

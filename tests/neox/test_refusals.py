@@ -152,14 +152,6 @@ REFUSED = [
     ({"metala": {"reset_at_document": 1}}, "metala.reset_at_document: found 1, wanted true or"),
     # sequences that cannot be split over ranks
     (
-        {"metala": {**CONTEXT, **DOCUMENTS}},
-        "metala.context_parallel_size: found 2, wanted 1 with metala.reset_at_document",
-    ),
-    (
-        {**SEQUENCE, "metala": DOCUMENTS},
-        "sequence_parallel: found True, wanted false with metala.reset_at_document",
-    ),
-    (
         {"metala": {"context_parallel_size": 3}},
         "metala.context_parallel_size: found 3, wanted a divisor of seq_length = 64 that leaves",
     ),

@@ -23,38 +23,75 @@ def inputs(time: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     return {name: tensor.to(dtype) for name, tensor in made.items()}
 
 
-def core(x, weight, aug, bias, group=None):
+def core(x, weight, aug, bias, group=None, cu_seqlens=None):
     """Convolution, then the operator, as the mixer calls them."""
-    rows = None if group is None else incoming_rows(x, W - 1, group)
-    projected, _ = short_convolution(x, weight, initial_state=rows, activation=None)
-    q, gates, v, out_gate = projected.unflatten(-1, (H, -1)).split([K, K, V, V], -1)
-    state = None if group is None else incoming_state(gates, v, 16.0, group)
-    out, _ = meta_linear_attention(
-        q, gates, v, aug, out_gate, out_gate_bias=bias, initial_state=state
+    rows = state = None
+    batch = 1 if cu_seqlens is not None else B
+    if group is not None:
+        rows = incoming_rows(x, W - 1, group, cu_seqlens)
+    projected, _ = short_convolution(
+        x.reshape(batch, -1, D),
+        weight,
+        initial_state=rows,
+        activation=None,
+        cu_seqlens=cu_seqlens,
     )
-    return out
+    heads = projected.unflatten(-1, (H, -1))
+    q, gates, v, out_gate = heads.split([K, K, V, V], -1)
+    if group is not None:
+        by_row = (y.unflatten(1, (B // batch, -1)).flatten(0, 1) for y in (gates, v))
+        state = incoming_state(*by_row, 16.0, group, cu_seqlens)
+    out, _ = meta_linear_attention(
+        q, gates, v, aug, out_gate,
+        out_gate_bias=bias, initial_state=state, cu_seqlens=cu_seqlens,
+    )  # fmt: skip
+    return out.view(B, -1, H, V)
 
 
-def run(d_out, group=None, **tensors):
+def boundaries(starts, rank, ranks, time):
+    """`cu_seqlens` of a rank's part of B rows, whose documents begin at `starts`."""
+    length = time // ranks
+    begin, found = rank * length, []
+    for row, tokens in enumerate(starts):
+        inside = [row * length + t - begin for t in tokens if begin <= t < begin + length]
+        found += inside if rank == 0 else [row * length, *inside]
+    return torch.tensor([*found, B * length])
+
+
+def run(d_out, group=None, cu_seqlens=None, **tensors):
     """The output and the gradients of all inputs."""
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in tensors.items()}
-    out = core(**leaves, group=group)
+    out = core(**leaves, group=group, cu_seqlens=cu_seqlens)
     out.backward(d_out)
     return [out.detach(), *(leaf.grad for leaf in leaves.values())]
 
 
+# (T, where the documents of B rows begin). Four ranks' parts of 24 tokens begin at 0, 6, 12, 18.
+CASES = [
+    (12, None),
+    (512, None),
+    (24, [(0, 12), (0, 6, 18)]),  # at the edges of parts
+    (24, [(0, 5, 13, 19), (0, 4, 8, 11, 14, 17, 20)]),  # within W - 1 tokens of them
+    (24, [(0, 5), (0, 20)]),  # documents over three and four parts
+    (24, [range(24), (0, 10, 11, 12, 13, 23)]),  # documents of one token
+    (24, [(0,), (0,)]),
+]
+
+
 @pytest.mark.parametrize("ranks", [2, 4])
-@pytest.mark.parametrize("time", [12, 512])
-def test_ranks_compute_what_one_computes(ranks, time):
+def test_ranks_compute_what_one_computes(ranks):
     """In float64, to 1e-10 of the largest entry: the output and the gradients of each rank's
     tokens, and the sum over ranks of the gradients of parameters."""
 
-    def code(rank):
+    def errors(rank, time, starts):
         whole = inputs(time, torch.float64)
-        expected = run(**whole)
+        bounds = [None, None]
+        if starts is not None:
+            bounds = [boundaries(starts, *place, time) for place in ((0, 1), (rank, ranks))]
+        expected = run(**whole, cu_seqlens=bounds[0])
         part = slice(rank * time // ranks, (rank + 1) * time // ranks)
         own = {name: whole[name][:, part] for name in ("x", "d_out")}
-        found = run(**{**whole, **own}, group=dist.group.WORLD)
+        found = run(**{**whole, **own}, group=dist.group.WORLD, cu_seqlens=bounds[1])
         for gradient in found[2:]:
             dist.all_reduce(gradient)
         expected[:2] = [tensor[:, part] for tensor in expected[:2]]
@@ -63,7 +100,8 @@ def test_ranks_compute_what_one_computes(ranks, time):
             for a, b in zip(found, expected, strict=True)
         ]
 
-    assert max(max(errors) for errors in on_ranks(ranks, code)) < 1e-10
+    for found in on_ranks(ranks, lambda rank: [errors(rank, *case) for case in CASES]):
+        assert max(map(max, found)) < 1e-10, found
 
 
 def test_a_rank_without_a_gradient_of_its_own_passes_gradients_on():
@@ -101,7 +139,7 @@ def test_bfloat16_states_are_handed_on_in_float32():
 
 def test_messages_do_not_grow_with_the_length():
     """Bytes that a rank gives, in both passes: a state, its decay and W - 1 rows; then the
-    gradients of the state and the rows."""
+    gradients of the state and the rows. Nor with the documents."""
 
     def code(rank):
         sent = []
@@ -113,15 +151,16 @@ def test_messages_do_not_grow_with_the_length():
 
         dist.all_gather_into_tensor = counted
         found = []
-        for time in (16, 256):
+        for time, starts in ((16, None), (256, None), (256, [range(0, 256, 5)] * B)):
+            bounds = None if starts is None else boundaries(starts, rank, 2, 2 * time)
             whole = inputs(time, torch.float32)
             whole.pop("d_out")
             sent.clear()
             leaves = {name: tensor.requires_grad_() for name, tensor in whole.items()}
-            core(**leaves, group=dist.group.WORLD).sum().backward()
+            core(**leaves, group=dist.group.WORLD, cu_seqlens=bounds).sum().backward()
             found.append(list(sent))
         return found
 
     rows, state = 4 * B * D * (W - 1), 4 * B * H * K * V
     for found in on_ranks(2, code):
-        assert found == [[rows, state + 4 * B * H * K, state, rows]] * 2
+        assert found == [[rows, state + 4 * B * H * K, state, rows]] * 3
