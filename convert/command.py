@@ -1,15 +1,12 @@
-"""Errors, arguments and the GPT-NeoX checkout, which the commands of this folder share."""
+"""The error, the arguments and the GPT-NeoX checkout that the commands of this folder share."""
 
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_patch.architecture import SettingsError, one_line
-from megatron_patch.commands.command_line import CommandError, Parser, told
+from megatron_patch.architecture import one_line
+from megatron_patch.commands.command_line import CommandError, Parser, whole
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -19,15 +16,6 @@ class ConvertError(CommandError):
 
     def __init__(self, line: str):
         super().__init__(one_line(line))
-
-
-@contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Exits with code 1 and one line, `error: ...`, where a command cannot go on."""
-    try:
-        yield
-    except (ConvertError, SettingsError, OSError) as error:
-        sys.exit(f"error: {one_line(told(error))}")
 
 
 def command_parser(
@@ -40,7 +28,7 @@ def command_parser(
     if reads_checkpoint:
         saved = "the folder that GPT-NeoX's `save` named"
         add("--checkpoint", type=Path, required=True, help=saved)
-        add("--iteration", type=int, help="default: the latest")
+        add("--iteration", type=whole(0), metavar="N", help="default: the latest")
         config = "the run's settings, in place of those inside the checkpoint"
         add("--config", type=Path, nargs="+", metavar="YML", help=config)
     owner = "the settings' vocab_file" if reads_checkpoint else "the model's own"
@@ -50,8 +38,8 @@ def command_parser(
     add("--overwrite", action="store_true", help=f"replace a {output} folder that is there")
     if takes_layout:
         stages = "0 for mp_rank files, without a pipeline"
-        add("--tensor-parallel", type=int, required=True, metavar="N")
-        add("--pipeline-parallel", type=int, required=True, metavar="M", help=stages)
+        add("--tensor-parallel", type=whole(1), required=True, metavar="N")
+        add("--pipeline-parallel", type=whole(0), required=True, metavar="M", help=stages)
     return parser
 
 

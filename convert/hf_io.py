@@ -31,6 +31,7 @@ from convert.files import (
 )
 from convert.tensor_table import Split, TensorRule, check_finite, fit_vocabulary, tensor_table
 from megatron_patch.architecture import Architecture, shown
+from megatron_patch.commands.command_line import refuse
 from megatron_patch.hf import MetaLAConfig
 
 # The files in which transformers saves weights; the first that is there is read.
@@ -199,13 +200,12 @@ FLUSH_BYTES = 64 * 2**20
 HASHED_BYTES = 2**20
 
 
-def parse_size(text: str) -> int:
-    """Returns the bytes of a size such as `5GB`, `500MB` or `2GiB`. Raises a ValueError if the text
-    is no size, or none that a file can have."""
+def size_argument(text: str) -> int:
+    """Argument type: a size such as `5GB`, `500MB` or `2GiB`, in bytes."""
     found = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]+)?)\s*([KMG]I?)?B?", text.strip().upper())
     size = int(float(found[1]) * UNITS[found[2] or ""]) if found else 0
     if size < 1:
-        raise ValueError(f"{text!r} is no size such as 5GB")
+        refuse(text, "a size such as 5GB")
     return size
 
 

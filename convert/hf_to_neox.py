@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import yaml
 
-from convert.command import ConvertError, command_parser, one_line_errors
+from convert.command import ConvertError, command_parser
 from convert.export_record import check_checkpoint_export, write_record
 from convert.files import check_regular, read_text
 from convert.hf_io import HFFolder
@@ -168,7 +168,6 @@ def _write_tokenizer(tokenizer: RunTokenizer, path: Path) -> None:
     loaded.backend_tokenizer.save(str(path))
 
 
-@one_line_errors()
 def main(argv: list[str] | None = None) -> None:
     parser = command_parser(__doc__, "checkpoint", takes_layout=True)
     parser.add_argument("--model", type=Path, required=True, help="the Hugging Face folder")

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 
-from convert.command import ConvertError, command_parser, need_neox, one_line_errors
+from convert.command import ConvertError, command_parser, need_neox
 from convert.export_record import check_model_export, write_record
-from convert.hf_io import parse_size, write_config, write_weights
+from convert.hf_io import size_argument, write_config, write_weights
 from convert.hub import check_push, push_to_hub, write_model_card
 from convert.neox_reader import NeoXCheckpoint
 from convert.neox_writer import padded_vocabulary
@@ -26,7 +26,7 @@ from convert.tokenizer import RunTokenizer, find_tokenizer, read_tokenizer
 from convert.verify import Comparison, verify
 from megatron_patch.architecture import Architecture
 from megatron_patch.architecture_neox import with_defaults
-from megatron_patch.commands.command_line import run_script
+from megatron_patch.commands.command_line import one_of, run_script
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # `--fold-norms`: the norm whose scale multiplies the input channels of a tensor, and the dimension
@@ -191,28 +191,23 @@ class FoldedNorms:
         return self._scales.get((rule.layer, scale))
 
 
-@one_line_errors()
 def main(argv: list[str] | None = None) -> None:
     parser = command_parser(__doc__, "Hugging Face", reads_checkpoint=True)
     add = parser.add_argument
-    add("--dtype", choices=DTYPES, help="default: that of the training")
+    add("--dtype", type=one_of(DTYPES), help=f"{', '.join(DTYPES)}; default: that of the training")
     verify_help = "run the GPT-NeoX model and the result on the same tokens; fail if they differ"
     add("--verify", dest="check", action="store_true", help=verify_help)
     padding = "keep the rows that GPT-NeoX added to the vocabulary; default: trim to the tokenizer"
     add("--keep-vocab-padding", action="store_true", help=padding)
     fold = "fold the weights of `norm: rmsnorm` into those that follow: the authors' format"
     add("--fold-norms", action="store_true", help=fold)
-    size = {"dest": "max_shard_bytes", "default": "5GB", "metavar": "SIZE"}
+    size = {"dest": "max_shard_bytes", "default": "5GB", "metavar": "SIZE", "type": size_argument}
     add("--max-shard-size", **size, help="of one file, default: 5GB")
     push = "upload the folder to this repository of the Hugging Face Hub, made if there is none"
     add("--push-to-hub", metavar="REPO", help=push)
     add("--private", action="store_true", help="with --push-to-hub: make a private repository")
     options = vars(parser.parse_args(argv))
     repository, private = options.pop("push_to_hub"), options.pop("private")
-    try:
-        options["max_shard_bytes"] = parse_size(options["max_shard_bytes"])
-    except ValueError as error:
-        parser.error(f"--max-shard-size: {error}")
     options["dtype"] = DTYPES.get(options["dtype"])
     if repository is not None:
         check_push(repository)

@@ -12,20 +12,17 @@ from __future__ import annotations
 import fcntl
 import os
 import re
+import secrets
 import shutil
 import socket
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from convert.command import ConvertError
 
-# Earlier versions left out host and process.
-LEFTOVER = re.compile(
-    r"\.(?P<name>.+)\.(?P<kind>partial|old)-(?:(?P<host>[\w.]+)-(?P<pid>\d+)-)?\w{8}"
-)
+LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<kind>partial|old)-(?P<host>[\w.]+)-(?P<pid>\d+)-\w{8}")
 
 
 def check_target(target: Path, overwrite: bool, check: Callable[[Path], None]) -> None:
@@ -59,7 +56,6 @@ def complete_folder(target: Path, overwrite: bool, check: Callable[[Path], None]
     try:
         with _locked(temporary):
             yield temporary
-            temporary.chmod(0o777 & ~_umask())
             _flush(*temporary.rglob("*"), temporary)
             check_target(target, overwrite, check)
             is_current = target.exists() and target.samefile(".")
@@ -91,8 +87,10 @@ def _replace(temporary: Path, target: Path) -> None:
 
 def _temporary(target: Path, kind: str) -> Path:
     """Makes a folder beside `target`, whose name holds its kind, host and process."""
-    prefix = f".{target.name}.{kind}-{_host()}-{os.getpid()}-"
-    return Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
+    name = f".{target.name}.{kind}-{_host()}-{os.getpid()}-{secrets.token_hex(4)}"
+    folder = target.with_name(name)
+    folder.mkdir()
+    return folder
 
 
 def _clean_up(target: Path) -> None:
@@ -103,10 +101,10 @@ def _clean_up(target: Path) -> None:
             continue
         is_ours = found["name"] == target.name
         try:
-            if _is_dead(path, found, is_ours):
+            if _is_dead(path, found):
                 _restore_or_remove(path, target.with_name(found["name"]), found["kind"])
             elif is_ours and not _is_empty_folder(path):
-                where = f" on {found['host']}" if found["host"] not in (None, _host()) else ""
+                where = f" on {found['host']}" if found["host"] != _host() else ""
                 print(f"note: {path} belongs to another conversion{where}", file=sys.stderr)
         except FileNotFoundError:
             pass  # its conversion has just ended
@@ -114,11 +112,8 @@ def _clean_up(target: Path) -> None:
             print(f"note: {path} cannot be removed: {error.strerror}", file=sys.stderr)
 
 
-def _is_dead(path: Path, found: re.Match, is_ours: bool) -> bool:
+def _is_dead(path: Path, found: re.Match) -> bool:
     """Returns whether the process that made a leftover is known to be gone."""
-    if found["host"] is None:
-        with _locked(path) as is_locked:
-            return is_ours and bool(is_locked) and not _is_empty_folder(path)
     if found["host"] != _host():
         return False
     with _locked(path) as is_locked:
@@ -183,9 +178,3 @@ def _flush(*paths: Path) -> None:
 
 def _is_empty_folder(path: Path) -> bool:
     return path.is_dir() and not any(path.iterdir())
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from convert.command import ConvertError, command_parser, one_line_errors
+from convert.command import ConvertError, command_parser
 from convert.export_record import check_checkpoint_export, write_record
 from convert.neox_reader import NeoXCheckpoint, config_texts
 from convert.neox_writer import (
@@ -35,7 +35,7 @@ from convert.output_folder import check_target, complete_folder
 from convert.tokenizer import find_tokenizer, read_tokenizer
 from megatron_patch.architecture import WHOLE
 from megatron_patch.architecture_neox import with_defaults
-from megatron_patch.commands.command_line import run_script
+from megatron_patch.commands.command_line import run_script, whole
 from megatron_patch.neox.yaml_config import merge_yaml_texts, read_yaml, settle
 
 
@@ -66,43 +66,23 @@ def reshape_neox(
         data_parallel: the number of data-parallel ranks that go on, by default as many as before.
     """
     if data_parallel is not None and not (with_optimizer and WHOLE.accepts(data_parallel)):
-        raise ConvertError(
-            f"--data-parallel: found {data_parallel}, wanted at least 1, and --with-optimizer: "
-            "weights alone start on any number of data-parallel ranks"
-        )
+        wanted = "at least 1" if with_optimizer else "none without --with-optimizer"
+        raise ConvertError(f"--data-parallel: found {data_parallel}, wanted {wanted}")
     check_target(output, overwrite, check_checkpoint_export)
     source = NeoXCheckpoint(checkpoint, iteration, config)
     reader = OptimizerReader(source) if with_optimizer else None
-    args = with_defaults(source.settings)
-    rows = source.shape.padded_vocab_size
     others = zero_that_loads(source.settings, tensor_parallel, pipeline_parallel)
+    rows = source.shape.padded_vocab_size
     if tensor_parallel != source.tensor_parallel and tensor_parallel >= 1:
-        words = read_tokenizer(find_tokenizer(tokenizer, args))
-        divisible_by = args.make_vocab_size_divisible_by
-        if padded_vocabulary(words.size, divisible_by, source.tensor_parallel) != rows:
-            raise ConvertError(
-                f"{words.source} has {words.size} tokens, which do not give the checkpoint's "
-                f"{rows} rows: not the tokenizer of this training? Give the right one by "
-                "--tokenizer"
-            )
-        kept = divisor_that_keeps(rows, words.size, tensor_parallel, divisible_by)
-        rows = padded_vocabulary(words.size, kept, tensor_parallel)
-        if kept != divisible_by:
-            others["make_vocab_size_divisible_by"] = kept
+        rows, divisor = vocabulary_that_fits(source, tokenizer, tensor_parallel)
+        others |= divisor
     shape = replace(source.shape, padded_vocab_size=rows)
     check_layout(shape, tensor_parallel, pipeline_parallel)
     if reader is not None:
-        layout = Layout(
-            tensor_parallel, pipeline_parallel, data_parallel or reader.layout.data_parallel
-        )
-        if layout.data_parallel != reader.layout.data_parallel:
-            if ((source.settings.get("metala") or {}).get("context_parallel_size") or 1) > 1:
-                raise ConvertError(
-                    "--data-parallel: found another number than before, wanted the same with "
-                    "metala.context_parallel_size above 1, whose ranks count as data-parallel"
-                )
-            kept = batch(reader.rank_states[0]["ds_config"], layout.data_parallel)
-            others |= {k: v for k, v in kept.items() if source.settings.get(k) != v}
+        ranks = data_parallel or reader.layout.data_parallel
+        layout = Layout(tensor_parallel, pipeline_parallel, ranks)
+        if ranks != reader.layout.data_parallel:
+            others |= batch_that_stays(source, reader, ranks)
     given = read_yaml(config) if config else config_texts(source.step)
     texts = in_one_folder(settle(given))
     configs = adapt_configs(texts, tensor_parallel, pipeline_parallel, others)
@@ -145,6 +125,39 @@ def reshape_neox(
     return written
 
 
+def vocabulary_that_fits(
+    source: NeoXCheckpoint, tokenizer: Path | None, tensor_parallel: int
+) -> tuple[int, dict[str, int]]:
+    """Returns the vocabulary's rows for another number of tensor-parallel ranks, and
+    `make_vocab_size_divisible_by` by its name if it has to change. Raises a ConvertError if the
+    tokenizer is not the training's."""
+    args, rows = with_defaults(source.settings), source.shape.padded_vocab_size
+    words = read_tokenizer(find_tokenizer(tokenizer, args))
+    before = args.make_vocab_size_divisible_by
+    if padded_vocabulary(words.size, before, source.tensor_parallel) != rows:
+        raise ConvertError(
+            f"{words.source} has {words.size} tokens, which do not give the checkpoint's {rows} "
+            "rows: not the tokenizer of this training? Give the right one by --tokenizer"
+        )
+    kept = divisor_that_keeps(rows, words.size, tensor_parallel, before)
+    changed = {} if kept == before else {"make_vocab_size_divisible_by": kept}
+    return padded_vocabulary(words.size, kept, tensor_parallel), changed
+
+
+def batch_that_stays(
+    source: NeoXCheckpoint, reader: OptimizerReader, data_parallel: int
+) -> dict[str, int]:
+    """Returns the batch settings that change with the number of data-parallel ranks. Raises a
+    ConvertError if the number cannot change."""
+    if ((source.settings.get("metala") or {}).get("context_parallel_size") or 1) > 1:
+        raise ConvertError(
+            "--data-parallel: found another number than before, wanted the same with "
+            "metala.context_parallel_size above 1, whose ranks count as data-parallel"
+        )
+    settings = batch(reader.rank_states[0]["ds_config"], data_parallel)
+    return {key: value for key, value in settings.items() if source.settings.get(key) != value}
+
+
 def zero_that_loads(
     settings: Mapping[str, Any], tensor_parallel: int, pipeline_parallel: int
 ) -> dict[str, Any]:
@@ -172,13 +185,12 @@ def in_one_folder(texts: dict[str, str]) -> dict[str, str]:
     return by_name
 
 
-@one_line_errors()
 def main(argv: list[str] | None = None) -> None:
     parser = command_parser(__doc__, "checkpoint", reads_checkpoint=True, takes_layout=True)
     states = "write the optimizer's states too, so that the run goes on"
     parser.add_argument("--with-optimizer", action="store_true", help=states)
     ranks = "with --with-optimizer: data-parallel ranks that go on; default: as many as before"
-    parser.add_argument("--data-parallel", type=int, metavar="D", help=ranks)
+    parser.add_argument("--data-parallel", type=whole(1), metavar="D", help=ranks)
     reshape_neox(**vars(parser.parse_args(argv)))
 
 

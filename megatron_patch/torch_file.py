@@ -7,6 +7,7 @@ import pickle
 import re
 import zipfile
 import zlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,26 @@ class UnreadableFile(ValueError):
     """An error of one line, which names the file and says why it cannot be read."""
 
 
-def allow_numpy_states() -> None:
-    """Lets `torch.load` read NumPy arrays and numbers: GPT-NeoX and the Trainer store NumPy's
-    random state, and schedules may hold NumPy's numbers. `load_safely` calls it for each file,
-    since transformers takes the permission away after it has loaded a random state."""
+# The objects that DeepSpeed stores with ZeRO's weights are read as empty classes of the same names,
+# so that DeepSpeed is not needed and none of its code runs.
+_STAND_INS = [
+    type(name, (kind,), {"__module__": module})
+    for module, name, kind in (
+        ("deepspeed.runtime.zero.config", "ZeroStageEnum", int),
+        ("deepspeed.runtime.fp16.loss_scaler", "LossScaler", object),
+        ("deepspeed.runtime.fp16.loss_scaler", "DynamicLossScaler", object),
+        ("deepspeed.utils.tensor_fragment", "fragment_address", object),
+    )
+]
+
+
+@contextlib.contextmanager
+def readable(others: Iterable[type] = ()) -> Iterator[None]:
+    """Lets `torch.load` read NumPy arrays and numbers in this context, and `others`: GPT-NeoX and
+    the Trainer store NumPy's random state, and schedules may hold NumPy's numbers."""
+    before = torch.serialization.get_safe_globals()
     types = [np.ndarray, np.dtype, *(type(np.dtype(t)) for t in ("u4", "i8", "f4", "f8"))]
-    torch.serialization.add_safe_globals(types)
+    torch.serialization.add_safe_globals([*types, *others])
     for value in (np.array([0], dtype=np.uint32), np.float64(0)):
         reconstruct = value.__reduce__()[0]
         torch.serialization.add_safe_globals([reconstruct])
@@ -35,31 +50,20 @@ def allow_numpy_states() -> None:
             for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
                 named = (reconstruct, f"{module}.{reconstruct.__name__}")
                 torch.serialization.add_safe_globals([named])
-
-
-def _allow_deepspeed_states() -> None:
-    """Reads the objects that DeepSpeed stores with ZeRO's weights as empty classes of the same
-    names, so that DeepSpeed is not needed and none of its code runs."""
-    for module, name, kind in (
-        ("deepspeed.runtime.zero.config", "ZeroStageEnum", int),
-        ("deepspeed.runtime.fp16.loss_scaler", "LossScaler", object),
-        ("deepspeed.runtime.fp16.loss_scaler", "DynamicLossScaler", object),
-        ("deepspeed.utils.tensor_fragment", "fragment_address", object),
-    ):
-        stand_in = type(name, (kind,), {"__module__": module})
-        torch.serialization.add_safe_globals([stand_in])
-
-
-_allow_deepspeed_states()
+    try:
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
 
 
 def load_safely(path: Path) -> Any:
     """Returns what `torch.save` wrote to `path`, with memory-mapped tensors. Raises an
     UnreadableFile if the file is absent, damaged, or holds more than tensors and plain data."""
-    allow_numpy_states()
     for mmap in (True, False):  # a file in the format before PyTorch 1.6 cannot be mapped
         try:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+            with readable(_STAND_INS):
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         except pickle.UnpicklingError as error:
             found = re.search(r"GLOBAL ([\w.]+)", str(error))
             # "Unsupported operand" is an unknown opcode: torch.save writes no such pickle.

@@ -5,30 +5,23 @@ each turn reads only the new words, however long the conversation is.
 If the tokenizer has a chat template, each line you type is a message. Otherwise, and with --plain,
 the model continues it as text. Ctrl-C ends an answer early.
 
-    /reset       forget everything
-    /save FILE   save the conversation with the model's state
-    /load FILE   go on with a saved conversation
-    /quit        end (or Ctrl-D)
+    /reset   forget everything
+    /quit    end (or Ctrl-D)
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import json
-import os
 import re
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -49,11 +42,9 @@ from megatron_patch.commands.command_line import (
     told,
     whole,
 )
-from megatron_patch.commands.special_tokens import Typed
 from megatron_patch.hf import MetaLACache, MetaLAForCausalLM
 
 TOKENS_AT_ONCE = 4096  # a long text is read in pieces of this size, to bound the memory
-COMMANDS = ("/reset", "/save", "/load", "/quit")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DTYPE_KEY = "torch_dtype" if transformers.__version__.startswith("4.") else "dtype"
 
@@ -77,13 +68,11 @@ class Conversation:
     Args:
         system: system message, or the first line of plain text.
         plain: whether to ignore the chat template.
-        special_tokens: whether special tokens that the user types stay special. Otherwise they are
-            text, and only those of the chat template are special.
 
     Attributes:
         cache: the state after everything read so far.
         messages: the chat template's messages; empty for plain text.
-        text: everything read so far, with placeholders for special tokens that the user typed.
+        text: everything read so far.
     """
 
     def __init__(
@@ -92,14 +81,12 @@ class Conversation:
         tokenizer: PreTrainedTokenizerBase,
         system: str | None = None,
         plain: bool = False,
-        special_tokens: bool = False,
     ):
         self.model = model
         self.tokenizer = tokenizer
         self.system = system
         self.plain = plain or not tokenizer.chat_template
         self.end_ids = _end_ids(model, tokenizer)
-        self.typed = Typed(tokenizer, self.end_ids, special_tokens)
         self.reset()
 
     def reset(self) -> None:
@@ -137,7 +124,7 @@ class Conversation:
                 answer.append(token)
                 show(token)
             written = self.tokenizer.decode(answer, skip_special_tokens=True)
-            self.text += self.typed.quote(written)
+            self.text += written
         except BaseException as error:
             self.cache, self.messages, self.text = before
             if isinstance(error, (ValueError, RuntimeError)):  # the model's, e.g. out of memory
@@ -153,8 +140,8 @@ class Conversation:
             first = not self.text
             # Each turn is a new line of the text.
             new = f"{self.system}\n{words}" if first and self.system else words
-            new = self.typed.quote(new if first else f"\n{new}")
-            ids = self.typed.encode(new, add_special_tokens=first)
+            new = new if first else f"\n{new}"
+            ids = self.tokenizer(new, add_special_tokens=first)["input_ids"]
             if first and ids and ids[-1] in self.end_ids:
                 ids.pop()  # some tokenizers end every text
             if not ids:
@@ -163,12 +150,9 @@ class Conversation:
             return ids
 
         messages = [*self.messages, {"role": "user", "content": words}]
-        quoted = [
-            {**message, "content": self.typed.quote(message["content"])} for message in messages
-        ]
         try:
             text = self.tokenizer.apply_chat_template(
-                quoted, tokenize=False, add_generation_prompt=True
+                messages, tokenize=False, add_generation_prompt=True
             )
         except Exception as error:  # a template is a program
             raise ChatError(f"the chat template: {told(error)}") from None
@@ -180,7 +164,7 @@ class Conversation:
             self.cache.reset()
             new = text
         self.messages, self.text = messages, text
-        return self.typed.encode(new)
+        return self.tokenizer(new, add_special_tokens=False)["input_ids"]
 
     @torch.inference_mode()
     def _write(
@@ -206,62 +190,6 @@ class Conversation:
         """Advances the state by ids [1, T] and returns the logits [vocab] after the last id."""
         out = self.model(ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
         return out.logits[0, -1]
-
-    def save(self, path: Path) -> None:
-        """Writes the state and the text to a safetensors file."""
-        kept = {"messages": self.messages, "text": self.text, "plain": self.plain}
-        try:
-            self.cache.save(path, metadata={"conversation": json.dumps(kept)})
-        except (OSError, ValueError, SafetensorError) as error:
-            raise ChatError(f"{path}: {told(error)}") from None
-
-    def load(self, path: Path) -> None:
-        """Goes on with the conversation in a file. Raises a ChatError if the file is missing, holds
-        no conversation, or one with another model."""
-        try:
-            cache = MetaLACache.load(path, device=self.model.device)
-            with safe_open(path, framework="pt") as file:
-                kept = _checked(file.metadata().get("conversation", ""))
-        except (OSError, SafetensorError, ValueError) as error:
-            reason = told(error).removeprefix(f"{path}: ")
-            raise ChatError(f"{path}: no saved conversation ({reason})") from None
-        if kept["plain"] != self.plain:
-            raise ChatError(f"{path}: kept {'with' if kept['plain'] else 'without'} --plain")
-        if wrong := cache.misfit(self.model.config):
-            raise ChatError(f"{path}: the conversation of another model ({wrong})")
-        if cache.batch_size not in (-1, 1):
-            raise ChatError(f"{path}: found {cache.batch_size} conversations, wanted one")
-        for name, tensor in (pair for layer in cache.layers for pair in layer.tensors()):
-            if name != "recurrent_states" and tensor.dtype != self.model.dtype:
-                raise ChatError(
-                    f"{path}: kept in {tensor.dtype}, wanted {self.model.dtype} (--dtype)"
-                )
-        cache.decoding_graph = self.cache.decoding_graph
-        self.cache, self.messages, self.text = cache, kept["messages"], kept["text"]
-
-
-def _checked(conversation: str) -> dict[str, Any]:
-    """Parses the JSON that `save` writes beside the state. Raises a ValueError if it is
-    malformed."""
-    try:
-        kept = json.loads(conversation)
-    except (ValueError, RecursionError):
-        kept = None
-    kept = kept if isinstance(kept, dict) else {}
-    messages = kept.get("messages")
-    fits = isinstance(messages, list) and all(
-        isinstance(message, dict)
-        and message.keys() == {"role", "content"}
-        and all(map(_is_text, message.values()))
-        for message in messages
-    )
-    if not fits or not _is_text(kept.get("text")) or not isinstance(kept.get("plain"), bool):
-        raise ValueError("found no messages and text, wanted those of a conversation")
-    return kept
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
 
 
 def _end_ids(model: MetaLAForCausalLM, tokenizer: PreTrainedTokenizerBase) -> set[int]:
@@ -324,25 +252,6 @@ def lines() -> Iterator[str]:
             return
 
 
-def obey(command: str, conversation: Conversation) -> bool:
-    """Runs a command of the chat and returns whether to go on."""
-    name, _, argument = command.partition(" ")
-    argument = argument.strip()
-    if name == "/quit":
-        return False
-    if name not in COMMANDS:
-        raise ChatError(f"{name}: no such command; there are {', '.join(COMMANDS)}")
-    if name == "/reset":
-        conversation.reset()
-        print("(all forgotten)")
-        return True
-    if not argument:
-        raise ChatError(f"{name}: wanted the name of a file after it")
-    getattr(conversation, name[1:])(Path(os.path.expanduser(argument)))
-    print(f"({'saved' if name == '/save' else 'loaded'}: {conversation.cache!r})")
-    return True
-
-
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     temperature = number(lambda x: x >= 0, "of 0 or more")
@@ -355,11 +264,6 @@ def parse_arguments() -> argparse.Namespace:
     add("--top-p", type=top_p, default=0.95, help="probability to draw from")
     add("--seed", type=whole(0), help="for the same answers again")
     add("--plain", action="store_true", help="plain text, without chat template")
-    add(
-        "--special-tokens",
-        action="store_true",
-        help="read special tokens in what is typed as such, not as text",
-    )
     add("--stats", action="store_true", help="say after each turn what it took")
     add("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", type=one_of(DTYPES), default="auto", help="auto: the folder's")
@@ -383,18 +287,20 @@ def main() -> None:
         found = type(model).__name__
         raise CommandError(f"folder: found {arguments.folder}, a {found}, wanted a MetaLA model")
     model = model.to(arguments.device).eval()
-    conversation = Conversation(
-        model, tokenizer, arguments.system, arguments.plain, arguments.special_tokens
-    )
+    conversation = Conversation(model, tokenizer, arguments.system, arguments.plain)
     choose = chooser(arguments.temperature, arguments.top_p)
 
     for line in lines():
         try:
-            if re.match(r"/\w+(\s|$)", line):
-                if not obey(line.strip(), conversation):
-                    break
+            if line.strip() == "/quit":
+                break
+            if line.strip() == "/reset":
+                conversation.reset()
+                print("(all forgotten)")
+            elif re.match(r"/\w+(\s|$)", line):
+                raise ChatError(f"{line.split()[0]}: no such command; there are /reset and /quit")
             elif line.strip():
-                if not _is_text(line):
+                if re.search("[\ud800-\udfff]", line):
                     raise ChatError(f"found bytes that are not {sys.stdin.encoding}, wanted text")
                 streamer = TextStreamer(tokenizer, skip_special_tokens=True)
                 with CtrlC() as ctrl_c:

@@ -10,11 +10,11 @@
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
-if [ $# -eq 0 ] || [ "${1#-}" != "$1" ]; then
-  sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}" >&2
+folder="${1:-}"
+if [ ! -f "$folder/config.json" ]; then
+  echo "evaluate.sh: FOLDER: found ${folder:-none}, wanted a model's folder, with a config.json" >&2
   exit 2
 fi
-folder="$1"
 shift
 
 if [ -n "${METALA_PYTHON:-}" ]; then python="$METALA_PYTHON"
@@ -23,14 +23,9 @@ elif [ -x "$root/.venv/bin/python" ]; then python="$root/.venv/bin/python"
 else python=python3; fi
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 "$python" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("lm_eval") is None)' || {
-  echo "evaluate: lm_eval is not installed: $python -m pip install 'lm_eval[hf]>=0.4.5,<0.5'" >&2
+  echo "evaluate.sh: lm_eval is not installed: $python -m pip install 'lm_eval[hf]>=0.4.5,<0.5'" >&2
   exit 1
 }
-
-if [ ! -f "$folder/config.json" ]; then
-  echo "evaluate.sh: FOLDER: found $folder, wanted a model's folder, with a config.json" >&2
-  exit 2
-fi
 
 results="runs/evaluate/$(basename "$folder")"
 # The import registers MetaLA with the Auto classes, which lm_eval uses.

@@ -2,8 +2,8 @@
 """Runs the quickstart: each step prints the command a user would type, and runs it.
 
 runs/quickstart holds the text, tokenizer and data, a folder for each engine (GPT-NeoX, the Hugging
-Face Trainer) with its checkpoints and the Hugging Face model, and summary.json. A step whose result
-exists is not repeated. Exit code 1 if the loss fell by less than 30 %, or if the verification
+Face Trainer) with its checkpoints and the Hugging Face model, and summary.json. Run again, it goes
+on where it stopped. Exit code 1 if the loss fell by less than 30 %, or if the verification
 failed."""
 
 from __future__ import annotations
@@ -187,109 +187,34 @@ def largest_difference(output: str) -> float:
     return float(found[-1])
 
 
-class Engine:
-    """An engine that trains the model. A subclass has `is_trained`, `train`, and `export`, which
-    writes `hf_model`, verifies it, and returns the largest logit difference."""
+def train_in_neox(checkout: Path, local: Path, checkpoint: Path, log: Path) -> None:
+    """Trains with GPT-NeoX's own launcher, which goes on from the last checkpoint if there is one.
+    Raises StepFailed if that does not leave `checkpoint`."""
+    latest = checkpoint.parent / "latest"
 
-    name: str
-    title: str
-    step_name: str  # a checkpoint's folder is named by this and its iteration
-    log: Path  # the log that plot_loss.py reads
+    def is_done() -> bool:
+        return latest.exists() and latest.read_text().strip() == checkpoint.name
 
-    def __init__(self, tokenizer: Path, prefix: Path, config: Path = MODEL_CONFIG):
-        self.folder = FOLDER / self.name
-        self.config = config
-        start_anew_if_changed(self.folder, config, tokenizer)
-        self.tokenizer = tokenizer
-        self.local = write_local_config(self.folder, tokenizer, prefix)
-        self.checkpoints = self.folder / "checkpoints"
-        self.hf_model = self.folder / "hf"
-        self.iterations = merge_yaml([config])["train_iters"]
-        self.checkpoint = self.checkpoints / f"{self.step_name}{self.iterations}"
+    if is_done():
+        print(f"{show(checkpoint)}: already trained (--fresh trains again)")
+        return
+    arguments = ["./deepy.py", "train.py", MODEL_CONFIG, local]
+    print_command(arguments, checkout)
+    print(f"Its output goes to {show(log)}. The first start compiles a helper.")
+    iterations = int(checkpoint.name.removeprefix("global_step"))
+    bar = tqdm(total=iterations, desc="Training", mininterval=0)
 
-    def export_once(self) -> float:
-        """Calls `export`, or returns the result of an earlier export of the same checkpoint."""
-        record = self.folder / "verified.json"
-        key = {"checkpoint": str(self.checkpoint), "at": self.checkpoint.stat().st_mtime}
-        if record.exists() and (self.hf_model / "config.json").exists():
-            earlier = json.loads(record.read_text())
-            if {k: earlier[k] for k in key} == key:
-                print(f"{show(self.hf_model)}: already there and verified")
-                return earlier["max_logit_diff"]
-        difference = self.export()
-        record.write_text(json.dumps({**key, "max_logit_diff": difference}) + "\n")
-        return difference
+    def advance(line: str) -> None:
+        if match := re.search(r"iteration\s+(\d+)/.*?lm_loss: (\S+)", line):
+            if not bar.n:
+                bar.n = bar.initial = int(match[1])  # leaves earlier steps out of the speed
+            bar.set_postfix(loss=f"{float(match[2]):.3f}", refresh=False)
+            bar.update(int(match[1]) - bar.n)
 
-
-class NeoX(Engine):
-    """Trains in GPT-NeoX with its own launcher."""
-
-    name = "neox"
-    title = "GPT-NeoX"
-    step_name = "global_step"
-
-    def __init__(self, checkout: Path, tokenizer: Path, prefix: Path):
-        super().__init__(tokenizer, prefix)
-        self.checkout = checkout
-        self.log = self.folder / "train.log"
-
-    def is_trained(self) -> bool:
-        latest = self.checkpoints / "latest"
-        done = latest.exists() and latest.read_text().strip() == self.checkpoint.name
-        return done and self.checkpoint.is_dir()
-
-    def train(self) -> None:
-        arguments = ["./deepy.py", "train.py", self.config, self.local]
-        print_command(arguments, self.checkout)
-        print(f"Its output goes to {show(self.log)}. The first start compiles a helper.")
-        bar = tqdm(total=self.iterations, desc="Training", mininterval=0)
-
-        def advance(line: str) -> None:
-            if match := re.search(r"iteration\s+(\d+)/.*?lm_loss: (\S+)", line):
-                if not bar.n:
-                    bar.n = bar.initial = int(match[1])  # leaves earlier steps out of the speed
-                bar.set_postfix(loss=f"{float(match[2]):.3f}", refresh=False)
-                bar.update(int(match[1]) - bar.n)
-
-        with bar:
-            run(arguments, self.log, self.checkout, on_line=advance)
-        if not self.is_trained():
-            raise StepFailed(f"training left no {show(self.checkpoint)}; see {show(self.log)}")
-
-    def export(self) -> float:
-        script = ["convert/neox_to_hf.py", "--checkpoint", self.checkpoints]
-        flags = ["--tokenizer", self.tokenizer, "--verify", "--overwrite"]
-        return largest_difference(run([*script, "--output", self.hf_model, *flags]))
-
-
-class HFTrainer(Engine):
-    """Trains with the Hugging Face Trainer."""
-
-    name = "trainer"
-    title = "Hugging Face Trainer"
-    step_name = "checkpoint-"
-
-    def __init__(self, tokenizer: Path, prefix: Path):
-        earlier, folder = FOLDER / "embedded", FOLDER / self.name
-        if earlier.exists() and not folder.exists():
-            earlier.rename(folder)  # version 0.1.0 used another name; its run goes on
-        super().__init__(tokenizer, prefix)
-        self.log = self.checkpoints / "metrics.jsonl"
-        self.difference: float | None = None
-
-    def is_trained(self) -> bool:
-        return (self.checkpoint / "trainer_state.json").exists()
-
-    def train(self) -> None:
-        """Trains with train_hf.py, which also writes and verifies the Hugging Face folder."""
-        flags = ["--output", self.hf_model, "--verify"]
-        output = run(["scripts/train_hf.py", self.config, self.local, *flags])
-        self.difference = largest_difference(output)
-
-    def export(self) -> float:
-        if self.difference is None:
-            self.train()
-        return self.difference
+    with bar:
+        run(arguments, log, checkout, on_line=advance)
+    if not is_done():
+        raise StepFailed(f"training left no {show(checkpoint)}; see {show(log)}")
 
 
 def write_sample(folder: Path) -> str:
@@ -327,33 +252,41 @@ def main() -> int:
     checkout = Path(os.environ["GPT_NEOX_PATH"]) if os.environ.get("GPT_NEOX_PATH") else None
 
     tokenizer, prefix = prepare_data()
+    title = "GPT-NeoX" if checkout else "Hugging Face Trainer"
+    folder = FOLDER / ("neox" if checkout else "trainer")
+    start_anew_if_changed(folder, MODEL_CONFIG, tokenizer)
+    local = write_local_config(folder, tokenizer, prefix)
+    checkpoints, model = folder / "checkpoints", folder / "hf"
+    step = "global_step" if checkout else "checkpoint-"
+    checkpoint = checkpoints / f"{step}{merge_yaml([MODEL_CONFIG])['train_iters']}"
     if checkout:
-        engine = NeoX(checkout, tokenizer, prefix)
         heading(f"Training with GPT-NeoX in {show(checkout)}")
+        log = folder / "train.log"
+        train_in_neox(checkout, local, checkpoint, log)
+        heading("Export to Hugging Face, and verification")
+        flags = ["--tokenizer", tokenizer, "--verify", "--overwrite"]
+        script = ["convert/neox_to_hf.py", "--checkpoint", checkpoints, "--output", model]
     else:
-        engine = HFTrainer(tokenizer, prefix)
-        heading("Training with the Hugging Face Trainer")
-    if engine.is_trained():
-        print(f"{show(engine.checkpoint)}: already trained (--fresh trains again)")
-    else:
-        engine.train()
-    heading("Export to Hugging Face, and verification")
-    difference = engine.export_once()
+        heading("Training with the Hugging Face Trainer, export and verification")
+        log = checkpoints / "metrics.jsonl"
+        flags = ["--output", model, "--verify"]
+        script = ["scripts/train_hf.py", MODEL_CONFIG, local]
+    difference = largest_difference(run([*script, *flags]))
     heading("A sample")
-    sample = write_sample(engine.hf_model)
+    sample = write_sample(model)
     print(sample)
 
-    losses = read_losses(engine.log)
+    losses = read_losses(log)
     picture = FOLDER / "loss.png"
-    plot({engine.title: losses}, picture, "MetaLA tiny")
+    plot({title: losses}, picture, "MetaLA tiny")
     first, last = next(iter(losses.train.values())), next(reversed(losses.train.values()))
     summary = {
-        "engine": engine.name,
+        "engine": folder.name,
         "neox_commit": commit_of(checkout) if checkout else None,
         "first_loss": first,
         "last_loss": last,
-        "checkpoint": show(engine.checkpoint),
-        "hf_model": show(engine.hf_model),
+        "checkpoint": show(checkpoint),
+        "hf_model": show(model),
         "max_logit_diff": difference,
         "sample": sample,
         "loss_curve": show(picture),

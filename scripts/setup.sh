@@ -14,8 +14,12 @@ GPT_NEOX_URL="${GPT_NEOX_URL:-https://github.com/EleutherAI/gpt-neox}"
 say() { echo "set-up: $*"; }
 fail() { echo "set-up: $*" >&2; exit 1; }
 
-# Version 0.1.0 called the Hugging Face Trainer "embedded".
-wants_trainer() { [[ "${METALA_ENGINE:-}" = trainer || "${METALA_ENGINE:-}" = embedded ]]; }
+if [ "$0" = "${BASH_SOURCE[0]}" ] && [ $# -gt 0 ]; then fail "found $*, wanted no arguments"; fi
+
+wants_trainer() { [ "${METALA_ENGINE:-}" = trainer ]; }
+if [ -n "${METALA_ENGINE:-}" ] && ! wants_trainer; then
+  fail "METALA_ENGINE: found $METALA_ENGINE, wanted trainer or nothing"
+fi
 
 make_environment() {
   if [ -z "${VIRTUAL_ENV:-}" ]; then

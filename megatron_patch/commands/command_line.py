@@ -14,6 +14,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+from megatron_patch import architecture
+from megatron_patch.architecture import SettingsError
+
 
 class CommandError(Exception):
     """An error that the user can mend. The message says what is wrong."""
@@ -27,8 +30,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_script(main: Callable[[], object], *errors: type[Exception]) -> None:
-    """Runs a command from a terminal and ends it with one line on a `CommandError`, an `OSError`, a
-    missing package, or one of `errors`. SIGTERM and SIGHUP let it clean up, as Ctrl-C does."""
+    """Runs a command from a terminal and ends it with one line on a `CommandError`, a
+    `SettingsError`, an `OSError`, a missing package, or one of `errors`. SIGTERM and SIGHUP let it
+    clean up, as Ctrl-C does."""
     name = Path(sys.argv[0]).name
     signal.signal(signal.SIGTERM, _end)
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
@@ -38,7 +42,7 @@ def run_script(main: Callable[[], object], *errors: type[Exception]) -> None:
             stream.reconfigure(errors="backslashreplace")
     try:
         main()
-    except (CommandError, OSError, ImportError, *errors) as error:
+    except (CommandError, SettingsError, OSError, ImportError, *errors) as error:
         sys.exit(f"{name}: {told(error)}")
     except KeyboardInterrupt:
         sys.exit(f"{name}: interrupted")
@@ -52,7 +56,7 @@ def _end(number: int, _: object) -> NoReturn:
 def told(error: BaseException) -> str:
     """Returns an error as one line; that of a file starts with its name."""
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return f"{error.filename}: {error.strerror}"
+        return one_line(f"{error.filename}: {error.strerror}")
     return one_line(str(error)) or type(error).__name__
 
 
@@ -62,8 +66,8 @@ def first_line(error: BaseException) -> str:
 
 
 def one_line(text: str) -> str:
-    """Returns text with each run of whitespace replaced by one space."""
-    return " ".join(text.split())
+    """Returns text as one line that a terminal can show."""
+    return " ".join(architecture.one_line(text).split())
 
 
 def refuse(found: object, wanted: str) -> NoReturn:

@@ -63,7 +63,7 @@ def write(path: Path, content: bytes) -> None:
 
 
 def own_content(content: bytes) -> bytes:
-    """Returns the file's content without the lines that this or an earlier version has added."""
+    """Returns the file's content without the plugin's lines."""
     kept: list[bytes] = []
     for line in content.splitlines(keepends=True):
         if MARK.encode() not in line:
@@ -90,24 +90,11 @@ def linked_configs(checkout: Path, content: bytes) -> list[Path]:
         with contextlib.suppress(ValueError, SyntaxError, TypeError):
             source, names = ast.literal_eval(noted[1].decode("ascii"))
             return [p for p in map(folder.joinpath, names) if is_link(p, f"{source}/{p.name}")]
-    if MARK.encode() not in content:
-        return []
-    # An earlier version recorded nothing: take the links to this clone or another.
-    links = [p for p in folder.glob("metala*.yml") if p.is_symlink()]
-    sources = {p: Path(os.readlink(p)) for p in links}
-    return [
-        p
-        for p, q in sources.items()
-        if q.name == p.name and (q.parent == CONFIGS or is_clone(q.parent.parent))
-    ]
+    return []
 
 
 def is_link(path: Path, target: str) -> bool:
     return path.is_symlink() and os.readlink(path) == target
-
-
-def is_clone(folder: Path) -> bool:
-    return (folder / "scripts/link_neox.py").is_file()
 
 
 class Changes:
@@ -150,7 +137,7 @@ def set_link(path: Path, target: str | None) -> None:
 
 
 def link(checkout: Path) -> tuple[bool, list[str]]:
-    """Adds the lines and the configuration links, in place of those of an earlier version or of
+    """Adds the lines and the configuration links, in place of those of
     another clone. Returns whether anything changed, and the names of the user's own configurations,
     which stay. Raises a FileNotFoundError if `checkout` is not GPT-NeoX, and a CommandError if the
     plugin's configurations are missing."""

@@ -6,13 +6,10 @@ text. The same input gives the same files."""
 
 from __future__ import annotations
 
-import multiprocessing
-import signal
-from collections import Counter, deque
+import os
+import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -32,12 +29,12 @@ from megatron_patch.commands.command_line import (
     whole,
 )
 from megatron_patch.commands.documents import MAX_BYTES, Document, iterate_documents, with_a_first
-from megatron_patch.commands.special_tokens import any_of, read_as_text, special_contents
 from megatron_patch.commands.text_pieces import MAX_STRETCH, PIECE, pieces, safe_cut
 from megatron_patch.indexed_dataset import IndexedDatasetWriter, bin_path, idx_path, index_map_paths
 
 END_OF_TEXT = "<|endoftext|>"
-BATCH, AHEAD = 256, 4  # texts in a message to a worker, messages that wait for each worker
+# What is encoded at once, with a thread for each core.
+MOST_TEXTS, MOST_CHARACTERS = 1024, PIECE * min(os.cpu_count() or 1, 8)
 
 
 def refuse_existing(outputs: Iterable[Path], overwrite: bool) -> None:
@@ -61,9 +58,8 @@ def text_parser(description: str) -> Parser:
 
 
 class Encoder:
-    """Turns text into tokens, in this process or in a worker. With `special_tokens`, special tokens
-    in a text stay special; otherwise they are text. Raises a ValueError if the file is no
-    tokenizer.json, or lacks an `END_OF_TEXT` token."""
+    """Turns text into tokens. With `special_tokens`, special tokens in a text stay special; else
+    they are text. Raises a ValueError if the file is no tokenizer.json, or has no `END_OF_TEXT`."""
 
     def __init__(self, tokenizer_file: Path, special_tokens: bool = False):
         try:
@@ -80,40 +76,27 @@ class Encoder:
             )
         self.special_tokens = special_tokens
         if not special_tokens:
-            read_as_text(self.tokenizer, [END_OF_TEXT])
-        self.special = any_of(special_contents(self.tokenizer))
+            self.tokenizer.add_special_tokens([END_OF_TEXT])  # it may be one that is not special
+            self.tokenizer.encode_special_tokens = True
+        added = self.tokenizer.get_added_tokens_decoder().values()
+        special = sorted((token.content for token in added if token.special), key=len, reverse=True)
+        self.special = re.compile("|".join(map(re.escape, special)) or "(?!)")
         # transformers may have saved truncation and padding in the file.
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
 
-    def __call__(self, texts: Iterable[str]) -> tuple[list[np.ndarray], Counter[str]]:
+    def __call__(self, texts: list[str]) -> tuple[list[np.ndarray], Counter[str]]:
         """Returns the tokens of each text, int32, and how often each special token occurs. Raises a
         ValueError if the tokenizer turns other text into the token that ends documents."""
-        found: Counter[str] = Counter()
-        encoded = []
-        for text in texts:
-            found.update(self.special.findall(text))
-            ids = self.tokenizer.encode(text, add_special_tokens=False).ids
-            encoded.append(np.array(ids, np.int32))
-            if not self.special_tokens and (encoded[-1] == self.end_of_text).any():
-                raise ValueError(
-                    f"{self.file}: makes {END_OF_TEXT}, which ends a document, of other text "
-                    "(--special-tokens lets it)"
-                )
+        found = Counter(token for text in texts for token in self.special.findall(text))
+        encodings = self.tokenizer.encode_batch(texts, add_special_tokens=False)
+        encoded = [np.array(encoding.ids, np.int32) for encoding in encodings]
+        if not self.special_tokens and any((ids == self.end_of_text).any() for ids in encoded):
+            raise ValueError(
+                f"{self.file}: makes {END_OF_TEXT}, which ends a document, of other text "
+                "(--special-tokens lets it)"
+            )
         return encoded, found
-
-
-_worker: Encoder | None = None
-
-
-def _start_worker(tokenizer_file: Path, special_tokens: bool) -> None:
-    global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C: the main process ends its workers
-    _worker = Encoder(tokenizer_file, special_tokens)
-
-
-def _encode_in_worker(texts: list[str]) -> tuple[list[np.ndarray], Counter[str]]:
-    return _worker(texts)
 
 
 class Prepared(NamedTuple):
@@ -128,7 +111,6 @@ def prepare(
     documents: Iterable[Document],
     encoder: Encoder,
     prefix: Path,
-    workers: int = 1,
     max_stretch: int = MAX_STRETCH,
     overwrite: bool = True,
 ) -> Prepared:
@@ -147,67 +129,33 @@ def prepare(
             part for document in documents for part in pieces(document, cut, longest=max_stretch)
         )
         tokens_of_document: list[np.ndarray] = []
-        with closing(_encode_all(_batches(parts), encoder, workers)) as results:
-            for (encoded, found), ends in results:
-                special.update(found)
-                for ids, is_last in zip(encoded, ends, strict=True):
-                    tokens_of_document.append(ids)
-                    if is_last:
-                        tokens_of_document.append(np.array([encoder.end_of_text], np.int32))
-                        document = np.concatenate(tokens_of_document)
-                        tokens_of_document.clear()
-                        writer.add_document(document)
-                        count += 1
-                        tokens += len(document)
-                        bar.update(len(document))
+        for batch in _batches(parts):
+            encoded, found = encoder([text for text, _ in batch])
+            special.update(found)
+            for ids, (_, is_last) in zip(encoded, batch, strict=True):
+                tokens_of_document.append(ids)
+                if is_last:
+                    tokens_of_document.append(np.array([encoder.end_of_text], np.int32))
+                    document = np.concatenate(tokens_of_document)
+                    tokens_of_document.clear()
+                    writer.add_document(document)
+                    count += 1
+                    tokens += len(document)
+                    bar.update(len(document))
     return Prepared(count, tokens, special)
 
 
 def _batches(parts: Iterable[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]]]:
-    """Groups (text, whether it ends its document) into messages for a worker: large enough to be
-    worth sending, small enough to hold several in memory."""
+    """Groups (text, whether it ends its document) into what is encoded at once."""
     batch, size = [], 0
     for part in parts:
         batch.append(part)
         size += len(part[0])
-        if size >= PIECE or len(batch) >= BATCH:
+        if size >= MOST_CHARACTERS or len(batch) >= MOST_TEXTS:
             yield batch
             batch, size = [], 0
     if batch:
         yield batch
-
-
-def _encode_all(
-    batches: Iterable[list[tuple[str, bool]]], encoder: Encoder, workers: int
-) -> Iterator[tuple[tuple[list[np.ndarray], Counter[str]], list[bool]]]:
-    """Yields the encoder's result for each batch, in order, and which texts end a document."""
-    if workers == 1:
-        for batch in batches:
-            yield encoder([text for text, _ in batch]), [is_last for _, is_last in batch]
-        return
-    # "spawn", because the tokenizers library has threads, which do not survive a fork. An executor
-    # notices when a worker has died; multiprocessing.Pool waits for ever.
-    pool = ProcessPoolExecutor(
-        workers,
-        multiprocessing.get_context("spawn"),
-        _start_worker,
-        (encoder.file, encoder.special_tokens),
-    )
-    waiting: deque = deque()
-    try:
-        for batch in batches:
-            future = pool.submit(_encode_in_worker, [text for text, _ in batch])
-            waiting.append((future, [is_last for _, is_last in batch]))
-            if len(waiting) > AHEAD * workers:
-                future, ends = waiting.popleft()
-                yield future.result(), ends
-        while waiting:
-            future, ends = waiting.popleft()
-            yield future.result(), ends
-    except BrokenProcessPool:
-        raise ValueError("--workers: a worker was killed, out of memory perhaps") from None
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def report_special_tokens(special: Counter[str], as_tokens: bool) -> None:
@@ -224,7 +172,6 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     add("--output", type=output_prefix, required=True, help="PREFIX of the files to write")
     add("--tokenizer", type=existing_file, required=True, help="a tokenizer.json")
-    add("--workers", type=whole(1), default=1, help="processes that tokenize")
     add(
         "--special-tokens",
         action="store_true",
@@ -242,9 +189,7 @@ def main(argv: list[str] | None = None) -> None:
         refuse_existing([bin_path(args.output), idx_path(args.output)], args.overwrite)
         encoder = Encoder(args.tokenizer, args.special_tokens)
         documents = iterate_documents(args.inputs, args.json_key, args.suffix, args.max_document)
-        prepared = prepare(
-            documents, encoder, args.output, args.workers, args.max_stretch, args.overwrite
-        )
+        prepared = prepare(documents, encoder, args.output, args.max_stretch, args.overwrite)
         for path in index_map_paths(args.output):  # they index the data that was replaced
             path.unlink(missing_ok=True)
     except ValueError as error:

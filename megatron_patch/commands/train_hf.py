@@ -94,13 +94,10 @@ def main(argv: list[str] | None = None) -> None:
     add("--verify", action="store_true", help="compare the written model's logits")
     args = parser.parse_args(argv)
     paths = [args.conf_dir / name if args.conf_dir else Path(name) for name in args.configs]
-    try:
-        settings, ignored = read_settings(paths)
-        if ignored:
-            print(f"Settings without a meaning in the Hugging Face Trainer: {', '.join(ignored)}")
-        model = run(settings)
-    except SettingsError as error:
-        raise CommandError(error) from None
+    settings, ignored = read_settings(paths)
+    if ignored:
+        print(f"Settings without a meaning in the Hugging Face Trainer: {', '.join(ignored)}")
+    model = run(settings)
     if int(os.environ.get("RANK", "0")):
         return
     folder = args.output or settings.save / "hf"

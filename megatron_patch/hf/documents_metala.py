@@ -121,9 +121,57 @@ def read_mask(
     return (padding if padding.any() else None), document_ids
 
 
-def tokens_first(padding: torch.Tensor) -> torch.Tensor:
-    """Returns the order, int64 [B, T], that puts each row's tokens before its padding."""
-    return padding.to(torch.uint8).argsort(dim=1, stable=True)
+class ComputedOrder:
+    """The order in which a call computes: each row's tokens before its padding; packed rows as one
+    row.
+
+    Args:
+        padding: bool [B, T] as the caller gave it, or `None` without padding.
+        shape: B, T.
+
+    Attributes:
+        padding: bool [B, T] in this order, or `None`.
+        lengths: int64 [B], the number of tokens in each row; `None` without padding, and for packed
+            rows.
+        index: int64 [B, T], the order; `None` if it is that of the caller.
+        empty: bool [B, 1, 1], true for rows without a token; `None` without padding.
+    """
+
+    def __init__(self, padding: torch.Tensor | None, shape: tuple[int, int]):
+        self.padding, self._shape, self._is_packed = padding, shape, False
+        self.lengths = self.index = self.empty = self._restore = self._results = None
+        if padding is None:
+            return
+        self.lengths = shape[1] - padding.sum(1)
+        self.empty = (self.lengths == 0)[:, None, None]
+        if shape[1] > 1:
+            self.index = padding.to(torch.uint8).argsort(dim=1, stable=True)
+            self._restore = self.index.argsort(dim=1)
+            last = (self.lengths[:, None] - 1).clamp(min=0)
+            behind = torch.arange(shape[1], device=padding.device) > self.index.gather(1, last)
+            self._results = torch.where(behind, last, self._restore)
+            self.padding = padding.gather(1, self.index)
+
+    def pack(self) -> None:
+        """Makes one row of all rows, for packed documents."""
+        self._is_packed, self.lengths = True, None
+        self.padding = None if self.padding is None else self.padding.reshape(1, -1)
+
+    def apply(self, x: torch.Tensor) -> torch.Tensor:
+        """Brings x [B, T, D] into the order of computation."""
+        x = _gather_rows(x, self.index)
+        return x.reshape(1, -1, x.shape[-1]) if self._is_packed else x
+
+    def undo(self, x: torch.Tensor, repeat_last: bool = False) -> torch.Tensor:
+        """Undoes `apply`; with `repeat_last`, padding behind a row's last token gets its result."""
+        x = x.reshape(*self._shape, -1) if self._is_packed else x
+        return _gather_rows(x, self._results if repeat_last else self._restore)
+
+
+def _gather_rows(x: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
+    """Returns x [B, T, D] with the tokens `index` [B, T] of each row; x itself for `None`. Blocks
+    may lie on other devices than the mask."""
+    return x if index is None else x.gather(1, index.to(x.device)[..., None].expand_as(x))
 
 
 def for_each_token(
@@ -152,7 +200,7 @@ def document_starts(
             allowed.
         document_ids: tensors [B, T] or `None`. A document begins where they change.
         padding: bool [B, T], true behind each row's tokens, or `None`.
-        order: int64 [B, T], the order of computation (see `tokens_first`), or `None`.
+        order: int64 [B, T], the order of computation (see `ComputedOrder`), or `None`.
     """
     starts = None
     for values, compare in ((position_ids, torch.le), *((x, torch.ne) for x in document_ids)):

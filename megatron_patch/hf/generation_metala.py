@@ -13,7 +13,7 @@ from transformers.generation import GenerationMixin
 from transformers.generation.configuration_utils import GenerationConfig, GenerationMode
 
 from .cache_metala import MetaLACache
-from .documents_metala import CU_SEQLENS_ARGUMENTS, document_starts, tokens_first
+from .documents_metala import CU_SEQLENS_ARGUMENTS, ComputedOrder, document_starts
 
 
 class MetaLAGenerationMixin(GenerationMixin):
@@ -110,12 +110,9 @@ class MetaLAGenerationMixin(GenerationMixin):
         if positions is not None:
             if positions.ndim != 2:
                 raise ValueError(f"position_ids: found {list(positions.shape)}, wanted [B, T]")
-            padding = order = None
-            if is_tensor and mask.shape == positions.shape:
-                padding = mask == 0
-                order = tokens_first(padding)
-                padding = padding.gather(1, order)
-            if document_starts(positions, (), padding, order).any():
+            fits = is_tensor and mask.shape == positions.shape
+            order = ComputedOrder(mask == 0 if fits else None, positions.shape)
+            if document_starts(positions, (), order.padding, order.index).any():
                 found.append("position_ids")
         if found:
             raise ValueError(

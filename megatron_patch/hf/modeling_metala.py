@@ -32,12 +32,12 @@ from .classification_metala import MetaLAClassificationMixin
 from .configuration_metala import MetaLAConfig
 from .decoding_metala import detach_from_graph, register_class, register_functions, replay_step
 from .documents_metala import (
+    ComputedOrder,
     check_arguments,
     document_starts,
     find_cu_seqlens,
     for_each_token,
     read_mask,
-    tokens_first,
 )
 from .generation_metala import MetaLAGenerationMixin
 from .layers_metala import (
@@ -168,35 +168,23 @@ class MetaLAModel(MetaLAPreTrainedModel):
         position_ids = for_each_token("position_ids", position_ids, batch, time)
         seq_idx = for_each_token("seq_idx", seq_idx, batch, time)
 
-        # `order` moves tokens to the start of their rows, `restore` moves them back. `results` is
-        # `restore`, except that it repeats a row's last token behind it. `empty` marks rows that
-        # have no token in this call.
-        lengths = order = restore = results = empty = None
-        if padding is not None:
-            lengths = time - padding.sum(1)
-            empty = (lengths == 0)[:, None, None]
-            if time > 1:
-                order = tokens_first(padding)
-                restore = order.argsort(dim=1)
-                last = (lengths[:, None] - 1).clamp(min=0)
-                behind = torch.arange(time, device=order.device) > order.gather(1, last)
-                results = torch.where(behind, last, restore)
-                padding = padding.gather(1, order)
-
+        order = ComputedOrder(padding, (batch, time))
         cu_seqlens = find_cu_seqlens(
             {"cu_seqlens": cu_seqlens, **kwargs},
-            document_starts(position_ids, (document_ids, seq_idx), padding, order),
+            document_starts(position_ids, (document_ids, seq_idx), order.padding, order.index),
             input_ids if inputs_embeds is None else inputs_embeds,
             padding is not None,
             continued,
             check_values=self.has_attention,
         )
         packed = cu_seqlens is not None
-        if packed and (use_cache or past_key_values is not None):
-            raise ValueError(
-                "use_cache, past_key_values: a cache keeps one state per row, wanted neither with "
-                "packed sequences"
-            )
+        if packed:
+            if use_cache or past_key_values is not None:
+                raise ValueError(
+                    "use_cache, past_key_values: a cache keeps one state per row, wanted neither "
+                    "with packed sequences"
+                )
+            order.pack()
         if use_cache is None:
             # The Trainer evaluates on several GPUs by `DataParallel`, which cannot join caches.
             is_replica = getattr(self, "_is_replica", False)
@@ -207,27 +195,8 @@ class MetaLAModel(MetaLAPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = MetaLACache(self.config)
 
-        def as_computed(x: torch.Tensor) -> torch.Tensor:
-            """Brings x [B, T, D] into the order of computation; packed rows become one row."""
-            if order is not None:
-                x = x.gather(1, order.to(x.device)[..., None].expand_as(x))
-            return x.reshape(1, batch * time, -1) if packed else x
-
-        def as_given(x: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
-            """Undoes `as_computed`; `index` is `restore` or `results`."""
-            x = x.reshape(batch, time, -1) if packed else x
-            if index is not None:  # blocks may lie on other devices than the mask
-                x = x.gather(1, index.to(x.device)[..., None].expand_as(x))
-            return x
-
-        hidden = inputs_embeds
-        if hidden is None:
-            hidden = self.embed(input_ids)
-        hidden = as_computed(hidden)
-        if packed:
-            padding = None if padding is None else padding.reshape(1, -1)
-            lengths = None
-        key_padding = None if packed else join_padding(past_padding, padding, past)
+        hidden = order.apply(self.embed(input_ids) if inputs_embeds is None else inputs_embeds)
+        key_padding = None if packed else join_padding(past_padding, order.padding, past)
         attention = None
         if self.has_attention:
             attention = attention_inputs(self.config, hidden, past, key_padding, cu_seqlens)
@@ -238,8 +207,8 @@ class MetaLAModel(MetaLAPreTrainedModel):
         for index, layer in enumerate(self.layers):
             if output_hidden_states:
                 # The block reads what is returned, so that `retain_grad` finds its gradient.
-                all_hidden.append(as_given(hidden, restore))
-                hidden = as_computed(all_hidden[-1])
+                all_hidden.append(order.undo(hidden))
+                hidden = order.apply(all_hidden[-1])
             # After a first call that was interrupted, some layers hold states, but not the last.
             states = past_key_values.states(index) if continued else (None, None)
             # By position, since reentrant checkpointing passes no gradients to keyword arguments.
@@ -247,18 +216,19 @@ class MetaLAModel(MetaLAPreTrainedModel):
                 outputs = layer(hidden, *states, attention, use_cache)
             else:
                 overwrite = use_cache and may_overwrite(*states)
+                places = order.padding, order.lengths, cu_seqlens
                 states = map(clone_for_autograd, states)
-                outputs = layer(hidden, *states, padding, lengths, cu_seqlens, use_cache, overwrite)
+                outputs = layer(hidden, *states, *places, use_cache, overwrite)
             hidden = outputs[0]
             if use_cache and layer.is_attention:
                 past_key_values.update_keys_values(outputs[1], outputs[2], index)
             elif use_cache:
                 past_key_values.update_conv_state(clone_for_autograd(outputs[1]), index)
                 past_key_values.update_recurrent_state(clone_for_autograd(outputs[2]), index)
-        hidden = as_given(self.final_norm(hidden), results)
-        if empty is not None and continued and past_key_values.last_hidden is not None:
+        hidden = order.undo(self.final_norm(hidden), repeat_last=True)
+        if order.empty is not None and continued and past_key_values.last_hidden is not None:
             last = past_key_values.last_hidden.to(hidden)
-            hidden = torch.where(empty.to(hidden.device), last, hidden)
+            hidden = torch.where(order.empty.to(hidden.device), last, hidden)
         if use_cache:
             past_key_values.advance(time, key_padding, hidden[:, -1:].detach().clone())
         hidden_states = (*all_hidden, hidden) if output_hidden_states else None

@@ -14,7 +14,7 @@ from megatron import mpu
 from megatron.model import norms
 from torch import nn
 
-from megatron_patch.architecture import MetaLAOptions
+from megatron_patch.architecture import METALA, MetaLAOptions
 from megatron_patch.architecture_neox import from_neox
 from megatron_patch.neox import documents
 from megatron_patch.neox.mixer import MixerState, ParallelMetaLAMixer
@@ -129,19 +129,18 @@ class ParallelMetaLALayer(nn.Module):
         self.mlp = ParallelSwiGLU(
             neox_args, model.intermediate_size, init_method, output_layer_init_method
         )
-        # GPT-NeoX's generation sets `use_cache`. When it unsets it again, to train or to evaluate,
-        # `layer_past` still holds the last state, so `forward` reads both.
         # ZeRO 3 gathers a norm's weights for its forward pass alone.
         self.recompute = model.metala.recompute != "nothing" and neox_args.zero_stage != 3
         self.resets = model.metala.reset_at_document
+        # GPT-NeoX's generation sets `use_cache`. When it unsets it again, to train or to evaluate,
+        # `layer_past` still holds the last state, so `compute` reads both.
         self.use_cache = False
         self.layer_past: MixerState | None = None
         self.is_split = is_sequence_parallel(neox_args)
-        types = neox_args.attention_config
-        # Between pipeline stages only tensors that are contiguous can be sent.
-        self.is_batch_first = neox_args.pipe_parallel_size <= 1 and all(
-            name == types[layer_number] for name in types[layer_number + 1 : layer_number + 2]
-        )
+        # Attention layers want [s, b, h] in memory, and pipeline stages send only such tensors.
+        next_type = neox_args.attention_config[layer_number + 1 : layer_number + 2]
+        in_pipeline = neox_args.pipe_parallel_size > 1
+        self.is_batch_first = not in_pipeline and next_type in ([], [METALA])
         self.graphs, self.index = None, 0  # CUDA graphs of all layers, and which of them this is
 
     def forward(self, x: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:

@@ -20,7 +20,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from megatron_patch.architecture import SettingsError
 from megatron_patch.commands.command_line import first_line
 from megatron_patch.save_folder import held
-from megatron_patch.torch_file import allow_numpy_states
+from megatron_patch.torch_file import readable
 from megatron_patch.trainer.schedule import ResumableLR, Schedule
 from megatron_patch.trainer.settings import TrainerSettings
 
@@ -204,9 +204,8 @@ def checkpoint_step(checkpoint: Path) -> int:
 
 
 def wandb_wanted(settings: TrainerSettings) -> bool:
-    """Returns whether to log to wandb, and sets its environment variables. As in GPT-NeoX, a run
-    logs only with an API key, or offline. Raises a SettingsError if `use_wandb` is on, but wandb
-    cannot be imported."""
+    """Returns whether to log to wandb. As in GPT-NeoX, a run logs only with an API key, or offline.
+    Raises a SettingsError if `use_wandb` is on, but wandb cannot be imported."""
     mode = os.environ.get("WANDB_MODE", "online")
     if not settings.use_wandb or mode == "disabled":
         return False
@@ -223,31 +222,46 @@ def wandb_wanted(settings: TrainerSettings) -> bool:
     if mode != "offline" and not known:
         print("use_wandb: no API key found (wandb login), going on without", file=sys.stderr)
         return False
-    os.environ.setdefault("WANDB_PROJECT", settings.wandb_project)
-    os.environ.setdefault("WANDB_BASE_URL", settings.wandb_host)
-    if settings.wandb_group:
-        os.environ.setdefault("WANDB_RUN_GROUP", settings.wandb_group)
-    if settings.wandb_team:
-        os.environ.setdefault("WANDB_ENTITY", settings.wandb_team)
     return True
 
 
 @contextmanager
-def accelerate_precision(precision: str) -> Iterator[None]:
-    """Sets accelerate's environment variable to the precision of the settings while a Trainer is
-    built. `accelerate launch` sets it too, and then it would override `bf16=False`."""
-    name = "ACCELERATE_MIXED_PRECISION"
-    before = os.environ.get(name)
-    os.environ[name] = "bf16" if precision == "bfloat16" else "no"
+def wandb_run(settings: TrainerSettings) -> Iterator[bool]:
+    """Yields whether to log to wandb. The Trainer opens a run of the settings' project, group and
+    team there; it is closed at the end, so that a later training has a run of its own."""
+    if not wandb_wanted(settings):
+        yield False
+        return
+    import wandb
+
+    is_open = wandb.run is not None  # the caller's own run, which the Trainer then logs to
+    names = {"PROJECT": "project", "BASE_URL": "host", "RUN_GROUP": "group", "ENTITY": "team"}
+    given = {f"WANDB_{name}": getattr(settings, f"wandb_{key}") for name, key in names.items()}
+    given = {name: value for name, value in given.items() if value and name not in os.environ}
+    with environment(given):
+        try:
+            yield True
+        finally:
+            if wandb.run is not None and not is_open:
+                wandb.finish()
+
+
+@contextmanager
+def environment(variables: dict[str, str]) -> Iterator[None]:
+    """Sets environment variables in this context."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
     try:
         yield
     finally:
-        os.environ.pop(name)
-        if before is not None:
-            os.environ[name] = before
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
-def training_arguments(settings: TrainerSettings) -> TrainingArguments:
+def training_arguments(settings: TrainerSettings, use_wandb: bool) -> TrainingArguments:
     """Returns the Trainer's arguments for the settings."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     micro, steps = settings.batch(world_size)
@@ -272,7 +286,7 @@ def training_arguments(settings: TrainerSettings) -> TrainingArguments:
         save_total_limit=settings.keep_last_n_checkpoints,
         remove_unused_columns=False,
         dataloader_num_workers=0,  # reading a sample is only a copy from mapped memory
-        report_to=["wandb"] if wandb_wanted(settings) else [],
+        report_to=["wandb"] if use_wandb else [],
         dataloader_pin_memory=torch.cuda.is_available(),
         run_name=settings.wandb_run_name,
     )
@@ -300,19 +314,22 @@ def train(
     callbacks = [MetricsFile(settings.save / METRICS)]
     if validation is not None:
         callbacks.append(EvaluationSteps(settings.eval_interval))
-    with accelerate_precision(settings.precision):
-        trainer = MetaLATrainer(
-            settings=settings,
-            validation=validation,
-            model=model,
-            args=training_arguments(settings),
-            train_dataset=train_samples,
-            callbacks=callbacks,
-        )
-    allow_numpy_states()  # transformers 4.46 does not do so itself
     is_first = os.environ.get("RANK", "0") == "0"
-    with held(str(settings.save)) if is_first else nullcontext():
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        if validation is not None:
-            trainer.evaluate(validation(settings.train_iters // settings.eval_interval))
+    # `accelerate launch` sets this variable too, and then it would override `bf16=False`.
+    precision = {"ACCELERATE_MIXED_PRECISION": "bf16" if settings.precision == "bfloat16" else "no"}
+    # transformers 4.46 cannot read the random states that it saved without `readable`.
+    with wandb_run(settings) as use_wandb, readable():
+        with environment(precision):
+            trainer = MetaLATrainer(
+                settings=settings,
+                validation=validation,
+                model=model,
+                args=training_arguments(settings, use_wandb),
+                train_dataset=train_samples,
+                callbacks=callbacks,
+            )
+        with held(str(settings.save)) if is_first else nullcontext():
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            if validation is not None:
+                trainer.evaluate(validation(settings.train_iters // settings.eval_interval))
     return trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)

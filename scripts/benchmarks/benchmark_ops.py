@@ -31,6 +31,7 @@ from megatron_patch.ops import meta_linear_attention
 # (batch, tokens, heads, K, V); the first is the one that targets are stated for.
 SHAPES = [
     (16, 2048, 8, 64, 128),
+    (1, 2048, 8, 64, 128),
     (1, 32768, 8, 64, 128),
     (16, 2048, 16, 64, 128),
     (16, 2048, 8, 128, 256),

@@ -43,7 +43,7 @@ import torch
 import yaml
 from peer_step import PEERS
 
-from convert.command import ConvertError, need_neox
+from convert.command import need_neox
 from megatron_patch.architecture import SettingsError
 from megatron_patch.commands.command_line import (
     CommandError,
@@ -303,4 +303,4 @@ def report(name: str, one: Measurement) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, ConvertError, SettingsError)
+    run_script(main)

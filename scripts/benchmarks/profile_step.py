@@ -18,8 +18,7 @@ from pathlib import Path
 
 from benchmark_training import ROOT, measure, training_settings, write_data
 
-from convert.command import ConvertError, need_neox
-from megatron_patch.architecture import SettingsError
+from convert.command import need_neox
 from megatron_patch.commands.command_line import Parser, existing_file, run_script, whole
 
 FIRST, STEPS = 8, 3  # profiled iterations
@@ -124,4 +123,4 @@ def report(events: list[dict], listed: int) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, ConvertError, SettingsError)
+    run_script(main)

@@ -47,16 +47,15 @@ def write_lines(path: Path, *texts: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("is_special", [True, False])
-def test_special_tokens_in_text_are_text(prepare, tmp_path, tokenizer_file, workers, is_special):
+def test_special_tokens_in_text_are_text(prepare, tmp_path, tokenizer_file, is_special):
     text = f"One page.{END}Another <|padding|> page.{END}"
     data = write_lines(tmp_path / "a.jsonl", text, "plain")
     description = json.loads(tokenizer_file.read_text())
     description["added_tokens"][0]["special"] = is_special
     (tmp_path / "tokenizer.json").write_text(json.dumps(description))
     own = tmp_path / "tokenizer.json"
-    result, documents = prepare(data, "--workers", workers, tokenizer=own)
+    result, documents = prepare(data, tokenizer=own)
     assert [document.count(0) for document in documents] == [1, 1]
     assert 1 not in documents[0]
     tokenizer = Tokenizer.from_file(str(tokenizer_file))
@@ -67,7 +66,7 @@ def test_special_tokens_in_text_are_text(prepare, tmp_path, tokenizer_file, work
         "--special-tokens reads them as such\n"
     ) in result.stdout
 
-    result, documents = prepare(data, "--workers", workers, "--special-tokens", tokenizer=own)
+    result, documents = prepare(data, "--special-tokens", tokenizer=own)
     assert documents[0] == [*tokenizer.encode(text).ids, 0] and documents[0].count(0) == 3
     assert "; read as such\n" in result.stdout
 
@@ -220,29 +219,15 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, tokenizer_file, part):
 
 
 @pytest.mark.parametrize("signals", [[signal.SIGTERM], [signal.SIGHUP], [signal.SIGTERM] * 2])
-def test_ended_among_its_workers_it_leaves_nothing(tmp_path, tokenizer_file, signals):
-    """The signal reaches the main process only, as with `docker stop`, once or twice."""
+def test_ended_by_a_signal_it_leaves_nothing(tmp_path, tokenizer_file, signals):
     data = write_lines(tmp_path / "a.jsonl", *["many words " * 200] * 20_000)
     prefix = tmp_path / "data" / "text"
-    process = start(data, tokenizer_file, prefix, "--workers", 2)
+    process = start(data, tokenizer_file, prefix)
     wait_for(lambda: (size_of(prefix) or 0) > 100_000)
     for number in signals:
         process.send_signal(number)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 128 + signals[0], error
-    assert not list(prefix.parent.iterdir())
-
-
-def test_a_worker_that_is_killed_ends_the_run(tmp_path, tokenizer_file):
-    psutil = pytest.importorskip("psutil")
-    data = write_lines(tmp_path / "a.jsonl", *["many words " * 200] * 20_000)
-    prefix = tmp_path / "data" / "text"
-    process = start(data, tokenizer_file, prefix, "--workers", 2)
-    wait_for(lambda: (size_of(prefix) or 0) > 100_000)
-    workers = psutil.Process(process.pid).children()
-    next(w for w in workers if "spawn_main" in " ".join(w.cmdline())).kill()
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 1 and "--workers: a worker was killed" in error
     assert not list(prefix.parent.iterdir())
 
 

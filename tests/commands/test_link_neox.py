@@ -54,19 +54,6 @@ def test_links_once_and_unlinks_without_a_trace(checkout, link):
     assert "already unlinked" in link(checkout, "--unlink").stdout
 
 
-def test_linking_again_replaces_the_line_of_an_earlier_version(checkout, link):
-    init = checkout / "megatron/__init__.py"
-    init.write_text("import torch  # as it was\n")
-    link(checkout)
-    linked = init.read_text()
-    old = "import megatron_patch.neox; megatron_patch.neox.register()"
-    init.write_text(f"import torch  # as it was\n{old}  # MetaLA plugin, added by link_neox.py\n")
-    assert ": linked" in link(checkout).stdout
-    assert init.read_text() == linked
-    link(checkout, "--unlink")
-    assert init.read_text() == "import torch  # as it was\n"
-
-
 def test_another_package_of_the_name_lets_neox_start(checkout, tmp_path, link):
     """Only the first rank prints a line, which names the other package."""
     other = tmp_path / "other/megatron_patch"
@@ -185,16 +172,6 @@ def test_a_checkout_that_another_clone_has_linked(checkout, clone, is_gone, link
             assert not os.path.lexists(configs / "metala_new.yml")
         assert ": unlinked" in undo(checkout, "--unlink").stdout
         assert contents(checkout) == before
-
-
-def test_links_of_an_earlier_version_are_known(checkout, clone, link):
-    init, configs = checkout / "megatron/__init__.py", checkout / "configs"
-    init.write_text("import torch\nold()  # MetaLA plugin, added by link_neox.py\n")
-    (configs / "metala.yml").symlink_to(clone / "configs/metala.yml")
-    (configs / "metala_1b.yml").symlink_to("/mine/metala_1b.yml")
-    assert "unlinked" in link(checkout, "--unlink").stdout
-    assert [path.name for path in configs.iterdir()] == ["metala_1b.yml"]
-    assert init.read_text() == "import torch\n"
 
 
 @pytest.mark.parametrize("part", ["lines", "links"])

@@ -7,6 +7,7 @@ import json
 import pytest
 from tokenizers import Tokenizer
 
+from megatron_patch.commands import prepare_data
 from megatron_patch.indexed_dataset import IndexedDataset
 
 TEXTS = ["def a(x):\n    return x\n" * 20, "Grüße, 世界! \x00\x7f\n", "three"]
@@ -61,12 +62,15 @@ def test_too_small_a_vocabulary_is_refused(folder, tmp_path, run_command):
     assert "--vocab-size: found 100, wanted a whole number from 258" in result.stderr
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_documents_in_order_each_ended(folder, tokenizer_path, tmp_path, run_command, workers):
+@pytest.mark.parametrize("most", [1, 1000])
+def test_documents_in_order_each_ended(
+    folder, tokenizer_path, tmp_path, run_command, monkeypatch, most
+):
+    monkeypatch.setattr(prepare_data, "MOST_CHARACTERS", most)
     prefix = tmp_path / "data" / "text_document"
     result = run_command(
         "prepare_data.py",
-        *(folder, "--output", prefix, "--tokenizer", tokenizer_path, "--workers", workers),
+        *(folder, "--output", prefix, "--tokenizer", tokenizer_path),
     )
     assert result.returncode == 0, result.stderr
     tokenizer = Tokenizer.from_file(str(tokenizer_path))
@@ -101,15 +105,11 @@ def test_index_maps_go_with_the_data_they_index(folder, tokenizer_path, tmp_path
     assert left == {f"{name.format(end)}.npy" for name in of_others}
 
 
-@pytest.mark.parametrize(
-    ("line", "workers"), [('{"txt": "a"}', 1), ('{"text": 3}', 1), ("[1]", 1), ("{", 1), ("{", 2)]
-)
-def test_a_bad_line_is_named_and_nothing_written(
-    tokenizer_path, tmp_path, run_command, line, workers
-):
+@pytest.mark.parametrize("line", ['{"txt": "a"}', '{"text": 3}', "[1]", "{"])
+def test_a_bad_line_is_named_and_nothing_written(tokenizer_path, tmp_path, run_command, line):
     bad = tmp_path / "bad.jsonl"
     bad.write_text(line)
-    arguments = ("--output", tmp_path / "x", "--tokenizer", tokenizer_path, "--workers", workers)
+    arguments = ("--output", tmp_path / "x", "--tokenizer", tokenizer_path)
     result = run_command("prepare_data.py", bad, *arguments)
     assert result.returncode == 1
     assert f"{bad}:1: wanted an object with a text under 'text'" in result.stderr

@@ -21,6 +21,7 @@ from megatron_patch.trainer.settings import read_settings
 from megatron_patch.trainer.training import (
     parameter_groups,
     read_metrics,
+    wandb_run,
     wandb_wanted,
 )
 
@@ -261,8 +262,12 @@ def test_wandb_is_used_with_a_key_or_offline(small_run, tmp_path, monkeypatch, c
     assert not wandb_wanted(settings)
     assert "no API key found" in capsys.readouterr().err
     monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
-    assert wandb_wanted(settings)
-    assert (os.environ["WANDB_PROJECT"], os.environ["WANDB_ENTITY"]) == ("p", "t")
+    monkeypatch.setenv("WANDB_RUN_GROUP", "of the caller")
+    with wandb_run(settings) as is_wanted:
+        assert is_wanted
+        found = [os.environ[f"WANDB_{name}"] for name in ("PROJECT", "ENTITY", "RUN_GROUP")]
+        assert found == ["p", "t", "of the caller"]
+    assert "WANDB_PROJECT" not in os.environ and "WANDB_ENTITY" not in os.environ
     monkeypatch.setenv("WANDB_MODE", "disabled")
     assert not wandb_wanted(settings)
     monkeypatch.setenv("WANDB_MODE", "offline")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_patch.commands.command_line import run_script
 from tests.convert.synthetic import TOKENS
 
 
@@ -27,14 +29,17 @@ def write_tokenizer(path: Path, special: tuple[str, ...], tokens: int = TOKENS) 
 
 
 @pytest.fixture
-def run_main(capsys) -> Callable[..., subprocess.CompletedProcess]:
-    """Runs `main(flags)` of a command and returns what a process of its own would have."""
+def run_main(capsys, monkeypatch) -> Callable[..., subprocess.CompletedProcess]:
+    """Runs `main(flags)` of a command as a terminal does, under the name `command`, and returns
+    what a process of its own would have."""
+    monkeypatch.setattr(sys, "argv", ["command"])
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
 
     def run(main: Callable[[list[str]], None], *flags: object) -> subprocess.CompletedProcess:
         capsys.readouterr()
         code = 0
         try:
-            main([str(flag) for flag in flags])
+            run_script(lambda: main([str(flag) for flag in flags]))
         except SystemExit as end:
             code = end.code
             if isinstance(code, str):  # Python prints it, and exits with code 1
@@ -42,7 +47,9 @@ def run_main(capsys) -> Callable[..., subprocess.CompletedProcess]:
                 code = 1
         return subprocess.CompletedProcess(flags, code or 0, *capsys.readouterr())
 
-    return run
+    yield run
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

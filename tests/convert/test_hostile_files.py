@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from argparse import ArgumentTypeError
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from convert import hf_to_neox as hf_to_neox_command
 from convert import neox_to_hf as neox_to_hf_command
 from convert.command import ConvertError
-from convert.hf_io import parse_size
+from convert.hf_io import size_argument
 from convert.hf_to_neox import hf_to_neox
 from convert.neox_to_hf import neox_to_hf
 from convert.reshape_neox import reshape_neox
@@ -62,7 +63,7 @@ def set_settings(neox: Path, **changes) -> None:
 
 def one_line(run: subprocess.CompletedProcess) -> str:
     assert run.returncode == 1 and run.stderr.count("\n") == 1, run.stderr
-    assert run.stderr.startswith("error: ")
+    assert run.stderr.startswith("command: ")
     return run.stderr
 
 
@@ -361,8 +362,8 @@ def test_arguments_that_make_no_sense(neox, run_main, tmp_path):
     assert "loop" in line(tmp_path / "loop")
     assert "File name too long" in line(tmp_path / "out", checkpoint="x" * 256)
     for size in ("0", "0.1B", "9" * 400 + "GB", "1e400", "NaN", "٣GB"):
-        with pytest.raises(ValueError, match="is no size such as 5GB"):
-            parse_size(size)
+        with pytest.raises(ArgumentTypeError, match="wanted a size such as 5GB"):
+            size_argument(size)
     assert not (tmp_path / "out").exists()
 
 

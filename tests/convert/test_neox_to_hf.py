@@ -8,6 +8,7 @@ import runpy
 import signal
 import subprocess
 import sys
+from argparse import ArgumentTypeError
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import megatron_patch.hf  # noqa: F401  (registers the Auto classes)
-from convert.hf_io import parse_size
+from convert.hf_io import size_argument
 from convert.neox_to_hf import neox_to_hf
 from megatron_patch.hf.remote_code import AUTO_MAP
 from tests.convert.conftest import write_tokenizer
@@ -188,7 +189,7 @@ def test_padding_is_kept_on_request(vocab_file, tmp_path):
 
 def test_large_models_are_written_in_several_files(vocab_file, tmp_path):
     hf = write(tmp_path / "neox", Model(), 2, 0, vocab_file)
-    neox_to_hf(tmp_path / "neox", tmp_path / "hf", max_shard_bytes=parse_size("10KB"))
+    neox_to_hf(tmp_path / "neox", tmp_path / "hf", max_shard_bytes=size_argument("10KB"))
     files = sorted((tmp_path / "hf").glob("*.safetensors"))
     assert len(files) > 3 and files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
     assert all(p.stat().st_size < 14_000 for p in files)
@@ -261,6 +262,6 @@ def test_the_command_prints_what_it_did(command, run_main, vocab_file, tmp_path)
     ("text", "size"), [("5GB", 5 * 10**9), ("500 MB", 5 * 10**8), ("1.5GiB", 3 * 2**29), ("7", 7)]
 )
 def test_sizes(text, size):
-    assert parse_size(text) == size
-    with pytest.raises(ValueError, match="is no size"):
-        parse_size(text + "x")
+    assert size_argument(text) == size
+    with pytest.raises(ArgumentTypeError, match="wanted a size such as 5GB"):
+        size_argument(text + "x")

@@ -422,7 +422,7 @@ def test_the_command_fails_with_one_line(run_main, tmp_path):
     process = run_main(main, "--checkpoint", tmp_path, "--output", "x")
     assert process.returncode == 1 and process.stdout == ""
     assert process.stderr == (
-        f"error: {tmp_path} is no checkpoint: it holds no global_stepN folder\n"
+        f"command: {tmp_path} is no checkpoint: it holds no global_stepN folder\n"
     )
 
 

@@ -131,8 +131,17 @@ def test_killed_at_any_operation_it_is_absent_or_complete(before, tmp_path, capf
         assert None in seen and "was put back after a killed conversion" in notes
 
 
+def gone_process() -> int:
+    """Returns the number of a process that has ended."""
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    os.waitpid(child, 0)
+    return child
+
+
 def test_a_folder_being_replaced_is_put_back(tmp_path, capfd):
-    old = tmp_path / ".hf.old-abcd1234"
+    old = tmp_path / f".hf.old-{output_folder._host()}-{gone_process()}-abcd1234"
     old.mkdir()
     (old / "config.json").write_text("old")
     with pytest.raises(ZeroDivisionError):
@@ -163,12 +172,9 @@ def test_the_next_conversion_to_another_name_tidies_too(before, tmp_path, capfd)
 
 
 def test_only_what_is_known_to_be_dead_is_removed(tmp_path, capfd, monkeypatch):
-    """Leftovers stay if they are from another host, from a running process that has no lock yet,
-    from an earlier version under another name, or from another program."""
-    gone = os.fork()
-    if gone == 0:
-        os._exit(0)
-    os.waitpid(gone, 0)
+    """Leftovers stay if they are from another host, from a running process that has no lock yet, or
+    from another program."""
+    gone = gone_process()
     here = output_folder._host()
     left = [
         f".hf.partial-elsewhere-{gone}-abcd1234",

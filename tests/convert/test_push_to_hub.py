@@ -173,7 +173,7 @@ def test_a_failed_upload_leaves_the_folder_and_one_line(hub, export, vocab_file,
     assert process.returncode == 1
     lines = [line for line in process.stderr.splitlines() if "error" in line]
     assert len(lines) == 1 and "Traceback" not in process.stderr
-    line = f"error: {tmp_path / 'hf'} is complete, but was not uploaded to {REPOSITORY}: "
+    line = f"command: {tmp_path / 'hf'} is complete, but was not uploaded to {REPOSITORY}: "
     assert lines[0].startswith(line) and "500" in lines[0]
     assert lines[0].endswith(f"`hf upload {REPOSITORY} {tmp_path / 'hf'}` tries again")
     assert {"config.json", "model.safetensors", "README.md"} <= contents(tmp_path / "hf").keys()

@@ -272,4 +272,6 @@ def test_the_command(run_main, vocab_file, tmp_path):
     assert "finetune: true" in process.stdout
     process = run_main(main, *flags)
     assert process.returncode == 1
-    assert process.stderr == f"error: {tmp_path / 'new'} exists already; --overwrite replaces it\n"
+    assert (
+        process.stderr == f"command: {tmp_path / 'new'} exists already; --overwrite replaces it\n"
+    )

@@ -184,7 +184,7 @@ def test_the_command_fails_and_leaves_nothing_if_the_models_differ(
     process = run_main(main, *flags)
     assert process.returncode == 1
     line = process.stderr.strip().splitlines()[-1]
-    assert line.startswith("error: not equal to the GPT-NeoX model: largest logit difference")
+    assert line.startswith("command: not equal to the GPT-NeoX model: largest logit difference")
     assert "Traceback" not in process.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["neox"]
 
@@ -208,6 +208,6 @@ def test_without_gpt_neox_it_says_so(run_main, vocab_file, tmp_path, monkeypatch
     monkeypatch.setenv("GPT_NEOX_PATH", str(tmp_path / "other"))
     process = run_main(main, *flags)
     assert process.returncode == 1
-    line = f"error: GPT_NEOX_PATH={tmp_path / 'other'} is no GPT-NeoX checkout"
+    line = f"command: GPT_NEOX_PATH={tmp_path / 'other'} is no GPT-NeoX checkout"
     assert process.stderr.strip().splitlines()[-1] == line
     assert not (tmp_path / "hf").exists()

@@ -39,25 +39,25 @@ def test_a_conversion_that_fails_ends_it(tmp_path):
         tmp_path / "none",
     ]
     process = subprocess.run(
-        [*map(str, command), str(tmp_path / "hf"), "5GB"],
+        [*map(str, command), str(tmp_path / "hf"), "5000000000"],
         capture_output=True,
         text=True,
         timeout=120,
     )
     assert process.returncode == 1
-    assert process.stderr.endswith(f"error: {tmp_path / 'none'} is no checkpoint: no such folder\n")
+    assert process.stderr.endswith(f"{tmp_path / 'none'} is no checkpoint: no such folder\n")
     assert "Traceback" not in process.stderr
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--repeats", 0], "--repeats: wanted at least 1"),
-        (["--max-shard-size", "big"], "--max-shard-size: 'big' is no size"),
-        (["--folder", "nowhere"], "--folder: nowhere is no folder"),
-        (["--tensor-parallel", 3], "error: tensor parallel 3 does not divide num_attention_heads"),
-        (["--tensor-parallel", 0], "error: model_parallel_size: found 0"),
-        (["--config", "nowhere.yml"], "error: nowhere.yml: cannot be read"),
+        (["--repeats", 0], "--repeats: found 0, wanted a whole number from 1"),
+        (["--max-shard-size", "big"], "--max-shard-size: found big, wanted a size such as 5GB"),
+        (["--folder", "nowhere"], "--folder: found nowhere, wanted"),
+        (["--tensor-parallel", 3], "tensor parallel 3 does not divide num_attention_heads"),
+        (["--tensor-parallel", 0], "--tensor-parallel: found 0, wanted a whole number from 1"),
+        (["--config", "nowhere.yml"], "--config: found nowhere.yml, wanted"),
     ],
 )
 def test_wrong_arguments_are_named(run_command, flags, message, tmp_path):

@@ -17,7 +17,6 @@ import pytest
 import torch
 from chat import ChatError, Conversation, chooser
 
-from megatron_patch.hf import MetaLAConfig, MetaLAForCausalLM
 from tests.scripts.talking import (
     FORGETFUL_TEMPLATE,
     NO_SYSTEM_TEMPLATE,
@@ -116,56 +115,8 @@ def test_a_template_that_refuses_says_so(model, tokenizer_file):
     assert [m["role"] for m in conversation.messages] == ["system"]
 
 
-def test_saved_and_loaded(model, tokenizer_file, tmp_path):
-    tokenizer = build_tokenizer(tokenizer_file, TEMPLATE)
-    conversation = Conversation(model, tokenizer)
-    talk(conversation, "one", "two")
-    conversation.save(tmp_path / "talk")
-    expected = talk(conversation, "three")
-    other = Conversation(model, tokenizer)
-    other.load(tmp_path / "talk")
-    again = talk(other, "three")
-    assert again[0][1] == expected[0][1]
-    assert again[0][0].tokens_read == expected[0][0].tokens_read
-    assert other.messages == conversation.messages
-
-    with pytest.raises(ChatError, match="nothing: no saved conversation"):
-        other.load(tmp_path / "nothing")
-    (tmp_path / "text").write_text("no tensors")
-    with pytest.raises(ChatError, match="text: no saved conversation"):
-        other.load(tmp_path / "text")
-    conversation.cache.save(tmp_path / "state")
-    with pytest.raises(ChatError, match="state: no saved conversation"):
-        other.load(tmp_path / "state")
-    smaller = MetaLAForCausalLM(MetaLAConfig(**{**model.config.to_dict(), "decoder_layers": 1}))
-    with pytest.raises(ChatError, match="talk: the conversation of another model"):
-        Conversation(smaller.eval(), tokenizer).load(tmp_path / "talk")
-    with pytest.raises(ChatError, match="talk: kept without --plain"):
-        Conversation(model, tokenizer, plain=True).load(tmp_path / "talk")
-    with pytest.raises(ChatError, match="no-folder"):
-        conversation.save(tmp_path / "no-folder" / "talk")
-    assert other.messages == conversation.messages  # a failed load changes nothing
-
-
-def test_a_hybrid_is_saved_and_loaded(model, tokenizer_file, tmp_path):
-    def build(*layer_types):
-        config = {**model.config.to_dict(), "layer_types": list(layer_types)}
-        return MetaLAForCausalLM(MetaLAConfig(**config)).eval()
-
-    tokenizer, hybrid = build_tokenizer(tokenizer_file), build("full_attention", "linear_attention")
-    conversation = Conversation(hybrid, tokenizer)
-    talk(conversation, "one", "two")
-    conversation.save(tmp_path / "talk")
-    other = Conversation(hybrid, tokenizer)
-    other.load(tmp_path / "talk")
-    assert talk(other, "three")[0][1] == talk(conversation, "three")[0][1]
-    for another in (model, build("linear_attention", "full_attention")):
-        with pytest.raises(ChatError, match="talk: the conversation of another model"):
-            Conversation(another, tokenizer).load(tmp_path / "talk")
-
-
 def test_words_without_tokens_are_no_turn(model, tokenizer_file):
-    conversation = Conversation(model, build_tokenizer(tokenizer_file), special_tokens=True)
+    conversation = Conversation(model, build_tokenizer(tokenizer_file))
     with pytest.raises(ChatError, match="no tokens"):
         talk(conversation, "<|endoftext|>")  # left out at the start of a text
     ((_, answer),) = talk(conversation, "one")
@@ -198,24 +149,15 @@ def run(run_command, monkeypatch):
 
 
 def test_driven_from_standard_input(folder, run):
-    result = run(
-        folder(TEMPLATE),
-        "hello\n/save talk\nmore\n/reset\n/load talk\nmore\n/reset\nhello\n\n"
-        "/nonsense\n/save\n/load missing\n/quit\nnot read\n",
-        "--stats",
-    )
+    typed = "hello\nmore\n/reset\nhello\n\n/nonsense\n/quit\nnot read\n"
+    result = run(folder(TEMPLATE), typed, "--stats")
     assert result.returncode == 0, result.stderr
     out = result.stdout
     read = [int(n) for n in re.findall(r"\((\d+) tokens read, \d+ written", out)]
-    assert len(read) == 4
-    assert read[1] == read[2] and read[0] == read[3]
-    blocks = re.split(r"\(\d+ tokens read.*\n", out)
-    first, again = blocks[0], blocks[3]
-    assert first.strip() and again.replace("(all forgotten)\n", "") == first
-    assert blocks[1].split(")\n")[-1] == blocks[2].split(")\n")[-1]
-    assert "(/nonsense: no such command; there are /reset, /save, /load, /quit)" in out
-    assert "(/save: wanted the name of a file after it)" in out
-    assert "(missing: no saved conversation" in out
+    assert len(read) == 3 and read[0] == read[2]
+    first, _, again, _ = re.split(r"\(\d+ tokens read.*\n", out)
+    assert first.strip() and again == f"(all forgotten)\n{first}"
+    assert "(/nonsense: no such command; there are /reset and /quit)" in out
 
 
 def test_plain_text_and_the_end_of_input(folder, run):

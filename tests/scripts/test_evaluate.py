@@ -162,13 +162,16 @@ def test_evaluate_script(prepared):
 
 def test_evaluate_script_says_what_is_missing(tmp_path):
     script = ROOT / "scripts/evaluate.sh"
-    usage = subprocess.run([script], capture_output=True, text=True)
-    assert usage.returncode == 2 and "./scripts/evaluate.sh FOLDER" in usage.stderr
+    for given, found in (([], "none"), ([tmp_path], tmp_path), (["--limit"], "--limit")):
+        wrong = subprocess.run([script, *given], capture_output=True, text=True)
+        line = f"evaluate.sh: FOLDER: found {found}, wanted a model's folder, with a config.json\n"
+        assert wrong.returncode == 2 and wrong.stderr == line
+    (tmp_path / "config.json").touch()
     python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
     python.chmod(0o755)
     result = subprocess.run(
-        [script, "model"],
+        [script, tmp_path],
         capture_output=True,
         text=True,
         env={**os.environ, "METALA_PYTHON": str(python), "PYTHONPATH": ""},

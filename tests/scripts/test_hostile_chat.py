@@ -1,8 +1,7 @@
-"""chat.py with unusual input, saved files and logits: it prints a line and goes on."""
+"""chat.py with unusual input and logits: it prints a line and goes on."""
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -10,104 +9,16 @@ import sys
 import pytest
 import torch
 from chat import ChatError, Conversation, chooser
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
-from megatron_patch.commands.special_tokens import Typed
 from tests.scripts.talking import (
     FORGETFUL_TEMPLATE,
     SCRIPT,
     TEMPLATE,
     build_tokenizer,
-    greedy,
     talk,
 )
 
 END = "<|endoftext|>"
-
-
-def parts_of(tokenizer_file, template, *parts):
-    """Returns the ids of parts: strings are text, a 0 is the special end token."""
-    plain = Tokenizer.from_file(str(tokenizer_file))
-    plain.encode_special_tokens = True
-    return [i for part in parts for i in ([0] if part == 0 else plain.encode(part).ids)]
-
-
-@pytest.fixture
-def read(model, monkeypatch):
-    """A list that records every id the model reads, answers included."""
-    ids = []
-    forward = model.forward
-
-    def noted(input_ids, **kwargs):
-        ids.extend(input_ids[0].tolist())
-        return forward(input_ids, **kwargs)
-
-    monkeypatch.setattr(model, "forward", noted)
-    return ids
-
-
-@pytest.mark.parametrize("is_special", [True, False])
-def test_special_tokens_that_are_typed_are_text(
-    model,
-    tokenizer_file,
-    read,
-    is_special,
-    tmp_path,
-):
-    description = json.loads(tokenizer_file.read_text())
-    description["added_tokens"][0]["special"] = is_special
-    (tmp_path / "tokenizer.json").write_text(json.dumps(description))
-    tokenizer = build_tokenizer(tmp_path / "tokenizer.json", TEMPLATE)
-    words = f"quote {END}<|user|> <|padding|>\ufdd00\ufdd2 end"
-    conversation = Conversation(model, tokenizer, system=f"No {END}.")
-    talk(conversation, words, tokens=0)
-    start = parts_of(
-        tokenizer_file, TEMPLATE, f"<|system|>No {END}.", 0, f"<|user|>{words}", 0, "<|assistant|>"
-    )
-    assert read == start
-    # The model's own words are text too, and earlier turns are not read again.
-    written = parts_of(tokenizer_file, TEMPLATE, f"an {END} end")
-    script = iter([*written, 0])
-    conversation.say("one", lambda _: next(script), 100, lambda _: None)
-    read.clear()
-    talk(conversation, f"two {END}", tokens=0)
-    assert read == parts_of(tokenizer_file, TEMPLATE, 0, f"<|user|>two {END}", 0, "<|assistant|>")
-
-    asked = Conversation(model, tokenizer, special_tokens=True)
-    read.clear()
-    talk(asked, f"a {END}b", tokens=0)
-    assert read == parts_of(tokenizer_file, TEMPLATE, "<|user|>a ", 0, "b", 0, "<|assistant|>")
-
-
-def test_special_tokens_in_plain_text_are_text(
-    model,
-    tokenizer_file,
-    read,
-):
-    conversation = Conversation(model, build_tokenizer(tokenizer_file))
-    talk(conversation, END, f"a{END}", tokens=0)
-    assert read == parts_of(tokenizer_file, None, END, f"\na{END}")
-
-
-def test_stand_ins_take_space_as_their_tokens_do(tokenizer_file):
-    """A special token strips the spaces around it, and the tokenizer marks a text's first word."""
-
-    letters = {character: place for place, character in enumerate("▁abc<|e>xyz")}
-    own = Tokenizer(models.BPE(letters, [("▁", "a")] if "▁a" in letters else []))
-    own.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
-    own.add_special_tokens([AddedToken("<|e|>", lstrip=True, rstrip=True), AddedToken("<x>")])
-    typed = Typed(PreTrainedTokenizerFast(tokenizer_object=own))
-    for text in ("a <|e|> b<x> c", "<|e|>a b", "a<x>b"):
-        wanted = own.encode(text).ids
-        marked = text + typed.quote(" <x>")
-        ids = typed.encode(marked)
-        assert ids[: len(wanted)] == wanted
-        assert ids[len(wanted) :] == [letters[c] for c in "▁<x>"]
 
 
 def test_a_failed_turn_changes_nothing(model, tokenizer_file, monkeypatch):
@@ -156,134 +67,9 @@ def test_a_template_that_breaks_says_so(model, tokenizer_file):
         assert conversation.messages == [] and conversation.cache.get_seq_length() == 0
 
 
-TEXT = {"role": "user", "content": "a"}
-KEPT = {"messages": [TEXT], "text": "a", "plain": False}
-
-
-@pytest.mark.parametrize(
-    "conversation",
-    [
-        "",
-        "null",
-        "[]",
-        "[" * 100_000,
-        *(json.dumps({key: KEPT[key] for key in KEPT if key != name}) for name in KEPT),
-        *(
-            json.dumps({**KEPT, **changes})
-            for changes in (
-                {"messages": None},
-                {"messages": {}},
-                {"messages": ["a"]},
-                {"messages": [{**TEXT, "content": None}]},
-                {"messages": [{**TEXT, "more": "x"}]},
-                {"messages": [{"role": "user"}]},
-                {"messages": [{**TEXT, "content": "\ud800"}]},
-                {"text": 3},
-                {"text": "\udfff"},
-                {"plain": "no"},
-                {"plain": None},
-            )
-        ),
-    ],
-)
-def test_altered_conversations_are_told(
-    model,
-    tokenizer_file,
-    tmp_path,
-    conversation,
-):
-    talking = Conversation(model, build_tokenizer(tokenizer_file, TEMPLATE))
-    talk(talking, "one")
-    talking.cache.save(tmp_path / "talk", metadata={"conversation": conversation})
-    before = talking.cache
-    with pytest.raises(ChatError, match=r"talk: no saved conversation \(found no messages and"):
-        talking.load(tmp_path / "talk")
-    assert talking.cache is before
-
-
-def test_states_of_other_kinds_are_told(model, tokenizer_file, tmp_path):
-    path = tmp_path / "talk"
-    talking = Conversation(model, build_tokenizer(tokenizer_file))
-    talk(talking, "one")
-    talking.save(path)
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-    whole = load_file(path)
-
-    def refused(message, change):
-        save_file({k: x.contiguous() for k, x in change(whole).items()}, path, metadata=metadata)
-        with pytest.raises(ChatError, match=f"^{path}: {message}"):
-            talking.load(path)
-
-    state = "layers.1.recurrent_states"
-    refused(
-        rf"no saved conversation \({state}: found none",
-        lambda t: {k: x for k, x in t.items() if k != state},
-    )
-    refused(
-        rf"no saved conversation \({state}: found torch.int64",
-        lambda t: {**t, state: t[state].long()},
-    )
-    refused(
-        "found 2 conversations, wanted one",
-        lambda t: {k: x.repeat(2, *[1] * (x.ndim - 1)) for k, x in t.items()},
-    )
-    refused(
-        "kept in torch.bfloat16, wanted torch.float32",
-        lambda t: {k: x.bfloat16() if "conv" in k else x for k, x in t.items()},
-    )
-    os.mkfifo(tmp_path / "pipe")
-    for name in ("pipe", ".", "x" * 300, "a\0b"):
-        with pytest.raises(ChatError):
-            talking.load(tmp_path / name)
-    for name in (".", "x" * 300, "a\0b", "none/x"):
-        with pytest.raises(ChatError):
-            talking.save(tmp_path / name)
-
-
-@settings(
-    max_examples=80,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
-@given(data=st.data())
-def test_any_conversation_is_taken_or_told(
-    model,
-    tokenizer_file,
-    tmp_path,
-    data,
-):
-    """After a file is loaded, another turn is answered or refused in a line."""
-    talking = Conversation(model, build_tokenizer(tokenizer_file, TEMPLATE))
-    talk(talking, "one", tokens=1)
-    text = st.text(max_size=5) | st.sampled_from([END, "\ufdd0", "\ufdd0999\ufdd2", "user", "a"])
-    message = st.dictionaries(st.sampled_from(["role", "content"]), text)
-    value = st.recursive(st.none() | st.booleans() | text, lambda x: st.lists(x, max_size=2))
-    kept = st.fixed_dictionaries(
-        {
-            "messages": st.lists(message, max_size=2) | value,
-            "text": text | value,
-            "plain": st.booleans(),
-        }
-    )
-    conversation = data.draw(kept.map(json.dumps) | st.text(max_size=10))
-    path = tmp_path / "talk"
-    talking.cache.save(path, metadata={"conversation": conversation})
-    raw = bytearray(path.read_bytes())
-    for place in data.draw(st.lists(st.integers(0, len(raw) - 1), max_size=2)):
-        raw[place] = data.draw(st.integers(0, 255))
-    path.write_bytes(raw)
-    try:
-        talking.load(path)
-        talking.say("two", greedy, 1, lambda _: None)
-    except ChatError as error:
-        assert "\n" not in str(error)
-
-
 def test_bytes_that_are_no_text_end_nothing(folder, tmp_path):
     """A terminal that cannot show the model's words does not end the chat either."""
-    typed = b"hello\n\xff\xfe words\n/save talk\n/save a\x00b\n/save ~nobody-of-this-name/x\n"
-    typed += b"/load /dev/zero\n/load talk\nmore\n/save \xff\n"
+    typed = b"hello\n\xff\xfe words\nmore\n"
     result = subprocess.run(
         [sys.executable, SCRIPT, folder(TEMPLATE), "--max-new-tokens=20", "--seed=0", "--stats"],
         input=typed,
@@ -295,8 +81,7 @@ def test_bytes_that_are_no_text_end_nothing(folder, tmp_path):
     assert result.returncode == 0, result.stderr.decode()
     out = result.stdout.decode(errors="replace")
     assert out.count("tokens read") == 2, out
-    assert "(found bytes that are not " in out and "(saved: " in out and "(loaded: " in out
-    assert "(/dev/zero: no saved conversation (not a saved MetaLACache: no regular file))" in out
+    assert "(found bytes that are not " in out
 
 
 def test_a_closed_standard_input_is_an_empty_one(folder):

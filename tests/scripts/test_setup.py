@@ -113,12 +113,20 @@ def test_a_checkout_that_is_named(set_up, origin):
     assert other.returncode == 1 and "is not a GPT-NeoX checkout" in other.stderr
 
 
-@pytest.mark.parametrize("name", ["trainer", "embedded"])
-def test_the_trainer_can_be_asked_for(set_up, name):
-    """`embedded` is its earlier name."""
-    result, clone = set_up(METALA_ENGINE=name)
+def test_the_trainer_can_be_asked_for(set_up):
+    result, clone = set_up(METALA_ENGINE="trainer")
     assert "Hugging Face Trainer, as METALA_ENGINE says" in result.stdout
     assert not clone.exists()
+    wrong, _ = set_up(METALA_ENGINE="Trainer")
+    line = "set-up: METALA_ENGINE: found Trainer, wanted trainer or nothing\n"
+    assert wrong.returncode == 1 and wrong.stderr == line and not wrong.stdout
+
+
+@pytest.mark.parametrize("script", ["setup.sh", "quickstart.sh"])
+def test_unknown_arguments_are_refused_before_anything_is_done(script):
+    result = subprocess.run([ROOT / "scripts" / script, "--frish"], capture_output=True, text=True)
+    assert result.returncode and not result.stdout
+    assert "found --frish, wanted" in result.stderr and result.stderr.count("\n") == 1
 
 
 def test_what_could_not_be_installed_is_tried_again(set_up, tmp_path):
