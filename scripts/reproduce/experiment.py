@@ -1,4 +1,4 @@
-"""What the experiments share: settings from the command line, and runs that fill a file of results."""
+"""What the experiments share: settings from the command line, and a file of results."""
 
 from __future__ import annotations
 

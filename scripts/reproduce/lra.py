@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Long Range Arena (arXiv 2011.04006) with MetaLA and its baselines: sequences to classify.
 
-    listops     an expression of 501 to 1,999 tokens, such as `[MAX 4 3 [MIN 2 3 ] 1 0 ]`, has one of
-                ten values. Drawn by our own generator; --data reads the published files instead
+    listops     an expression of 501 to 1,999 tokens, such as `[MAX 4 3 [MIN 2 3 ] 1 0 ]`, has one
+                of ten values. Drawn by our own generator; --data reads the published files instead
     text        a film review, byte by byte, is good or bad (IMDB)
     retrieval   of two articles, byte by byte, one cites the other or does not (AAN)
     image       a grey picture of 32 x 32, pixel by pixel, shows one of ten things (CIFAR-10)
@@ -38,7 +38,7 @@ from pathlib import Path
 import torch
 from classifier import Classifier
 from experiment import Experiment, Settings
-from listops_data import VALUES, Shape, draw
+from listops_data import Shape, draw
 from lra_data import CLASSES, READERS, VOCABULARY
 from models import MODELS, Sizes, build, check_models
 from training import Data, Recipe, Result, Run, train_epochs

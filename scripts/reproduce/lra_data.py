@@ -6,9 +6,9 @@
                 texts, separated by tabs, without a head
     image       CIFAR-10 in its binary version: data_batch_1.bin to 5 and test_batch.bin, a label
                 and 3 x 32 x 32 bytes each. The python version holds pickles, which can run code
-    pathfinder  metadata/*.npy, lines of text in spite of their name: a folder, a file, a number, the
-                label, and more; the pictures lie in FOLDER/<folder>/<file>. FOLDER is that of one
-                difficulty, such as pathfinder32/curv_contour_length_14
+    pathfinder  metadata/*.npy, lines of text in spite of their name: a folder, a file, a number,
+                the label, and more; the pictures lie in FOLDER/<folder>/<file>. FOLDER is that of
+                one difficulty, such as pathfinder32/curv_contour_length_14
 
 A reader returns the tokens [N, T] (retrieval: [N, 2, T]) and the labels [N] for training, and those
 for the test. Token 0 is behind a sequence; a byte or grey pixel x is token x + 1. Texts are cut to

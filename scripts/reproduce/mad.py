@@ -14,10 +14,10 @@ arXiv 2403.17844) with MetaLA and its baselines.
 
 The protocol is mad-lab's, written anew: width 128, two layers with a SwiGLU each, RMS norms, 12,800
 examples (memorization: 256), 1,280 for the test, batches of 128, 200 epochs, AdamW, a cosine to
-1e-6, bfloat16, until more than 99.9 % are right. Each task is trained with three learning rates and two
-weight decays, 36 runs in all for the baseline settings, and the best accuracy counts. The accuracy
-is the mean over the tokens that occur (macro), batch by batch. In the three recall tasks, training
-scores each next token and the test only the values that can be known.
+1e-6, bfloat16, until more than 99.9 % are right. Each task is trained with three learning rates and
+two weight decays, 36 runs in all for the baseline settings, and the best accuracy counts. The
+accuracy is the mean over the tokens that occur (macro), batch by batch. In the three recall tasks,
+training scores each next token and the test only the values that can be known.
 
 MetaLA has 4 heads with K = V = 32 by default, a state of 4,096 numbers a layer; the others have as
 many as in mad-lab (attention 16, GLA 8), and Mamba's state is 4 a channel.

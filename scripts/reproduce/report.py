@@ -180,8 +180,8 @@ def table_of(table: Table, rows: list[Row]) -> list[str]:
         if len(values) > 1:
             here += f" ± {table.told(statistics.stdev(values))}"
         cells = [*row.name, here, table.paper.get(row.name, ""),
-                 f"{row.best['parameters']:,}", row.best["settings"].get("lr", ""), f"{len(values)}, {len(row.runs)}",
-                 row.unusual]  # fmt: skip
+                 f"{row.best['parameters']:,}", row.best["settings"].get("lr", ""),
+                 f"{len(values)}, {len(row.runs)}", row.unusual]  # fmt: skip
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     if table.experiment is mad.EXPERIMENT:
         lines += _mad_averages(rows)

@@ -107,9 +107,8 @@ def test_mixing_patches_matters(command):
 
 
 def test_refusals(command, capsys, tmp_path):
-    with pytest.raises(SystemExit):
+    with pytest.raises(CommandError, match="--patch: found 5, wanted a divisor of the 16 pixels"):
         command(images, "--tiny", "--patch", "5")
-    assert "--patch: found 5, wanted a divisor of the 16 pixels" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         command(images, "--data", str(tmp_path / "nothing"))
     assert "--data: found" in capsys.readouterr().err
