@@ -30,6 +30,7 @@ is what the convolution does: with it the layer recalls, without it it guesses o
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -100,11 +101,17 @@ def choose(count: int, shape: tuple[int, int], generator: torch.Generator) -> to
     return chosen.gather(1, torch.rand(shape, generator=generator).argsort(1))
 
 
+@functools.lru_cache(maxsize=1)
+def draw(task: Recall, examples: int, test_examples: int, seed: int) -> list[Data]:
+    """Returns the examples for training and for the test. Runs of a process share them."""
+    generator = torch.Generator().manual_seed(seed)
+    return [task.draw(count, generator) for count in (examples, test_examples)]
+
+
 def run_case(case: Settings, run: Run) -> Result:
     """Draws the data, and trains by the settings of a run."""
     task = Recall(case["length"], case["pairs"], case["vocabulary"])
-    generator = torch.Generator().manual_seed(case["seed"])
-    data = [task.draw(case[name], generator) for name in ("examples", "test_examples")]
+    data = draw(task, case["examples"], case["test_examples"], case["seed"])
     torch.manual_seed(case["seed"])
     sizes = Sizes(
         case["vocabulary"], case["width"], case["layers"], kernel_size=case["kernel_size"]
