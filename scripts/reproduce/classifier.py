@@ -17,7 +17,7 @@ class Classifier(nn.Module):
         body: the model.
         classes: number of classes.
         pairs: whether two sequences are read, each for itself. Their means x and y become
-            (x, y, x y, x - y), as in Long Range Arena, and a layer with ReLU reads these.
+            (x, y, x y, x - y), which a layer with ReLU reads: a choice of Long Range Arena's.
     """
 
     def __init__(self, body: MetaLAModel, classes: int, pairs: bool = False):
