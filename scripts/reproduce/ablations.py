@@ -33,7 +33,7 @@ import torch
 from experiment import Experiment, Settings
 from models import LanguageModel, Sizes, build
 from torch import nn
-from training import Recipe, Result, Run, cross_entropy, train
+from training import Recipe, Result, Run, cross_entropy, made_of, train
 
 from megatron_patch.commands.command_line import CommandError, one_of, refuse, run_script
 from megatron_patch.hf.layers_metala import MetaLATokenMixer
@@ -99,9 +99,9 @@ class NoConvolution(nn.Module):
 def new_model(case: Settings, vocabulary: int, mlp: int) -> LanguageModel:
     """Returns a variant whose MLPs are `mlp` wide."""
     variant = case["variant"]
-    sizes = Sizes(
-        vocabulary, case["width"], case["layers"], case["heads"], 4, expand_k=0.5,
-        self_augmentation=variant != "no_augmentation", norm="simplermsnorm", mlp=mlp,
+    sizes = made_of(
+        Sizes, case, vocabulary=vocabulary, kernel_size=4, expand_k=0.5, norm="simplermsnorm",
+        self_augmentation=variant != "no_augmentation", mlp=mlp,
     )  # fmt: skip
     body = build(variant if variant in ("softmax", "hybrid") else "metala", sizes, norm_eps=1e-6)
     for layer in body.layers:
@@ -169,10 +169,9 @@ def run_case(case: Settings, run: Run) -> Result:
     torch.manual_seed(case["seed"])
     model = equal_model(case, vocabulary)
     generator = torch.Generator(run.device)
-    recipe = Recipe(
-        case["lr"], weight_decay=0.1, steps=case["steps"], part=max(1, case["steps"] // 20),
-        warm_up=case["warm_up"], lowest=case["lr"] / 10, bfloat16=case["bfloat16"],
-    )  # fmt: skip
+    recipe = made_of(
+        Recipe, case, decay=0.1, part=max(1, case["steps"] // 20), lowest=case["lr"] / 10
+    )
 
     def batch_at(step: int) -> torch.Tensor:
         """Returns the same sequences for all variants."""
@@ -206,17 +205,10 @@ def source_of_data(text: str) -> str:
     return text
 
 
-def show_effect(runs: list[Result]) -> None:
-    """Prints what the convolution changes. Raises a CommandError if it is not plain to see."""
-    found = {run["settings"]["variant"]: run["loss"] for run in runs}
-    told = f"loss {found['full']} with the convolution, {found['no_convolution']} without"
-    if not found["full"] < found["no_convolution"] - MARGIN:
-        raise CommandError(f"{told}: wanted {MARGIN} between them")
-    print(f"Ablations: {told}.")
-
-
 EXPERIMENT = Experiment(
-    "ablations", USUAL, TINY, ("seed", "variant"), run_case, measure="loss", effect=show_effect,
+    "ablations", USUAL, TINY, ("seed", "variant"), run_case, measure="loss",
+    effect=(lambda found: found["full"] < found["no_convolution"] - MARGIN,
+            f"a loss lower by {MARGIN} with the convolution"),
     kinds={"variant": one_of(VARIANTS), "data": source_of_data},
 )  # fmt: skip
 

@@ -65,7 +65,8 @@ class Experiment:
         kinds: argument types by name.
         check: raises a CommandError for settings that make no sense, before the first run.
         expand: yields the settings of the runs that a combination stands for.
-        effect: says what the runs of --tiny show. Raises a CommandError if it is not plain to see.
+        effect: whether the numbers of --tiny, by the values of the first setting that has several,
+            show what they shall; and what that is.
         measure: the name of the number that counts.
     """
 
@@ -77,7 +78,7 @@ class Experiment:
     kinds: dict[str, Callable[[str], Any]] = field(default_factory=dict)
     check: Callable[[Settings], None] = lambda settings: None
     expand: Callable[[Settings], Iterable[Settings]] = as_it_is
-    effect: Callable[[list[Result]], None] = lambda runs: None
+    effect: tuple[Callable[[dict[Any, float]], bool], str] | None = None
     measure: str = "accuracy"
 
     def main(self) -> None:
@@ -99,8 +100,20 @@ class Experiment:
             told = ", ".join(f"{name} {run['settings'][name]}" for name in self.swept)
             print(f"{told}: {self.measure} {run[self.measure]} ({run['parameters']:,} parameters)")
         if tiny and not given and len(runs) == len(cases):
-            self.effect(runs)
+            self.show_effect(runs)
         print(path)
+
+    def show_effect(self, runs: list[Result]) -> None:
+        """Prints what the runs of --tiny show. Raises a CommandError if it is not plain to see."""
+        if self.effect is None:
+            return
+        is_shown, wanted = self.effect
+        varied = next(name for name in self.swept if len(self.tiny.get(name, ())) > 1)
+        found = {run["settings"][varied]: run[self.measure] for run in runs}
+        told = f"{varied} " + ", ".join(f"{value}: {number}" for value, number in found.items())
+        if not is_shown(found):
+            raise CommandError(f"{told}: wanted {wanted}")
+        print(f"The effect is seen ({wanted}): {told}.")
 
     def cases(self, settings: Settings) -> list[Settings]:
         """Returns the settings of all runs, in values that JSON can hold."""

@@ -40,7 +40,7 @@ from images_data import (
 )
 from models import Sizes, build
 from torch import nn
-from training import Data, Recipe, Result, Run, train_epochs
+from training import Data, Recipe, Result, Run, made_of, train_epochs
 
 from megatron_patch.commands.command_line import (
     CommandError,
@@ -130,15 +130,10 @@ def run_case(case: Settings, run: Run) -> Result:
         Data((patches_of(part.pixels, case["patch"]),), part.labels) for part in pictures
     )
     torch.manual_seed(case["seed"])
-    sizes = Sizes(
-        1, case["width"], case["layers"], case["heads"], case["kernel_size"], expand_k=0.5
-    )
+    sizes = made_of(Sizes, case, vocabulary=1, expand_k=0.5)
     shape = training.inputs[0].shape[1:]
     model = PictureModel(case["model"], sizes, *shape, len(pictures[0].classes))
-    recipe = Recipe(
-        case["lr"], case["decay"], warm_up=case["warm_up"], bfloat16=case["bfloat16"],
-        seed=case["seed"],
-    )  # fmt: skip
+    recipe = made_of(Recipe, case)
     return train_epochs(model, training, test, recipe, run, case["epochs"], case["batch"])
 
 
@@ -161,18 +156,11 @@ def expand(case: Settings) -> Iterator[Settings]:
     yield case | (dict(size=8, patch=2) if case["data"] == "digits" else {})
 
 
-def show_effect(runs: list[Result]) -> None:
-    """Prints what mixing patches changes. Raises a CommandError if it is not plain to see."""
-    found = {run["settings"]["model"]: run["accuracy"] for run in runs}
-    told = ", ".join(f"{model} {value}" for model, value in found.items())
-    if min(found["metala"], found["softmax"]) < found["window"] + MARGIN:
-        raise CommandError(f"{told}: wanted both ahead of window by {MARGIN}")
-    print(f"Pictures: {told}.")
-
-
 EXPERIMENT = Experiment(
     "images", USUAL, TINY, ("seed", "model"), run_case, check=check, expand=expand,
-    kinds={"model": one_of(MODELS), "data": source_of_data}, effect=show_effect,
+    kinds={"model": one_of(MODELS), "data": source_of_data},
+    effect=(lambda found: min(found["metala"], found["softmax"]) > found["window"] + MARGIN,
+            f"both ahead of window by {MARGIN}"),
 )  # fmt: skip
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ from experiment import Experiment, Settings
 from listops_data import Shape, draw
 from lra_data import CLASSES, READERS, VOCABULARY
 from models import MODELS, Sizes, build, check_models
-from training import Data, Recipe, Result, Run, train_epochs
+from training import Data, Recipe, Result, Run, made_of, train_epochs
 
 from megatron_patch.commands.command_line import (
     CommandError,
@@ -68,11 +68,10 @@ def load(case: Settings) -> tuple[Data, Data]:
     if case["data"]:
         parts = READERS[case["task"]](Path(case["data"]))
     else:
-        shape = Shape(case["depth"], case["arguments"], case["shortest"], case["longest"])
         examples = case["examples"]
         processes = min(16, os.cpu_count() or 1) if examples > 10_000 else 1
         # One draw for all seeds, as the published files are one.
-        tokens, values = draw(shape, examples + case["test_examples"], 0, processes)
+        tokens, values = draw(made_of(Shape, case), examples + case["test_examples"], 0, processes)
         parts = [(x[:examples], x[examples:]) for x in (tokens, values)]
         parts = zip(*parts, strict=True)
     training, test = (Data((tokens,), labels.long()) for tokens, labels in parts)
@@ -82,10 +81,7 @@ def load(case: Settings) -> tuple[Data, Data]:
 def new_model(case: Settings) -> Classifier:
     """Returns a new model."""
     task = case["task"]
-    sizes = Sizes(
-        VOCABULARY[task], case["width"], case["layers"], case["heads"], case["kernel_size"],
-        expand_k=0.5, mlp=case["mlp"],
-    )  # fmt: skip
+    sizes = made_of(Sizes, case, vocabulary=VOCABULARY[task], expand_k=0.5)
     return Classifier(build(case["model"], sizes), CLASSES[task], pairs=task == "retrieval")
 
 
@@ -94,10 +90,7 @@ def run_case(case: Settings, run: Run) -> Result:
     torch.manual_seed(case["seed"])
     model = new_model(case)
     training, test = load(case)
-    recipe = Recipe(
-        case["lr"], case["decay"], warm_up=case["warm_up"], bfloat16=case["bfloat16"],
-        seed=case["seed"],
-    )  # fmt: skip
+    recipe = made_of(Recipe, case)
     epochs = max(1, round(case["steps"] * case["batch"] / len(training.labels)))
     found = train_epochs(model, training, test, recipe, run, epochs, case["batch"])
     majority = test.labels.bincount().max().item() / len(test.labels)
@@ -125,16 +118,6 @@ def expand(case: Settings) -> Iterator[Settings]:
     yield {name: value for name, value in case.items() if not (case["data"] and name in DRAWN)}
 
 
-def show_effect(runs: list[Result]) -> None:
-    """Prints what memory changes. Raises a CommandError if it is not plain to see."""
-    found = {run["settings"]["model"]: run["accuracy"] for run in runs}
-    majority = runs[0]["majority"]
-    told = f"MetaLA {found['metala']}, without memory {found['window']}, majority {majority}"
-    if found["metala"] < max(found["window"], majority) + MARGIN:
-        raise CommandError(f"{told}: wanted MetaLA ahead by {MARGIN}")
-    print(f"ListOps: {told}.")
-
-
 def folder(text: str) -> str:
     """Argument type: a folder, absolute."""
     return str(existing_folder(text).resolve())
@@ -142,7 +125,9 @@ def folder(text: str) -> str:
 
 EXPERIMENT = Experiment(
     "lra", PAPER, TINY, ("task", "model", "seed"), run_case, check=check, expand=expand,
-    kinds={"task": one_of(CLASSES), "model": one_of(MODELS), "data": folder}, effect=show_effect,
+    kinds={"task": one_of(CLASSES), "model": one_of(MODELS), "data": folder},
+    effect=(lambda found: found["metala"] > found["window"] + MARGIN,
+            f"MetaLA ahead by {MARGIN}"),
 )  # fmt: skip
 
 if __name__ == "__main__":

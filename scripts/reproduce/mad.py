@@ -40,9 +40,9 @@ import torch
 from experiment import Experiment, Settings
 from models import MODELS, LanguageModel, Sizes, build, check_models
 from torch import nn
-from training import IGNORED, Data, Recipe, Result, Run, scored, train_epochs
+from training import IGNORED, Data, Recipe, Result, Run, made_of, scored, train_epochs
 
-from megatron_patch.commands.command_line import CommandError, one_of, run_script, whole
+from megatron_patch.commands.command_line import one_of, run_script, whole
 
 Row = tuple[list[int], list[int]]
 
@@ -255,19 +255,16 @@ def run_case(case: Settings, run: Run) -> Result:
     training = draw(case, case["examples"], training=True)
     test = draw(case, case["test_examples"], training=False)
     torch.manual_seed(case["seed"])
-    vocabulary, batch = case["vocabulary"], min(case["batch"], case["examples"])
-    sizes = Sizes(
-        vocabulary, case["width"], case["layers"], case["heads"], case["kernel_size"],
-        expand_k=case["expand_k"], norm="rmsnorm", mlp_beside_mamba=True, state=4,
-    )  # fmt: skip
+    sizes = made_of(Sizes, case, norm="rmsnorm", mlp_beside_mamba=True, state=4)
     model: nn.Module = LanguageModel(build(case["model"], sizes), tied=False)
     if case["task"] == "compression":
         model = Compressing(model, case["length"])
-    recipe = Recipe(
-        case["lr"], case["decay"], lowest=1e-6, by_part=True, stop_above=0.999,
-        bfloat16=run.device.type == "cuda", seed=case["seed"],
+    recipe = made_of(
+        Recipe, case, lowest=1e-6, by_part=True, stop_above=0.999,
+        bfloat16=run.device.type == "cuda",
     )  # fmt: skip
-    score = functools.partial(macro_accuracy, batch=case["batch"], vocabulary=vocabulary)
+    score = functools.partial(macro_accuracy, batch=case["batch"], vocabulary=case["vocabulary"])
+    batch = min(case["batch"], case["examples"])
     return train_epochs(model, training, test, recipe, run, case["epochs"], batch, score)
 
 
@@ -283,19 +280,12 @@ def expand(case: Settings) -> Iterator[Settings]:
             yield base | {name: value}
 
 
-def show_effect(runs: list[Result]) -> None:
-    """Prints what memory changes. Raises a CommandError if it is not plain to see."""
-    remembers, forgets = (run["accuracy"] for run in runs)
-    told = f"a copy is right in {remembers:.1%} with the recurrence, {forgets:.1%} without it"
-    if remembers < 0.9 or forgets > 0.6:
-        raise CommandError(f"{told}: wanted at least 90 %, and at most 60 %")
-    print(f"{told[0].upper()}{told[1:]}.")
-
-
 EXPERIMENT = Experiment(
     "mad", PAPER, TINY, ("model", "task", "seed", "lr", "decay"), run_case, expand=expand,
     kinds={"model": one_of(MODELS), "task": one_of(TASKS), "heads": whole(1)},
-    check=lambda settings: check_models(settings["model"]), effect=show_effect,
+    check=lambda settings: check_models(settings["model"]),
+    effect=(lambda found: found["metala"] > 0.9 and found["window"] < 0.6,
+            "above 0.9 with the recurrence, and below 0.6 without it"),
 )  # fmt: skip
 
 if __name__ == "__main__":

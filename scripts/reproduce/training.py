@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,7 @@ EAGER_STEPS = 3  # before the capture: kernels compile, and AdamW makes its stat
 KEEP_EVERY = 30  # seconds between two states that are kept
 
 Result = dict[str, Any]
+Kind = TypeVar("Kind")
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,12 @@ def scored(tokens: torch.Tensor, labels: torch.Tensor) -> Data:
     return Data((tokens, positions), labels.gather(1, positions))
 
 
+def made_of(kind: Callable[..., Kind], settings: dict[str, Any], **others: Any) -> Kind:
+    """Returns a dataclass whose attributes are the settings of their names, and `others`."""
+    names = [each.name for each in fields(kind) if each.name in settings]
+    return kind(**{name: settings[name] for name in names} | others)
+
+
 @dataclass(frozen=True)
 class Run:
     """Where and how long a run trains.
@@ -89,10 +96,10 @@ class Recipe:
     over `warm_up` steps and falls by a cosine.
 
     Attributes:
-        learning_rate: the highest.
+        lr: the highest learning rate.
         steps: of training. `train_epochs` sets them.
         part: steps between two tests.
-        weight_decay: AdamW's, on all parameters.
+        decay: AdamW's weight decay, on all parameters.
         warm_up: steps.
         lowest: the learning rate that the cosine falls to.
         by_part: whether the cosine falls from part to part, as PyTorch's scheduler does that is
@@ -104,8 +111,8 @@ class Recipe:
         seed: of the order of examples.
     """
 
-    learning_rate: float
-    weight_decay: float
+    lr: float
+    decay: float
     steps: int = 0
     part: int = 1
     warm_up: int = 0
@@ -119,11 +126,11 @@ class Recipe:
     def learning_rate_of(self, step: int) -> float:
         """Returns the learning rate of a step, counted from 0."""
         if step < self.warm_up:
-            return self.learning_rate * (step + 1) / self.warm_up
+            return self.lr * (step + 1) / self.warm_up
         done = step - step % self.part if self.by_part else step
         progress = max(0, done - self.warm_up) / max(1, self.steps - self.warm_up)
         cosine = (1 + math.cos(math.pi * progress)) / 2
-        return self.lowest + cosine * (self.learning_rate - self.lowest)
+        return self.lowest + cosine * (self.lr - self.lowest)
 
     def autocast(self, device: torch.device) -> torch.autocast:
         """Returns the context of the forward pass. Its cache of weights does not suit a graph."""
@@ -282,9 +289,9 @@ def train(
     if on_cuda:
         torch.set_float32_matmul_precision("high")
     # A tensor, since a captured step reads the learning rate where it lies.
-    rate = torch.tensor(recipe.learning_rate, device=device)
+    rate = torch.tensor(recipe.lr, device=device)
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=rate, weight_decay=recipe.weight_decay, capturable=on_cuda,
+        model.parameters(), lr=rate, weight_decay=recipe.decay, capturable=on_cuda,
         fused=on_cuda,
     )  # fmt: skip
     loss_sum = torch.zeros((), device=device)

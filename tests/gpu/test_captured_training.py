@@ -32,7 +32,7 @@ def test_captured_steps_train_as_launched_ones(name, bfloat16, width, monkeypatc
     what atomic additions in another order change. The last batch of an epoch is a smaller one, in a
     graph of its own."""
     data = Recall(length=64, pairs=8, vocabulary=256).draw(496, torch.Generator().manual_seed(0))
-    recipe = Recipe(1e-3, weight_decay=0.1, bfloat16=bfloat16, by_part=True)
+    recipe = Recipe(1e-3, decay=0.1, bfloat16=bfloat16, by_part=True)
     results = []
     for eager_steps in (3, 1000):
         monkeypatch.setattr(training, "EAGER_STEPS", eager_steps)
@@ -47,7 +47,7 @@ def test_captured_steps_train_as_launched_ones(name, bfloat16, width, monkeypatc
 def test_a_run_goes_on_with_graphs(monkeypatch, tmp_path):
     """As many steps, and losses that agree to what atomic additions change."""
     data = Recall(length=64, pairs=8, vocabulary=256).draw(512, torch.Generator().manual_seed(0))
-    recipe = Recipe(1e-3, weight_decay=0.1)
+    recipe = Recipe(1e-3, decay=0.1)
 
     def run(until: float) -> dict:
         now = iter(range(1000))
@@ -70,6 +70,6 @@ def test_other_libraries_mixers_are_captured(name):
     if name == "gla":
         pytest.importorskip("fla", reason="flash-linear-attention is not here")
     data = Recall(length=64, pairs=8, vocabulary=256).draw(512, torch.Generator().manual_seed(0))
-    recipe = Recipe(3e-3, weight_decay=0.1)
+    recipe = Recipe(3e-3, decay=0.1)
     result = train_epochs(new_model(name, 64), data, data, recipe, Run(CUDA), epochs=4, batch=64)
     assert result["losses"][-1] < result["losses"][0] - 0.1

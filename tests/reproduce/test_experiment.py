@@ -69,8 +69,8 @@ def test_each_setting_is_an_option(tmp_path, monkeypatch, capsys):
 
     experiment = Experiment(
         "toy", dict(lr=[0.1, 0.2], seed=[0], steps=50, sizes=[3, 4], fast=False),
-        dict(steps=5), ("seed", "lr"), run, check=refuse,
-        effect=lambda runs: print("shown", len(runs)),
+        dict(steps=5, seed=[0, 1], lr=[0.5]), ("seed", "lr"), run, check=refuse,
+        effect=(lambda found: set(found) == {0, 1}, "both seeds"),
     )  # fmt: skip
 
     def command(*arguments: str) -> list[dict]:
@@ -85,9 +85,9 @@ def test_each_setting_is_an_option(tmp_path, monkeypatch, capsys):
     assert command() == []  # they are there
     found = command("--seed", "0", "1", "--lr", "0.3", "--sizes", "7", "--fast", "--steps", "6")
     assert found == [dict(steps=6, sizes=[7], fast=True, seed=seed, lr=0.3) for seed in (0, 1)]
-    assert "shown" not in capsys.readouterr().out
+    assert "The effect" not in capsys.readouterr().out
     assert [case["steps"] for case in command("--tiny")] == [5, 5]
-    assert "shown 2" in capsys.readouterr().out
+    assert "The effect is seen (both seeds): seed 0: 1.0, 1: 1.0." in capsys.readouterr().out
     with pytest.raises(CommandError, match="too many"):
         command("--steps", "91")
     for arguments in (["--lr", "0"], ["--steps", "0"], ["--seed", "-1"], ["--jobs", "0"]):

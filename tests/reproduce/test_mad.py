@@ -144,4 +144,4 @@ def test_copying_needs_the_recurrence(command, capsys):
     remembers, forgets = command(mad, "--tiny")
     assert remembers["settings"]["model"] == "metala" and remembers["accuracy"] > 0.9
     assert forgets["settings"]["model"] == "window" and forgets["accuracy"] < 0.6
-    assert "A copy is right" in capsys.readouterr().out
+    assert "The effect is seen" in capsys.readouterr().out

@@ -87,7 +87,7 @@ def test_a_hybrid_has_both_kinds_of_layers():
 
 def test_gla_runs_in_the_interpreter(monkeypatch):
     """One forward and backward pass. FLA's kernels choose their tiles by timing, which nothing but
-    a GPU can do; here the first ones are taken. Its chunked kernels, for more than 64 tokens, do not
+    a GPU can do; here the first are taken. Its chunked kernels, for more than 64 tokens, do not
     run in the interpreter."""
     pytest.importorskip("fla", reason="flash-linear-attention is not here: gla is not tested")
     autotuner = pytest.importorskip("triton.runtime.autotuner")

@@ -57,7 +57,7 @@ def test_recall_needs_the_convolution(command, capsys):
     with_convolution, without = command(mqar, "--tiny")
     assert with_convolution["settings"]["kernel_size"] == 2 and with_convolution["accuracy"] > 0.9
     assert without["settings"]["kernel_size"] == 1 and without["accuracy"] < 0.6
-    assert "Recall with the convolution" in capsys.readouterr().out
+    assert "The effect is seen" in capsys.readouterr().out
 
 
 def test_refusals(command):

@@ -102,7 +102,7 @@ def run_until(monkeypatch, tmp_path) -> Callable[[float | None], tuple[dict, lis
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(44, 3, generator=generator)
     data = Data((x,), (x[:, 0] > 0).long())
-    recipe = Recipe(1e-2, weight_decay=0.1, warm_up=8)
+    recipe = Recipe(1e-2, decay=0.1, warm_up=8)
 
     def run(until: float | None) -> tuple[dict, list]:
         now = iter(range(1000))
