@@ -63,12 +63,14 @@ class Table:
         """Picks the best number."""
         return max if self.measure == "accuracy" else min
 
-    def usual(self, case: Settings) -> Settings:
-        """Returns the usual settings of a run's task; lists there are not compared."""
-        usual = self.experiment.usual
-        if self.experiment is mad.EXPERIMENT:
-            usual = usual | mad.TASKS[case["task"]][1]
-        return usual
+    def unusual(self, case: Settings) -> list[str]:
+        """Returns the settings of a run that are not the usual ones of its model and task."""
+        swept, usual = self.experiment.swept, self.experiment.usual
+        wanted = next(iter(self.experiment.expand(usual | {name: case[name] for name in swept})))
+        return [f"{name} {value}" for name, value in case.items()
+                if name in wanted and name not in (*self.rows, *SEARCHED, "seed")
+                and (value not in usual[name] if name in swept else value != wanted[name])
+                ]  # fmt: skip
 
     def told(self, value: float) -> str:
         """Returns a number as the table shows it."""
@@ -143,10 +145,7 @@ def rows_of(table: Table, runs: list[Result]) -> list[Row]:
         if not known:
             continue
         case = known[0]["settings"]
-        usual = table.usual(case)
-        unusual = [f"{name} {value}" for name, value in case.items()
-                   if usual.get(name) is not None and name not in (*table.rows, *SEARCHED, "seed")
-                   and not isinstance(usual[name], list) and usual[name] != value]  # fmt: skip
+        unusual = table.unusual(case)
         if known[0].get("partial"):
             unusual.append(f"not finished: after {', '.join(map(_progress, known))}")
         values: dict[int, float] = {}

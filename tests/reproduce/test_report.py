@@ -23,8 +23,10 @@ def run_of(case: dict, accuracy: float | None, **others) -> dict:
 
 def recall(width: int, rate: float, seed: int, accuracy: float | None, **others) -> dict:
     case = {name: value for name, value in mqar.PAPER.items() if name not in ("lr", "seed")}
-    epochs = others.pop("epochs", 64)
-    chosen = dict(model="metala", width=width, lr=rate, seed=seed, epochs=epochs, kernel_size=2)
+    epochs, kernel_size = others.pop("epochs", 64), others.pop("kernel_size", 2)
+    chosen = dict(
+        model="metala", width=width, lr=rate, seed=seed, epochs=epochs, kernel_size=kernel_size
+    )
     return run_of(case | chosen, accuracy, **others)
 
 
@@ -71,12 +73,14 @@ def test_what_is_unusual_or_unfinished_is_told(write):
         recall(64, 1e-3, 0, 0.30),
         recall(64, 1e-3, 0, 0.99, partial=True),  # the same run, cut off before
         recall(64, 1e-3, 0, 0.50, epochs=8),
+        recall(64, 1e-3, 0, 0.05, kernel_size=1),
         recall(128, 1e-3, 0, 0.60, partial=True),
         recall(128, 1e-3, 0, 0.40, partial=True, losses=[2.0, 1.0]),  # the same run, gone on
     ]
     text = write(EMPTY, mqar=runs)
     assert "| metala | 64 | 30.0 | 28.5 | 1,234 | 0.001 | 1, 1 |  |" in text
     assert "| metala | 64 | 50.0 | 28.5 | 1,234 | 0.001 | 1, 1 | epochs 8 |" in text
+    assert "| metala | 64 | 5.0 | 28.5 | 1,234 | 0.001 | 1, 1 | kernel_size 1 |" in text
     assert "| 40.0 | 90.4 | 1,234 | 0.001 | 1, 1 | not finished: after 2 of 64 epochs |" in text
 
 
@@ -86,6 +90,15 @@ def test_mad_has_an_average_once_all_tasks_are_there(write):
     text = write(EMPTY, mad=runs)
     assert "| metala | average | 75.00 | 73.98 | | | | |" in text
     assert "| metala | copy | 100.0 | 97.71 |" in text
+
+
+def test_every_experiment_has_usual_settings():
+    """Those of its own cases: nothing in them is unusual."""
+    for table in report.TABLES:
+        for case in table.experiment.cases(table.experiment.usual):
+            assert table.unusual(case) == []
+    case = mad.EXPERIMENT.cases(mad.PAPER | dict(heads=2, task=["copy"], model=["softmax"]))[0]
+    assert report.TABLES[1].unusual(case | dict(copied=32)) == ["copied 32", "heads 2"]
 
 
 def test_a_document_without_marks_is_refused(write):
