@@ -56,8 +56,8 @@ PAPER = dict(
     examples=96_000, test_examples=2000, depth=10, arguments=10, shortest=501, longest=1999,
 )  # fmt: skip
 TINY = dict(
-    model=["metala", "window"], layers=2, kernel_size=1, lr=1e-2, batch=64, steps=640, warm_up=50,
-    examples=4096, test_examples=1024, depth=2, arguments=6, shortest=6, longest=8,
+    model=["metala", "window"], layers=2, kernel_size=1, lr=1e-2, batch=64, steps=800, warm_up=50,
+    examples=10_000, test_examples=1024, depth=2, arguments=6, shortest=6, longest=8,
 )  # fmt: skip
 DRAWN = ("examples", "test_examples", "depth", "arguments", "shortest", "longest")
 MARGIN = 0.1  # by which --tiny shall show the effect
