@@ -256,6 +256,11 @@ def train_epochs(
     return train(model, loss_of, batch_at, recipe, run, evaluate)
 
 
+def _finite(value: float) -> float | None:
+    """Returns a number as JSON can hold it, which has no NaN."""
+    return round(value, 5) if math.isfinite(value) else None
+
+
 def train(
     model: nn.Module,
     loss_of: Callable[[torch.Tensor], torch.Tensor],
@@ -327,15 +332,15 @@ def train(
             loss = loss_sum.item() / (done - (at[-1] if at else 0))
             loss_sum.zero_()
             at.append(done)
-            losses.append(round(loss, 5) if math.isfinite(loss) else None)  # JSON has no NaN
+            losses.append(_finite(loss))
             told = f"{run.title}step {done}/{recipe.steps}, loss {loss:.4f}"
             if evaluate is not None:
                 began = time.monotonic()
-                curve.append(round(evaluate(), 5))
+                curve.append(_finite(evaluate()))
                 longest_test = max(longest_test, time.monotonic() - began)
-                told += f", {measure} {curve[-1]:.4f}"
+                told += f", {measure} {curve[-1]}"
             print(f"{told}, {time.monotonic() - start:.0f} s", flush=True)
-            is_learned = curve and measure == "accuracy" and curve[-1] > recipe.stop_above
+            is_learned = measure == "accuracy" and curve and (curve[-1] or 0) > recipe.stop_above
             if losses[-1] is None:
                 ending["diverged"] = True
             elif done == recipe.steps or is_learned or loss < recipe.stop_below:

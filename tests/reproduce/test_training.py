@@ -150,7 +150,9 @@ def test_a_loss_that_is_not_finite_ends_the_run():
             return super().forward(x) * math.nan
 
     data = Data((torch.zeros(4, 1),), torch.zeros(4, dtype=torch.int64))
-    result = train_epochs(Breaks(1, 2), data, data, Recipe(1e-2, 0.0), Run(CPU), 3, 4)
+    recipe = Recipe(1e-2, 0.0)
+    result = train_epochs(Breaks(1, 2), data, data, recipe, Run(CPU), 3, 4, lambda *_: math.nan)
+    assert result["curve"] == [None]
     assert result["diverged"] and result["losses"] == [None] and "partial" not in result
 
 
