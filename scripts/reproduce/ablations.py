@@ -17,43 +17,25 @@ nats a token, at the end of the text.
     --data PREFIX       PREFIX.bin and PREFIX.idx, of scripts/prepare_data.py
     by default          the source of Python's standard library, which is always there
 
-Usage: scripts/reproduce/run.sh ablations [--seeds 0 1 2] [--picture loss.png] [--minutes 8]
+Usage: scripts/reproduce/run.sh ablations [--seed 0 1 2] [--minutes 8]
 
 --tiny trains two layers on a little of it: the convolution matters.
 """
 
 from __future__ import annotations
 
-import argparse
-import functools
-import statistics
 import sysconfig
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from models import Sizes, metala_config
-from steps import Schedule, train_steps
+from experiment import Experiment, Settings
+from models import LanguageModel, Sizes, build
 from torch import nn
-from training import (
-    add_run_arguments,
-    cross_entropy,
-    sweep,
-    take_run_arguments,
-    title_of,
-)
+from training import Recipe, Result, Run, cross_entropy, made_of, train
 
-from megatron_patch.commands.command_line import (
-    CommandError,
-    Parser,
-    number,
-    one_of,
-    picture,
-    run_script,
-    whole,
-)
-from megatron_patch.hf import MetaLAForCausalLM
+from megatron_patch.commands.command_line import CommandError, one_of, refuse, run_script
 from megatron_patch.hf.layers_metala import MetaLATokenMixer
 from megatron_patch.indexed_dataset import IndexedDataset, bin_path
 from megatron_patch.ops.torch_ops import (
@@ -66,13 +48,13 @@ from megatron_patch.ops.torch_ops import (
 VARIANTS = (
     "full", "no_augmentation", "no_convolution", "key_projection", "softmax", "hybrid",
 )  # fmt: skip
-DEFAULT = dict(
-    variant=list(VARIANTS), width=256, layers=8, heads=4, length=1024, batch=32, steps=2000,
-    warm_up=200, lr=1e-3, bfloat16=True, test_sequences=128, most=50_000_000, seeds=[0, 1, 2],
+USUAL = dict(
+    seed=[0, 1, 2], variant=list(VARIANTS), data=None, width=256, layers=8, heads=4, length=1024,
+    batch=32, steps=2000, warm_up=200, lr=1e-3, bfloat16=True, test_sequences=128, most=50_000_000,
 )  # fmt: skip
 TINY = dict(
-    variant=["full", "no_convolution"], width=64, layers=2, heads=2, length=128, batch=8,
-    steps=120, warm_up=10, lr=5e-3, bfloat16=False, test_sequences=32, most=1_000_000, seeds=[0],
+    seed=[0], variant=["full", "no_convolution"], width=64, layers=2, heads=2, length=128, batch=8,
+    steps=120, warm_up=10, lr=5e-3, bfloat16=False, test_sequences=32, most=1_000_000,
 )  # fmt: skip
 HELD_OUT = 0.05  # of the text, its end
 MARGIN = 0.1  # nats that --tiny shall show between the two
@@ -114,25 +96,24 @@ class NoConvolution(nn.Module):
         return x, None
 
 
-def new_model(case: dict[str, Any], vocabulary: int, mlp: int) -> MetaLAForCausalLM:
+def new_model(case: Settings, vocabulary: int, mlp: int) -> LanguageModel:
     """Returns a variant whose MLPs are `mlp` wide."""
     variant = case["variant"]
-    sizes = Sizes(
-        vocabulary, case["width"], case["layers"], case["heads"], 4, expand_k=0.5,
-        self_augmentation=variant != "no_augmentation", norm="simplermsnorm",
+    sizes = made_of(
+        Sizes, case, vocabulary=vocabulary, kernel_size=4, expand_k=0.5, norm="simplermsnorm",
+        self_augmentation=variant != "no_augmentation", mlp=mlp,
     )  # fmt: skip
-    kind = variant if variant in ("softmax", "hybrid") else "metala"
-    model = MetaLAForCausalLM(metala_config(kind, sizes, intermediate_size=mlp, norm_eps=1e-6))
-    for layer in model.model.layers:
+    body = build(variant if variant in ("softmax", "hybrid") else "metala", sizes, norm_eps=1e-6)
+    for layer in body.layers:
         if variant == "no_convolution":
             layer.token_mixer.conv1d = NoConvolution()
         elif variant == "key_projection":
-            layer.token_mixer = KeyProjectionMixer(model.config)
-            layer.token_mixer.apply(model._init_weights)
-    return model
+            layer.token_mixer = KeyProjectionMixer(body.config)
+            layer.token_mixer.apply(body._init_weights)
+    return LanguageModel(body)
 
 
-def build(case: dict[str, Any], vocabulary: int) -> MetaLAForCausalLM:
+def equal_model(case: Settings, vocabulary: int) -> LanguageModel:
     """Returns a variant with as many parameters as "full", to eight columns of the MLPs."""
     mlp = case["width"] * 11 // 4
     with torch.device("meta"):
@@ -176,126 +157,60 @@ def _of_bytes(text: bytes) -> torch.Tensor:
     return torch.from_numpy(np.frombuffer(text, np.uint8).astype(np.int64))
 
 
-def run_case(device: torch.device, case: dict[str, Any], until: float) -> dict[str, Any]:
-    """Trains by the settings that `main` makes."""
+def run_case(case: Settings, run: Run) -> Result:
+    """Reads the text, and trains by the settings of a run."""
     tokens = read_tokens(case["data"], case["most"])
-    length, vocabulary = case["length"], max(256, int(tokens.max()) + 1)
+    length, batch, vocabulary = case["length"], case["batch"], max(256, int(tokens.max()) + 1)
     held_out = max(int(HELD_OUT * len(tokens)), length + 1)
     if len(tokens) < 2 * held_out:
         raise CommandError(f"{case['data']}: found {len(tokens)} tokens, wanted {2 * held_out}")
-    training, test = tokens[:-held_out].to(device), tokens[-held_out:].to(device)
-    window = torch.arange(length + 1, device=device)
+    training, test = tokens[:-held_out].to(run.device), tokens[-held_out:].to(run.device)
+    window = torch.arange(length + 1, device=run.device)
     torch.manual_seed(case["seed"])
-    model = build(case, vocabulary).to(device)
-    # The same batches for all variants.
-    generator = torch.Generator(device).manual_seed(case["seed"])
+    model = equal_model(case, vocabulary)
+    generator = torch.Generator(run.device)
+    recipe = made_of(
+        Recipe, case, decay=0.1, part=max(1, case["steps"] // 20), lowest=case["lr"] / 10
+    )
 
     def batch_at(step: int) -> torch.Tensor:
+        """Returns the same sequences for all variants."""
+        generator.manual_seed(case["seed"] * case["steps"] + step)
         last = len(training) - length
-        starts = torch.randint(last, (case["batch"], 1), generator=generator, device=device)
+        starts = torch.randint(last, (batch, 1), generator=generator, device=run.device)
         return training[starts + window]
 
-    def logits_of(tokens: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(
-            device.type, torch.bfloat16, enabled=case["bfloat16"], cache_enabled=False
-        ):
-            return model(input_ids=tokens[:, :-1]).logits
+    def loss_of(sequences: torch.Tensor) -> torch.Tensor:
+        with recipe.autocast(run.device):
+            logits = model(sequences[:, :-1])
+        return cross_entropy(logits, sequences[:, 1:])
 
-    def loss_of(tokens: torch.Tensor) -> torch.Tensor:
-        return cross_entropy(logits_of(tokens), tokens[:, 1:])
-
-    starts = torch.linspace(0, len(test) - length - 1, case["test_sequences"], device=device)
+    starts = torch.linspace(0, len(test) - length - 1, case["test_sequences"], device=run.device)
     sequences = test[starts.long()[:, None] + window]
 
     @torch.no_grad()
     def evaluate() -> float:
         model.eval()
-        parts = sequences.split(case["batch"])
-        total = sum(loss_of(part).item() * len(part) for part in parts)
+        total = sum(loss_of(part).item() * len(part) for part in sequences.split(batch))
         model.train()
         return total / len(sequences)
 
-    found = train_steps(
-        model, loss_of, batch_at, Schedule(case["lr"], case["steps"], case["warm_up"]), device,
-        until, title_of(case, ("variant", "seed")), evaluate,
-    )  # fmt: skip
-    return {"loss": found["validation"][-1] if found["validation"] else None, **found}
+    return train(model, loss_of, batch_at, recipe, run, evaluate, measure="loss")
 
 
-def main() -> None:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    positive = number(lambda value: value > 0, "above 0")
-    parser.add_argument("--variant", type=one_of(VARIANTS), nargs="+", help=", ".join(VARIANTS))
-    parser.add_argument("--seeds", type=whole(0), nargs="+", metavar="N")
-    parser.add_argument("--data", metavar="FILE", help="text, or the prefix of a prepared pair")
-    parser.add_argument("--lr", type=positive, metavar="RATE")
-    for name in ("width", "layers", "heads", "length", "batch", "steps", "warm-up"):
-        parser.add_argument(f"--{name}", type=whole(1), metavar="N")
-    parser.add_argument("--most", type=whole(1), metavar="N", help="tokens that are read at most")
-    parser.add_argument("--test-sequences", type=whole(1), metavar="N")
-    parser.add_argument("--picture", type=picture, metavar="FILE", help="of the loss curves")
-    add_run_arguments(parser)
-    args = vars(parser.parse_args())
-    tiny, file, device, limits = take_run_arguments(args, "ablations")
-    output = args.pop("picture")
-    given = {name: value for name, value in args.items() if value is not None}
-    settings = {"data": None, **(TINY if tiny else DEFAULT), **given}
-    data = settings["data"]
-    if data is not None and not (Path(data).is_file() or bin_path(data).is_file()):
-        parser.error(f"--data: found no file {data} and no {data}.bin, wanted one of them")
-    variants, seeds = settings.pop("variant"), settings.pop("seeds")
-    cases = [dict(variant=name, seed=seed, **settings) for seed in seeds for name in variants]
-    runs = sweep(file, cases, functools.partial(run_case, device), **limits)
-    print_table(runs)
-    if output is not None:
-        draw(runs, output)
-    if tiny and not given:
-        report_effect(runs)
-    print(file)
+def source_of_data(text: str) -> str:
+    """Argument type: a file, or the prefix of a prepared pair."""
+    if not (Path(text).is_file() or bin_path(text).is_file()):
+        refuse(f"no file {text} and no {text}.bin", "one of them")
+    return text
 
 
-def by_variant(runs: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Returns the runs of each variant that did not diverge."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for run in runs:
-        if not run.get("diverged"):
-            found.setdefault(run["settings"]["variant"], []).append(run)
-    return found
-
-
-def print_table(runs: list[dict[str, Any]]) -> None:
-    """Prints the mean and the spread of each variant's loss."""
-    for variant, group in by_variant(runs).items():
-        losses = [run["loss"] for run in group]
-        spread = f" +- {statistics.stdev(losses):.4f}" if len(losses) > 1 else ""
-        print(f"{variant:16} {statistics.mean(losses):.4f}{spread} ({group[0]['parameters']:,})")
-
-
-def draw(runs: list[dict[str, Any]], output: Path) -> None:
-    """Writes a picture of the validation loss, averaged over seeds."""
-    from matplotlib.figure import Figure
-
-    axes = (figure := Figure(figsize=(7, 4.5), layout="constrained")).subplots()
-    for variant, group in by_variant(runs).items():
-        mean = [
-            statistics.mean(losses)
-            for losses in zip(*(run["validation"] for run in group), strict=False)
-        ]
-        axes.plot(group[0]["at"][: len(mean)], mean, label=variant)
-    axes.set(xlabel="steps", ylabel="validation loss (nats a token)")
-    axes.legend()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, dpi=150)
-
-
-def report_effect(runs: list[dict[str, Any]]) -> None:
-    """Prints what the convolution changes. Raises a CommandError if it is not plain to see."""
-    found = {run["settings"]["variant"]: run["loss"] for run in runs}
-    told = f"loss {found['full']} with the convolution, {found['no_convolution']} without"
-    if not found["full"] < found["no_convolution"] - MARGIN:
-        raise CommandError(f"{told}: wanted {MARGIN} between them")
-    print(f"Ablations: {told}.")
-
+EXPERIMENT = Experiment(
+    "ablations", USUAL, TINY, ("seed", "variant"), run_case, measure="loss",
+    effect=(lambda found: found["full"] < found["no_convolution"] - MARGIN,
+            f"a loss lower by {MARGIN} with the convolution"),
+    kinds={"variant": one_of(VARIANTS), "data": source_of_data},
+)  # fmt: skip
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(EXPERIMENT.main)

@@ -17,10 +17,10 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
+from classifier import PAD
 
 from megatron_patch.commands.command_line import CommandError
 
-PAD = 0  # behind an expression
 TOKENS = ["", "[MIN", "[MAX", "[MED", "[SM", "]", *map(str, range(10))]
 VALUES = 10
 OPERATORS, END, FIRST_DIGIT = 4, TOKENS.index("]"), TOKENS.index("0")
@@ -114,7 +114,7 @@ def _draw_block(shape: Shape, seed: int, block: int) -> tuple[torch.Tensor, torc
 def pack(examples: list[tuple[list[int], int]], longest: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the tokens, uint8 [N, longest] with PAD behind each expression, and the values,
     uint8 [N]."""
-    tokens = torch.zeros(len(examples), longest, dtype=torch.uint8)
+    tokens = torch.full((len(examples), longest), PAD, dtype=torch.uint8)
     for row, (expression, _) in zip(tokens, examples, strict=True):
         row[: len(expression)] = torch.tensor(expression, dtype=torch.uint8)
     return tokens, torch.tensor([value for _, value in examples], dtype=torch.uint8)

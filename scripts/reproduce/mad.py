@@ -14,12 +14,13 @@ arXiv 2403.17844) with MetaLA and its baselines.
 
 The protocol is mad-lab's, written anew: width 128, two layers with a SwiGLU each, RMS norms, 12,800
 examples (memorization: 256), 1,280 for the test, batches of 128, 200 epochs, AdamW, a cosine to
-1e-6, bfloat16, until 99.9 % are right. Each task is trained with three learning rates and two
-weight decays, 36 runs in all for the baseline settings, and the best accuracy counts. The accuracy
-is the mean over the tokens that occur (macro), batch by batch. In the three recall tasks, training
-scores each next token and the test only the values that can be known.
+1e-6, bfloat16, until more than 99.9 % are right. Each task is trained with three learning rates and
+two weight decays, 36 runs in all for the baseline settings, and the best accuracy counts. The
+accuracy is the mean over the tokens that occur (macro), batch by batch. In the three recall tasks,
+training scores each next token and the test only the values that can be known.
 
-MetaLA has 4 heads with K = V = 32 by default, a state of 4,096 numbers a layer.
+MetaLA has 4 heads with K = V = 32 by default, a state of 4,096 numbers a layer; the others have as
+many as in mad-lab (attention 16, GLA 8), and Mamba's state is 4 a channel.
 
 Usage: scripts/reproduce/run.sh mad --model metala softmax --jobs 4
 A sweep that was interrupted goes on where it was.
@@ -30,36 +31,18 @@ the convolution to remember. The first copies, the other cannot.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import itertools
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 
 import torch
-from models import MODELS, Scored, Sizes, build
+from experiment import Experiment, Settings
+from models import MODELS, LanguageModel, Sizes, build, check_models
 from torch import nn
-from training import (
-    IGNORED,
-    Recipe,
-    Result,
-    Sequences,
-    Settings,
-    add_run_arguments,
-    sweep,
-    take_run_arguments,
-    title_of,
-    train,
-)
+from training import IGNORED, Data, Recipe, Result, Run, made_of, scored, train_epochs
 
-from megatron_patch.commands.command_line import (
-    CommandError,
-    Parser,
-    number,
-    one_of,
-    run_script,
-    whole,
-)
+from megatron_patch.commands.command_line import one_of, run_script, whole
 
 Row = tuple[list[int], list[int]]
 
@@ -190,14 +173,15 @@ VARIED: dict[str, dict[str, list]] = {
     "noisy": SIZES | LONGER | dict(vocabulary=[48, 80, 144], noise=[0.4, 0.6, 0.8]),
     "copy": SIZES | dict(length=[512, 1024], copied=[32, 64, 96]),
 }
-TRAINING = dict(
-    test_examples=1280, batch=128, epochs=200, width=128, layers=2, heads=4, kernel_size=4,
-    expand_k=1.0, seeds=[0], model=["metala"], task=list(TASKS), lr=[1e-4, 5e-4, 1e-3],
-    decay=[0.0, 0.1],
+HEADS = dict(softmax=16, gla=8)  # mad-lab's; others have 4
+PAPER = dict(
+    model=["metala"], task=list(TASKS), lr=[1e-4, 5e-4, 1e-3], decay=[0.0, 0.1], seed=[0],
+    width=128, layers=2, heads=None, kernel_size=4, expand_k=1.0, batch=128, epochs=200,
+    test_examples=1280, all=False,
 )  # fmt: skip
-TINY = TRAINING | dict(
+TINY = dict(
     task=["copy"], vocabulary=8, length=16, copied=4, examples=2048, test_examples=256, batch=64,
-    epochs=12, width=32, heads=2, lr=[1e-2], decay=[0.0], model=["metala", "window"],
+    epochs=8, width=32, heads=2, lr=[1e-2], decay=[0.0], model=["metala", "window"],
 )  # fmt: skip
 
 
@@ -208,52 +192,51 @@ class Compressing(nn.Module):
     sinusoidal embedding of the position.
     """
 
-    def __init__(self, model: Scored, length: int, width: int, vocabulary: int):
+    def __init__(self, model: LanguageModel, length: int):
         super().__init__()
-        self.body = model
-        for name in ("final_norm", "norm", "norm_f"):  # MetaLA's, GLA's, Mamba's
-            if hasattr(model.body, name):
-                setattr(model.body, name, nn.Identity())
-        model.head = nn.Identity()
-        parts = [(nn.RMSNorm(width, eps=1e-6), nn.Linear(width, width), nn.GELU()) for _ in "12"]
-        head = nn.RMSNorm(width, eps=1e-6), nn.Linear(width, vocabulary)
-        self.decoder = nn.Sequential(*itertools.chain(*parts), *head)
+        width = model.head.in_features
+        parts = [(nn.RMSNorm(width, eps=1e-5), nn.Linear(width, width), nn.GELU()) for _ in "12"]
+        self.decoder = nn.Sequential(
+            *itertools.chain(*parts), nn.RMSNorm(width, eps=1e-5), model.head
+        )
         for part in self.decoder:
             if isinstance(part, nn.Linear):
                 nn.init.normal_(part.weight, std=0.02)
                 nn.init.zeros_(part.bias)
+        self.body = model.body
+        self.body.final_norm = nn.Identity()
         frequencies = 10000.0 ** -torch.linspace(0, 1, width // 2)
         angles = torch.arange(length)[:, None] * frequencies
         self.register_buffer("places", torch.cat([angles.sin(), angles.cos()], 1))
 
     def forward(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Maps tokens [B, T] and positions [B, P] to logits [B, P, vocabulary]."""
-        last = self.body.hidden(tokens)[:, -1:]
+        last = self.body(tokens)[0][:, -1:]
         return self.decoder(last + self.places[positions])
 
 
-def draw(case: Settings, examples: int, training: bool) -> Sequences:
+def draw(case: Settings, examples: int, training: bool) -> Data:
     """Returns sequences of a task. Those for training and for the test differ in their seeds."""
     function, _ = TASKS[case["task"]]
     rng = random.Random(f"{case['seed']} {training}")
     rows = [function(rng, case, training) for _ in range(examples)]
     inputs, labels = zip(*rows, strict=True)
-    return Sequences(torch.tensor(inputs), torch.tensor(labels))
+    return scored(torch.tensor(inputs), torch.tensor(labels))
 
 
 @torch.no_grad()
-def macro_accuracy(model: nn.Module, data: Sequences, batch: int, vocabulary: int) -> float:
+def macro_accuracy(model: nn.Module, data: Data, batch: int, vocabulary: int) -> float:
     """Returns the mean over batches of the mean accuracy over the tokens of the vocabulary.
 
     As in torchmetrics, which mad-lab uses, tokens that a batch neither has nor is said to have do
     not count, and one that it is wrongly said to have counts as 0.
     """
     model.eval()
-    positions, labels = data.scored()
-    total = torch.zeros((), device=labels.device)
-    batches = list(zip(*(x.split(batch) for x in (data.inputs, positions, labels)), strict=True))
-    for inputs, places, wanted in batches:
-        found = model(inputs, places).argmax(-1)
+    total = torch.zeros((), device=data.labels.device)
+    batches = torch.arange(len(data.labels), device=data.labels.device).split(batch)
+    for index in batches:
+        inputs, wanted = data.take(index)
+        found = model(*inputs).argmax(-1)
         is_scored = (wanted != IGNORED).float().flatten()
         wanted, found = wanted.clamp(min=0).flatten(), found.flatten()
 
@@ -267,77 +250,43 @@ def macro_accuracy(model: nn.Module, data: Sequences, batch: int, vocabulary: in
     return total.item() / len(batches)
 
 
-def run_case(device: torch.device, case: Settings, until: float) -> Result:
-    """Trains by the settings that `main` makes."""
+def run_case(case: Settings, run: Run) -> Result:
+    """Draws the data, and trains by the settings of a run."""
     training = draw(case, case["examples"], training=True)
     test = draw(case, case["test_examples"], training=False)
     torch.manual_seed(case["seed"])
-    vocabulary, batch = case["vocabulary"], min(case["batch"], case["examples"])
-    sizes = Sizes(
-        vocabulary, case["width"], case["layers"], case["heads"], case["kernel_size"],
-        expand_k=case["expand_k"], norm="rmsnorm", tied=False, state=4,
-    )  # fmt: skip
-    model: nn.Module = build(case["model"], sizes)
+    sizes = made_of(Sizes, case, norm="rmsnorm", mlp_beside_mamba=True, state=4)
+    model: nn.Module = LanguageModel(build(case["model"], sizes), tied=False)
     if case["task"] == "compression":
-        model = Compressing(model, case["length"], case["width"], vocabulary)
-    recipe = Recipe(
-        case["lr"], case["epochs"], batch, case["decay"], min_learning_rate=1e-6, stop_at=0.999,
-        bfloat16=device.type == "cuda", seed=case["seed"],
+        model = Compressing(model, case["length"])
+    recipe = made_of(
+        Recipe, case, lowest=1e-6, by_part=True, stop_above=0.999,
+        bfloat16=run.device.type == "cuda",
     )  # fmt: skip
-    title = title_of(case, ("model", "task", "lr", "decay", "seed"))
-    score = functools.partial(macro_accuracy, batch=case["batch"], vocabulary=vocabulary)
-    return train(model, training, test, recipe, device, until, title, score=score)
+    score = functools.partial(macro_accuracy, batch=case["batch"], vocabulary=case["vocabulary"])
+    batch = min(case["batch"], case["examples"])
+    return train_epochs(model, training, test, recipe, run, case["epochs"], batch, score)
 
 
-def cases_of(settings: Settings, whole_benchmark: bool) -> Iterable[Settings]:
-    """Yields the settings of all runs."""
-    settings = dict(settings)
-    names = ("model", "task", "seeds", "lr", "decay")
-    for model, task, seed, rate, decay in itertools.product(*map(settings.pop, names)):
-        chosen = dict(model=model, task=task, seed=seed, lr=rate, decay=decay)
-        base = TASKS[task][1] | settings | chosen
-        yield base
-        for name, values in VARIED[task].items() if whole_benchmark else ():
-            for value in values:
-                yield base | {name: value}
+def expand(case: Settings) -> Iterator[Settings]:
+    """Yields a task's baseline settings, and those of the whole benchmark with --all."""
+    case = dict(case)
+    varied = VARIED[case["task"]] if case.pop("all") else {}
+    heads = case["heads"] or HEADS.get(case["model"], 4)
+    base = TASKS[case["task"]][1] | case | dict(heads=heads)
+    yield base
+    for name, values in varied.items():
+        for value in values:
+            yield base | {name: value}
 
 
-def main() -> None:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    positive = number(lambda value: value > 0, "above 0")
-    several = dict(nargs="+", metavar="N")
-    parser.add_argument("--model", type=one_of(MODELS), nargs="+", help=", ".join(MODELS))
-    parser.add_argument("--task", type=one_of(TASKS), nargs="+", help=", ".join(TASKS))
-    parser.add_argument("--lr", type=positive, **several)
-    parser.add_argument("--decay", type=number(lambda value: value >= 0, "from 0"), **several)
-    parser.add_argument("--seeds", type=whole(0), **several)
-    parser.add_argument("--heads", type=whole(1), metavar="N")
-    parser.add_argument("--kernel-size", type=whole(1), metavar="N")
-    parser.add_argument("--epochs", type=whole(1), metavar="N")
-    parser.add_argument("--all", action="store_true", help="396 runs a model, not 36")
-    add_run_arguments(parser)
-    args = vars(parser.parse_args())
-    tiny, file, device, limits = take_run_arguments(args, "mad")
-    whole_benchmark = args.pop("all")
-    given = {name: value for name, value in args.items() if value is not None}
-    settings = {**(TINY if tiny else TRAINING), **given}
-    for model in settings["model"]:  # so that one that is not installed is refused now
-        build(model, Sizes(vocabulary=8, width=32))
-    cases = list(cases_of(settings, whole_benchmark))
-    runs = sweep(file, cases, functools.partial(run_case, device), **limits)
-    if tiny and not given and len(runs) == len(cases):
-        report_effect(runs)
-    print(file)
-
-
-def report_effect(runs: list[Result]) -> None:
-    """Prints what memory changes. Raises a CommandError if it is not plain to see."""
-    remembers, forgets = (run["accuracy"] for run in runs)
-    told = f"a copy is right in {remembers:.1%} with the recurrence, {forgets:.1%} without it"
-    if remembers < 0.9 or forgets > 0.6:
-        raise CommandError(f"{told}: wanted at least 90 %, and at most 60 %")
-    print(f"{told[0].upper()}{told[1:]}.")
-
+EXPERIMENT = Experiment(
+    "mad", PAPER, TINY, ("model", "task", "seed", "lr", "decay"), run_case, expand=expand,
+    kinds={"model": one_of(MODELS), "task": one_of(TASKS), "heads": whole(1)},
+    check=lambda settings: check_models(settings["model"]),
+    effect=(lambda found: found["metala"] > 0.9 and found["window"] < 0.6,
+            "above 0.9 with the recurrence, and below 0.6 without it"),
+)  # fmt: skip
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(EXPERIMENT.main)

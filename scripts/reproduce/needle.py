@@ -7,7 +7,7 @@ Here models of some 3 million parameters learn the task alone:
 
     haystack    one sentence of noise over and over, as in S-NIAH-1; or random words (--haystack
                 random), in which there is more to forget
-    needle      MARK and --digits digits, at a random place
+    needle      MARK and --digits digits, written over the haystack at a random place
     question    at the end: QUERY, then the digits, each of which is predicted
     training    sequences of all --lengths in turn, as many tokens in each step; new ones in each.
                 The needle's distance from the end is drawn on a logarithmic scale, because a new
@@ -19,51 +19,36 @@ Here models of some 3 million parameters learn the task alone:
 
 Usage: scripts/reproduce/run.sh needle [--model metala hybrid softmax] [--minutes 8]
 
---tiny trains one layer (the hybrid: four) at 16 and 32 tokens: MetaLA and the hybrid find the
+--tiny trains one layer (the hybrid: two) at 16 and 32 tokens: MetaLA and the hybrid find the
 needle, MetaLA without memory (its decay is 0) does not.
 """
 
 from __future__ import annotations
 
-import argparse
-import functools
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from models import MODELS, Sizes, build
-from steps import Schedule, train_steps
-from training import (
-    add_run_arguments,
-    cross_entropy,
-    sweep,
-    take_run_arguments,
-    title_of,
-)
+from experiment import Experiment, Settings
+from models import MODELS, LanguageModel, Sizes, build, check_models
+from training import Recipe, Result, Run, cross_entropy, made_of, train
 
-from megatron_patch.commands.command_line import (
-    CommandError,
-    Parser,
-    number,
-    one_of,
-    run_script,
-    whole,
-)
+from megatron_patch.commands.command_line import CommandError, one_of, run_script
 
 MARK, QUERY, FIRST_DIGIT, FIRST_WORD = 0, 1, 2, 12
-SENTENCE = 23  # words of noise, about as many as in RULER's
+SENTENCE = 24  # words and full stops of RULER's noise
 WORDS = 52
 VOCABULARY = FIRST_WORD + WORDS
-DEFAULT = dict(
-    model=["metala", "hybrid", "softmax"], width=256, layers=4, heads=4, kernel_size=4, lr=1e-3,
-    steps=6000, warm_up=200, tokens=65_536, lengths=[1024, 2048, 4096, 8192],
+USUAL = dict(
+    seed=[0], model=["metala", "hybrid", "softmax"], width=256, layers=4, heads=4, kernel_size=4,
+    lr=1e-3, steps=6000, warm_up=200, tokens=65_536, lengths=[1024, 2048, 4096, 8192],
     test_lengths=[1024, 2048, 4096, 8192, 16_384, 32_768, 65_536], test_examples=200, digits=7,
-    haystack="repeated", bfloat16=True, seeds=[0],
+    haystack="repeated", bfloat16=True,
 )  # fmt: skip
 TINY = dict(
-    model=["metala", "hybrid", "window"], width=64, layers=1, heads=2, kernel_size=4, lr=1e-2,
-    steps=300, warm_up=20, tokens=2048, lengths=[16, 32], test_lengths=[32, 64],
-    test_examples=200, digits=1, haystack="repeated", bfloat16=False, seeds=[0],
+    model=["metala", "hybrid", "window"], width=64, layers=1, heads=2, lr=1e-2, steps=300,
+    warm_up=20, tokens=2048, lengths=[16, 32], test_lengths=[32], digits=1, bfloat16=False,
 )  # fmt: skip
 LEARNED = 0.01  # the mean loss at which training ends
 
@@ -125,113 +110,82 @@ def scored(tokens: torch.Tensor, digits: int) -> tuple[torch.Tensor, torch.Tenso
 
 @torch.no_grad()
 def accuracy(
-    model: torch.nn.Module, task: Needle, length: int, examples: int, batch: int, seed: int,
-    device: torch.device, bfloat16: bool,
+    model: torch.nn.Module, task: Needle, length: int, examples: int, tokens: int,
+    generator: torch.Generator,
 ) -> float:  # fmt: skip
-    """Returns the fraction of new sequences whose digits are all the likeliest."""
-    generator = torch.Generator(device).manual_seed(seed)
+    """Returns the fraction of `examples` new sequences whose digits are all the likeliest, read in
+    batches of about `tokens` tokens."""
     model.eval()
-    right = 0
+    right, batch = 0, max(1, tokens // length)
     for start in range(0, examples, batch):
-        tokens = task.draw(min(batch, examples - start), length, generator)
-        inputs, positions, answer = scored(tokens, task.digits)
-        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
-            found = model(inputs, positions).argmax(-1)
-        right += int((found == answer).all(1).sum())
+        drawn = task.draw(min(batch, examples - start), length, generator)
+        inputs, positions, answer = scored(drawn, task.digits)
+        right += int((model(inputs, positions).argmax(-1) == answer).all(1).sum())
     model.train()
     return right / examples
 
 
-def run_case(device: torch.device, case: dict[str, Any], until: float) -> dict[str, Any]:
-    """Trains by the settings that `main` makes, and tests at all lengths."""
+def run_case(case: Settings, run: Run) -> Result:
+    """Trains by the settings of a run, and tests at all lengths."""
     torch.manual_seed(case["seed"])
-    sizes = Sizes(
-        VOCABULARY, case["width"], case["layers"], case["heads"], case["kernel_size"],
-        expand_k=0.5,
-    )  # fmt: skip
-    model = build(case["model"], sizes).to(device).train()
+    sizes = made_of(Sizes, case, vocabulary=VOCABULARY, expand_k=0.5)
+    model = LanguageModel(build(case["model"], sizes))
     task = Needle(case["digits"], case["haystack"] == "repeated")
-
-    def loss_of(tokens: torch.Tensor) -> torch.Tensor:
-        inputs, positions, answer = scored(tokens, task.digits)
-        with torch.autocast(
-            device.type, torch.bfloat16, enabled=case["bfloat16"], cache_enabled=False
-        ):
-            logits = model(inputs, positions)
-        return cross_entropy(logits, answer)
-
-    generator = torch.Generator(device).manual_seed(case["seed"])
-    lengths = case["lengths"]
+    generator = torch.Generator(run.device)
+    lengths, tokens = case["lengths"], case["tokens"]
+    recipe = made_of(
+        Recipe, case, decay=0.1, part=max(1, case["steps"] // 20), lowest=case["lr"] / 10,
+        stop_below=LEARNED,
+    )  # fmt: skip
 
     def batch_at(step: int) -> torch.Tensor:
         length = lengths[step % len(lengths)]
-        return task.draw(max(1, case["tokens"] // length), length, generator, nearer=True)
+        generator.manual_seed(case["seed"] * case["steps"] + step)
+        return task.draw(max(1, tokens // length), length, generator, nearer=True)
 
-    title = title_of(case, ("model", "haystack", "seed"))
-    schedule = Schedule(case["lr"], case["steps"], case["warm_up"], stop_below=LEARNED)
-    found = train_steps(model, loss_of, batch_at, schedule, device, until, title)
-    accuracies = {}
+    def loss_of(sequences: torch.Tensor) -> torch.Tensor:
+        inputs, positions, answer = scored(sequences, task.digits)
+        with recipe.autocast(run.device):
+            logits = model(inputs, positions)
+        return cross_entropy(logits, answer)
+
+    found = train(model, loss_of, batch_at, recipe, run)
+    accuracies: dict[str, float] = {}
     for length in case["test_lengths"]:
-        batch = max(1, 2 * case["tokens"] // length)
-        accuracies[str(length)] = accuracy(
-            model, task, length, case["test_examples"], batch, 1 + case["seed"], device,
-            case["bfloat16"],
-        )  # fmt: skip
-        print(f"{title}{length} tokens: {accuracies[str(length)]:.3f}", flush=True)
-    return {
-        "accuracy": accuracies[str(case["test_lengths"][-1])],
-        "accuracies": accuracies,
-        **found,
-    }
+        if found.get("partial") or time.time() > run.until:
+            return {"accuracy": None, "accuracies": accuracies, **found, "partial": True}
+        generator.manual_seed(2**40 + case["seed"])  # no step of training has this seed
+        with recipe.autocast(run.device):
+            accuracies[str(length)] = accuracy(
+                model, task, length, case["test_examples"], 2 * tokens, generator
+            )
+        print(f"{run.title}{length} tokens: {accuracies[str(length)]:.3f}", flush=True)
+    last = accuracies[str(case["test_lengths"][-1])]
+    return {"accuracy": last, "accuracies": accuracies, **found}
 
 
-def main() -> None:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    positive = number(lambda value: value > 0, "above 0")
-    parser.add_argument("--model", type=one_of(MODELS), nargs="+", help=", ".join(MODELS))
-    parser.add_argument("--seeds", type=whole(0), nargs="+", metavar="N")
-    parser.add_argument("--haystack", type=one_of(("repeated", "random")))
-    parser.add_argument("--lengths", type=whole(8), nargs="+", metavar="T", help="of training")
-    parser.add_argument("--test-lengths", type=whole(8), nargs="+", metavar="T")
-    parser.add_argument("--lr", type=positive, metavar="RATE")
-    for name in ("width", "layers", "heads", "kernel-size", "steps", "warm-up", "digits"):
-        parser.add_argument(f"--{name}", type=whole(1), metavar="N")
-    parser.add_argument("--tokens", type=whole(1), metavar="N", help="in a step of training")
-    parser.add_argument("--test-examples", type=whole(1), metavar="N")
-    add_run_arguments(parser)
-    args = vars(parser.parse_args())
-    tiny, file, device, limits = take_run_arguments(args, "needle")
-    given = {name: value for name, value in args.items() if value is not None}
-    settings = {**(TINY if tiny else DEFAULT), **given}
-    shortest = min(settings["lengths"] + settings["test_lengths"])
-    if shortest < 2 * (settings["digits"] + 1):
-        parser.error(f"--digits: found {settings['digits']}, wanted a needle and an answer that "
-                     f"fit into {shortest} tokens")  # fmt: skip
-    models, seeds = settings.pop("model"), settings.pop("seeds")
-    layers = settings.pop("layers")
-    cases = [
-        dict(
-            model=model, layers=max(layers, 4 if model == "hybrid" else 1), seed=seed, **settings
+def check(settings: Settings) -> None:
+    """Raises a CommandError for a needle that does not fit, or a model that is not here."""
+    shortest, digits = min(settings["lengths"] + settings["test_lengths"]), settings["digits"]
+    if shortest < 2 * (digits + 1):
+        raise CommandError(
+            f"--digits: found {digits}, wanted a needle and an answer that fit into {shortest} "
+            "tokens"
         )
-        for seed in seeds
-        for model in models
-    ]  # fmt: skip
-    for model in models:  # so that one that is not installed is refused before the first run
-        build(model, Sizes(vocabulary=8, width=16))
-    runs = sweep(file, cases, functools.partial(run_case, device), **limits)
-    if tiny and not given:
-        report_effect(runs)
-    print(file)
+    check_models(settings["model"])
 
 
-def report_effect(runs: list[dict[str, Any]]) -> None:
-    """Prints what memory changes. Raises a CommandError if it is not plain to see."""
-    found = {run["settings"]["model"]: run["accuracies"]["32"] for run in runs}
-    told = ", ".join(f"{model} {value}" for model, value in found.items())
-    if min(found["metala"], found["hybrid"]) < 0.9 or found["window"] > 0.4:
-        raise CommandError(f"{told}: wanted at least 0.9 with memory, and at most 0.4 without")
-    print(f"Needles found among 32 tokens: {told}.")
+def expand(case: Settings) -> Iterator[Settings]:
+    """Yields the settings of a run. A hybrid has at least two layers."""
+    yield case | dict(layers=max(case["layers"], 2 if case["model"] == "hybrid" else 1))
 
+
+EXPERIMENT = Experiment(
+    "needle", USUAL, TINY, ("seed", "model"), run_case, check=check, expand=expand,
+    kinds={"model": one_of(MODELS), "haystack": one_of(("repeated", "random"))},
+    effect=(lambda found: min(found["metala"], found["hybrid"]) > 0.9 and found["window"] < 0.4,
+            "above 0.9 with memory, and below 0.4 without it"),
+)  # fmt: skip
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(EXPERIMENT.main)

@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
-"""Writes the tables of docs/reproduction.md, and a picture, from docs/reproduction/*.jsonl.
+"""Writes the tables of docs/reproduction.md, and pictures, from docs/reproduction/*.jsonl.
 
     cat runs/reproduce/mqar.jsonl >> docs/reproduction/mqar.jsonl
     python scripts/reproduce/report.py
 
 A row holds the runs that differ in seed and in what was searched (learning rate, weight decay)
 alone. Of each seed the best run counts, as in the paper. A row says what differs from the paper's
-or our usual settings, and where a run had no time to end, after how many epochs its number was
-taken. Without matplotlib there is no picture.
+or our usual settings. Of a run that time cut off the last line counts, where no line says that it
+ended; the row then says after how many steps its number was taken. Without matplotlib there are no
+pictures.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ from pathlib import Path
 
 import ablations
 import images
-import listops
+import lra
 import mad
 import mqar
 import needle
-from training import Result, Settings, read_runs
+from experiment import Experiment, Settings, read_runs
+from training import Result
 
 from megatron_patch.commands.command_line import CommandError, Parser, picture, run_script
 
@@ -34,26 +36,41 @@ SEARCHED = ("lr", "decay")
 
 
 @dataclass(frozen=True)
-class Experiment:
+class Table:
     """How the runs of an experiment become rows of a table.
 
     Attributes:
-        name: of its file of results.
-        title: of its table.
+        experiment: whose runs.
+        title: of the table.
         rows: settings that name a row.
-        usual: maps a run's settings to the usual ones; lists there are not compared.
         paper: the paper's numbers, by the values of `rows`.
-        measure: the key of the number that counts; accuracies are told in percent.
-        best: picks a seed's best number.
+        curve: what a picture of the runs' curves shows; empty for no picture.
     """
 
-    name: str
+    experiment: Experiment
     title: str
     rows: tuple[str, ...]
-    usual: Callable[[Settings], Settings]
     paper: dict[tuple, str] = field(default_factory=dict)
-    measure: str = "accuracy"
-    best: Callable[[Iterable[float]], float] = max
+    curve: str = ""
+
+    @property
+    def measure(self) -> str:
+        """The key of the number that counts; accuracies are told in percent."""
+        return self.experiment.measure
+
+    @property
+    def best(self) -> Callable[[Iterable[float]], float]:
+        """Picks the best number."""
+        return max if self.measure == "accuracy" else min
+
+    def unusual(self, case: Settings) -> list[str]:
+        """Returns the settings of a run that are not the usual ones of its model and task."""
+        swept, usual = self.experiment.swept, self.experiment.usual
+        wanted = next(iter(self.experiment.expand(usual | {name: case[name] for name in swept})))
+        return [f"{name} {value}" for name, value in case.items()
+                if name in wanted and name not in (*self.rows, *SEARCHED, "seed")
+                and (value not in usual[name] if name in swept else value != wanted[name])
+                ]  # fmt: skip
 
     def told(self, value: float) -> str:
         """Returns a number as the table shows it."""
@@ -63,32 +80,29 @@ class Experiment:
 MAD_PAPER = dict(
     zip(mad.TASKS, ("45.55", "15.18", "99.87", "85.83", "99.73", "97.71"), strict=True)
 )
-EXPERIMENTS = (
-    Experiment(
-        "mqar", "Multi-query associative recall (accuracy, %)", ("model", "width"),
-        lambda case: mqar.PAPER,
+TABLES = (
+    Table(
+        mqar.EXPERIMENT, "Multi-query associative recall (accuracy, %)", ("model", "width"),
         {("metala", 64): "28.5", ("metala", 128): "90.4", ("mamba", 64): "0", ("mamba", 128): "0",
          ("softmax", 64): "> 99", ("softmax", 128): "> 99"},
+        "accuracy, %",
     ),
-    Experiment(
-        "mad", "MAD (accuracy, %)", ("model", "task"),
-        lambda case: mad.TRAINING | mad.TASKS[case["task"]][1],
+    Table(
+        mad.EXPERIMENT, "MAD (accuracy, %)", ("model", "task"),
         {("metala", task): number for task, number in MAD_PAPER.items()},
     ),
-    Experiment(
-        "listops", "Long Range Arena: ListOps (accuracy, %)", ("model",),
-        lambda case: listops.PAPER, {("metala",): "59.34", ("mamba",): "38.02"},
+    Table(
+        lra.EXPERIMENT, "Long Range Arena (accuracy, %)", ("task", "model"),
+        {("listops", "metala"): "59.34", ("listops", "mamba"): "38.02"},
     ),
-    Experiment(
-        "needle", "A needle in a haystack, at the longest length (accuracy, %)", ("model",),
-        lambda case: needle.DEFAULT,
+    Table(
+        needle.EXPERIMENT, "A needle in a haystack, at the longest length (accuracy, %)",
+        ("model",),
     ),
-    Experiment(
-        "images", "Pictures (accuracy, %)", ("model", "data"), lambda case: images.DEFAULT,
-    ),
-    Experiment(
-        "ablations", "Ablations (loss on held-out text)", ("variant",),
-        lambda case: ablations.DEFAULT, measure="loss", best=min,
+    Table(images.EXPERIMENT, "Pictures (accuracy, %)", ("model", "data")),
+    Table(
+        ablations.EXPERIMENT, "Ablations (loss on held-out text)", ("variant",),
+        curve="validation loss (nats a token)",
     ),
 )  # fmt: skip
 # The paper's averages over tasks, which is what it compares models by.
@@ -114,53 +128,61 @@ class Row:
     best: Result
 
 
-def rows_of(experiment: Experiment, runs: list[Result]) -> list[Row]:
-    """Returns the rows of an experiment. Runs without a number, such as diverged ones, count as
-    runs and give no value; partial runs count only in a row that has no others."""
+def rows_of(table: Table, runs: list[Result]) -> list[Row]:
+    """Returns the rows of a table. Runs without a number, such as diverged ones, count as runs and
+    give no value."""
+    runs_by_case = {}  # the last one that ended, else the last one
+    for run in sorted(runs, key=lambda run: not run.get("partial")):
+        runs_by_case[json.dumps(run["settings"], sort_keys=True)] = run
     groups: dict[str, list[Result]] = {}
-    for run in runs:
+    for run in runs_by_case.values():
         same = {k: v for k, v in run["settings"].items() if k not in (*SEARCHED, "seed")}
         groups.setdefault(json.dumps(same, sort_keys=True), []).append(run)
     rows = []
     for group in groups.values():
         group = [run for run in group if not run.get("partial")] or group
-        known = [run for run in group if run.get(experiment.measure) is not None]
+        known = [run for run in group if run.get(table.measure) is not None]
         if not known:
             continue
         case = known[0]["settings"]
-        usual = experiment.usual(case)
-        unusual = [f"{name} {value}" for name, value in case.items()
-                   if name in usual and name not in (*experiment.rows, *SEARCHED, "seed")
-                   and not isinstance(usual[name], list) and usual[name] != value]  # fmt: skip
+        unusual = table.unusual(case)
         if known[0].get("partial"):
-            epochs = ", ".join(str(len(run.get("losses", ()))) for run in known)
-            unusual.append(f"not finished: after {epochs} of {case.get('epochs', '?')} epochs")
+            unusual.append(f"not finished: after {', '.join(map(_progress, known))}")
         values: dict[int, float] = {}
         for run in known:
-            seed, value = run["settings"].get("seed", 0), run[experiment.measure]
-            values[seed] = experiment.best((value, values.get(seed, value)))
-        best = experiment.best(values.values())
-        winner = next(run for run in known if run[experiment.measure] == best)
-        name = tuple(case[name] for name in experiment.rows)
+            seed, value = run["settings"].get("seed", 0), run[table.measure]
+            values[seed] = table.best((value, values.get(seed, value)))
+        best = table.best(values.values())
+        winner = next(run for run in known if run[table.measure] == best)
+        name = tuple(case[name] for name in table.rows)
         rows.append(Row(name, ", ".join(unusual), values, group, winner))
     return sorted(rows, key=lambda row: (tuple(map(str, row.name)), row.unusual))
 
 
-def table_of(experiment: Experiment, rows: list[Row]) -> list[str]:
-    """Returns the lines of an experiment's table, and of where its numbers come from."""
-    head = [*experiment.rows, "here", "paper", "best learning rate", "seeds, runs", "not as usual"]
-    lines = [f"### {experiment.title}", "", "| " + " | ".join(head) + " |"]
+def _progress(run: Result) -> str:
+    """Returns how far a run that was cut off has come."""
+    epochs = run["settings"].get("epochs")
+    if epochs is not None:
+        return f"{len(run['losses'])} of {epochs} epochs"
+    return f"{run['steps']:,} of {run['settings'].get('steps', '?'):,} steps"
+
+
+def table_of(table: Table, rows: list[Row]) -> list[str]:
+    """Returns the lines of a table, and of where its numbers come from."""
+    head = [*table.rows, "here", "paper", "parameters", "best learning rate", "seeds, runs",
+            "not as usual"]  # fmt: skip
+    lines = [f"### {table.title}", "", "| " + " | ".join(head) + " |"]
     lines.append("|" + "---|" * len(head))
     for row in rows:
         values = list(row.values.values())
-        here = experiment.told(statistics.mean(values))
+        here = table.told(statistics.mean(values))
         if len(values) > 1:
-            here += f" ± {experiment.told(statistics.stdev(values))}"
-        cells = [*row.name, here, experiment.paper.get(row.name, ""),
-                 row.best["settings"].get("lr", ""), f"{len(values)}, {len(row.runs)}",
-                 row.unusual]  # fmt: skip
+            here += f" ± {table.told(statistics.stdev(values))}"
+        cells = [*row.name, here, table.paper.get(row.name, ""),
+                 f"{row.best['parameters']:,}", row.best["settings"].get("lr", ""),
+                 f"{len(values)}, {len(row.runs)}", row.unusual]  # fmt: skip
         lines.append("| " + " | ".join(map(str, cells)) + " |")
-    if experiment.name == "mad":
+    if table.experiment is mad.EXPERIMENT:
         lines += _mad_averages(rows)
     lines += ["", "Mean ± standard deviation over seeds.", ""]
     sources = {run["command"]: run for row in rows for run in row.runs}
@@ -179,27 +201,28 @@ def _mad_averages(rows: list[Row]) -> list[str]:
         if len(values) == len(mad.TASKS):
             mean = 100 * statistics.mean(values.values())
             lines.append(
-                f"| {model} | average | {mean:.2f} | {MAD_AVERAGES.get(model, '')} | | | |"
+                f"| {model} | average | {mean:.2f} | {MAD_AVERAGES.get(model, '')} | | | | |"
             )
     return lines
 
 
-def draw(path: Path, rows: list[Row]) -> None:
-    """Draws the accuracy of each row's best run of MQAR over its epochs."""
+def draw(path: Path, table: Table, rows: list[Row]) -> None:
+    """Draws the curve of each row's best run."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
+    is_accuracy = table.measure == "accuracy"
     for row in rows:
-        curve = [100 * value for value in row.best["accuracies"]]
-        name = f"{row.name[0]}, width {row.name[1]}" + (f" ({row.unusual})" if row.unusual else "")
-        axes.plot(range(1, len(curve) + 1), curve, label=name)
-    for width, number in ((64, 28.5), (128, 90.4)):
-        axes.axhline(number, color="grey", linestyle=":")
-        axes.annotate(f"paper, width {width}", (1, number), color="grey", va="bottom")
-    axes.set(
-        xlabel="epoch", ylabel="accuracy, %", ylim=(0, 101), title="MQAR: 80 pairs, 512 tokens"
-    )
+        curve = [100 * value if is_accuracy else value for value in row.best["curve"]]
+        name = ", ".join(map(str, row.name)) + (f" ({row.unusual})" if row.unusual else "")
+        axes.plot(row.best["at"][: len(curve)], curve, label=name)
+    numbers = {name: told for name, told in table.paper.items() if told.replace(".", "").isdigit()}
+    for name in {row.name for row in rows} & set(numbers):
+        axes.axhline(float(numbers[name]), color="grey", linestyle=":")
+        told = f"paper, {', '.join(map(str, name))}"
+        axes.annotate(told, (1, float(numbers[name])), color="grey", va="bottom")
+    axes.set(xlabel="steps", ylabel=table.curve, title=table.title)
     axes.legend()
     figure.savefig(path, dpi=120)
 
@@ -219,15 +242,16 @@ def main() -> None:
     parser.add_argument("--document", type=Path, default=DOCS / "reproduction.md", metavar="FILE")
     args = parser.parse_args()
     lines: list[str] = []
-    for experiment in EXPERIMENTS:
-        rows = rows_of(experiment, read_runs(args.results / f"{experiment.name}.jsonl"))
+    for table in TABLES:
+        name = table.experiment.name
+        rows = rows_of(table, read_runs(args.results / f"{name}.jsonl"))
         if not rows:
             continue
-        lines += table_of(experiment, rows)
-        path = args.results / f"{experiment.name}.png"
-        if experiment.name == "mqar" and _can_draw(path):
-            draw(path, rows)
-            lines += [f"![Accuracy by epoch]({args.results.name}/{path.name})", ""]
+        lines += table_of(table, rows)
+        path = args.results / f"{name}.png"
+        if table.curve and _can_draw(path):
+            draw(path, table, rows)
+            lines += [f"![{table.title}]({args.results.name}/{path.name})", ""]
     lines = lines or ["No results yet."]
     text = args.document.read_text(encoding="utf-8")
     args.document.write_text(replaced(text, lines), encoding="utf-8")

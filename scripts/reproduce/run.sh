@@ -4,7 +4,7 @@
 # Results go to runs/reproduce/NAME.jsonl; scripts/reproduce/report.py makes the table from them.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-experiments=$(grep -l '^def main' scripts/reproduce/*.py | grep -v report.py | xargs -n1 basename -s .py | xargs)
+experiments=$(grep -l '^EXPERIMENT = ' scripts/reproduce/*.py | xargs -n1 basename -s .py | xargs)
 if [[ ! " $experiments " == *" ${1:-none given} "* ]]; then
     echo "run.sh: found ${1:-no experiment}, wanted one of $experiments" >&2
     exit 2

@@ -19,11 +19,11 @@ def command(monkeypatch, tmp_path) -> Callable[..., list[dict[str, Any]]]:
     """Function: runs an experiment's command with arguments, and returns its runs."""
 
     def run(experiment: ModuleType, *arguments: str) -> list[dict[str, Any]]:
-        from training import read_runs
+        from experiment import read_runs
 
         name = experiment.__name__
         monkeypatch.setattr(sys, "argv", [f"{name}.py", "--output", str(tmp_path), *arguments])
-        experiment.main()
+        experiment.EXPERIMENT.main()
         return read_runs(tmp_path / f"{name}.jsonl")
 
     return run

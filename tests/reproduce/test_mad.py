@@ -7,17 +7,19 @@ import random
 import mad
 import pytest
 import torch
-from models import Sizes, build
+from models import LanguageModel, Sizes, build
 from torch import nn
-from training import IGNORED, Sequences
+from training import IGNORED, Data
 
 
 def rows(task: str, training: bool, count: int = 200, **settings) -> list:
     """Returns the tokens and labels of `count` sequences."""
     case = mad.TASKS[task][1] | settings | dict(task=task, seed=3)
     data = mad.draw(case, count, training)
-    assert data.inputs.min() >= 0 and data.inputs.max() < case["vocabulary"]
-    return list(zip(data.inputs.tolist(), data.labels.tolist(), strict=True))
+    inputs, positions = data.inputs
+    assert inputs.min() >= 0 and inputs.max() < case["vocabulary"]
+    labels = torch.full_like(inputs, IGNORED).scatter_(1, positions, data.labels)
+    return list(zip(inputs.tolist(), labels.tolist(), strict=True))
 
 
 @pytest.mark.parametrize("task", mad.TASKS)
@@ -112,14 +114,14 @@ def test_accuracy_is_the_mean_over_tokens():
             return nn.functional.one_hot(tokens.gather(1, positions), 4).float()
 
     labels = torch.tensor([[0, 0, 1, IGNORED]])
-    data = Sequences(torch.tensor([[0, 2, 1, 3]]), labels)
+    data = Data((torch.tensor([[0, 2, 1, 3]]), torch.arange(4)[None]), labels)
     assert mad.macro_accuracy(Says(), data, 1, 4) == pytest.approx((0.5 + 1 + 0) / 3)
 
 
 def test_the_decoder_reads_the_last_hidden_state_alone():
     torch.manual_seed(0)
-    model = build("metala", Sizes(vocabulary=8, width=16, norm="rmsnorm", tied=False))
-    model = mad.Compressing(model, length=6, width=16, vocabulary=8)
+    model = LanguageModel(build("metala", Sizes(vocabulary=8, width=16)), tied=False)
+    model = mad.Compressing(model, length=6)
     tokens, places = torch.randint(8, (2, 6)), torch.arange(6).expand(2, 6)
     logits = model(tokens, places)
     assert logits.shape == (2, 6, 8)
@@ -129,9 +131,8 @@ def test_the_decoder_reads_the_last_hidden_state_alone():
 
 
 def test_the_benchmark_has_396_runs():
-    settings = dict(mad.TRAINING)
-    assert len(list(mad.cases_of(settings, whole_benchmark=False))) == 36
-    cases = list(mad.cases_of(settings, whole_benchmark=True))
+    assert len(mad.EXPERIMENT.cases(mad.PAPER)) == 36
+    cases = mad.EXPERIMENT.cases(mad.PAPER | dict(all=True))
     assert len(cases) == len({str(case) for case in cases}) == 396
     rng = random.Random(0)
     for case in cases:  # each can be drawn
@@ -143,4 +144,4 @@ def test_copying_needs_the_recurrence(command, capsys):
     remembers, forgets = command(mad, "--tiny")
     assert remembers["settings"]["model"] == "metala" and remembers["accuracy"] > 0.9
     assert forgets["settings"]["model"] == "window" and forgets["accuracy"] < 0.6
-    assert "A copy is right" in capsys.readouterr().out
+    assert "The effect is seen" in capsys.readouterr().out

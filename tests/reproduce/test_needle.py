@@ -5,7 +5,9 @@ from __future__ import annotations
 import needle
 import pytest
 import torch
-from needle import FIRST_DIGIT, FIRST_WORD, MARK, QUERY, Needle, scored
+from needle import FIRST_DIGIT, FIRST_WORD, MARK, QUERY, SENTENCE, Needle, scored
+
+from megatron_patch.commands.command_line import CommandError
 
 
 @pytest.mark.parametrize("repeated", [True, False])
@@ -27,16 +29,19 @@ def test_what_is_drawn(repeated, nearer):
     counts = places.bincount(minlength=free + 1)
     assert len(counts) == free + 1 and counts.min() > 0
     assert (counts[-1] > 5 * counts[0]) == nearer
-    # The rest is words.
-    assert ((tokens >= FIRST_WORD).sum(1) == length - 2 * (digits + 1)).all()
+    # The rest is words: the one sentence again and again, or other words in each sequence.
+    is_word = tokens >= FIRST_WORD
+    assert (is_word.sum(1) == length - 2 * (digits + 1)).all()
+    sentence = FIRST_WORD + torch.arange(length) % SENTENCE
+    assert (tokens == sentence).sum() == is_word.sum() if repeated else is_word.sum() / 10
 
 
-def test_time_that_runs_out_is_told_and_run_again(command):
+def test_a_run_that_time_cut_off_is_told_and_goes_on(command):
     small = "--tiny --model metala --steps 4 --test-examples 4".split()
     (cut,) = command(needle, *small, "--minutes", "1e-4")
-    assert cut["partial"] and cut["steps"] < 4
+    assert cut["partial"] and cut["steps"] < 4 and cut["accuracy"] is None
     _, whole = command(needle, *small)
-    assert "partial" not in whole and whole["steps"] == 4
+    assert "partial" not in whole and whole["steps"] == 4 and set(whole["accuracies"]) == {"32"}
 
 
 def test_memory_finds_the_needle(command):
@@ -46,7 +51,6 @@ def test_memory_finds_the_needle(command):
     assert found["window"] <= 0.4
 
 
-def test_a_needle_that_does_not_fit(command, capsys):
-    with pytest.raises(SystemExit):
+def test_a_needle_that_does_not_fit(command):
+    with pytest.raises(CommandError, match="--digits: found 9, wanted a needle"):
         command(needle, "--tiny", "--digits", "9")
-    assert "--digits: found 9, wanted a needle" in capsys.readouterr().err

@@ -17,19 +17,21 @@ FACTS = dict(command="python mqar.py", card="a card", date="2026-11-29", commit=
 
 
 def run_of(case: dict, accuracy: float | None, **others) -> dict:
-    return {"settings": case, "accuracy": accuracy, "accuracies": [0.1], "losses": [1.0], **FACTS,
-            **others}  # fmt: skip
+    return {"settings": case, "accuracy": accuracy, "curve": [0.1], "at": [5], "losses": [1.0],
+            "parameters": 1234, **FACTS, **others}  # fmt: skip
 
 
 def recall(width: int, rate: float, seed: int, accuracy: float | None, **others) -> dict:
-    case = {name: value for name, value in mqar.PAPER.items() if name not in ("lr", "seeds")}
-    epochs = others.pop("epochs", 64)
-    chosen = dict(model="metala", width=width, lr=rate, seed=seed, epochs=epochs)
+    case = {name: value for name, value in mqar.PAPER.items() if name not in ("lr", "seed")}
+    epochs, kernel_size = others.pop("epochs", 64), others.pop("kernel_size", 2)
+    chosen = dict(
+        model="metala", width=width, lr=rate, seed=seed, epochs=epochs, kernel_size=kernel_size
+    )
     return run_of(case | chosen, accuracy, **others)
 
 
 def copying(task: str, accuracy: float) -> dict:
-    case = next(case for case in mad.cases_of(mad.TRAINING | dict(task=[task]), False))
+    case = mad.EXPERIMENT.cases(mad.PAPER | dict(task=[task]))[0]
     return run_of(case, accuracy)
 
 
@@ -60,7 +62,7 @@ def test_the_best_rate_of_each_seed_counts(write):
         recall(128, 1e-3, 1, 0.90), recall(128, 1e-2, 1, 0.10),
     ]  # fmt: skip
     text = write(EMPTY, mqar=runs)
-    assert "| metala | 128 | 85.0 ± 7.1 | 90.4 | 0.001 | 2, 5 |  |" in text
+    assert "| metala | 128 | 85.0 ± 7.1 | 90.4 | 1,234 | 0.001 | 2, 5 |  |" in text
     assert "- `python mqar.py`, a card, 2026-11-29, abc, PyTorch 2.11" in text
     assert text.startswith("Before\n") and text.endswith("after\n") and "old" not in text
     assert write(text, mqar=runs) == text
@@ -71,20 +73,32 @@ def test_what_is_unusual_or_unfinished_is_told(write):
         recall(64, 1e-3, 0, 0.30),
         recall(64, 1e-3, 0, 0.99, partial=True),  # the same run, cut off before
         recall(64, 1e-3, 0, 0.50, epochs=8),
-        recall(128, 1e-3, 0, 0.40, partial=True),
+        recall(64, 1e-3, 0, 0.05, kernel_size=1),
+        recall(128, 1e-3, 0, 0.60, partial=True),
+        recall(128, 1e-3, 0, 0.40, partial=True, losses=[2.0, 1.0]),  # the same run, gone on
     ]
     text = write(EMPTY, mqar=runs)
-    assert "| metala | 64 | 30.0 | 28.5 | 0.001 | 1, 1 |  |" in text
-    assert "| metala | 64 | 50.0 | 28.5 | 0.001 | 1, 1 | epochs 8 |" in text
-    assert "| 40.0 | 90.4 | 0.001 | 1, 1 | not finished: after 1 of 64 epochs |" in text
+    assert "| metala | 64 | 30.0 | 28.5 | 1,234 | 0.001 | 1, 1 |  |" in text
+    assert "| metala | 64 | 50.0 | 28.5 | 1,234 | 0.001 | 1, 1 | epochs 8 |" in text
+    assert "| metala | 64 | 5.0 | 28.5 | 1,234 | 0.001 | 1, 1 | kernel_size 1 |" in text
+    assert "| 40.0 | 90.4 | 1,234 | 0.001 | 1, 1 | not finished: after 2 of 64 epochs |" in text
 
 
 def test_mad_has_an_average_once_all_tasks_are_there(write):
     runs = [copying(task, 0.5 + index / 10) for index, task in enumerate(mad.TASKS)]
     assert "average" not in write(EMPTY, mad=runs[:-1])
     text = write(EMPTY, mad=runs)
-    assert "| metala | average | 75.00 | 73.98 | | | |" in text
+    assert "| metala | average | 75.00 | 73.98 | | | | |" in text
     assert "| metala | copy | 100.0 | 97.71 |" in text
+
+
+def test_every_experiment_has_usual_settings():
+    """Those of its own cases: nothing in them is unusual."""
+    for table in report.TABLES:
+        for case in table.experiment.cases(table.experiment.usual):
+            assert table.unusual(case) == []
+    case = mad.EXPERIMENT.cases(mad.PAPER | dict(heads=2, task=["copy"], model=["softmax"]))[0]
+    assert report.TABLES[1].unusual(case | dict(copied=32)) == ["copied 32", "heads 2"]
 
 
 def test_a_document_without_marks_is_refused(write):
