@@ -13,7 +13,7 @@ convolution and biases. A classifier reads the mean of the last states.
     --data FOLDER       FOLDER/CLASS/*.png and so on, as torchvision's ImageFolder; a tenth is the
                         test
 
-Usage: scripts/reproduce/run.sh images [--data DATA] [--seeds 0 1 2]
+Usage: scripts/reproduce/run.sh images [--data DATA] [--seed 0 1 2]
 
 --tiny trains one layer on pairs: both kinds of layers can compare two digits; MetaLA without
 memory, which sees each patch for itself, guesses.
@@ -58,7 +58,7 @@ USUAL = dict(
 )  # fmt: skip
 TINY = dict(
     seed=[0], model=["metala", "softmax", "window"], data="pairs", layers=1, width=64, heads=2,
-    kernel_size=1, size=16, patch=16, lr=5e-3, batch=64, warm_up=20, examples=2048,
+    kernel_size=1, size=16, patch=16, lr=3e-3, batch=64, warm_up=20, examples=2048, epochs=16,
 )  # fmt: skip
 TEST_FRACTION = 0.1
 MARGIN = 0.25  # by which --tiny shall show the effect

@@ -34,13 +34,24 @@ class Pictures(NamedTuple):
     classes: list[str]
 
 
-def draw_digits(count: int, size: int, seed: int, digits: torch.Tensor | None = None) -> Pictures:
-    """Draws digits of seven segments, of random place, size, slant, thickness and noise. `digits`,
-    int64 [count], says which; `None` for random ones."""
+def draw_digits(
+    count: int,
+    size: int,
+    seed: int,
+    digits: torch.Tensor | None = None,
+    spread: float = 1.0,
+) -> Pictures:
+    """Draws digits of seven segments, of random place, size, slant, thickness and noise.
+
+    Args:
+        digits: int64 [count], which ones; `None` for random ones.
+        spread: 1 for all places, sizes, slants and thicknesses; 0 for those in the middle alone.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def between(low: float, high: float) -> torch.Tensor:
-        return low + (high - low) * torch.rand(count, 1, 1, generator=generator)
+        part = 0.5 + spread * (torch.rand(count, 1, 1, generator=generator) - 0.5)
+        return low + (high - low) * part
 
     labels = torch.randint(10, (count,), generator=generator) if digits is None else digits
     width = between(0.2, 0.32)  # of the box, as a part of the picture, as are all lengths
@@ -65,7 +76,7 @@ def draw_pairs(count: int, size: int, seed: int) -> Pictures:
     """Draws two digits side by side, each a 0 or a 1. The class is whether they are equal, which
     no patch shows by itself. The pictures are [N, 1, S, 2 S]."""
     digits = torch.randint(2, (2, count), generator=torch.Generator().manual_seed(seed))
-    halves = [draw_digits(count, size, seed + 1 + side, digits[side]) for side in range(2)]
+    halves = [draw_digits(count, size, seed + 1 + side, digits[side], 0.3) for side in range(2)]
     pixels = torch.cat([half.pixels for half in halves], -1)
     return Pictures(pixels, (digits[0] == digits[1]).long(), ["different", "equal"])
 
