@@ -18,7 +18,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, astuple, dataclass, fields
 from functools import cache
@@ -294,12 +294,22 @@ def render(outcomes: dict[Combination, Outcome]) -> str:
             return letters[_pattern(outcome.line)]
         return f"**FAILED** {outcome.line or f'{outcome.loss:.0e} / {outcome.norm:.0e}'}"
 
-    def cell(found: dict[Combination, Outcome]) -> str:
-        if all(outcome.kind == "passed" for outcome in found.values()):
-            worst = [max(getattr(o, name) for o in found.values()) for name in ("loss", "norm")]
+    def one_word(found: Sequence[Outcome]) -> str | None:
+        if all(outcome.kind == "passed" for outcome in found):
+            worst = [max(getattr(o, name) for o in found) for name in ("loss", "norm")]
             return word(Outcome("passed", *worst))
-        if len(words := {word(outcome) for outcome in found.values()}) == 1:
-            return words.pop()
+        words = {word(outcome) for outcome in found}
+        return words.pop() if len(words) == 1 else None
+
+    def cell(found: dict[Combination, Outcome]) -> str:
+        if (whole := one_word([*found.values()])) is not None:
+            return whole
+        halves = [
+            one_word([o for c, o in found.items() if c.hybrid == hybrid])
+            for hybrid in (False, True)
+        ]
+        if None not in halves:
+            return "; hybrid ".join(halves)
         return "; ".join(
             f"{_kind(c)}: {word(o)}" for c, o in sorted(found.items(), key=lambda i: astuple(i[0]))
         )

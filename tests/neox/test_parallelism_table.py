@@ -49,13 +49,16 @@ def test_a_cell_tells_its_four_combinations_apart():
     outcomes = {c: Outcome("passed", 1e-7, 2e-8) for c in combinations()}
     outcomes[Combination(hybrid=True)] = Outcome("refused", line="norm: found 2, wanted 1")
     outcomes[Combination(zero=1)] = Outcome("FAILED", 0.5, 2e-8)
+    for recompute in (False, True):
+        hybrid = Combination(zero=3, hybrid=True, recompute=recompute)
+        outcomes[hybrid] = Outcome("refused", line="norm: found 3, wanted 1")
     first = cells(render(outcomes))[(False, 1, 0, 1, 1, False)]
     assert first[0] == (
         "MetaLA: 1e-07 / 2e-08; hybrid: a; MetaLA, recomputed: 1e-07 / 2e-08; "
         "hybrid, recomputed: 1e-07 / 2e-08"
     )
     assert "**FAILED** 5e-01 / 2e-08" in first[1]
-    assert first[2] == "1e-07 / 2e-08"
+    assert first[2:] == ["1e-07 / 2e-08", "1e-07 / 2e-08; hybrid a"]
     assert "- **a**: `norm: found 2, wanted 1`" in render(outcomes)
 
 
