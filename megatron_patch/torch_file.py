@@ -32,15 +32,24 @@ _STAND_INS = [
         ("deepspeed.utils.tensor_fragment", "fragment_address", object),
     )
 ]
+_ZERO_STAGES = ("disabled", "optimizer_states", "gradients", "weights")
+
+
+def _zero_stage(kind: type, name: str) -> Any:
+    """Stands for `getattr`, by which Python 3.11.0 to 3.11.3 store a member of an enumeration."""
+    if kind is not _STAND_INS[0] or name not in _ZERO_STAGES:
+        raise pickle.UnpicklingError("GLOBAL getattr")
+    return kind(_ZERO_STAGES.index(name))
 
 
 @contextlib.contextmanager
-def readable(others: Iterable[type] = ()) -> Iterator[None]:
-    """Lets `torch.load` read NumPy arrays and numbers in this context, and `others`: GPT-NeoX and
-    the Trainer store NumPy's random state, and schedules may hold NumPy's numbers."""
+def readable(others: Iterable[Any] = ()) -> Iterator[None]:
+    """Lets `torch.load` read NumPy arrays and numbers in this context, and `others`: classes, or
+    functions with the names that files call them by. GPT-NeoX and the Trainer store NumPy's random
+    state, and schedules may hold NumPy's numbers."""
     before = torch.serialization.get_safe_globals()
     types = [np.ndarray, np.dtype, *(type(np.dtype(t)) for t in ("u4", "i8", "f4", "f8"))]
-    torch.serialization.add_safe_globals([*types, *others])
+    torch.serialization.add_safe_globals(types)
     for value in (np.array([0], dtype=np.uint32), np.float64(0)):
         reconstruct = value.__reduce__()[0]
         torch.serialization.add_safe_globals([reconstruct])
@@ -50,6 +59,9 @@ def readable(others: Iterable[type] = ()) -> Iterator[None]:
             for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
                 named = (reconstruct, f"{module}.{reconstruct.__name__}")
                 torch.serialization.add_safe_globals([named])
+    for other in others:
+        with contextlib.suppress(TypeError, ValueError, AttributeError):
+            torch.serialization.add_safe_globals([other])
     try:
         yield
     finally:
@@ -62,7 +74,7 @@ def load_safely(path: Path) -> Any:
     UnreadableFile if the file is absent, damaged, or holds more than tensors and plain data."""
     for mmap in (True, False):  # a file in the format before PyTorch 1.6 cannot be mapped
         try:
-            with readable(_STAND_INS):
+            with readable([*_STAND_INS, (_zero_stage, "builtins.getattr")]):
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         except pickle.UnpicklingError as error:
             found = re.search(r"GLOBAL ([\w.]+)", str(error))

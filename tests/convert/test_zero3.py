@@ -218,6 +218,27 @@ def test_deepspeeds_objects_are_read_as_stand_ins(deepspeed_objects, tmp_path):
         assert type(found[name]).__name__ == type(theirs).__name__
 
 
+class Named:
+    """Is stored as Python 3.11.0 to 3.11.3 store a member of an enumeration."""
+
+    def __init__(self, kind: type, name: str):
+        self.kind, self.name = kind, name
+
+    def __reduce__(self):
+        return getattr, (self.kind, self.name)
+
+
+def test_a_stage_that_is_stored_by_its_name_is_read(deepspeed_objects, tmp_path):
+    kind = type(deepspeed_objects["ZeroStageEnum"])
+    for stage in ("disabled", "optimizer_states", "gradients", "weights"):
+        torch.save({"stage": Named(kind, stage)}, tmp_path / "file.pt")
+        assert files.load_torch_file(tmp_path / "file.pt")["stage"] == kind[stage].value
+    for other in (Named(kind, "__init__"), Named(type(deepspeed_objects["LossScaler"]), "weights")):
+        torch.save({"stage": other}, tmp_path / "file.pt")
+        with pytest.raises(files.ConvertError, match="refused: reading it would run code"):
+            files.load_torch_file(tmp_path / "file.pt")
+
+
 def test_a_training_of_two_ranks_is_exported(
     neox_checkout, token_data, tokenizer_file, tmp_path, monkeypatch
 ):
