@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-BUCKET = 32 * 2**20  # elements: 64 MiB in bfloat16, which NVLink moves in less than a layer takes
+from megatron_patch.neox.token_groups import is_sequence_parallel
+
+BUCKET = 32 * 2**20  # elements: two or three layers of 0.38B, 64 MiB in bfloat16
 
 
 @dataclass
@@ -46,7 +48,7 @@ def why_no_overlap(neox_args: Any) -> str | None:
             neox_args.pipe_parallel_size > 0
         ),
         "sequence_parallel is true: tensor-parallel ranks add up gradients first": (
-            neox_args.sequence_parallel
+            is_sequence_parallel(neox_args)
         ),
     }
     return next((reason for reason, holds in reasons.items() if holds), None)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_patch.architecture import MetaLAOptions, refuse
+from megatron_patch.neox.token_groups import is_sequence_parallel
 from megatron_patch.neox.yaml_config import merge_yaml_texts
 
 PARTS = ("train", "valid", "test")
@@ -82,7 +83,7 @@ def _check_layout(args: Any, kind: str) -> None:
         refuse("metala.context_parallel_size", size, wanted)
     if (stages := args.pipe_parallel_size) > 0:
         refuse("pipe_parallel_size", stages, f"0 with train_impl: {kind}: GPT-NeoX has no other")
-    if args.sequence_parallel and args.model_parallel_size > 1:
+    if is_sequence_parallel(args):
         refuse("sequence_parallel", True, f"false with train_impl: {kind}")
     if (args.zero_optimization or {}).get("stage") == 3:
         refuse("zero_optimization.stage", 3, f"0, 1 or 2 with train_impl: {kind}")

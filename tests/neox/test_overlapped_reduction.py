@@ -15,6 +15,7 @@ from tests.neox.training import neox
 RUN = dict(
     zero_optimization={"stage": 1, "overlap_comm": True},
     pipe_parallel_size=0,
+    model_parallel_size=2,
     sequence_parallel=False,
 )
 # train.py, which also prints how many buckets were under way when the backward pass ended.
