@@ -83,9 +83,6 @@ def why_no_graphs(neox_args: Any) -> str | None:
         "checkpoint_activations computes layers again in the backward pass": (
             neox_args.checkpoint_activations
         ),
-        "metala.reset_at_document is true, and captured boundaries have not been tested": (
-            options.reset_at_document
-        ),
         "hidden_dropout is above 0, and random numbers in graphs have not been tested": (
             neox_args.hidden_dropout > 0
         ),

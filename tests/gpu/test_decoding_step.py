@@ -11,7 +11,15 @@ from tests.ops.cases import assert_step_right, make, make_convolution
 LIMITS = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
 # Heads, K, V.
 WIDTHS = [(8, 64, 128), (8, 128, 256), (16, 64, 128), (4, 256, 512), (8, 40, 80), (8, 48, 96)]
-WIDTHS += [(8, 16, 16), (16, 32, 32), (8, 64, 64), (8, 128, 128), (4, 256, 256), (8, 128, 64)]
+WIDTHS += [
+    (8, 16, 16),
+    (1, 16, 32),
+    (16, 32, 32),
+    (8, 64, 64),
+    (8, 128, 128),
+    (4, 256, 256),
+    (8, 128, 64),
+]
 
 
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)

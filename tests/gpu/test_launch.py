@@ -100,7 +100,8 @@ def test_on_another_stream_and_in_a_graph():
 
     def call():
         out, _ = meta_linear_attention(**tensors, backend="triton")
-        return [out, *torch.autograd.grad(out, leaves, gradient)]
+        # Detached: a graph kept alive remembers its stream, which a capture must not wait for.
+        return [out.detach(), *torch.autograd.grad(out, leaves, gradient)]
 
     call()
     wanted = call()

@@ -207,7 +207,6 @@ def test_boundaries_reach_every_rank(
     assert run.validation_losses
 
 
-@pytest.mark.skip("captures are off with documents until tests/gpu has passed with them")
 def test_captured_layers_train_alike(neox_checkout, short_documents, tokenizer_file, tmp_path):
     """On one GPU, with other numbers of documents in each micro-batch."""
     from tests.neox.test_gpus import MODEL, PRECISIONS

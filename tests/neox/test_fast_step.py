@@ -29,7 +29,6 @@ RUN = dict(
         ({"metala": {"cuda_graphs": "never"}}, "metala.cuda_graphs"),
         ({"model_parallel_size": 2}, "model_parallel_size"),
         ({"metala": {"context_parallel_size": 2}}, "metala.context_parallel_size"),
-        ({"metala": {"reset_at_document": True}}, "metala.reset_at_document"),
         ({"pipe_parallel_size": 2}, "pipe_parallel_size"),
         ({"checkpoint_activations": True}, "checkpoint_activations"),
         ({"hidden_dropout": 0.1}, "hidden_dropout"),
@@ -49,7 +48,13 @@ def test_the_setting_that_prevents_graphs_is_named(changes, key):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"pipe_parallel_size": 1}, {"zero_optimization": {"stage": 2}}, {"metala": None}],
+    [
+        {},
+        {"metala": {"reset_at_document": True}},
+        {"pipe_parallel_size": 1},
+        {"zero_optimization": {"stage": 2}},
+        {"metala": None},
+    ],
 )
 def test_layers_are_captured_otherwise(changes):
     assert why_no_graphs(SimpleNamespace(**RUN | changes)) is None
