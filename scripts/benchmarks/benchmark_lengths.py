@@ -19,6 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from benchmark_training import (
+    ONE_GPU,
     ROOT,
     Measurement,
     measure,
@@ -65,8 +66,8 @@ def main(argv: list[str] | None = None) -> None:
 def run(model: str, length: int, options: argparse.Namespace) -> Measurement:
     """Trains one model at one length."""
     batch = max(options.tokens // length, 1)
-    sizes = dict(config=options.config, gpus=1, tensor_parallel=1, length=length, micro_batch=batch)
-    settings = training_settings(argparse.Namespace(**sizes, steps=30))
+    sizes = dict(config=options.config, length=length, micro_batch=batch, steps=30)
+    settings = training_settings(argparse.Namespace(**ONE_GPU, **sizes))
     if model == "MetaLA":
         with tempfile.TemporaryDirectory() as work:
             data = write_data(Path(work))

@@ -6,7 +6,8 @@
         --recompute nothing cheap most                                             # and memory
     python scripts/benchmarks/benchmark_training.py --micro-batch 1 --length 32768 --models metala
     python scripts/benchmarks/benchmark_training.py --gpus 2                       # data parallel
-    python scripts/benchmarks/benchmark_training.py --gpus 2 --tensor-parallel 2
+    python scripts/benchmarks/benchmark_training.py --gpus 2 --tensor-parallel 2 --models metala
+    python scripts/benchmarks/benchmark_training.py --gpus 2 --context-parallel 2 --models metala
 
 Prints, for each model: milliseconds of a step (mean, fastest and slowest interval), tokens per
 second of all GPUs, the memory that PyTorch reserved on the first GPU, and parameters. Then MetaLA's
@@ -59,6 +60,8 @@ from megatron_patch.neox.yaml_config import merge_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = ("metala", "documents", "attention", *PEERS)
+# What `training_settings` wants, beside --config and sizes, for a training on one GPU.
+ONE_GPU = dict(gpus=1, tensor_parallel=1, context_parallel=1, sequence_parallel=False)
 LEVELS = ("nothing", "cheap", "most")
 TOKENS = 32_000
 INTERVAL = 10  # GPT-NeoX prints the mean time of so many iterations; the first mean is left out
@@ -119,7 +122,12 @@ def training_settings(options: argparse.Namespace) -> dict[str, Any]:
         "num_gpus": options.gpus,
         "global_num_gpus": options.gpus,  # GPT-NeoX counts all of the machine's, used or not
         "model_parallel_size": options.tensor_parallel,
-        "train_batch_size": micro * options.gpus // options.tensor_parallel,
+        "sequence_parallel": options.sequence_parallel,
+        "metala": {
+            **(given.get("metala") or {}),
+            "context_parallel_size": options.context_parallel,
+        },
+        "train_batch_size": micro * options.gpus // ranks_a_sample(options),
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": 1,
         "train_iters": options.steps,
@@ -130,6 +138,11 @@ def training_settings(options: argparse.Namespace) -> dict[str, Any]:
         "do_test": False,
         "use_wandb": False,
     }
+
+
+def ranks_a_sample(options: argparse.Namespace) -> int:
+    """Returns how many ranks share a sample."""
+    return options.tensor_parallel * options.context_parallel
 
 
 def with_attention(settings: dict[str, Any], kind: str) -> dict[str, Any]:
@@ -218,6 +231,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--config", type=existing_file, default=ROOT / "configs/metala_380m.yml")
     parser.add_argument("--gpus", type=whole(1), default=1, help="of this machine (default: 1)")
     parser.add_argument("--tensor-parallel", type=whole(1), default=1, help="ranks (default: 1)")
+    parser.add_argument("--sequence-parallel", action="store_true", help="with --tensor-parallel")
+    parser.add_argument("--context-parallel", type=whole(1), default=1, help="ranks (default: 1)")
     parser.add_argument("--micro-batch", type=whole(1), help="sequences (default: as in --config)")
     parser.add_argument("--length", type=whole(1), help="tokens (default: as in --config)")
     parser.add_argument("--steps", type=whole(2 * INTERVAL), default=40, help="default: 40")
@@ -235,8 +250,11 @@ def main(argv: list[str] | None = None) -> None:
         help=f"of {', '.join(LEVELS)} (default: as in --config)",
     )
     options = parser.parse_args(argv)
-    if options.gpus % options.tensor_parallel:
-        parser.error(f"--gpus: found {options.gpus}, wanted a multiple of --tensor-parallel")
+    if options.gpus % ranks_a_sample(options):
+        parser.error(
+            f"--gpus: found {options.gpus}, wanted a multiple of --tensor-parallel times "
+            "--context-parallel"
+        )
     if torch.cuda.is_available() and options.gpus > torch.cuda.device_count():
         parser.error(f"--gpus: found {options.gpus}, wanted {torch.cuda.device_count()} or fewer")
     settings = training_settings(options)
@@ -247,7 +265,9 @@ def main(argv: list[str] | None = None) -> None:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     print(
         f"{options.gpus} x {device}, torch {torch.__version__}: {options.config.name}, "
-        f"tensor parallel {options.tensor_parallel}, {settings['train_batch_size']} sequences of "
+        f"tensor parallel {options.tensor_parallel}"
+        f"{', sequence parallel' if options.sequence_parallel else ''}, context parallel "
+        f"{options.context_parallel}, {settings['train_batch_size']} sequences of "
         f"{settings['seq_length']:,} tokens a step",
         flush=True,
     )

@@ -16,7 +16,7 @@ import tempfile
 from collections import defaultdict
 from pathlib import Path
 
-from benchmark_training import ROOT, measure, training_settings, write_data
+from benchmark_training import ONE_GPU, ROOT, measure, training_settings, write_data
 
 from convert.command import need_neox
 from megatron_patch.commands.command_line import Parser, existing_file, run_script, whole
@@ -66,9 +66,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--micro-batch", type=whole(1), help="sequences (default: as in --config)")
     parser.add_argument("--kernels", type=whole(0), default=25, help="how many to list")
     options = parser.parse_args(argv)
-    options.gpus = options.tensor_parallel = 1
-    options.length = None
-    options.steps = FIRST + STEPS + 12
+    vars(options).update(ONE_GPU, length=None, steps=FIRST + STEPS + 12)
     with tempfile.TemporaryDirectory() as work:
         checkout, trace = need_neox(), Path(work) / "trace.json"
         program = Path(work) / "train.py"
