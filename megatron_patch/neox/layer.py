@@ -19,9 +19,9 @@ from megatron_patch.architecture_neox import from_neox
 from megatron_patch.neox import documents
 from megatron_patch.neox.mixer import MixerState, ParallelMetaLAMixer
 from megatron_patch.neox.recompute import Compute, recomputed
-from megatron_patch.neox.sequence_parallel import column_parallel
+from megatron_patch.neox.sequence_parallel import column_parallel, row_parallel_sum
 from megatron_patch.neox.token_groups import is_sequence_parallel
-from megatron_patch.ops import add_rms_norm, swiglu
+from megatron_patch.ops import add_rms_norm, swiglu, swiglu_linear
 
 
 class SimpleRMSNorm(nn.Module):
@@ -70,6 +70,7 @@ class ParallelSwiGLU(nn.Module):
     ):
         super().__init__()
         self.recompute = MetaLAOptions.parse(neox_args.metala).recompute != "nothing"
+        self.is_gathered = neox_args.zero_stage == 3  # down_proj's weight, in its own forward pass
         self.gate_up_proj = mpu.ColumnParallelLinear(
             neox_args=neox_args,
             input_size=neox_args.hidden_size,
@@ -93,6 +94,9 @@ class ParallelSwiGLU(nn.Module):
         ranks, or with sequence parallelism each rank's tokens. `again` computes x again; without it
         x is kept for the backward pass."""
         gate_and_up = column_parallel(self.gate_up_proj, x, not self.recompute, again)
+        if self.recompute and not self.is_gathered:
+            product = swiglu_linear(gate_and_up, self.down_proj.weight)
+            return row_parallel_sum(self.down_proj, product)
         hidden = swiglu(gate_and_up)
         activate = partial(swiglu, gate_and_up.detach()) if self.recompute else None
         with recomputed(hidden, activate, self.down_proj.weight):

@@ -45,6 +45,16 @@ def column_parallel(
         return F.linear(whole, linear.weight)
 
 
+def row_parallel_sum(linear: torch.nn.Module, product: torch.Tensor) -> torch.Tensor:
+    """Adds a rank's product [s, b, h] to those of the other tensor-parallel ranks, as GPT-NeoX's
+    `RowParallelLinear` does; with sequence parallelism returns this rank's tokens of it."""
+    from megatron import mpu
+
+    if linear.sequence_parallel:
+        return mpu.reduce_scatter_to_sequence_parallel_region(product)
+    return mpu.reduce_from_model_parallel_region(product)
+
+
 def check_sequence_parallel(args: Any, program: str) -> None:
     """Raises a SettingsError, in one line, if a run of `program` cannot split its tokens over
     tensor-parallel ranks."""

@@ -5,6 +5,7 @@ from megatron_patch.ops.meta_linear_attention import BACKENDS, meta_linear_atten
 from megatron_patch.ops.rms_norm import RMS_NORM_BACKENDS, add_rms_norm
 from megatron_patch.ops.short_convolution import CONVOLUTION_BACKENDS, short_convolution
 from megatron_patch.ops.swiglu import SWIGLU_BACKENDS, swiglu
+from megatron_patch.ops.swiglu_linear import swiglu_linear
 
 __all__ = [
     "BACKENDS",
@@ -15,5 +16,6 @@ __all__ = [
     "meta_linear_attention",
     "short_convolution",
     "swiglu",
+    "swiglu_linear",
     "token_decoder",
 ]

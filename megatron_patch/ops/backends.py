@@ -87,6 +87,10 @@ REGISTRY: dict[str, dict[str, Backend]] = {
         "triton": Backend("megatron_patch.ops.triton", "triton"),
         "torch": Backend("megatron_patch.ops.torch_ops"),
     },
+    "swiglu_backward": {
+        "triton": Backend("megatron_patch.ops.triton", "triton"),
+        "torch": Backend("megatron_patch.ops.torch_ops"),
+    },
     "add_rms_norm": {
         "triton": Backend("megatron_patch.ops.triton", "triton"),
         "torch": Backend("megatron_patch.ops.torch_ops"),

@@ -125,6 +125,16 @@ def swiglu(gate_and_up: torch.Tensor, up: torch.Tensor | None = None) -> torch.T
     return F.silu(gate) * up
 
 
+def swiglu_backward(
+    gate_and_up: torch.Tensor, d_y: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the gradient of `gate_and_up` [..., 2 F], given that of y [..., F], and y again."""
+    gate, up = gate_and_up.chunk(2, dim=-1)
+    s = F.silu(gate)
+    d_gate = torch.ops.aten.silu_backward(d_y * up, gate)
+    return torch.cat([d_gate, d_y * s], dim=-1), s * up
+
+
 def add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor | None, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:

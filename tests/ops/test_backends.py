@@ -32,6 +32,7 @@ SIZES = {
     "meta_linear_attention": dict(K=64, V=128),
     "short_convolution": dict(D=64, W=4, packed_state=False),
     "swiglu": {},
+    "swiglu_backward": {},
     "token_decoder": dict(D=1024, H=8, K=64, V=128, F=2816),
 }
 OURS = [

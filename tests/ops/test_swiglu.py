@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_patch.ops import swiglu
+from megatron_patch.ops import swiglu, swiglu_linear
 
 
 def test_is_its_formula():
@@ -13,6 +13,24 @@ def test_is_its_formula():
     gate, up = x[..., :5], x[..., 5:]
     torch.testing.assert_close(swiglu(x), gate / (1 + (-gate).exp()) * up, rtol=1e-14, atol=1e-14)
     assert torch.autograd.gradcheck(swiglu, x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_with_a_linear_layer_behind_it_has_the_same_bits(dtype):
+    """And keeps its arguments alone."""
+    x = torch.randn(3, 5, 14, dtype=dtype, requires_grad=True)
+    weight = torch.randn(4, 7, dtype=dtype, requires_grad=True)
+    d_y = torch.randn(3, 5, 4, dtype=dtype)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        found = swiglu_linear(x, weight)
+    wanted = torch.nn.functional.linear(swiglu(x), weight)
+    assert [t.data_ptr() for t in kept] == [x.data_ptr(), weight.data_ptr()]
+    assert torch.equal(found, wanted)
+    gradients = [torch.autograd.grad(y, [x, weight], d_y) for y in (found, wanted)]
+    assert all(map(torch.equal, *gradients))
+    weight.requires_grad_(False)
+    assert torch.equal(torch.autograd.grad(swiglu_linear(x, weight), x, d_y)[0], gradients[0][0])
 
 
 def test_takes_two_tensors():

@@ -5,7 +5,7 @@ from megatron_patch.ops.triton.chunk import meta_linear_attention
 from megatron_patch.ops.triton.convolution import short_convolution
 from megatron_patch.ops.triton.cross_entropy import cross_entropy
 from megatron_patch.ops.triton.rms_norm import add_rms_norm
-from megatron_patch.ops.triton.swiglu import swiglu
+from megatron_patch.ops.triton.swiglu import swiglu, swiglu_backward
 
 __all__ = [
     "accumulate",
@@ -14,4 +14,5 @@ __all__ = [
     "meta_linear_attention",
     "short_convolution",
     "swiglu",
+    "swiglu_backward",
 ]

@@ -44,10 +44,11 @@ def swiglu_fwd_kernel(
 
 @triton.jit(do_not_specialize=["count"])
 def swiglu_bwd_kernel(
-    gate, up, d_y, d_gate, d_up, count, F: tl.constexpr, STRIDE: tl.constexpr,
+    gate, up, d_y, d_gate, d_up, y, count, F: tl.constexpr, STRIDE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Turns d_y [count, F] into d_gate and d_up, with the strides of gate and up. Same grid."""
+    """Turns d_y [count, F] into d_gate and d_up, with the strides of gate and up, and writes y
+    again unless it is `None`; y may be d_y. Same grid."""
     row, column, mask = tile_indices(count, F, ROWS, COLUMNS)
     at = row * STRIDE + column
     gate = tl.load(gate + at, mask=mask, other=0.0).to(tl.float32)
@@ -58,13 +59,16 @@ def swiglu_bwd_kernel(
     up_gradient = gradient * gate * s
     tl.store(d_gate + at, gate_gradient.to(d_gate.dtype.element_ty), mask=mask)
     tl.store(d_up + at, up_gradient.to(d_up.dtype.element_ty), mask=mask)
+    if y is not None:
+        value = gate * s * up  # in the order of the forward pass, for the same bits
+        tl.store(y + row * F + column, value.to(y.dtype.element_ty), mask=mask)
 
 
 def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.chunk(2, dim=-1)
 
 
-def _launch(kernel: Any, gate: Tensor, up: Tensor, *others: Tensor, stride: int) -> None:
+def _launch(kernel: Any, gate: Tensor, up: Tensor, *others: Tensor | None, stride: int) -> None:
     if gate.numel() == 0:
         return
     width = gate.shape[-1]
@@ -95,8 +99,18 @@ class _SwiGLU(torch.autograd.Function):
         kept = ctx.saved_tensors
         gradients = [torch.empty_like(part) for part in kept]
         inputs, outputs = ((*x,) if len(x) == 2 else _halves(x[0]) for x in (kept, gradients))
-        _launch(swiglu_bwd_kernel, *inputs, d_y.contiguous(), *outputs, stride=kept[0].shape[-1])
+        stride = kept[0].shape[-1]
+        _launch(swiglu_bwd_kernel, *inputs, d_y.contiguous(), *outputs, None, stride=stride)
         return gradients[0], gradients[1] if len(gradients) == 2 else None
 
 
 swiglu = _SwiGLU.apply
+
+
+def swiglu_backward(gate_and_up: Tensor, d_y: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the gradient of `gate_and_up` [..., 2 F], given that of y [..., F], and y again,
+    which takes the memory of a contiguous d_y."""
+    x, y = gate_and_up.contiguous(), d_y.contiguous()
+    d_x = torch.empty_like(x)
+    _launch(swiglu_bwd_kernel, *_halves(x), y, *_halves(d_x), y, stride=x.shape[-1])
+    return d_x, y

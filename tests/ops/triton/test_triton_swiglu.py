@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from megatron_patch.ops import swiglu
+from megatron_patch.ops import swiglu, swiglu_linear
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Half a unit in the last place, plus the error of the approximate exponential. The interpreter
@@ -56,6 +56,22 @@ def test_strided_tensors():
     assert_right(x.transpose(0, 1), d_y.transpose(0, 1))
     assert_right(x, d_y[:1].expand_as(d_y))
     assert_right(x[..., 3:23], d_y[..., :10])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("shape", [(3, 5, 40), (4, 3, 3000)], ids=str)
+def test_with_a_linear_layer_behind_it_has_the_same_bits(dtype, shape):
+    """Products of one device are the same where their operands are."""
+    x, _ = draw(*shape, dtype=dtype)
+    weight, _ = draw(16, shape[-1] // 2, dtype=dtype)
+    d_out = draw(*shape[:-1], 32, dtype=dtype)[1]
+    leaves = [x.requires_grad_(), weight.requires_grad_()]
+    found = swiglu_linear(*leaves, backend="triton")
+    wanted = torch.nn.functional.linear(swiglu(x, backend="triton"), weight)
+    assert torch.equal(found, wanted)
+    first, again = (torch.autograd.grad(found, leaves, d_out, retain_graph=True) for _ in range(2))
+    assert all(map(torch.equal, first, torch.autograd.grad(wanted, leaves, d_out)))
+    assert all(map(torch.equal, first, again))
 
 
 @pytest.mark.parametrize("shape", [(0, 8), (3, 0)])
