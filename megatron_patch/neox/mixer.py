@@ -16,6 +16,7 @@ from megatron_patch.neox.sequence_parallel import column_parallel
 from megatron_patch.neox.token_groups import context_group, is_sequence_parallel, token_group
 from megatron_patch.ops import meta_linear_attention, short_convolution
 from megatron_patch.ops.context_parallel import incoming_rows, incoming_state
+from megatron_patch.ops.joined import split_joined
 
 # What a layer keeps of earlier tokens: the convolution's inputs [b, h, W - 1] and the recurrent
 # state [b, H, K, V].
@@ -204,8 +205,8 @@ class ParallelMetaLAMixer(nn.Module):
         heads = self._swapped(projected).unflatten(-1, (self.num_heads, -1))
         if is_packed:
             heads = heads.flatten(0, 1)[None]
-        q, gate_logits, v, out_gate = heads.split(
-            [self.key_width, self.key_width, self.value_width, self.value_width], dim=-1
+        q, gate_logits, v, out_gate = split_joined(
+            heads, [self.key_width, self.key_width, self.value_width, self.value_width]
         )
         if (group := context_group()) is not None:
             by_row = (y.view(rows, -1, *y.shape[2:]) for y in (gate_logits, v))

@@ -15,8 +15,9 @@
 // channels of K, and half of the columns of dv and of the scores.
 //
 // chunk_bwd.py compiles this file for a model with these macros: H, K, V; AUG and CU_SEQLENS, the
-// bytes of an entry of aug and of cu_seqlens, or 0 without them; BLOCKS per multiprocessor, each
-// with SHARED bytes of shared memory.
+// bytes of an entry of aug and of cu_seqlens, or 0 without them; D_K and D_V, the distance of heads
+// in dq and d_gate_logits, and in dv; BLOCKS per multiprocessor, each with SHARED bytes of shared
+// memory.
 
 #include "chunk.cuh"
 #include "wgmma.cuh"
@@ -305,7 +306,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) chunk_bwd(const Ar
         __syncthreads();
         // Each thread stores the vectors that it will overwrite with its next loads, so no barrier
         // is needed in between.
-        store_tile(a.dv + token_head * V + tile * C, dy, H * V, length, V - tile * C);
+        store_tile(a.dv + token_head * D_V + tile * C, dy, H * D_V, length, V - tile * C);
         load_v_dy(tile + 2);
     }
 
@@ -437,9 +438,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) chunk_bwd(const Ar
     }
 #pragma unroll
     for (int k = 0; k < TILES_K; ++k) {
-        store_tile(a.dq + token_head * K + k * C, shared + QG_AT + k * TILE, H * K, length,
+        store_tile(a.dq + token_head * D_K + k * C, shared + QG_AT + k * TILE, H * D_K, length,
                    K - k * C);
-        store_tile(a.d_gate_logits + token_head * K + k * C, shared + KG_AT + k * TILE, H * K,
+        store_tile(a.d_gate_logits + token_head * D_K + k * C, shared + KG_AT + k * TILE, H * D_K,
                    length, K - k * C);
     }
     if (AUG && thread < K) {

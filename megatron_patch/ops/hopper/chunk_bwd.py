@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_patch.ops.hopper import launch as launcher
-from megatron_patch.ops.triton.config import ChunkCall
+from megatron_patch.ops.triton.config import ChunkCall, head_stride
 
 SOURCE = Path(__file__).with_suffix(".cu")
 BLOCKS = 2  # per multiprocessor
@@ -27,5 +27,6 @@ def chunk_bwd(call: ChunkCall, d_y, prepared, dv_results, h, dh, gradients) -> N
         (*call.inputs, d_y, *prepared, h, dh, *gradients),
         (*call.q_strides, *call.gate_strides, *call.v_strides),
         call.scales,
-        AUG=launcher.bytes_of(call.aug),
+        AUG=launcher.bytes_of(call.aug), D_K=head_stride(gradients[0]),
+        D_V=head_stride(gradients[2]),
     )  # fmt: skip

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megatron_patch.ops.backends import hopper_chunks
 from megatron_patch.ops.checks import records_gradients
+from megatron_patch.ops.joined import parts_of_one
 from megatron_patch.ops.torch_ops import give_state
 from megatron_patch.ops.triton import fused_recurrent
 from megatron_patch.ops.triton.chunk_bwd import chunk_bwd, chunk_bwd_dv, sum_partials
@@ -100,14 +101,23 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns the gradients of q, gate logits, v, aug, out_gate, out_gate_bias and the initial
     state; empty for those that were None. With `overwrite`, gradients may take the memory of x_hat,
-    qg and kg, which nobody reads afterwards."""
+    qg and kg, which nobody reads afterwards, and those of q, gate logits, v and out_gate are slices
+    of one tensor if these are."""
     with torch.cuda.device_of(q):
         call = ChunkCall(q, gate_logits, v, aug, out_gate, out_gate_bias, cu_seqlens, tau, scale)
         prepared = Prepared(qg, kg, g_last, fallback, aug_score)
         chunks = call.indices.chunk_count, call.heads
         # Never float16, in which d_y would overflow under loss scaling.
         d_y = x_hat if overwrite else call.new_output(*v.shape, dtype=call.dtype)
-        d_out_gate = call.new_output(*(v.shape if out_gate is not None else (0,)))
+        parts = q, gate_logits, v, out_gate
+        slices = None
+        if overwrite and parts_of_one(parts) is not None:
+            widths = [part.shape[3] for part in parts]
+            slices = call.new_output(*q.shape[:3], sum(widths)).split(widths, dim=3)
+        if slices is not None:
+            d_out_gate = slices[3]
+        else:
+            d_out_gate = call.new_output(*(v.shape if out_gate is not None else (0,)))
         d_bias = call.new(*((*chunks, call.width) if out_gate_bias is not None else (0,)))
         chunk_bwd_o(call, x_hat, rstd, last_stride_one(d_out), d_y, d_out_gate, d_bias)
         dh, d_initial = chunk_bwd_dh(call, prepared, d_y, d_final_state, initial_state is not None)
@@ -123,9 +133,12 @@ def backward(
             free = is_free and memory.dtype == q.dtype
             return memory if free else call.new_output(*memory.shape)
 
-        d_q, d_gates = gradient_in(qg, overwrite), gradient_in(kg, overwrite)
-        # With several tiles of K, d_y is read again after d_v has been written.
-        d_v = gradient_in(d_y, one_tile)
+        if slices is not None:
+            d_q, d_gates, d_v, _ = slices
+        else:
+            d_q, d_gates = gradient_in(qg, overwrite), gradient_in(kg, overwrite)
+            # With several tiles of K, d_y is read again after d_v has been written.
+            d_v = gradient_in(d_y, one_tile)
         d_aug = call.new(*((*chunks, call.k) if aug is not None else (0,)))
         gradients = d_q, d_gates, d_v, d_aug
         dv_results = (None, None)

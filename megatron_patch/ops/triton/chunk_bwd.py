@@ -21,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-from megatron_patch.ops.triton.config import ChunkCall, power_of_two
+from megatron_patch.ops.triton.config import ChunkCall, head_stride, power_of_two
 from megatron_patch.ops.triton.launch import cdiv, launch
 from megatron_patch.ops.triton.tiles import (
     chunk_and_head,
@@ -75,11 +75,13 @@ def write_dv(
 def chunk_bwd_dv_kernel(
     v, d_y, prepared, d_v, d_scores, d_aug_score, dh, chunk_indices, cu_seqlens, T, chunks,
     v_strides,
-    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
-    BV: tl.constexpr, HAS_AUG: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, D_V: tl.constexpr, C: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, HAS_AUG: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Writes d_v, d_scores [B, T, H, C] and d_aug_score [B, T, H], except in fallback chunks.
-    d_aug_score may share memory with aug_score. Grid: (chunks * H,)."""
+    d_aug_score may share memory with aug_score. Heads of d_v lie D_V entries apart.
+    Grid: (chunks * H,)."""
     qg, kg, _, fallback, aug_score = prepared
     chunk, head = chunk_and_head(H)
     sequence, _, batch, first, end = locate(chunk, chunks, chunk_indices, cu_seqlens, T, C)
@@ -91,7 +93,7 @@ def chunk_bwd_dv_kernel(
     length, token_at, token, rows = chunk_rows(batch, first, end, head, T, H, C)
     v += offset_of(batch, first, head, v_strides)
     d_y += token_at * V
-    d_v += token_at * V
+    d_v += token_at * D_V
     k_columns = tl.arange(0, BK)
     mask = (rows < length) & (k_columns < K)[None, :]
     k_offsets = token_at * K + (rows * (H * K) + k_columns[None, :])
@@ -101,13 +103,14 @@ def chunk_bwd_dv_kernel(
     dp = tl.zeros([C, C], tl.float32)
     db = tl.zeros([C], tl.float32)
     for v_tile in tl.range(0, (V + BV - 1) // BV, num_stages=STAGES):
-        values, dy, v_columns, offsets, v_mask = load_v_and_dy(
+        values, dy, v_columns, v_mask = load_v_and_dy(
             v, d_y, v_tile, length, v_strides[1], H, V, C, BV
         )
         dh_tile = load_h(dh, chunk_at, k_columns, v_columns, K, V)
         dp_tile, db_tile = write_dv(
-            d_v + offsets, v_mask, values, dy, dh_tile, scores_t, kg_tile, b, HAS_AUG, PRECISION
-        )
+            d_v + (rows * (H * D_V) + v_columns[None, :]), v_mask, values, dy, dh_tile, scores_t,
+            kg_tile, b, HAS_AUG, PRECISION,
+        )  # fmt: skip
         dp += dp_tile
         db += db_tile
 
@@ -121,8 +124,9 @@ def chunk_bwd_dv_kernel(
 def chunk_bwd_kernel(
     inputs, d_y, prepared, dv_results, h, dh, gradients, chunk_indices, cu_seqlens, T, chunks,
     scale, inverse_tau, q_strides, gate_strides, v_strides,
-    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
-    BV: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, D_K: tl.constexpr, D_V: tl.constexpr,
+    C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Writes all gradients, except in fallback chunks. Grid: (chunks * H * tiles of K,).
 
@@ -131,7 +135,8 @@ def chunk_bwd_kernel(
         where K has several tiles.
     gradients: (d_q, d_gates, d_v, d_aug). d_q, d_gates and d_v may share memory with qg, kg and
         d_y, because a program reads its part of those first. d_aug [chunks, H, K] float32 are the
-        partial sums of each chunk.
+        partial sums of each chunk. Heads of d_q and d_gates lie D_K entries apart, those of d_v
+        D_V.
 
     The gradient of G_i, the running sum of log decays, is qg_i d_qg_i - kg_i d_kg_i, and that of a
     log decay g_t is the sum of those over i >= t. Pairs of tokens on the same side of t cancel, and
@@ -157,7 +162,7 @@ def chunk_bwd_kernel(
     length, token_at, token, rows = chunk_rows(batch, first, end, head, T, H, C)
     v += offset_of(batch, first, head, v_strides)
     d_y += token_at * V
-    d_v += token_at * V
+    d_v += token_at * D_V
     mask = (rows < length) & k_known[None, :]
     k_offsets = token_at * K + (rows * (H * K) + k_columns[None, :])
     if TILES == 1:
@@ -170,15 +175,16 @@ def chunk_bwd_kernel(
     d_kg = tl.zeros([C, BK], tl.float32)
     edge = tl.zeros([BK], tl.float32)
     for v_tile in tl.range(0, (V + BV - 1) // BV, num_stages=STAGES):
-        values, dy, v_columns, offsets, v_mask = load_v_and_dy(
+        values, dy, v_columns, v_mask = load_v_and_dy(
             v, d_y, v_tile, length, v_strides[1], H, V, C, BV
         )
         h_tile = load_h(h, chunk_at, k_columns, v_columns, K, V)
         dh_tile = load_h(dh, chunk_at, k_columns, v_columns, K, V)
         if TILES == 1:
             dp_tile, db_tile = write_dv(
-                d_v + offsets, v_mask, values, dy, dh_tile, scores_t, kg_tile, b, HAS_AUG, PRECISION
-            )
+                d_v + (rows * (H * D_V) + v_columns[None, :]), v_mask, values, dy, dh_tile,
+                scores_t, kg_tile, b, HAS_AUG, PRECISION,
+            )  # fmt: skip
             dp += dp_tile
             db += db_tile
         d_qg += matmul(dy, tl.trans(h_tile), PRECISION)
@@ -228,8 +234,9 @@ def chunk_bwd_kernel(
         dq += db_column * aug_weight * k
         dk += db_column * aug_weight * raw_q
     d_logits = (dg - (1.0 - k) * dk) * sigmoid(-logits) * inverse_tau
-    tl.store(d_q + k_offsets, dq.to(d_q.dtype.element_ty), mask=mask)
-    tl.store(d_gates + k_offsets, d_logits.to(d_gates.dtype.element_ty), mask=mask)
+    d_offsets = token_at * D_K + (rows * (H * D_K) + k_columns[None, :])
+    tl.store(d_q + d_offsets, dq.to(d_q.dtype.element_ty), mask=mask)
+    tl.store(d_gates + d_offsets, d_logits.to(d_gates.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["rows", "width"])
@@ -259,9 +266,10 @@ def chunk_bwd_dv(call: ChunkCall, d_y, prepared, d_v, dh) -> tuple[torch.Tensor,
         chunk_bwd_dv_kernel, call.grid,
         (call.v, d_y, prepared, d_v, *results, dh, *call.chunk_tensors),
         (*call.chunk_numbers, call.v_strides),
-        H=call.heads, K=call.k, V=call.width, C=config.chunk, BK=power_of_two(call.k),
-        BV=config.dv_v, HAS_AUG=call.aug is not None, PRECISION=config.full_precision,
-        STAGES=config.dv_stages, num_warps=4, maxnreg=config.dv_registers,
+        H=call.heads, K=call.k, V=call.width, D_V=head_stride(d_v), C=config.chunk,
+        BK=power_of_two(call.k), BV=config.dv_v, HAS_AUG=call.aug is not None,
+        PRECISION=config.full_precision, STAGES=config.dv_stages, num_warps=4,
+        maxnreg=config.dv_registers,
     )  # fmt: skip
     return results
 
@@ -273,7 +281,8 @@ def chunk_bwd(call: ChunkCall, d_y, prepared, dv_results, h, dh, gradients) -> N
         chunk_bwd_kernel, (call.grid[0] * cdiv(call.k, config.bwd_k),),
         (call.inputs, d_y, prepared, dv_results, h, dh, gradients, *call.chunk_tensors),
         (*call.chunk_numbers, *call.scales, call.q_strides, call.gate_strides, call.v_strides),
-        H=call.heads, K=call.k, V=call.width, C=config.chunk, BK=config.bwd_k, BV=config.bwd_v,
+        H=call.heads, K=call.k, V=call.width, D_K=head_stride(gradients[0]),
+        D_V=head_stride(gradients[2]), C=config.chunk, BK=config.bwd_k, BV=config.bwd_v,
         PRECISION=config.precision, STAGES=config.bwd_stages,
         num_warps=config.bwd_warps, maxnreg=config.bwd_registers,
     )  # fmt: skip

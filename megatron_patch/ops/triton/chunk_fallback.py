@@ -9,7 +9,7 @@ tiles of channels, because a rare path should cost neither registers nor compile
 import triton
 import triton.language as tl
 
-from megatron_patch.ops.triton.config import ChunkCall, power_of_two
+from megatron_patch.ops.triton.config import ChunkCall, head_stride, power_of_two
 from megatron_patch.ops.triton.launch import launch
 from megatron_patch.ops.triton.tiles import (
     key,
@@ -88,8 +88,8 @@ def fallback_scores(
 def fallback_chunk(
     inputs, d_y, prepared, d_scores, h, dh, gradients, length, head, chunk_at, token_at, scale,
     inverse_tau, q_t, gate_t, v_t,
-    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr,
-    PRECISION: tl.constexpr,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, D_K: tl.constexpr, D_V: tl.constexpr,
+    C: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Computes all gradients of one chunk and head. q, gates and v point to its first row; d_scores
     [C, C] is scratch memory."""
@@ -99,7 +99,7 @@ def fallback_chunk(
     token = tl.arange(0, C)
     rows = token[:, None]
     d_y += token_at * V
-    d_v += token_at * V
+    d_v += token_at * D_V
     b = load_aug_score(aug_score, token_at, length, H, C, aug is not None)
 
     dp = tl.zeros([C, C], tl.float32)
@@ -169,8 +169,9 @@ def fallback_chunk(
             dk += db_column * aug_weight[None, :] * raw_q
         logits = tl.load(gate_tile, mask=mask, other=0.0).to(tl.float32)
         d_logits = (dg - (1.0 - k) * dk) * sigmoid(-logits) * inverse_tau
-        tl.store(d_q + k_offsets, dq.to(d_q.dtype.element_ty), mask=mask)
-        tl.store(d_gates + k_offsets, d_logits.to(d_gates.dtype.element_ty), mask=mask)
+        d_offsets = token_at * D_K + (rows * (H * D_K) + columns[None, :])
+        tl.store(d_q + d_offsets, dq.to(d_q.dtype.element_ty), mask=mask)
+        tl.store(d_gates + d_offsets, d_logits.to(d_gates.dtype.element_ty), mask=mask)
 
     # Rounded before the transpose: `tl.trans(weights).to(...)` gave a wrong dv on Hopper.
     weights = fallback_scores(
@@ -197,15 +198,16 @@ def fallback_chunk(
             values = tl.load(v + (rows * v_t + v_columns[None, :]), mask=v_mask, other=0.0)
             s = sigmoid(b[:, None] * values.to(tl.float32))
             dv += b[:, None] * dy.to(tl.float32) * s * (1 - s)
-        tl.store(d_v + offsets, dv.to(d_v.dtype.element_ty), mask=v_mask)
+        d_v_at = d_v + (rows * (H * D_V) + v_columns[None, :])
+        tl.store(d_v_at, dv.to(d_v.dtype.element_ty), mask=v_mask)
 
 
 @triton.jit(do_not_specialize=["T", "chunks", "count"])
 def chunk_bwd_fallback_kernel(
     inputs, d_y, prepared, d_scores, h, dh, gradients, chunk_indices, cu_seqlens, T, chunks, count,
     scale, inverse_tau, q_strides, gate_strides, v_strides,
-    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BV: tl.constexpr,
-    PRECISION: tl.constexpr,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, D_K: tl.constexpr, D_V: tl.constexpr,
+    C: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Computes the gradients of the fallback chunks among `count` chunks and heads.
 
@@ -234,7 +236,7 @@ def chunk_bwd_fallback_kernel(
                 d_y, prepared, d_scores + program * (C * C), h, dh, gradients,
                 tl.minimum(end - first, C).to(tl.int32), head, chunk_at,
                 (batch * T + first) * H + head, scale, inverse_tau,
-                q_strides[1], gate_strides[1], v_strides[1], H, K, V, C, BV, PRECISION,
+                q_strides[1], gate_strides[1], v_strides[1], H, K, V, D_K, D_V, C, BV, PRECISION,
             )  # fmt: skip
             tl.debug_barrier()  # before the next chunk's d_scores
 
@@ -248,6 +250,7 @@ def chunk_bwd_fallback(call: ChunkCall, d_y, prepared, h, dh, gradients) -> None
         chunk_bwd_fallback_kernel, (programs,),
         (call.inputs, d_y, prepared, d_scores, h, dh, gradients, *call.chunk_tensors),
         (*call.chunk_numbers, call.grid[0], *call.scales, *strides),
-        H=call.heads, K=call.k, V=call.width, C=chunk, BV=min(32, power_of_two(call.width)),
+        H=call.heads, K=call.k, V=call.width, D_K=head_stride(gradients[0]),
+        D_V=head_stride(gradients[2]), C=chunk, BV=min(32, power_of_two(call.width)),
         PRECISION=call.config.precision, num_warps=4,
     )  # fmt: skip

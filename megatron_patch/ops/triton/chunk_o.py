@@ -7,7 +7,7 @@ A program holds all V entries of a head, because LayerNorm needs them.
 import triton
 import triton.language as tl
 
-from megatron_patch.ops.triton.config import ChunkCall
+from megatron_patch.ops.triton.config import ChunkCall, head_stride
 from megatron_patch.ops.triton.launch import launch
 from megatron_patch.ops.triton.tiles import (
     chunk_and_head,
@@ -98,10 +98,12 @@ def chunk_fwd_o_kernel(
 def chunk_bwd_o_kernel(
     x_hat, rstd, out_gate, bias, d_out, d_y, d_out_gate, d_bias, chunk_indices, cu_seqlens, T,
     chunks, gate_strides, d_out_strides,
-    H: tl.constexpr, V: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, BV: tl.constexpr,
+    H: tl.constexpr, V: tl.constexpr, D_V: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr,
+    BV: tl.constexpr,
 ):  # fmt: skip
     """Turns the gradient of `out` into d_y, d_out_gate, and each chunk's partial sum of the bias's
-    gradient, d_bias [chunks, H, V] float32. d_y may be `x_hat`. Grid: (chunks * H,).
+    gradient, d_bias [chunks, H, V] float32. d_y may be `x_hat`. Heads of d_out_gate lie D_V entries
+    apart. Grid: (chunks * H,).
 
     The kernel is bound by memory. Tiles of ROWS tokens keep many loads in flight.
     """
@@ -138,7 +140,8 @@ def chunk_bwd_o_kernel(
             z = z.to(tl.float32) + bias_tile[None, :]
             s = sigmoid(z)
             d_z = d_x * x_hat_tile * (s + z * s * (1 - s))
-            tl.store(d_out_gate + offsets, d_z.to(d_out_gate.dtype.element_ty), mask=mask)
+            d_z_at = d_out_gate + token_at * D_V + (rows * (H * D_V) + columns[None, :])
+            tl.store(d_z_at, d_z.to(d_out_gate.dtype.element_ty), mask=mask)
             if bias is not None:
                 d_bias_tile += d_z
             d_x *= z * s
@@ -176,6 +179,6 @@ def chunk_bwd_o(call: ChunkCall, x_hat, rstd, d_out, d_y, d_out_gate, d_bias) ->
             *call.chunk_tensors,
         ),
         (*call.chunk_numbers, call.out_gate_strides, d_out.stride()[:3]),
-        H=call.heads, V=call.width, C=config.chunk, ROWS=config.bwd_o_rows, BV=config.o_v,
-        num_warps=config.bwd_o_warps,
+        H=call.heads, V=call.width, D_V=head_stride(d_out_gate), C=config.chunk,
+        ROWS=config.bwd_o_rows, BV=config.o_v, num_warps=config.bwd_o_warps,
     )  # fmt: skip

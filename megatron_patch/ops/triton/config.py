@@ -160,6 +160,12 @@ class ChunkCall:
         return self.new(self.batch, self.time, self.heads, self.config.chunk, dtype=self.dtype)
 
 
+def head_stride(gradient: Tensor) -> int:
+    """Returns the distance of heads in a gradient [B, T, H, width]: its width, or that of the
+    tensor of which it is a slice. Both have dense memory. 0 for an empty one."""
+    return gradient.stride(2) if gradient.dim() == 4 else 0
+
+
 def compile_key(q: Tensor, gate_logits: Tensor, v: Tensor, *others: object) -> tuple:
     """Returns what decides which kernels a pass launches (see `launch.compiled_together`)."""
     _, time, heads, k = q.shape

@@ -331,14 +331,13 @@ def load_v_and_dy(
     BV: tl.constexpr,
 ):  # fmt: skip
     """Returns a tile [C, BV] of v and of d_y, whose pointers are to the chunk's first row, and the
-    tile's columns, its offsets in d_y and its mask. v_t is v's stride of time."""
+    tile's columns and mask. v_t is v's stride of time."""
     rows = tl.arange(0, C)[:, None]
     columns = v_tile * BV + tl.arange(0, BV)
     mask = (rows < length) & (columns < V)[None, :]
     values = tl.load(v + (rows * v_t + columns[None, :]), mask=mask, other=0.0)
-    offsets = rows * (H * V) + columns[None, :]
-    dy = tl.load(d_y + offsets, mask=mask, other=0.0)
-    return values, dy, columns, offsets, mask
+    dy = tl.load(d_y + (rows * (H * V) + columns[None, :]), mask=mask, other=0.0)
+    return values, dy, columns, mask
 
 
 @triton.jit

@@ -36,8 +36,9 @@ def compile_for(source, blocks, heads, k, v, **macros):
 @pytest.mark.parametrize("k, v", [*WIDTHS, (16, 320)])
 def test_gradients_compile(k, v, aug_bytes, cu_seqlens_bytes):
     code = compile_for(
-        chunk_bwd.SOURCE, chunk_bwd.BLOCKS, 3, k, v, AUG=aug_bytes, CU_SEQLENS=cu_seqlens_bytes
-    )
+        chunk_bwd.SOURCE, chunk_bwd.BLOCKS, 3, k, v, AUG=aug_bytes, CU_SEQLENS=cu_seqlens_bytes,
+        D_K=2 * (k + v), D_V=2 * (k + v),
+    )  # fmt: skip
     assert code.startswith(b"\x7fELF")
 
 
@@ -110,7 +111,18 @@ def test_which_outputs_fit(monkeypatch):
 @pytest.mark.parametrize("k, v", WIDTHS)
 @pytest.mark.parametrize(
     "kind",
-    ["plain", "strided", "bfloat16", "no aug", "no bias", "no gate", "packed", "long", "fallback"],
+    [
+        "plain",
+        "strided",
+        "joined",
+        "bfloat16",
+        "no aug",
+        "no bias",
+        "no gate",
+        "packed",
+        "long",
+        "fallback",
+    ],
 )
 def test_results_are_those_of_the_triton_kernels(kind, k, v, monkeypatch):
     from megatron_patch.ops.triton import chunk
@@ -137,6 +149,11 @@ def test_results_are_those_of_the_triton_kernels(kind, k, v, monkeypatch):
     # With an initial state, because LayerNorm magnifies the rounding of a first token without one.
     sequences = 4 if kind == "packed" else 2
     arguments |= parameters | dict(initial_state=torch.randn(sequences, 3, k, v, device="cuda"))
+    if kind == "joined":
+        together = ("q", "gate_logits", "v", "out_gate")
+        parts = [arguments[name] for name in together]
+        whole = torch.cat(parts, dim=3).split([part.shape[3] for part in parts], dim=3)
+        arguments |= dict(zip(together, whole, strict=True))
     names = [name for name in arguments if name != "cu_seqlens"]
     weight = torch.randn_like(arguments["v"])
     launched = []
@@ -145,7 +162,7 @@ def test_results_are_those_of_the_triton_kernels(kind, k, v, monkeypatch):
 
     def run():
         leaves = {
-            name: (sliced(x, 8) if kind == "strided" and x.dtype == torch.bfloat16 else x.clone())
+            name: (sliced(x, 8) if kind == "strided" and x.dtype == torch.bfloat16 else x)
             .detach()
             .requires_grad_()
             for name, x in arguments.items()

@@ -11,6 +11,7 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from megatron_patch.ops import meta_linear_attention
+from megatron_patch.ops.joined import split_joined
 from megatron_patch.ops.triton.config import configure
 from megatron_patch.ops.triton.tiles import prepare_chunk_indices
 from tests.ops import cases
@@ -67,6 +68,37 @@ def test_keys_as_wide_as_values_and_wider(K, V, dtype):
 @pytest.mark.parametrize(("T", "K", "V"), [(5, 16, 32), (70, 32, 64), (130, 64, 32)])
 def test_half_precision(dtype, T, K, V):
     assert_right(make(1, T, 1, K, V, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("K", "V"), [(16, 32), (64, 128), (128, 32)])
+@pytest.mark.parametrize("kind", ["plain", "packed", "fallback"])
+def test_gradients_of_one_projection_are_written_side_by_side(K, V, dtype, kind):
+    """With the bits of gradients that are written apart. Covers several tiles of K."""
+    if kind != "plain" and (DEVICE == "cpu" and K != 16):
+        pytest.skip("takes long in the interpreter")
+    generator = torch.Generator().manual_seed(0)
+    widths, arguments = [K, K, V, V], {"backend": "triton"}
+    projection = torch.randn(1, 70, 2 * sum(widths), generator=generator)
+    if kind == "fallback":
+        projection.view(1, 70, 2, -1)[..., 0, K : 2 * K] *= 1e3
+    if kind == "packed":
+        arguments["cu_seqlens"] = torch.tensor([0, 5, 5, 37, 70], device=DEVICE)
+    aug, bias, d_out = (
+        torch.randn(shape, generator=generator).to(DEVICE, dtype)
+        for shape in ((2, K), (2, V), (1, 70, 2, V))
+    )
+    results, addresses = [], []
+    for split in (split_joined, lambda x, widths: x.split(widths, dim=-1)):
+        leaf = projection.to(DEVICE, dtype).requires_grad_()
+        q, gate_logits, v, out_gate = split(leaf.unflatten(-1, (2, -1)), widths)
+        q.register_hook(lambda d_q: addresses.append(d_q.data_ptr()))
+        out, _ = meta_linear_attention(
+            q, gate_logits, v, aug, out_gate, out_gate_bias=bias, **arguments
+        )
+        results.append((out, *torch.autograd.grad(out, leaf, d_out)))
+    assert all(map(torch.equal, *results))
+    assert addresses[0] == results[0][1].data_ptr()
 
 
 @pytest.mark.parametrize("absent", WITHOUT, ids="+".join)
