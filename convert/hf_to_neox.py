@@ -131,7 +131,6 @@ def training_settings(source: HFFolder) -> dict[str, Any]:
         "optimizer": {"type": "Adam", "params": {"lr": 3.0e-5, "betas": [0.9, 0.95], "eps": 1e-8}},
         "min_lr": 3.0e-6,
         "lr_decay_style": "cosine",
-        "lr_decay_iters": 1000,
         "warmup": 0.01,
         "weight_decay": 0.1,
         "gradient_clipping": 1.0,

@@ -15,8 +15,9 @@ from megatron_patch.trainer.settings import TrainerSettings
 
 @dataclass
 class Schedule:
-    """GPT-NeoX's `AnnealingLR` as a function of the step. Checkpoints hold its fields: `LambdaLR`
-    saves the attributes of a callable object, and restores them when it is loaded."""
+    """GPT-NeoX's `AnnealingLR`, as a run with MetaLA layers has it, as a function of the step.
+    Checkpoints hold its fields: `LambdaLR` saves the attributes of a callable object, and restores
+    them when it is loaded."""
 
     lr: float
     min_lr: float
@@ -43,7 +44,7 @@ class Schedule:
             return max(1.0, lowest)
         progress = (step - self.warmup_iters) / (self.decay_iters - self.warmup_iters)
         if self.lr_decay_style == "cosine":
-            factor = lowest + (1 - lowest) / 2 * (math.cos(math.pi * progress) + 1)
+            factor = lowest + (1 - lowest) / 2 * (math.cos(math.pi * min(progress, 1)) + 1)
         elif self.lr_decay_style == "linear":
             factor = 1 - progress
         else:

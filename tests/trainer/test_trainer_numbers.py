@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from megatron_patch.indexed_dataset import IndexedDataset, IndexedDatasetWriter
+from megatron_patch.neox.upstream_fixes.training_loop import keep_after_the_end
 from megatron_patch.trainer.model import build_model, load_tokenizer, model_config
 from megatron_patch.trainer.samples import BlendedSamples, build_samples
 from megatron_patch.trainer.schedule import Schedule
@@ -244,6 +245,7 @@ def test_learning_rates_are_gpt_neoxs(annealing_lr, style, iterations, decay_ite
     schedule = Schedule(1e-2, min_lr, warmup * decay_iters, decay_iters, style)
     optimizer = types.SimpleNamespace(param_groups=[{}])
     neox = annealing_lr(optimizer, 1e-2, warmup * decay_iters, decay_iters, style, 0, min_lr)
+    keep_after_the_end(neox)
     for step in range(iterations):
         assert 1e-2 * schedule(step) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12)
         neox.step()

@@ -24,6 +24,7 @@ from megatron_patch.neox.upstream_fixes import (
     saving,
     sixteen_bits,
     small,
+    training_loop,
     watchdog,
 )
 
@@ -34,10 +35,14 @@ FIXES = (
     small.open_inferred_data_sets,
     data.name_index_maps_after_data,
     data.end_samples_with_their_documents,
+    data.read_batches_again,
+    training_loop.stay_at_the_lowest_rate,
+    training_loop.average_over_iterations_done,
     processes.check_ranks_before_training,
     saving.check_before_saving,
     saving.delete_old_checkpoints_alone,
     saving.refuse_damaged_files,
+    training_loop.save_once,
     small.return_metrics_in_pipelines,
     generation.forget_earlier_prompts,
     generation.stop_in_completions,

@@ -1,5 +1,5 @@
 """Index maps (`PREFIX_*_indexmap_*.npy`), which say which documents make which sample and in which
-order, and where samples end that are padded.
+order, where samples end that are padded, and how the batches of a part are read.
 
 GPT-NeoX builds them once and finds them again by a name that holds lengths and the seed, but not
 the documents' sizes or their range. After other text was prepared to the same prefix, or `split`
@@ -13,7 +13,8 @@ import functools
 import hashlib
 import inspect
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
@@ -161,3 +162,40 @@ def _end_with_documents(dataset: type, padding: int) -> None:
         return sample
 
     dataset.__getitem__ = get_padded
+
+
+# megatron/data/data_utils.py:784
+@repairs(
+    "batches read once more",
+    "megatron.data.data_utils:shift_and_wrap_data_loaders",
+    "cycle(train_dataloader)",
+)
+def read_batches_again() -> None:
+    """Reads a part from its beginning when it ends, and keeps no batch.
+
+    GPT-NeoX takes `itertools.cycle`, which keeps every batch for a second pass: 8 bytes of the
+    host's memory for each token that a rank has ever read. After a resumed run's first pass, it
+    would go on with the batches behind the place where that run began, and with no other.
+    """
+    from megatron import training  # noqa: F401  (holds the function)
+    from megatron.data import data_utils
+
+    @in_metala_runs(data_utils.shift_and_wrap_data_loaders)
+    def wrap_without_keeping(wrap, neox_args, *args, **kwargs):
+        read = functools.partial(endless, vocab_size=neox_args.padded_vocab_size)
+        with swapped(data_utils, "cycle", read):
+            return wrap(neox_args, *args, **kwargs)
+
+
+def endless(loader: Any, vocab_size: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Yields the batches of a loader again and again. Ends the rank if one has a token that is none
+    of the vocabulary: tensor-parallel ranks would take it for a vector of zeros, and train."""
+    while True:
+        for batch in loader:
+            for name in ("text", "pos", "neg"):
+                if name in batch and (largest := int(batch[name].max())) >= vocab_size:
+                    sys.exit(
+                        f"MetaLA: data: found the token {largest}, wanted one below {vocab_size}, "
+                        "the number of the embedding's rows: another tokenizer prepared these data"
+                    )
+            yield batch

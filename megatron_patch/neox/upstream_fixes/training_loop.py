@@ -1,0 +1,103 @@
+"""Repairs of GPT-NeoX's training loop: learning rate, what it prints, the last checkpoint."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from megatron_patch.neox.patching import in_metala_runs, repairs, swapped
+
+
+# megatron/learning_rates.py:68
+@repairs(
+    "cosine after its end",
+    "megatron.learning_rates:AnnealingLR.get_lr",
+    "num_iters_ = self.num_iters\n",
+)
+def stay_at_the_lowest_rate() -> None:
+    """Keeps the learning rate at `min_lr` after `lr_decay_iters`, where GPT-NeoX's cosine rises
+    again, to `lr` at twice as many iterations."""
+    from megatron import training
+
+    @in_metala_runs(training.get_learning_rate_scheduler)
+    def get_scheduler(get_learning_rate_scheduler, neox_args, optimizer):
+        scheduler = get_learning_rate_scheduler(optimizer, neox_args)
+        keep_after_the_end(scheduler)
+        return scheduler
+
+
+def keep_after_the_end(scheduler: Any) -> None:
+    """Lets an `AnnealingLR` keep the last rate of its cosine."""
+    get_lr = scheduler.get_lr
+
+    def get_lr_to_the_end() -> float:
+        is_over = scheduler.num_iters > scheduler.end_iter
+        return scheduler.min_lr if is_over and scheduler.decay_style == "cosine" else get_lr()
+
+    scheduler.get_lr = get_lr_to_the_end
+
+
+class _Iterations(int):
+    """A number of iterations since the start, of which the last one reports them all."""
+
+    def __rmod__(self, iteration: int) -> int:
+        return 0
+
+
+# megatron/logging.py:414
+@repairs(
+    "averages after a start",
+    "megatron.logging:training_log",
+    "elapsed_time / neox_args.log_interval",
+)
+def average_over_iterations_done() -> None:
+    """Divides the sums of a run's first report by the iterations that it did.
+
+    GPT-NeoX divides by `log_interval`. A run that goes on from iteration 13 and reports at 15, with
+    `log_interval: 5`, then prints two fifths of its loss, and 2.5 times its speed.
+    """
+    from megatron import logging, training
+
+    first = [0]  # the iteration that this run began with
+
+    @in_metala_runs(training.train)
+    def train_from(train, neox_args, *args, **kwargs):
+        first[0] = neox_args.iteration
+        return train(neox_args, *args, **kwargs)
+
+    @in_metala_runs(logging.training_log)
+    def log_iterations_done(training_log, neox_args, *args, iteration, **kwargs):
+        interval, done = neox_args.log_interval, iteration - first[0]
+        if iteration % interval == 0 and done < interval:
+            interval = _Iterations(done)
+        with swapped(neox_args, "log_interval", interval):
+            return training_log(neox_args, *args, iteration=iteration, **kwargs)
+
+
+# megatron/training.py:329
+@repairs(
+    "last checkpoint written twice",
+    "megatron.training:pretrain",
+    "if neox_args.save and iteration != 0:",
+)
+def save_once() -> None:
+    """Writes no checkpoint over the same one. GPT-NeoX writes its last one again after the last
+    validation, and so does a finished run that is started once more. A run that is killed then has
+    damaged a checkpoint that was complete."""
+    from megatron import checkpointing, training  # noqa: F401  (training holds both functions)
+
+    written: dict[str, int] = {}  # the last step that this run wrote, or began with, by folder
+
+    @in_metala_runs(checkpointing.load_checkpoint)
+    def load_and_remember(load_checkpoint, neox_args, *args, **kwargs):
+        step = load_checkpoint(neox_args, *args, **kwargs)
+        if not neox_args.finetune:
+            written[os.path.realpath(neox_args.load)] = step
+        return step
+
+    @in_metala_runs(checkpointing.save_checkpoint)
+    def save_new_steps(save_checkpoint, neox_args, iteration, *args, **kwargs):
+        folder = os.path.realpath(neox_args.save)
+        if written.get(folder) != iteration:
+            save_checkpoint(neox_args, iteration, *args, **kwargs)
+            written[folder] = iteration
