@@ -20,6 +20,7 @@ import torch
 from megatron_patch.architecture import METALA, SettingsError, refuse, yaml_number_hint
 from megatron_patch.architecture_neox import expand_attention_config, from_neox
 from megatron_patch.neox.context_parallel import check_context_parallel
+from megatron_patch.neox.data_settings import check_data_weights, check_paths
 from megatron_patch.neox.inference_settings import check_inference
 from megatron_patch.neox.memory_settings import check_memory_settings
 from megatron_patch.neox.post_training import check_micro_batch, check_post_training
@@ -194,6 +195,8 @@ def check_run(args: Any) -> None:
                 f"none with layers of type {', '.join(others)}: GPT-NeoX heeds it in a pipeline "
                 "alone, and not when it generates",
             )
+    check_paths(args)
+    check_data_weights(args)
     check_precision(args)
     check_context_parallel(args, program(args))
     check_sequence_parallel(args, program(args))
@@ -283,6 +286,8 @@ def _check_training(args: Any) -> None:
         refuse("optimizer.type", optimizer, " or ".join(known))
     if optimizer.lower() == "sgd":
         refuse("optimizer.type", optimizer, "another: GPT-NeoX's is that of muP")
+    if (decay := args.optimizer["params"].get("weight_decay")) is not None:
+        refuse("optimizer.params.weight_decay", decay, "none, but weight_decay outside optimizer")
     if args.train_iters is None and args.train_epochs is None:
         refuse("train_iters", None, "the number of steps, or train_epochs")
     for name in ("train_iters", "train_epochs"):
@@ -328,6 +333,18 @@ def _check_logging(args: Any) -> None:
             args.log_optimizer_states,
             "false: GPT-NeoX reads them in bfloat16 without ZeRO and without a pipeline alone",
         )
+    is_split = args.model_parallel_size > 1 or zero_stage(args) == 3
+    if args.log_param_norm and is_split and not args.wandb_init_all_ranks:
+        wanted = (
+            "false with tensor parallelism or ZeRO 3: GPT-NeoX logs the norms of a rank's parts"
+        )
+        refuse("log_param_norm", True, wanted)
+    if args.char_level_ppl and (args.model_parallel_size > 1 or args.pipe_parallel_size > 2):
+        wanted = (
+            "false with model_parallel_size above 1 or pipe_parallel_size above 2: GPT-NeoX counts "
+            "characters on ranks that read none"
+        )
+        refuse("char_level_ppl", True, wanted)
 
 
 def check_saving(args: Any) -> None:

@@ -41,6 +41,7 @@ def paths(*kinds: tuple[str, str]) -> dict:
 
 
 PARTS = ("train", "valid", "test")
+BLEND = {"data_path": None, **paths(("", ""))}
 UNPACKED = {"data_path": None, "pack_impl": "unpacked", "load": "x", "finetune": True}
 DATA = {"data_path": None, **paths(("", ""), ("", "_label"))}
 PAIRS = {
@@ -144,6 +145,36 @@ REFUSED = [
         "optimizer.type: found 'sm3', wanted another in bfloat16 with pipe_parallel_size = 1",
     ),
     ({**optimizer("lion"), **ZERO_2}, "optimizer.type: found 'lion', wanted adam on the CPU"),
+    (
+        {"optimizer": {**ADAM, "params": {"weight_decay": 0.0}}},
+        "optimizer.params.weight_decay: found 0.0, wanted none, but weight_decay outside optimizer",
+    ),
+    # paths that a shell would replace, and weights that are ignored or wrong
+    ({"save": "~/run", "checkpoint_factor": 1}, "save: found '~/run', wanted a path in full: GPT"),
+    ({"log_dir": "$HOME/logs"}, "log_dir: found '$HOME/logs', wanted a path in full: GPT-NeoX"),
+    (
+        {"data_path": None, **paths(("", "")), "test_data_paths": ["a", "${SCRATCH}/b"]},
+        "test_data_paths: found '${SCRATCH}/b', wanted a path in full: GPT-NeoX takes",
+    ),
+    ({"train_data_weights": [1.0]}, "train_data_weights: found [1.0], wanted none without train_d"),
+    (
+        {**BLEND, "valid_data_weights": [1.0, 1.0]},
+        "valid_data_weights: found [1.0, 1.0], wante",
+    ),
+    ({**BLEND, "test_data_weights": [-1.0]}, "test_data_weights: found [-1.0], wanted weights of"),
+    # numbers of a part of the model, or of a rank that reads nothing
+    (
+        {"log_param_norm": True, "model_parallel_size": 2},
+        "log_param_norm: found True, wanted fals",
+    ),
+    (
+        {"log_param_norm": True, "zero_optimization": {"stage": 3}},
+        "log_param_norm: found True, wanted false with tensor parallelism or ZeRO 3",
+    ),
+    (
+        {"char_level_ppl": True, "model_parallel_size": 2},
+        "char_level_ppl: found True, wanted fals",
+    ),
     ({"train_impl": "reinforce"}, "train_impl: found 'reinforce', wanted normal, dpo, kto or rm"),
     ({"curriculum_learning": {"enabled": True}}, "curriculum_learning: found"),
     ({"soft_prompt_tuning": {"enabled": True}}, "soft_prompt_tuning: found"),
@@ -377,6 +408,8 @@ ACCEPTED = [
     {"metala": CONTEXT, "pipe_parallel_size": 2, "global_num_gpus": 4},
     {**SEQUENCE, "metala": CONTEXT, "global_num_gpus": 4, "zero_optimization": {"stage": 1}},
     {**SEQUENCE, "attention_config": HYBRID},
+    {**BLEND, "train_data_weights": [2.0], "log_param_norm": True, "char_level_ppl": True},
+    {"save": "a~b/c$", "checkpoint_factor": 1},
     {"weight_decay": 0, "checkpoint_factor": 1.5, "checkpoint_scale": "log", "save": "x"},
     # GPT-NeoX's own runs are left alone
     {"attention_config": None, "norm": "layernorm", "metala": None, "lr_decay_style": "Cosine"},

@@ -51,6 +51,7 @@ FIXES = (
     generation.gather_logits,
     small.log_to_wandb_offline,
     small.repair_gpt2_tokenizer,
+    small.append_to_logs,
     preferences.define_log_probabilities,
     preferences.give_each_token_the_reward,
     preferences.check_labels_of_rewards,

@@ -211,6 +211,14 @@ def fail_where_it_failed() -> None:
         loaders = build_loaders(neox_args, *args, **kwargs)
         if not neox_args.do_train:
             end_run(f"split: found {neox_args.split!r}, wanted a share of documents to train on")
+        if not neox_args.eval_iters:  # which GPT-NeoX overlooks with `train_epochs`
+            neox_args.do_valid = neox_args.do_test = 0
+        elif not neox_args.do_valid and neox_args.rank == 0:
+            print(
+                f"MetaLA: split: {neox_args.split!r} leaves no document for validation, so there "
+                "is none",
+                flush=True,
+            )
         return loaders
 
 

@@ -8,7 +8,7 @@ import os
 import sys
 from types import SimpleNamespace
 
-from megatron_patch.neox.patching import repairs, replace
+from megatron_patch.neox.patching import mentions_metala, repairs, replace, swapped
 
 
 # megatron/data/indexed_dataset.py:71
@@ -99,3 +99,27 @@ def repair_gpt2_tokenizer() -> None:
         self.eod_id = vocab["<|endoftext|>"]
 
     _GPT2BPETokenizer.__init__ = read_files
+
+
+# megatron/logging.py:35
+@repairs("log_dir", "megatron.logging:Tee.__init__", 'open(file, "w")')
+def append_to_logs() -> None:
+    """Appends to the files in `log_dir`. GPT-NeoX opens them anew in the launcher, in every rank of
+    a host and at every start, so that each writes over what the others have written."""
+    from megatron.logging import Tee
+    from megatron.neox_arguments import NeoXArgs, arguments
+
+    class AppendingTee(Tee):
+        def __init__(self, file: str, err: bool = False):
+            super().__init__(os.devnull, err)
+            self.file.close()
+            self.file = open(file, "a", buffering=1, encoding="utf-8")
+
+    enable_logging = NeoXArgs.enable_logging
+
+    @functools.wraps(enable_logging)
+    def enable_appending(self) -> None:
+        with swapped(arguments, "Tee", AppendingTee if mentions_metala(self) else Tee):
+            enable_logging(self)
+
+    NeoXArgs.enable_logging = enable_appending

@@ -1,0 +1,41 @@
+"""Checks of the paths and weights of data, and of all other paths, in a run with MetaLA layers."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+from megatron_patch.architecture import refuse
+
+_PATH = re.compile(r"(_path|_paths|_dir|_file|_prefix)$|^(save|load|hostfile)$")
+_OF_THE_SHELL = re.compile(r"^~|\$\{?\w")
+
+
+def check_paths(args: Any) -> None:
+    """Refuses `~` and `$NAME` in paths. A shell replaces them; GPT-NeoX does not, and saves into a
+    folder of that name below the current one."""
+    for field in dataclasses.fields(args):
+        value = getattr(args, field.name)
+        if not _PATH.search(field.name):
+            continue
+        for path in value if isinstance(value, list) else [value]:
+            if isinstance(path, str) and _OF_THE_SHELL.search(path):
+                wanted = "a path in full: GPT-NeoX takes ~ and $ for characters of a name"
+                refuse(field.name, path, wanted)
+
+
+def check_data_weights(args: Any) -> None:
+    """Refuses weights of data sets that GPT-NeoX ignores, takes as they are below 0, or ends an
+    assertion about that has no message."""
+    for part in ("train", "valid", "test"):
+        name = f"{part}_data_weights"
+        if (weights := getattr(args, name)) is None:
+            continue
+        paths = getattr(args, f"{part}_data_paths") or getattr(args, f"pos_{part}_data_paths")
+        if not paths:
+            refuse(name, weights, f"none without {part}_data_paths")
+        if len(weights) != len(paths):
+            refuse(name, weights, f"{len(paths)} weights, one for each of {part}_data_paths")
+        if min(weights) < 0 or sum(weights) <= 0:
+            refuse(name, weights, "weights of at least 0, and one above it")

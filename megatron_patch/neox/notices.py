@@ -1,0 +1,37 @@
+"""Lines about settings that are honoured, and leave a user without what they may expect."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from typing import Any
+
+
+def notices(args: Any) -> Iterator[str]:
+    """Yields the lines about a training, from the settings that the launcher has expanded."""
+    yield from _of_wandb(args)
+    yield from _of_exit_interval(args)
+
+
+def _of_wandb(args: Any) -> Iterator[str]:
+    from megatron.utils import get_wandb_api_key
+
+    is_off = os.environ.get("WANDB_MODE") == "disabled"
+    if args.use_wandb and not args.wandb_init_all_ranks and not is_off:
+        if get_wandb_api_key(neox_args=args) is None:
+            yield (
+                f"use_wandb: nothing is logged to wandb, since there is no key for "
+                f"{args.wandb_host}; `wandb login` stores one, WANDB_MODE=offline needs none"
+            )
+
+
+def _of_exit_interval(args: Any) -> Iterator[str]:
+    from megatron.training import is_save_iter
+
+    if args.save and args.exit_interval and args.exit_interval < (args.train_iters or math.inf):
+        if not is_save_iter(args, args.exit_interval):
+            yield (
+                f"exit_interval: the run ends at iteration {args.exit_interval} without a "
+                "checkpoint, since checkpoint_factor and extra_save_iters write none there"
+            )

@@ -1,0 +1,53 @@
+"""What a run tells that does what its settings say, and not what its user may expect; its log
+files."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from megatron_patch.indexed_dataset import IndexedDatasetWriter
+from tests.neox.training import settings, train
+
+
+def test_lines_about_a_run_and_its_logs(neox_checkout, tokenizer_file, tmp_path, monkeypatch):
+    """Two ranks without a key for wandb, with five documents, that end before their second
+    checkpoint; a second start, which goes on from the first."""
+    for name in ("WANDB_API_KEY", "WANDB_LOCAL", "WANDB_MODE", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    with IndexedDatasetWriter(tmp_path / "text", vocab_size=512) as writer:
+        for _ in range(5):
+            writer.add_document(np.arange(300))
+    config = settings(
+        tmp_path / "text",
+        tokenizer_file,
+        num_gpus=2,
+        split="969,30,1",
+        exit_interval=3,
+        save=str(tmp_path / "save"),
+        checkpoint_factor=2,
+        log_dir=str(tmp_path / "logs"),
+        use_wandb=True,
+    )
+    runs = [train(neox_checkout, config, tmp_path, HOME=str(tmp_path)) for _ in range(2)]
+    assert [sorted(run.losses) for run in runs] == [[1, 2, 3], [3]]
+    for run in runs:
+        assert "MetaLA: use_wandb: nothing is logged to wandb, since there is no key" in run.output
+        assert "MetaLA: exit_interval: the run ends at iteration 3 without a chec" in run.output
+        line = "MetaLA: split: '969,30,1' leaves no document for validation"
+        assert run.output.count(line) == 1
+
+    (file,) = (tmp_path / "logs").glob("*_stdout.txt")
+    logged = file.read_text()
+    for printed in ("---- end of arguments ----", "done with setups ...", "| lm_loss: "):
+        assert logged.count(printed) == sum(run.output.count(printed) for run in runs), printed
+
+
+def test_a_run_of_epochs_without_validation_is_saved(in_neox, config):
+    """`eval_iters: 0` means what it means with `train_iters`."""
+    code = """
+    from megatron import training
+    training.build_train_valid_test_data_loaders(neox_args=neox_args)
+    answer([neox_args.do_train, neox_args.do_valid, neox_args.do_test])
+    """
+    changes = {"train_iters": None, "train_epochs": 1, "eval_iters": 0}
+    assert in_neox({**config, **changes}, code) == [1, 0, 0]
