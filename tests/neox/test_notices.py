@@ -51,3 +51,16 @@ def test_a_run_of_epochs_without_validation_is_saved(in_neox, config):
     """
     changes = {"train_iters": None, "train_epochs": 1, "eval_iters": 0}
     assert in_neox({**config, **changes}, code) == [1, 0, 0]
+
+
+def test_masking_what_the_tokenizer_lacks_is_refused(in_neox, config):
+    code = """
+    from megatron import training
+    neox_args.tokenizer.eod_id = None
+    try:
+        training.build_train_valid_test_data_loaders(neox_args=neox_args)
+    except SystemExit as end:
+        answer(end.code)
+    """
+    line = "MetaLA: eod_mask_loss: found true with a tokenizer that has no end-of-document token"
+    assert in_neox({**config, "eod_mask_loss": True}, code).startswith(line)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import queue
+import re
 import signal
 import threading
 from pathlib import Path
@@ -165,10 +166,13 @@ def test_slurm_starts_one_rank_a_node(neox_checkout, config, tmp_path):
         "SLURM_PROCID": "0",
         "SLURM_LOCALID": "0",
         "SLURM_NTASKS": "2",
+        "WANDB_MODE": "offline",
     }
     run = neox(neox_checkout, "train.py", config, tmp_path, **environment)
     assert run.returncode == 0, run.output[-6000:]
     assert sorted(run.losses) == [1, 2]
+    (command,) = re.findall(r"cmd = srun .*", run.output)
+    assert "WANDB_MODE=offline" in command  # which pdsh would not hand on by itself
     assert run.output.count("running on the CPU") == 2  # the launcher's line and rank 0's
     names = {path.name for path in (tmp_path / "save").iterdir()}
     assert names == {"global_step2", "latest"} and LOCK not in names

@@ -340,6 +340,23 @@ def test_another_schedule_is_named(tmp_path, changes, message):
     check_load(settings(load, user_script="./generate.py", no_load_optim=True, **changes))
 
 
+@pytest.mark.parametrize(("now", "split"), [(8, 1), (16, 1), (4, 2), (8, 2)])
+def test_another_batch_is_told(tmp_path, monkeypatch, capsys, now, split):
+    """DeepSpeed was told 8 samples a batch. Context-parallel ranks had one sample in common."""
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    save_states(tmp_path, ds_config={"train_batch_size": 8}, iteration=10)
+    (tmp_path / "global_step10/configs").mkdir()
+    options = f"{{metala: {{context_parallel_size: {split}}}}}"
+    (tmp_path / "global_step10/configs/a.yml").write_text(options)
+    check_load(settings(str(tmp_path), train_batch_size=now))
+    told = capsys.readouterr().out
+    if now == 8 // split:
+        assert not told
+    else:
+        assert told.startswith(f"MetaLA: train_batch_size: found {now}, and {8 // split} in ")
+        assert f"goes on at sample {10 * now} of its data, not at {80 // split}, where" in told
+
+
 def test_another_model_is_named(tmp_path):
     """GPT-NeoX asserts it on every rank, when fine-tuning too."""
     save_states(tmp_path, args={"model_parallel_size": 1, "num_layers": 2, "padded_vocab_size": 8})

@@ -193,6 +193,8 @@ def fail_where_it_failed() -> None:
         def run(original, neox_args, *args, **kwargs):
             try:
                 return original(neox_args, *args, **kwargs)
+            except SettingsError as error:
+                end_run(str(error))
             except SystemExit as end:
                 if end.code not in (None, 0) or is_done(neox_args):
                     raise
@@ -211,6 +213,11 @@ def fail_where_it_failed() -> None:
         loaders = build_loaders(neox_args, *args, **kwargs)
         if not neox_args.do_train:
             end_run(f"split: found {neox_args.split!r}, wanted a share of documents to train on")
+        if neox_args.eod_mask_loss and neox_args.tokenizer.eod is None:
+            end_run(
+                "eod_mask_loss: found true with a tokenizer that has no end-of-document token, "
+                "wanted one with <|endoftext|>"
+            )
         if not neox_args.eval_iters:  # which GPT-NeoX overlooks with `train_epochs`
             neox_args.do_valid = neox_args.do_test = 0
         elif not neox_args.do_valid and neox_args.rank == 0:
@@ -270,7 +277,8 @@ def fail_where_launched_was_killed() -> None:
     from deepspeed.launcher import runner
 
     runner.subprocess = SimpleNamespace(**{**vars(subprocess), "Popen": ChildProcess})
-    for variable in (HOLDER, WATCHDOG_SECONDS):  # for ranks on other hosts
+    # For ranks that pdsh or srun start. DeepSpeed exports the variables that begin like these.
+    for variable in (HOLDER, WATCHDOG_SECONDS, "WANDB_"):
         if variable not in runner.EXPORT_ENVS:
             runner.EXPORT_ENVS.append(variable)
 

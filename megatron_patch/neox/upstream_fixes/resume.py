@@ -11,6 +11,7 @@ import os
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from megatron_patch.architecture import METALA, SettingsError, refuse
 from megatron_patch.architecture_neox import module_layers
@@ -34,8 +35,7 @@ def go_on_from_save(args) -> None:
     if not args.finetune and args.load and _is_same(args.load, args.save):
         return
     step = _latest_step("save", Path(args.save))
-    configs = [f for f in sorted((step / "configs").glob("*")) if f.suffix in SUFFIXES]
-    saved = merge_yaml_texts(read_yaml(configs), in_order=False)
+    saved = _saved_settings(step)
     own = merge_yaml_texts(args.config_files or {})
     for name, default in {"load": None, "finetune": False, "iteration": None}.items():
         before, now = saved.get(name, default), own.get(name, default)
@@ -46,6 +46,12 @@ def go_on_from_save(args) -> None:
             )
     args.load, args.finetune, args.iteration = args.save, False, None
     print(f"MetaLA: save holds {step.name} of this run, which goes on from there", flush=True)
+
+
+def _saved_settings(step: Path) -> dict[str, Any]:
+    """Returns the settings in a checkpoint's YAML files."""
+    configs = [f for f in sorted((step / "configs").glob("*")) if f.suffix in SUFFIXES]
+    return merge_yaml_texts(read_yaml(configs), in_order=False)
 
 
 def _is_training(args) -> bool:
@@ -192,6 +198,26 @@ def _check_going_on(args, states: dict, file: Path, is_training: bool, stage: in
     _check_optimizer(args, states, file, stage)
     if isinstance(states["lr_scheduler"], dict):
         _check_schedule(args, states["lr_scheduler"], file)
+    if "LOCAL_RANK" not in os.environ:  # the launcher tells it once
+        _tell_of_another_batch(args, states, file)
+
+
+def _tell_of_another_batch(args, states: dict, file: Path) -> None:
+    """Prints a line if a batch has another number of samples than before: GPT-NeoX goes on in the
+    data at the iteration times today's batch, and so leaves samples out, or reads some again."""
+    saved = _count(_mapping(states.get("ds_config")).get("train_batch_size"))
+    step = _count(states.get("iteration"))
+    if not saved or not step:
+        return
+    # DeepSpeed is told a batch of as many times the samples (`context_parallel.py`).
+    options = _mapping(_saved_settings(file.parent).get(METALA))
+    saved //= _count(options.get("context_parallel_size")) or 1
+    if (found := args.train_batch_size) != saved:
+        print(
+            f"MetaLA: train_batch_size: found {found}, and {saved} in {file}: the run goes on at "
+            f"sample {step * found:,} of its data, not at {step * saved:,}, where it had stopped",
+            flush=True,
+        )
 
 
 def _check_optimizer(args, states: dict, file: Path, stage: int) -> None:
