@@ -44,6 +44,7 @@ from megatron_patch.neox.run_settings import (
 from megatron_patch.neox.sequence_parallel import split_tokens
 from megatron_patch.neox.settings import check_settings, export_warning
 from megatron_patch.neox.token_groups import make_token_groups
+from megatron_patch.neox.unread_settings import check_unread
 from megatron_patch.neox.upstream_fixes.cpu_mode import activate_cpu_mode, runs_on_cpu
 from megatron_patch.neox.upstream_fixes.processes import (
     check_launcher,
@@ -129,6 +130,7 @@ def _read_yaml_files() -> None:
         neox_args = cls(**{**settings, **(overwrite_values or {})})
         is_metala = mentions_metala(neox_args)
         if is_metala:
+            check_unread(settings, cls)
             upstream_fixes.apply(upstream_fixes.LAUNCHER_FIXES)
             go_on_from_save(neox_args)
         check_load(neox_args)  # before GPT-NeoX prints all settings

@@ -134,8 +134,6 @@ def training_settings(options: argparse.Namespace) -> dict[str, Any]:
         "lr_decay_iters": options.steps,
         "log_interval": INTERVAL,
         "split": "1,0,0",
-        "do_valid": False,
-        "do_test": False,
         "use_wandb": False,
     }
 

@@ -115,7 +115,6 @@ RUN = {
     "train_iters": STEPS,
     "lr_decay_iters": STEPS,
     "checkpoint_factor": STEPS,
-    "do_valid": True,
     "eval_interval": STEPS,
     "eval_iters": 1,
 }

@@ -37,7 +37,6 @@ HYBRID = {
     "use_bias_in_attn_linear": False,
     "train_iters": 4,
     "eval_interval": 3,
-    "do_valid": True,
     "checkpoint_factor": 4,
 }
 NEW_TOKENS, STOP = 6, "e"

@@ -39,7 +39,6 @@ MODEL = {  # K 64, V 128
     },
     "min_lr": 1.0e-5,
     "checkpoint_factor": STEPS,
-    "do_valid": True,
     "eval_interval": STEPS // 2,
     "eval_iters": EVALUATIONS,
 }

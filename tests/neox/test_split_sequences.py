@@ -97,7 +97,6 @@ torch.save([*place, steps, *kept], os.path.join(os.environ["STEPS"], os.environ[
 # Eight samples a step. Some of a slice's tokens do not count in the loss.
 RUN = {
     "train_iters": 3,
-    "do_valid": True,
     "train_micro_batch_size_per_gpu": 2,
     "gradient_accumulation_steps": 4,
     "eod_mask_loss": True,

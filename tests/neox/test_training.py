@@ -30,7 +30,6 @@ def reference(neox_checkout, token_data, tokenizer_file, make_once) -> tuple[Run
         tokenizer_file,
         checkpoint_factor=20,
         eval_interval=10,
-        do_valid=True,
         use_wandb=True,
         wandb_project="metala",
     )
@@ -95,7 +94,6 @@ def test_layouts_train_alike_and_convert_alike(
         save=str(tmp_path / "checkpoints"),
         checkpoint_factor=20,
         eval_interval=10,
-        do_valid=True,
         num_gpus=tp * pp,
     )
     layout = train(neox_checkout, config, tmp_path)

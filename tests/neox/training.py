@@ -55,8 +55,6 @@ TRAINING = {
     "precision": "fp32",
     "distributed_backend": "gloo",
     "split": "90,5,5",
-    "do_valid": False,
-    "do_test": False,
     "eval_iters": 2,
     "log_interval": 1,
     "steps_per_print": 1000,
