@@ -33,7 +33,7 @@ def test_lines_about_a_run_and_its_logs(neox_checkout, tokenizer_file, tmp_path,
     for run in runs:
         assert "MetaLA: use_wandb: nothing is logged to wandb, since there is no key" in run.output
         assert "MetaLA: exit_interval: the run ends at iteration 3 without a chec" in run.output
-        line = "MetaLA: split: '969,30,1' leaves no document for validation"
+        line = "MetaLA: split: '969,30,1' leaves no document to validate on"
         assert run.output.count(line) == 1
 
     (file,) = (tmp_path / "logs").glob("*_stdout.txt")
@@ -51,6 +51,21 @@ def test_a_run_of_epochs_without_validation_is_saved(in_neox, config):
     """
     changes = {"train_iters": None, "train_epochs": 1, "eval_iters": 0}
     assert in_neox({**config, **changes}, code) == [1, 0, 0]
+
+
+def test_less_than_a_batch_is_refused(in_neox, config):
+    """Three documents of 600 tokens to test on, which an epoch does not repeat."""
+    code = """
+    from megatron import training
+    try:
+        training.build_train_valid_test_data_loaders(neox_args=neox_args)
+    except SystemExit as end:
+        answer(end.code)
+    """
+    length = {"seq_length": 512, "max_position_embeddings": 512}
+    changes = {"train_iters": None, "train_epochs": 2, "split": "950,0,50", **length}
+    line = "MetaLA: test data: found 3 samples of 512 tokens, wanted one micro-batch for every rank"
+    assert in_neox({**config, **changes}, code).startswith(line)
 
 
 def test_masking_what_the_tokenizer_lacks_is_refused(in_neox, config):

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_patch.architecture import SettingsError
+from megatron_patch.architecture import SettingsError, refuse
 from megatron_patch.neox.patching import in_metala_runs, repairs, swapped
 
 
@@ -199,3 +199,35 @@ def endless(loader: Any, vocab_size: int) -> Iterator[dict[str, torch.Tensor]]:
                         "the number of the embedding's rows: another tokenizer prepared these data"
                     )
             yield batch
+
+
+# ---- What there is to read
+
+
+def check_parts(neox_args: Any, loaders: dict[str, Any]) -> None:
+    """Checks the loaders that GPT-NeoX has built, `None` for parts that this rank does not read.
+
+    Takes the parts for validation and test away if `eval_iters` is 0, which GPT-NeoX overlooks with
+    `train_epochs`, and prints a line if there is no document to validate on. Raises a SettingsError
+    if there is nothing to train on, a part has less than a batch, or the loss leaves out a token
+    that the tokenizer does not have.
+    """
+    if not neox_args.do_train:
+        refuse("split", neox_args.split, "a share of documents to train on")
+    if neox_args.eod_mask_loss and neox_args.tokenizer.eod is None:
+        raise SettingsError(
+            "eod_mask_loss: found true with a tokenizer that has no end-of-document token, wanted "
+            "one with <|endoftext|>"
+        )
+    if not neox_args.eval_iters:
+        neox_args.do_valid = neox_args.do_test = 0
+        loaders["valid"] = loaders["test"] = None
+    elif not neox_args.do_valid and neox_args.rank == 0:
+        line = f"split: {neox_args.split!r} leaves no document to validate on"
+        print(f"MetaLA: {line}, so there is no validation", flush=True)
+    for part, loader in loaders.items():
+        if loader is not None and len(loader) == 0:
+            samples = f"{len(loader.dataset)} samples of {neox_args.seq_length} tokens"
+            raise SettingsError(
+                f"{part} data: found {samples}, wanted one micro-batch for every rank at least"
+            )

@@ -28,6 +28,7 @@ import psutil
 
 from megatron_patch.architecture import SettingsError
 from megatron_patch.neox.patching import in_metala_runs, repairs
+from megatron_patch.neox.upstream_fixes.data import check_parts
 from megatron_patch.neox.upstream_fixes.saving import HOLDER
 from megatron_patch.neox.upstream_fixes.watchdog import VARIABLE as WATCHDOG_SECONDS
 
@@ -211,21 +212,10 @@ def fail_where_it_failed() -> None:
     @in_metala_runs(training.build_train_valid_test_data_loaders)
     def build_loaders_with_training_data(build_loaders, neox_args, *args, **kwargs):
         loaders = build_loaders(neox_args, *args, **kwargs)
-        if not neox_args.do_train:
-            end_run(f"split: found {neox_args.split!r}, wanted a share of documents to train on")
-        if neox_args.eod_mask_loss and neox_args.tokenizer.eod is None:
-            end_run(
-                "eod_mask_loss: found true with a tokenizer that has no end-of-document token, "
-                "wanted one with <|endoftext|>"
-            )
-        if not neox_args.eval_iters:  # which GPT-NeoX overlooks with `train_epochs`
-            neox_args.do_valid = neox_args.do_test = 0
-        elif not neox_args.do_valid and neox_args.rank == 0:
-            print(
-                f"MetaLA: split: {neox_args.split!r} leaves no document for validation, so there "
-                "is none",
-                flush=True,
-            )
+        try:
+            check_parts(neox_args, loaders)
+        except SettingsError as error:
+            end_run(str(error))
         return loaders
 
 
