@@ -25,6 +25,7 @@ INSTEAD = {
     "optimizer_type": "optimizer.type",
     "padded_vocab_size": "make_vocab_size_divisible_by",
     "param_sharing_style": "",
+    "scheduler": "lr_decay_style, lr_decay_iters, warmup and min_lr",
     "short_seq_prob": "",
     "zero_allgather_bucket_size": "zero_optimization.allgather_bucket_size",
     "zero_contiguous_gradients": "zero_optimization.contiguous_gradients",

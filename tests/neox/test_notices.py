@@ -64,7 +64,7 @@ def test_less_than_a_batch_is_refused(in_neox, config):
     """
     length = {"seq_length": 512, "max_position_embeddings": 512}
     changes = {"train_iters": None, "train_epochs": 2, "split": "950,0,50", **length}
-    line = "MetaLA: test data: found 3 samples of 512 tokens, wanted one micro-batch for every rank"
+    line = "MetaLA: test data: found 2 samples of 512 tokens, wanted one micro-batch for every rank"
     assert in_neox({**config, **changes}, code).startswith(line)
 
 

@@ -76,6 +76,20 @@ def test_batches_are_read_again_from_the_first_and_none_is_kept(in_neox, config)
     assert number > 2 and are_equal and kept == 0
 
 
+def test_validation_goes_on_where_it_was(in_neox, config):
+    """Three micro-batches a step; the run stopped at step 6, after the validation at step 4."""
+    code = """
+    from megatron import training
+    loaders = training.build_train_valid_test_data_loaders(neox_args=neox_args)
+    before = [batch["text"] for batch in loaders["valid"]]
+    neox_args.iteration = 6
+    _, batches, _ = training.shift_and_wrap_data_loaders(neox_args=neox_args, data_loaders=loaders)
+    answer(torch.equal(next(batches)["text"], before[2 * 3]))
+    """
+    changes = {"gradient_accumulation_steps": 3, "eval_interval": 4, "eval_iters": 2}
+    assert in_neox({**config, **changes}, code)
+
+
 @pytest.mark.parametrize("largest", [299, 300])
 def test_a_token_that_has_no_row_ends_the_rank(in_neox, config, largest):
     """Tensor-parallel ranks would look it up as zeros."""

@@ -14,6 +14,7 @@ GIVEN = {
     **dict.fromkeys(("clip_grad", "lr", "min_scale", "loss_scale_window", "short_seq_prob"), 0.5),
     "optimizer_type": "sm3",
     "param_sharing_style": "spaced",
+    "scheduler": {"params": {}, "type": "WarmupLR"},
 }
 
 

@@ -175,16 +175,23 @@ def read_batches_again() -> None:
 
     GPT-NeoX takes `itertools.cycle`, which keeps every batch for a second pass: 8 bytes of the
     host's memory for each token that a rank has ever read. After a resumed run's first pass, it
-    would go on with the batches behind the place where that run began, and with no other.
+    would go on with the batches behind the place where that run began, and with no other. It also
+    miscounts the batches that earlier validations have read, if a run with gradient accumulation
+    stops between two of them.
     """
     from megatron import training  # noqa: F401  (holds the function)
     from megatron.data import data_utils
 
     @in_metala_runs(data_utils.shift_and_wrap_data_loaders)
-    def wrap_without_keeping(wrap, neox_args, *args, **kwargs):
+    def wrap_without_keeping(wrap, neox_args, data_loaders, *args, **kwargs):
         read = functools.partial(endless, vocab_size=neox_args.padded_vocab_size)
         with swapped(data_utils, "cycle", read):
-            return wrap(neox_args, *args, **kwargs)
+            iterators = wrap(neox_args, data_loaders, *args, **kwargs)
+        if valid := data_loaders["valid"]:  # the first batch has not been read yet
+            done = neox_args.iteration // neox_args.eval_interval * neox_args.eval_iters
+            start = done * neox_args.gradient_accumulation_steps
+            valid.batch_sampler.start_iter = start % len(valid)
+        return iterators
 
 
 def endless(loader: Any, vocab_size: int) -> Iterator[dict[str, torch.Tensor]]:
