@@ -44,6 +44,8 @@ def settings(load, **changes) -> SimpleNamespace:
         no_weight_tying=True,
         override_lr_scheduler=False,
         use_checkpoint_lr_scheduler=False,
+        optimizer={"type": "Adam", "params": {"lr": 1e-3, "betas": [0.9, 0.95]}},
+        weight_decay=0.1,
     )
     return stand_in(values, load=load, **changes)
 
@@ -340,13 +342,41 @@ def test_another_schedule_is_named(tmp_path, changes, message):
     check_load(settings(load, user_script="./generate.py", no_load_optim=True, **changes))
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"weight_decay": 0.2}, "weight_decay: found 0.2, wanted 0.1, as in .*, or finetune"),
+        (
+            {"optimizer": {"params": {}}},
+            r"optimizer.params.betas: found None, wanted \[0.9, 0",
+        ),
+        (
+            {"optimizer": {"params": {"betas": [0.9, 0.95], "eps": 1e-6}}},
+            "optimizer.params.eps: found 1e-06, wanted None, as in",
+        ),
+    ],
+)
+def test_what_the_optimizers_states_hold_may_not_change(tmp_path, changes, message):
+    save_states(tmp_path)
+    check_load(settings(str(tmp_path), **changes))  # nothing tells
+    (tmp_path / "global_step10/configs").mkdir()
+    file = tmp_path / "global_step10/configs/a.yml"
+    file.write_text("optimizer: {type: Adam, params: {lr: 5.0e-3, betas: [0.9, 0.95]}}")
+    check_load(settings(str(tmp_path)))
+    check_load(settings(str(tmp_path), finetune=True, **changes))
+    with pytest.raises(SettingsError, match=message):
+        check_load(settings(str(tmp_path), **changes))
+
+
 @pytest.mark.parametrize(("now", "split"), [(8, 1), (16, 1), (4, 2), (8, 2)])
 def test_another_batch_is_told(tmp_path, monkeypatch, capsys, now, split):
     """DeepSpeed was told 8 samples a batch. Context-parallel ranks had one sample in common."""
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     save_states(tmp_path, ds_config={"train_batch_size": 8}, iteration=10)
     (tmp_path / "global_step10/configs").mkdir()
-    options = f"{{metala: {{context_parallel_size: {split}}}}}"
+    options = (
+        f"metala: {{context_parallel_size: {split}}}\noptimizer: {{params: {{betas: [0.9, 0.95]}}}}"
+    )
     (tmp_path / "global_step10/configs/a.yml").write_text(options)
     check_load(settings(str(tmp_path), train_batch_size=now))
     told = capsys.readouterr().out

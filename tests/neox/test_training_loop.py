@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 
 import pytest
+import torch
 
 from tests.neox.training import settings, train
 
@@ -35,6 +36,36 @@ def test_a_run_that_goes_on_reports_what_it_did(
     written = {file: file.stat().st_mtime_ns for file in files}
     train(neox_checkout, config, tmp_path / "finished")
     assert written == {file: file.stat().st_mtime_ns for file in files}
+
+
+def test_the_first_step_of_a_run_that_goes_on_has_the_new_rate(
+    neox_checkout, token_data, tokenizer_file, tmp_path
+):
+    """`override_lr_scheduler` with a rate that changes no weight, in ZeRO 1."""
+    config = settings(
+        token_data,
+        tokenizer_file,
+        train_iters=2,
+        lr_decay_iters=4,
+        num_gpus=1,
+        zero_optimization={"stage": 1},
+        split="100",
+        save=str(tmp_path / "save"),
+        checkpoint_factor=1,
+    )
+    train(neox_checkout, config, tmp_path / "begun")
+    params = {**config["optimizer"]["params"], "lr": 1e-12}
+    config |= {"optimizer": {**config["optimizer"], "params": params}, "min_lr": 0.0}
+    config |= {"load": config["save"], "override_lr_scheduler": True, "train_iters": 3}
+    train(neox_checkout, config, tmp_path / "resumed")
+    before, after = (
+        torch.load(
+            tmp_path / f"save/global_step{step}/mp_rank_00_model_states.pt", weights_only=False
+        )["module"]
+        for step in (2, 3)
+    )
+    for name, weight in before.items():
+        torch.testing.assert_close(after[name], weight, rtol=0, atol=1e-10)
 
 
 def test_a_checkpoint_is_written_once(in_neox, config, tmp_path):

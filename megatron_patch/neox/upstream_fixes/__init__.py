@@ -37,6 +37,7 @@ FIXES = (
     data.end_samples_with_their_documents,
     data.read_batches_again,
     training_loop.stay_at_the_lowest_rate,
+    training_loop.begin_with_the_rate_of_the_schedule,
     training_loop.average_over_iterations_done,
     processes.check_ranks_before_training,
     saving.check_before_saving,

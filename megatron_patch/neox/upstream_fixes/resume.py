@@ -21,6 +21,8 @@ from megatron_patch.neox.yaml_config import SUFFIXES, merge_yaml_texts, read_yam
 from megatron_patch.steps import latest_step, saved_steps
 from megatron_patch.torch_file import UnreadableFile, load_safely
 
+_WEIGHT_DECAY = 0.1  # GPT-NeoX's default
+
 
 def go_on_from_save(args) -> None:
     """Lets a stopped run go on from its own last checkpoint. The launcher calls this.
@@ -198,11 +200,28 @@ def _check_going_on(args, states: dict, file: Path, is_training: bool, stage: in
     _check_optimizer(args, states, file, stage)
     if isinstance(states["lr_scheduler"], dict):
         _check_schedule(args, states["lr_scheduler"], file)
+    if saved := _saved_settings(file.parent):
+        _check_hyperparameters(args, saved, file)
     if "LOCAL_RANK" not in os.environ:  # the launcher tells it once
-        _tell_of_another_batch(args, states, file)
+        _tell_of_another_batch(args, states, saved, file)
 
 
-def _tell_of_another_batch(args, states: dict, file: Path) -> None:
+def _check_hyperparameters(args, saved: dict, file: Path) -> None:
+    """Checks what the optimizer's states hold beside the learning rate. PyTorch takes it from there
+    when it loads them, whatever the settings say."""
+    or_else = f"as in {file}, whose optimizer goes on, or finetune: true, which makes a new one"
+    before, now = (
+        _mapping(_mapping(o).get("params")) for o in (saved.get("optimizer"), args.optimizer)
+    )
+    for name in ("betas", "eps"):
+        if before.get(name) != now.get(name):
+            refuse(f"optimizer.params.{name}", now.get(name), f"{before.get(name)}, {or_else}")
+    decay = saved.get("weight_decay", _WEIGHT_DECAY)
+    if args.weight_decay != decay:
+        refuse("weight_decay", args.weight_decay, f"{decay}, {or_else}")
+
+
+def _tell_of_another_batch(args, states: dict, saved_settings: dict, file: Path) -> None:
     """Prints a line if a batch has another number of samples than before: GPT-NeoX goes on in the
     data at the iteration times today's batch, and so leaves samples out, or reads some again."""
     saved = _count(_mapping(states.get("ds_config")).get("train_batch_size"))
@@ -210,7 +229,7 @@ def _tell_of_another_batch(args, states: dict, file: Path) -> None:
     if not saved or not step:
         return
     # DeepSpeed is told a batch of as many times the samples (`context_parallel.py`).
-    options = _mapping(_saved_settings(file.parent).get(METALA))
+    options = _mapping(saved_settings.get(METALA))
     saved //= _count(options.get("context_parallel_size")) or 1
     if (found := args.train_batch_size) != saved:
         print(

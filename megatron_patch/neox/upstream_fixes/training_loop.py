@@ -44,6 +44,26 @@ class _Iterations(int):
         return 0
 
 
+# megatron/training.py:1266
+@repairs(
+    "first rate after a start",
+    "megatron.training:setup_model_and_optimizer",
+    "lr_scheduler.optimizer = model.optimizer",
+)
+def begin_with_the_rate_of_the_schedule() -> None:
+    """Gives the optimizer the schedule's learning rate before a resumed run's first step. With ZeRO
+    the optimizer's states are loaded after the schedule and bring the old rate back, so the first
+    step did not know of `override_lr_scheduler`."""
+    from megatron import training
+
+    @in_metala_runs(training.setup_model_and_optimizer)
+    def set_up_with_rate(setup, neox_args, *args, **kwargs):
+        model, optimizer, scheduler, *others = setup(neox_args, *args, **kwargs)
+        if scheduler is not None:
+            scheduler.step(scheduler.num_iters)
+        return model, optimizer, scheduler, *others
+
+
 # megatron/logging.py:414
 @repairs(
     "averages after a start",
