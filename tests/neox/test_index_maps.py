@@ -122,3 +122,24 @@ def test_other_labels_make_other_samples(read, tmp_path):
             write_labels(tmp_path / f"label{i}", i, left_out)
         samples, _ = read(None, **changes)
         assert not set(samples["train"].ravel().tolist()) & set(left_out)
+
+
+def test_an_epoch_of_several_data_sets_is_each_sample_once(in_neox, tokenizer_file, tmp_path):
+    for i, documents in enumerate((60, 4)):
+        with IndexedDatasetWriter(tmp_path / f"text{i}", vocab_size=512) as writer:
+            for document in range(documents):
+                writer.add_document([document] * 5)
+    changes = {"train_iters": None, "train_epochs": 1, "eval_iters": 0, **blend(tmp_path / "text")}
+    one = {"seq_length": 4, "max_position_embeddings": 4, "train_micro_batch_size_per_gpu": 1}
+    code = """
+    from megatron.data.data_utils import build_train_valid_test_data_loaders
+    dataset = build_train_valid_test_data_loaders(neox_args)["train"].dataset
+    drawn = [*zip(dataset.dataset_index.tolist(), dataset.dataset_sample_index.tolist())]
+    wanted = [(i, j) for i, part in enumerate(dataset.datasets) for j in range(len(part))]
+    answer([len(drawn), sorted(drawn) == wanted, [i for i, _ in drawn]])
+    """
+    config = {**settings(None, tokenizer_file), **changes, **one}
+    number, are_all, datasets = in_neox(config, code)
+    assert number > 60 and are_all
+    few = [place for place, i in enumerate(datasets) if i == 1]
+    assert np.ptp(np.diff(few)) <= 1  # evenly spread

@@ -35,6 +35,7 @@ FIXES = (
     small.open_inferred_data_sets,
     data.name_index_maps_after_data,
     data.end_samples_with_their_documents,
+    data.blend_whole_data_sets,
     data.read_batches_again,
     training_loop.stay_at_the_lowest_rate,
     training_loop.begin_with_the_rate_of_the_schedule,

@@ -208,6 +208,41 @@ def endless(loader: Any, vocab_size: int) -> Iterator[dict[str, torch.Tensor]]:
             yield batch
 
 
+# megatron/data/blendable_dataset.py:30
+@repairs(
+    "epochs of several data sets",
+    "megatron.data.data_utils:build_train_valid_test_data_loaders",
+    "BlendableDataset(train_datasets, train_weights)",
+)
+def blend_whole_data_sets() -> None:
+    """Reads each sample of each data set once in an epoch, with `train_epochs`.
+
+    GPT-NeoX draws as many samples from each data set: of 600 and 46 samples 323 each, so that it
+    reads one in part and the other seven times.
+    """
+    from megatron import training  # noqa: F401  (holds the function)
+    from megatron.data import data_utils
+
+    blend = data_utils.BlendableDataset
+
+    def blend_all(datasets: list, weights: list[float]):
+        sizes = [len(dataset) for dataset in datasets]
+        blended = blend(datasets, sizes)
+        # Sample j of n stands at (j + 1/2) / n of the epoch.
+        places = np.concatenate([(np.arange(n) + 0.5) / n for n in sizes])
+        order = np.argsort(places, kind="stable")
+        blended.dataset_index = np.repeat(np.arange(len(sizes), dtype=np.uint8), sizes)[order]
+        blended.dataset_sample_index = np.concatenate([np.arange(n) for n in sizes])[order]
+        return blended
+
+    @in_metala_runs(data_utils.build_train_valid_test_data_loaders)
+    def build_loaders_of_epochs(build_loaders, neox_args):
+        with swapped(
+            data_utils, "BlendableDataset", blend_all if neox_args.train_epochs else blend
+        ):
+            return build_loaders(neox_args)
+
+
 # ---- What there is to read
 
 

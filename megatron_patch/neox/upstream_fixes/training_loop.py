@@ -19,11 +19,12 @@ def stay_at_the_lowest_rate() -> None:
     again, to `lr` at twice as many iterations."""
     from megatron import training
 
-    @in_metala_runs(training.get_learning_rate_scheduler)
-    def get_scheduler(get_learning_rate_scheduler, neox_args, optimizer):
-        scheduler = get_learning_rate_scheduler(optimizer, neox_args)
-        keep_after_the_end(scheduler)
-        return scheduler
+    @in_metala_runs(training.setup_model_and_optimizer)
+    def set_up_with_an_end(setup, neox_args, *args, **kwargs):
+        model, optimizer, scheduler, *others = setup(neox_args, *args, **kwargs)
+        if scheduler is not None:
+            keep_after_the_end(scheduler)
+        return model, optimizer, scheduler, *others
 
 
 def keep_after_the_end(scheduler: Any) -> None:
