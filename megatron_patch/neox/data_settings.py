@@ -28,6 +28,11 @@ def check_paths(args: Any) -> None:
 def check_data_weights(args: Any) -> None:
     """Refuses weights of data sets that GPT-NeoX ignores, takes as they are below 0, or ends an
     assertion about that has no message."""
+    if args.weight_by_num_documents:
+        # megatron/data/data_utils.py:409 multiplies |L|^alpha, which the settings promise, by
+        # 1 - |L| / all: with alpha 1, two data sets of 90 and 10 documents weigh the same.
+        wanted = "false, and train_data_weights: GPT-NeoX computes other weights than it says"
+        refuse("weight_by_num_documents", True, wanted)
     for part in ("train", "valid", "test"):
         name = f"{part}_data_weights"
         if (weights := getattr(args, name)) is None:

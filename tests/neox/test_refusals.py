@@ -156,6 +156,10 @@ REFUSED = [
         {"data_path": None, **paths(("", "")), "test_data_paths": ["a", "${SCRATCH}/b"]},
         "test_data_paths: found '${SCRATCH}/b', wanted a path in full: GPT-NeoX takes",
     ),
+    (
+        {"weight_by_num_documents": True},
+        "weight_by_num_documents: found True, wanted false, and tr",
+    ),
     ({"train_data_weights": [1.0]}, "train_data_weights: found [1.0], wanted none without train_d"),
     (
         {**BLEND, "valid_data_weights": [1.0, 1.0]},
