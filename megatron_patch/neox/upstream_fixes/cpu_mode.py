@@ -55,6 +55,9 @@ def activate_cpu_mode(args) -> None:
         os.environ["LOCAL_SIZE"] = str(ranks)
         # Threads that spin while they wait slow the others down where cores are few.
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+        # glibc gives large blocks back to the system, which clears their pages for the next step.
+        for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
+            os.environ.setdefault(name, str(2**32 - 1))
     elif not already_active and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks()))
     if already_active:
