@@ -13,6 +13,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.launcher import runner
 
 from megatron_patch.architecture import SettingsError
+from megatron_patch.neox.upstream_fixes import cpu_mode
 from megatron_patch.neox.upstream_fixes.processes import check_running_ranks, count_ranks
 from tests.neox.training import settings as settings_of_a_run
 from tests.neox.training import stand_in
@@ -146,9 +147,12 @@ def test_two_trainings_side_by_side_run_on_their_own_gpus(
 
 @pytest.mark.parametrize("variable", ["", "0", "-1", "GPU-8f3a"])
 def test_a_run_on_the_cpu_takes_no_devices(monkeypatch, variable):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", variable)
-    monkeypatch.setattr(get_accelerator(), "device_name", lambda index=None: "cpu")
-    args = settings(distributed_backend="gloo")
+    monkeypatch.setattr(os, "environ", {**os.environ, "CUDA_VISIBLE_DEVICES": variable})
+    monkeypatch.setattr(cpu_mode, "_redirect_cuda", lambda: None)
+    monkeypatch.setattr(cpu_mode, "_avoid_compiled_ops", lambda: None)
+    args = settings(distributed_backend="gloo", precision="fp32", fp16=None)
+    args.model_parallel_size, args.pipe_parallel_size = 4, 1
+    cpu_mode.activate_cpu_mode(args)
     count_ranks(args)
     assert args.global_num_gpus == 4
     assert started(monkeypatch, args) == here(0, 1, 2, 3)

@@ -92,10 +92,7 @@ def _visible_devices(args) -> list[int] | None:
     this run."""
     name = _variable()
     found = os.environ.get(name)
-    if not found or others_place_ranks(args):
-        return None
-    if runs_on_cpu(args):
-        os.environ[name] = ""  # or DeepSpeed would start as many ranks as it names
+    if not found or others_place_ranks(args) or runs_on_cpu(args):
         return None
     names = [part.strip() for part in found.split(",")]
     if not all(map(str.isdecimal, names)) or len(set(map(int, names))) < len(names):

@@ -28,6 +28,7 @@ import psutil
 
 from megatron_patch.architecture import SettingsError
 from megatron_patch.neox.patching import in_metala_runs, repairs
+from megatron_patch.neox.upstream_fixes.cpu_mode import ACCELERATOR
 from megatron_patch.neox.upstream_fixes.devices import choose_devices
 from megatron_patch.neox.upstream_fixes.saving import HOLDER
 from megatron_patch.neox.upstream_fixes.watchdog import VARIABLE as WATCHDOG_SECONDS
@@ -237,7 +238,7 @@ def fail_where_launched_was_killed() -> None:
     from deepspeed.launcher import runner
 
     runner.subprocess = SimpleNamespace(**{**vars(subprocess), "Popen": ChildProcess})
-    for variable in (HOLDER, WATCHDOG_SECONDS):  # for ranks on other hosts
+    for variable in (HOLDER, WATCHDOG_SECONDS, ACCELERATOR):  # for ranks on other hosts
         if variable not in runner.EXPORT_ENVS:
             runner.EXPORT_ENVS.append(variable)
 
