@@ -189,7 +189,11 @@ def test_the_hostfile_of_the_environment_is_the_one_that_is_used(monkeypatch, tm
         ({"num_gpus": 5}, None, "num_gpus: found 5, wanted at most 4, as many as are visible"),
         ({"num_nodes": 2}, None, "num_nodes: found 2, wanted a hostfile"),
         ({"num_gpus": 2}, "3", "num_gpus: found 2, wanted at most 1, as many as are visible"),
-        ({"include": "localhost:0"}, "1,2", "include, exclude: No slot '0' specified on host 'loc"),
+        (
+            {"include": "localhost:0"},
+            "1,2",
+            r"No slot '0' specified on host 'localhost' \(beside CUDA_VISIBLE_DEVICES=1,2\)",
+        ),
         ({"num_gpus": 1}, "2,2", "CUDA_VISIBLE_DEVICES: found '2,2', wanted different numbers"),
         ({"num_gpus": 1}, "GPU-8f3a", "CUDA_VISIBLE_DEVICES: found 'GPU-8f3a', wanted different"),
         ({"num_gpus": 1}, "MIG-8f3a", "CUDA_VISIBLE_DEVICES: found 'MIG-8f3a', wanted different"),

@@ -97,7 +97,12 @@ def test_a_port_that_is_taken_is_refused(environment, taken):
         (
             {"master_port": 6001, "deepspeed_mpi": True},
             {},
-            "master_port: found 6001, wanted 29500, which DeepSpeed takes under MPI",
+            "master_port: found 6001, wanted none, or 29500, DeepSpeed's port under MPI",
+        ),
+        (
+            {"master_addr": "node0", "deepspeed_mpi": True},
+            {},
+            "master_addr: found 'node0', wanted none under MPI",
         ),
     ],
 )

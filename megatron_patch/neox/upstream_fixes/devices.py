@@ -57,7 +57,8 @@ def choose_devices(args) -> dict[str, list[int]]:
             hosts = {host: list(range(number)) for host, number in slots.items()}
         chosen = runner.parse_resource_filter(hosts, include, exclude)
     except ValueError as error:
-        raise SettingsError(f"hostfile, include, exclude: {error}") from None
+        seen = "" if visible is None else f" (beside {_variable()}={os.environ[_variable()]})"
+        raise SettingsError(f"hostfile, include, exclude: {error}{seen}") from None
     chosen = dict(list(chosen.items())[: num_nodes or None])
     if num_gpus and (file is not None or others_place_ranks(args)):
         chosen = {host: list(range(num_gpus)) for host in chosen}

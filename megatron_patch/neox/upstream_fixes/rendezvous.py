@@ -11,12 +11,13 @@ from __future__ import annotations
 import os
 import secrets
 import socket
+from itertools import repeat
 
 from megatron_patch.architecture import SettingsError, refuse
 from megatron_patch.neox.upstream_fixes.devices import hostfile, others_place_ranks
 
 _PORTS = range(20_000, 32_000)  # below those that Linux gives to sockets without one
-_MPI_PORT = 29500  # deepspeed/constants.py; its ranks under MPI take no other
+_MPI_PORT = 29500  # deepspeed/constants.py
 
 
 def check_rank_variables(args) -> None:
@@ -45,15 +46,24 @@ def settle_port(args, is_given: bool) -> None:
         if not port.isdecimal() or not 0 < int(port) < 2**16:
             refuse("MASTER_PORT", port, "the number of a port")
         args.master_port = int(port)
-    if args.deepspeed_mpi and args.master_port != _MPI_PORT:
-        refuse("master_port", args.master_port, f"{_MPI_PORT}, which DeepSpeed takes under MPI")
+    if args.deepspeed_mpi:
+        _check_mpi(args)
     if hostfile(args) is not None or others_place_ranks(args):
         return  # the first rank may run on another host
     if not (is_given or port):
-        args.master_port = next(filter(_is_free, iter(lambda: secrets.choice(_PORTS), None)))
+        args.master_port = next(filter(_is_free, map(secrets.choice, repeat(_PORTS))))
     elif not _is_free(args.master_port):
         wanted = "a free port, or none: another process, such as a second run, listens there"
         refuse("master_port", args.master_port, wanted)
+
+
+def _check_mpi(args) -> None:
+    """Checks that nothing is said of port and address, which DeepSpeed chooses under MPI."""
+    if (port := args.master_port) != _MPI_PORT:
+        name = "MASTER_PORT" if "MASTER_PORT" in os.environ else "master_port"
+        refuse(name, port, f"none, or {_MPI_PORT}, DeepSpeed's port under MPI")
+    if address := args.master_addr:
+        refuse("master_addr", address, "none under MPI: DeepSpeed takes that of the first rank")
 
 
 def _is_free(port: int) -> bool:
