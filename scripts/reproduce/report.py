@@ -94,8 +94,8 @@ TABLES = (
     ),
     Table(
         mad.EXPERIMENT, "MAD (accuracy, %)", ("model", "task"),
-        note="A row is one setting of a task. The paper's numbers are scores, means over all "
-             "settings of a task (`--all`): "
+        note="A row is one setting of a task. We take the paper's numbers to be scores, which are "
+             "means over all settings of a task (`--all`): "
              + ", ".join(f"{task} {score}" for task, score in MAD_PAPER.items()) + ".",
     ),
     Table(
