@@ -19,6 +19,9 @@ from megatron_patch.hf.layers_metala import MetaLATokenMixer
 
 OURS = ("metala", "softmax", "hybrid", "window")
 MODELS = (*OURS, "gla", "mamba")
+# Whether LayerNorms are those of layer_norm.py on CUDA. To be switched on once
+# tests/gpu/test_layer_norm.py has passed on a GPU.
+FUSED_LAYER_NORM = False
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,15 @@ class NoMLP(nn.Module):
         return torch.zeros_like(x)
 
 
+def in_autocast_dtype(module: nn.Module, _: Any, output: torch.Tensor) -> torch.Tensor:
+    """Forward hook of a norm: casts its output once; autocast does it again for each linear that
+    reads it. The convolution, and the sum of these linears' gradients, then have that dtype too."""
+    device = output.device.type
+    if torch.is_autocast_enabled(device):
+        return output.to(torch.get_autocast_dtype(device))
+    return output
+
+
 def metala_config(name: str, sizes: Sizes, **others: Any) -> MetaLAConfig:
     """Returns the configuration of a model.
 
@@ -172,6 +184,16 @@ def build(name: str, sizes: Sizes, **others: Any) -> MetaLAModel:
             layer.token_mixer = Foreign(mixer)
             if name == "mamba" and not sizes.mlp_beside_mamba:
                 layer.channel_norm, layer.channel_mixer = nn.Identity(), NoMLP()
+    if FUSED_LAYER_NORM and torch.cuda.is_available():
+        from layer_norm import fuse
+
+        for module in model.modules():
+            if isinstance(module, nn.LayerNorm):
+                fuse(module)
+    if name in OURS:
+        for layer in model.layers:
+            layer.token_norm.register_forward_hook(in_autocast_dtype)
+            layer.channel_norm.register_forward_hook(in_autocast_dtype)
     return model
 
 
