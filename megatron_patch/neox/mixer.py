@@ -137,13 +137,14 @@ class ParallelMetaLAMixer(nn.Module):
         Xavier-uniform with gain 2**-2.5 for q and the gate logits. Its fans are those of the
         authors' separate matrices [HK, h]."""
         columns = self.key_width * self.num_heads * mpu.get_model_parallel_world_size()
+        key_width, value_width = self.key_width, self.value_width  # `in_proj` will hold `init`
 
         def init(weight: torch.Tensor) -> torch.Tensor:
             base(weight)
             hidden_size = weight.shape[1]
             bound = QUERY_GATE_GAIN * math.sqrt(6 / (hidden_size + columns))
-            by_head = weight.data.view(-1, 2 * (self.key_width + self.value_width), hidden_size)
-            by_head[:, : 2 * self.key_width].uniform_(-bound, bound)
+            by_head = weight.data.view(-1, 2 * (key_width + value_width), hidden_size)
+            by_head[:, : 2 * key_width].uniform_(-bound, bound)
             return weight
 
         return init

@@ -53,6 +53,7 @@ from megatron_patch.neox.upstream_fixes.processes import (
     end_with_launcher,
     name_rank,
 )
+from megatron_patch.neox.upstream_fixes.rendezvous import check_rank_variables, settle_port
 from megatron_patch.neox.upstream_fixes.resume import check_load, go_on_from_save
 from megatron_patch.neox.upstream_fixes.saving import hold_save
 from megatron_patch.neox.upstream_fixes.watchdog import watchdog_seconds
@@ -136,6 +137,8 @@ def _read_yaml_files() -> None:
         check_load(neox_args)  # before GPT-NeoX prints all settings
         if is_metala:
             watchdog_seconds()
+            if _is_launcher:
+                settle_port(neox_args, "master_port" in settings)
             hold_save(neox_args)
         return neox_args
 
@@ -165,6 +168,7 @@ def _check_settings() -> None:
             self.zero_optimization = dict(ZERO_DEFAULTS)
         if _is_launcher:
             check_launcher(self, count_ranks(self))
+            check_rank_variables(self)
             check_context_ranks(self)
         # GPT-NeoX asserts that grouped key heads stand beside attention layers alone. The settings
         # have passed stricter checks, so it does not see the number.
@@ -193,10 +197,14 @@ def _end_with_one_line() -> None:
             _is_launcher = finish is in_launcher
             if finish is in_rank:
                 name_rank()
+            else:
+                os.environ.pop("LOCAL_RANK", None)  # which would make this process a rank
             try:
                 neox_args = consume(cls, *args, **kwargs)
                 finish(neox_args)
             except SettingsError as error:
+                if finish is in_launcher:
+                    os.environ.pop("RANK", None)  # only the first rank would print the line
                 end_run(str(error))
             return neox_args
 

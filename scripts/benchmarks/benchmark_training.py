@@ -6,8 +6,7 @@
         --recompute nothing cheap most                                             # and memory
     python scripts/benchmarks/benchmark_training.py --micro-batch 1 --length 32768 --models metala
     python scripts/benchmarks/benchmark_training.py --gpus 2                       # data parallel
-    python scripts/benchmarks/benchmark_training.py --gpus 2 --tensor-parallel 2 --models metala
-    python scripts/benchmarks/benchmark_training.py --gpus 2 --context-parallel 2 --models metala
+    python scripts/benchmarks/benchmark_training.py --gpus 2 --tensor-parallel 2
 
 Prints, for each model: milliseconds of a step (mean, fastest and slowest interval), tokens per
 second of all GPUs, the memory that PyTorch reserved on the first GPU, and parameters. Then MetaLA's
@@ -115,6 +114,7 @@ def training_settings(options: argparse.Namespace) -> dict[str, Any]:
         raise SettingsError(f"{options.config}: found no {missing[0]}, wanted a model's settings")
     micro = options.micro_batch or given["train_micro_batch_size_per_gpu"]
     length = options.length or given["seq_length"]
+    ranks_of_a_sample = options.tensor_parallel * options.context_parallel
     return {
         **given,
         "seq_length": length,
@@ -127,7 +127,7 @@ def training_settings(options: argparse.Namespace) -> dict[str, Any]:
             **(given.get("metala") or {}),
             "context_parallel_size": options.context_parallel,
         },
-        "train_batch_size": micro * options.gpus // ranks_a_sample(options),
+        "train_batch_size": micro * options.gpus // ranks_of_a_sample,
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": 1,
         "train_iters": options.steps,
@@ -136,11 +136,6 @@ def training_settings(options: argparse.Namespace) -> dict[str, Any]:
         "split": "1,0,0",
         "use_wandb": False,
     }
-
-
-def ranks_a_sample(options: argparse.Namespace) -> int:
-    """Returns how many ranks share a sample."""
-    return options.tensor_parallel * options.context_parallel
 
 
 def with_attention(settings: dict[str, Any], kind: str) -> dict[str, Any]:
@@ -224,13 +219,19 @@ def measure_peer(model: str, settings: dict[str, Any], steps: int = 20) -> Measu
     )
 
 
+def need_linked_neox() -> Path:
+    """Returns the GPT-NeoX checkout. Raises an error if there is none that is linked."""
+    checkout = need_neox()
+    if MARK.encode() not in entry_point(checkout).read_bytes():
+        raise CommandError(f"link it first: scripts/link_neox.py {checkout}")
+    return checkout
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", type=existing_file, default=ROOT / "configs/metala_380m.yml")
     parser.add_argument("--gpus", type=whole(1), default=1, help="of this machine (default: 1)")
     parser.add_argument("--tensor-parallel", type=whole(1), default=1, help="ranks (default: 1)")
-    parser.add_argument("--sequence-parallel", action="store_true", help="with --tensor-parallel")
-    parser.add_argument("--context-parallel", type=whole(1), default=1, help="ranks (default: 1)")
     parser.add_argument("--micro-batch", type=whole(1), help="sequences (default: as in --config)")
     parser.add_argument("--length", type=whole(1), help="tokens (default: as in --config)")
     parser.add_argument("--steps", type=whole(2 * INTERVAL), default=40, help="default: 40")
@@ -248,24 +249,18 @@ def main(argv: list[str] | None = None) -> None:
         help=f"of {', '.join(LEVELS)} (default: as in --config)",
     )
     options = parser.parse_args(argv)
-    if options.gpus % ranks_a_sample(options):
-        parser.error(
-            f"--gpus: found {options.gpus}, wanted a multiple of --tensor-parallel times "
-            "--context-parallel"
-        )
+    options.context_parallel, options.sequence_parallel = 1, False
+    if options.gpus % options.tensor_parallel:
+        parser.error(f"--gpus: found {options.gpus}, wanted a multiple of --tensor-parallel")
     if torch.cuda.is_available() and options.gpus > torch.cuda.device_count():
         parser.error(f"--gpus: found {options.gpus}, wanted {torch.cuda.device_count()} or fewer")
     settings = training_settings(options)
-    checkout = need_neox()
-    if MARK.encode() not in entry_point(checkout).read_bytes():
-        raise CommandError(f"link it first: scripts/link_neox.py {checkout}")
+    checkout = need_linked_neox()
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     print(
         f"{options.gpus} x {device}, torch {torch.__version__}: {options.config.name}, "
-        f"tensor parallel {options.tensor_parallel}"
-        f"{', sequence parallel' if options.sequence_parallel else ''}, context parallel "
-        f"{options.context_parallel}, {settings['train_batch_size']} sequences of "
+        f"tensor parallel {options.tensor_parallel}, {settings['train_batch_size']} sequences of "
         f"{settings['seq_length']:,} tokens a step",
         flush=True,
     )

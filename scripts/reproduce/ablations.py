@@ -30,6 +30,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from experiment import Experiment, Settings
 from models import LanguageModel, Sizes, build
 from torch import nn
@@ -38,12 +39,7 @@ from training import Recipe, Result, Run, cross_entropy, made_of, train
 from megatron_patch.commands.command_line import CommandError, one_of, refuse, run_script
 from megatron_patch.hf.layers_metala import MetaLATokenMixer
 from megatron_patch.indexed_dataset import IndexedDataset, bin_path
-from megatron_patch.ops.torch_ops import (
-    augment_norm_gate,
-    chunk_fwd,
-    decay_and_key,
-    without_autocast,
-)
+from megatron_patch.ops.torch_ops import augment_norm_gate, decay_and_key, without_autocast
 
 VARIANTS = (
     "full", "no_augmentation", "no_convolution", "key_projection", "softmax", "hybrid",
@@ -58,11 +54,48 @@ TINY = dict(
 )  # fmt: skip
 HELD_OUT = 0.05  # of the text, its end
 MARGIN = 0.1  # nats that --tiny shall show between the two
+CHUNK_SIZE = 16
+
+
+def recurrence_with_keys(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """Returns o_t = scale S_t^T q_t, [B, T, H, V], of S_t = diag(exp(g_t)) S_{t-1} + k_t v_t^T.
+
+    Gated linear attention in chunks (arXiv 2312.06635), for any keys: MetaLA's kernels compute
+    their key from the decay. The state before a chunk is a sum over all earlier chunks, taken in
+    one product. Keys are divided by the decay since their chunk began, which is finite as long as
+    the log decays of a chunk sum to more than -80: with tau = 16, gate logits above -80.
+
+    Args:
+        q, k: [B, T, H, K].
+        v: [B, T, H, V].
+        g: [B, T, H, K], log decays.
+        scale: of the read-out.
+    """
+    tokens = q.shape[1]
+    chunks = -(-tokens // CHUNK_SIZE)
+    q, k, v, g = (  # [B, H, M chunks, C tokens, *]
+        F.pad(x, (0, 0, 0, 0, 0, chunks * CHUNK_SIZE - tokens))
+        .unflatten(1, (chunks, CHUNK_SIZE)).movedim(3, 1)
+        for x in (q, k, v, g)
+    )  # fmt: skip
+    g = g.cumsum(-2)
+    g_last = g[..., -1, :]
+    qg = scale * q * g.exp()
+    attention = (qg @ (k * (-g).exp()).mT).tril()
+    added = (k * (g_last[..., None, :] - g).exp()).mT @ v  # to the state, [B, H, M, K, V]
+    until = g_last.cumsum(-2)  # from the first token to a chunk's last, [B, H, M, K]
+    between = (until - g_last)[..., :, None, :] - until[..., None, :, :]
+    is_later = torch.ones(chunks, chunks, dtype=torch.bool, device=g.device).tril(-1)
+    between = between.masked_fill(~is_later[..., None], -torch.inf).exp()
+    h = torch.einsum("bhnmk,bhmkv->bhnkv", between, added)  # states before the chunks
+    o = attention @ v + qg @ h
+    return o.movedim(1, 3).flatten(1, 2)[:, :tokens]
 
 
 class KeyProjectionMixer(MetaLATokenMixer):
-    """MetaLA with a key projection. Its recurrence is chunked PyTorch in float32, because the
-    kernels compute the key themselves."""
+    """MetaLA with a key projection. Its recurrence is PyTorch in float32."""
 
     def __init__(self, config: Any):
         super().__init__(config)
@@ -83,7 +116,7 @@ class KeyProjectionMixer(MetaLATokenMixer):
         """Maps [B, T, H, *] to the layer's output [B, T, D]."""
         with without_autocast(q.device):
             g, _ = decay_and_key(gate_logits, self.tau)
-            o, _ = chunk_fwd(q, k, v, g, self.scale, None, False, None)
+            o = recurrence_with_keys(q, k, v, g, self.scale)
             aug = self.aug_balance.view(self.num_heads, -1)
             out = augment_norm_gate(o, q, k, v, aug, out_gate, None, self.norm_eps)
         return self.out_proj(out.flatten(2))

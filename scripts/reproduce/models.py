@@ -111,6 +111,15 @@ class NoMLP(nn.Module):
         return torch.zeros_like(x)
 
 
+def in_autocast_dtype(module: nn.Module, _: Any, output: torch.Tensor) -> torch.Tensor:
+    """Forward hook of a norm: casts its output once; autocast does it again for each linear that
+    reads it. The convolution, and the sum of these linears' gradients, then have that dtype too."""
+    device = output.device.type
+    if torch.is_autocast_enabled(device):
+        return output.to(torch.get_autocast_dtype(device))
+    return output
+
+
 def metala_config(name: str, sizes: Sizes, **others: Any) -> MetaLAConfig:
     """Returns the configuration of a model.
 
@@ -172,6 +181,10 @@ def build(name: str, sizes: Sizes, **others: Any) -> MetaLAModel:
             layer.token_mixer = Foreign(mixer)
             if name == "mamba" and not sizes.mlp_beside_mamba:
                 layer.channel_norm, layer.channel_mixer = nn.Identity(), NoMLP()
+    if name in OURS:
+        for layer in model.layers:
+            layer.token_norm.register_forward_hook(in_autocast_dtype)
+            layer.channel_norm.register_forward_hook(in_autocast_dtype)
     return model
 
 

@@ -7,15 +7,16 @@
 A row holds the runs that differ in seed and in what was searched (learning rate, weight decay)
 alone. Of each seed the best run counts, as in the paper. A row says what differs from the paper's
 or our usual settings. Of a run that time cut off the last line counts, where no line says that it
-ended; the row then says after how many steps its number was taken. Without matplotlib there are no
-pictures.
+ended; the row then says after how many steps its number was taken. MAD's score of a task is the
+mean over all settings of the task, and has a row once they are all there. Without matplotlib there
+are no pictures.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import statistics
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -45,6 +46,7 @@ class Table:
         rows: settings that name a row.
         paper: the paper's numbers, by the values of `rows`.
         curve: what a picture of the runs' curves shows; empty for no picture.
+        note: a sentence under the title.
     """
 
     experiment: Experiment
@@ -52,6 +54,7 @@ class Table:
     rows: tuple[str, ...]
     paper: dict[tuple, str] = field(default_factory=dict)
     curve: str = ""
+    note: str = ""
 
     @property
     def measure(self) -> str:
@@ -59,9 +62,9 @@ class Table:
         return self.experiment.measure
 
     @property
-    def best(self) -> Callable[[Iterable[float]], float]:
-        """Picks the best number."""
-        return max if self.measure == "accuracy" else min
+    def sign(self) -> int:
+        """1 where more is better, else -1."""
+        return 1 if self.measure == "accuracy" else -1
 
     def unusual(self, case: Settings) -> list[str]:
         """Returns the settings of a run that are not the usual ones of its model and task."""
@@ -77,9 +80,11 @@ class Table:
         return f"{100 * value:.1f}" if self.measure == "accuracy" else f"{value:.4f}"
 
 
+# MetaLA's score of each task, and the averages over tasks, by which the paper compares models.
 MAD_PAPER = dict(
     zip(mad.TASKS, ("45.55", "15.18", "99.87", "85.83", "99.73", "97.71"), strict=True)
 )
+MAD_AVERAGES = {"metala": "73.98", "mamba": "67.27", "gla": "63.33"}
 TABLES = (
     Table(
         mqar.EXPERIMENT, "Multi-query associative recall (accuracy, %)", ("model", "width"),
@@ -89,24 +94,29 @@ TABLES = (
     ),
     Table(
         mad.EXPERIMENT, "MAD (accuracy, %)", ("model", "task"),
-        {("metala", task): number for task, number in MAD_PAPER.items()},
+        note="A row is one setting of a task. We take the paper's numbers to be scores, which are "
+             "means over all settings of a task (`--all`): "
+             + ", ".join(f"{task} {score}" for task, score in MAD_PAPER.items()) + ".",
     ),
     Table(
         lra.EXPERIMENT, "Long Range Arena (accuracy, %)", ("task", "model"),
         {("listops", "metala"): "59.34", ("listops", "mamba"): "38.02"},
+        "accuracy, %",
     ),
     Table(
-        needle.EXPERIMENT, "A needle in a haystack, at the longest length (accuracy, %)",
-        ("model",),
+        needle.EXPERIMENT, "A needle in a haystack (accuracy, %, by length in tokens)",
+        ("model",), curve="accuracy, %",
     ),
     Table(images.EXPERIMENT, "Pictures (accuracy, %)", ("model", "data")),
     Table(
         ablations.EXPERIMENT, "Ablations (loss on held-out text)", ("variant",),
-        curve="validation loss (nats a token)",
+        {("full",): "42.52", ("no_augmentation",): "42.16", ("no_convolution",): "38.51",
+         ("key_projection",): "40.80"},
+        "validation loss (nats a token)",
+        "Less loss is better. The paper's numbers are mean scores on commonsense tasks, of which "
+        "more is better.",
     ),
 )  # fmt: skip
-# The paper's averages over tasks, which is what it compares models by.
-MAD_AVERAGES = {"metala": "73.98", "mamba": "67.27", "gla": "63.33"}
 
 
 @dataclass(frozen=True)
@@ -114,16 +124,16 @@ class Row:
     """A row of a table.
 
     Attributes:
-        name: the values of `Experiment.rows`.
-        unusual: what differs from the usual settings.
-        values: the best number of each seed, by seed.
-        runs: all runs of the row that ended.
+        name: the values of `Table.rows`.
+        unusual: what differs from the usual settings, and how far runs that did not end have come.
+        winners: the run with the best number of each seed.
+        runs: all runs of the row that ended, or where none has ended, all.
         best: the run with the best number.
     """
 
     name: tuple
     unusual: str
-    values: dict[int, float]
+    winners: list[Result]
     runs: list[Result]
     best: Result
 
@@ -136,8 +146,7 @@ def rows_of(table: Table, runs: list[Result]) -> list[Row]:
         runs_by_case[json.dumps(run["settings"], sort_keys=True)] = run
     groups: dict[str, list[Result]] = {}
     for run in runs_by_case.values():
-        same = {k: v for k, v in run["settings"].items() if k not in (*SEARCHED, "seed")}
-        groups.setdefault(json.dumps(same, sort_keys=True), []).append(run)
+        groups.setdefault(_setting(run["settings"]), []).append(run)
     rows = []
     for group in groups.values():
         group = [run for run in group if not run.get("partial")] or group
@@ -147,44 +156,45 @@ def rows_of(table: Table, runs: list[Result]) -> list[Row]:
         case = known[0]["settings"]
         unusual = table.unusual(case)
         if known[0].get("partial"):
-            unusual.append(f"not finished: after {', '.join(map(_progress, known))}")
-        values: dict[int, float] = {}
-        for run in known:
-            seed, value = run["settings"].get("seed", 0), run[table.measure]
-            values[seed] = table.best((value, values.get(seed, value)))
-        best = table.best(values.values())
-        winner = next(run for run in known if run[table.measure] == best)
+            unusual.append(f"not finished: after {_progress(known)}")
+        by_value = sorted(known, key=lambda run: run[table.measure] * table.sign)
+        winners = {run["settings"].get("seed", 0): run for run in by_value}  # the last, the best
         name = tuple(case[name] for name in table.rows)
-        rows.append(Row(name, ", ".join(unusual), values, group, winner))
+        rows.append(Row(name, ", ".join(unusual), list(winners.values()), group, by_value[-1]))
     return sorted(rows, key=lambda row: (tuple(map(str, row.name)), row.unusual))
 
 
-def _progress(run: Result) -> str:
-    """Returns how far a run that was cut off has come."""
-    epochs = run["settings"].get("epochs")
-    if epochs is not None:
-        return f"{len(run['losses'])} of {epochs} epochs"
-    return f"{run['steps']:,} of {run['settings'].get('steps', '?'):,} steps"
+def _progress(runs: list[Result]) -> str:
+    """Returns how far runs of equal length, which were cut off, have come."""
+    settings = runs[0]["settings"]
+    unit = "epochs" if "epochs" in settings else "steps"
+    done = [len(run["losses"]) if unit == "epochs" else run["steps"] for run in runs]
+    told = " to ".join(f"{count:,}" for count in sorted({min(done), max(done)}))
+    return f"{told} of {settings[unit]:,} {unit}"
 
 
 def table_of(table: Table, rows: list[Row]) -> list[str]:
     """Returns the lines of a table, and of where its numbers come from."""
-    head = [*table.rows, "here", "paper", "parameters", "best learning rate", "seeds, runs",
-            "not as usual"]  # fmt: skip
-    lines = [f"### {table.title}", "", "| " + " | ".join(head) + " |"]
-    lines.append("|" + "---|" * len(head))
+    scores = _mad_scores(rows) if table.experiment is mad.EXPERIMENT else []
+    has_paper = bool(table.paper or scores)
+    lengths = list(rows[0].best.get("accuracies", ()))
+    head = [*table.rows, *([f"{int(length):,}" for length in lengths] or ["here"]),
+            *(["paper"] if has_paper else []),
+            "parameters", "best learning rate", "seeds, runs", "not as usual"]  # fmt: skip
+    lines = [f"### {table.title}", "", *([table.note, ""] if table.note else []),
+             "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]  # fmt: skip
     for row in rows:
-        values = list(row.values.values())
-        here = table.told(statistics.mean(values))
-        if len(values) > 1:
-            here += f" ± {table.told(statistics.stdev(values))}"
-        cells = [*row.name, here, table.paper.get(row.name, ""),
+        numbers = [_spread(table, [run["accuracies"].get(length, math.nan) for run in row.winners])
+                   for length in lengths]  # fmt: skip
+        numbers = numbers or [_spread(table, [run[table.measure] for run in row.winners])]
+        cells = [*row.name, *numbers,
+                 *([table.paper.get(row.name, "")] if has_paper else []),
                  f"{row.best['parameters']:,}", row.best["settings"].get("lr", ""),
-                 f"{len(values)}, {len(row.runs)}", row.unusual]  # fmt: skip
+                 f"{len(row.winners)}, {len(row.runs)}", row.unusual]  # fmt: skip
         lines.append("| " + " | ".join(map(str, cells)) + " |")
-    if table.experiment is mad.EXPERIMENT:
-        lines += _mad_averages(rows)
-    lines += ["", "Mean ± standard deviation over seeds.", ""]
+    lines += [*scores, ""]
+    if any(len(row.winners) > 1 for row in rows):
+        lines += ["Mean ± standard deviation over seeds.", ""]
     sources = {run["command"]: run for row in rows for run in row.runs}
     for command, run in sources.items():
         facts = ", ".join(run[name] for name in ("card", "date", "commit"))
@@ -192,37 +202,75 @@ def table_of(table: Table, rows: list[Row]) -> list[str]:
     return [*lines, ""]
 
 
-def _mad_averages(rows: list[Row]) -> list[str]:
-    """Returns a row for each model that has all six tasks in the usual settings."""
+def _spread(table: Table, values: list[float]) -> str:
+    """Returns the mean over seeds, and where there are several their standard deviation."""
+    here = table.told(statistics.mean(values))
+    return f"{here} ± {table.told(statistics.stdev(values))}" if len(values) > 1 else here
+
+
+def _mad_scores(rows: list[Row]) -> list[str]:
+    """Returns a row for each task of which all settings are there, and for each model of which all
+    tasks are."""
+    means: dict[str, dict[str, tuple[float, int]]] = {}  # by model and task
+    for model, task in dict.fromkeys(row.name for row in rows):
+        chosen = mad.PAPER | dict(model=[model], task=[task], all=True)
+        wanted = {_setting(case) for case in mad.EXPERIMENT.cases(chosen)}
+        found = {_setting(row.best["settings"]): statistics.mean(x["accuracy"] for x in row.winners)
+                 for row in rows if row.name == (model, task) and not row.best.get("partial")
+                 }  # fmt: skip
+        if wanted <= set(found):
+            mean = statistics.mean(found[setting] for setting in wanted)
+            means.setdefault(model, {})[task] = mean, len(wanted)
     lines = []
-    for model in dict.fromkeys(row.name[0] for row in rows):
-        values = {row.name[1]: statistics.mean(row.values.values())
-                  for row in rows if row.name[0] == model and not row.unusual}  # fmt: skip
-        if len(values) == len(mad.TASKS):
-            mean = 100 * statistics.mean(values.values())
-            lines.append(
-                f"| {model} | average | {mean:.2f} | {MAD_AVERAGES.get(model, '')} | | | | |"
-            )
+    for model, tasks in means.items():
+        for task, (mean, count) in tasks.items():
+            paper = MAD_PAPER[task] if model == "metala" else ""
+            name = f"{task}, mean of {count} settings"
+            lines.append(f"| {model} | {name} | {100 * mean:.2f} | {paper} | | | | |")
+        if len(tasks) == len(mad.TASKS):
+            mean = 100 * statistics.mean(mean for mean, _ in tasks.values())
+            paper = MAD_AVERAGES.get(model, "")
+            lines.append(f"| {model} | mean of these | {mean:.2f} | {paper} | | | | |")
     return lines
 
 
+def _setting(case: Settings) -> str:
+    """Returns the settings but for seed and what was searched."""
+    kept = {name: value for name, value in case.items() if name not in (*SEARCHED, "seed")}
+    return json.dumps(kept, sort_keys=True)
+
+
 def draw(path: Path, table: Table, rows: list[Row]) -> None:
-    """Draws the curve of each row's best run."""
+    """Draws the curve of each row's best run: over the steps, or over the length of the test."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    is_accuracy = table.measure == "accuracy"
+    over = "steps"
     for row in rows:
-        curve = [100 * value if is_accuracy else value for value in row.best["curve"]]
-        name = ", ".join(map(str, row.name)) + (f" ({row.unusual})" if row.unusual else "")
-        axes.plot(row.best["at"][: len(curve)], curve, label=name)
+        by_length = row.best.get("accuracies")
+        if by_length:
+            at, curve, over = list(map(int, by_length)), list(by_length.values()), "tokens"
+        else:
+            curve = row.best["curve"]
+            at = row.best["at"][: len(curve)]
+        if table.measure == "accuracy":
+            curve = [100 * value for value in curve]
+        name = f"{', '.join(map(str, row.name))}: {table.told(row.best[table.measure])}"
+        label = f"{name} ({row.unusual})" if row.unusual else name
+        axes.plot(at, curve, label=label, marker="o" if over == "tokens" else None)
+    if over == "tokens":
+        axes.set_xscale("log", base=2)
+    elif table.measure != "accuracy":  # the ends of loss curves lie close together
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.yaxis.set_minor_formatter("{x:g}")
     numbers = {name: told for name, told in table.paper.items() if told.replace(".", "").isdigit()}
-    for name in {row.name for row in rows} & set(numbers):
+    for name in {row.name for row in rows} & set(numbers) if table.measure == "accuracy" else ():
         axes.axhline(float(numbers[name]), color="grey", linestyle=":")
         told = f"paper, {', '.join(map(str, name))}"
-        axes.annotate(told, (1, float(numbers[name])), color="grey", va="bottom")
-    axes.set(xlabel="steps", ylabel=table.curve, title=table.title)
+        axes.annotate(told, (at[0], float(numbers[name])), color="grey", va="bottom")
+    axes.set(xlabel=over, ylabel=table.curve, title=table.title)
     axes.legend()
     figure.savefig(path, dpi=120)
 

@@ -1,12 +1,15 @@
 """CPU mode needs gloo and no CUDA device, and changes nothing otherwise."""
 
+import os
 from types import SimpleNamespace
 
 import pytest
 import torch
+from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
 from megatron_patch.architecture import SettingsError
-from megatron_patch.neox.upstream_fixes.cpu_mode import activate_cpu_mode
+from megatron_patch.neox.upstream_fixes import cpu_mode
+from megatron_patch.neox.upstream_fixes.cpu_mode import activate_cpu_mode, runs_on_cpu
 from tests.neox.training import stand_in
 
 
@@ -36,3 +39,21 @@ def test_fp16_is_refused(monkeypatch, half):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SettingsError, match="precision: found fp16, wanted fp32 or bfloat16"):
         activate_cpu_mode(settings(**half))
+
+
+def test_hidden_gpus_stay_hidden_from_the_ranks(monkeypatch):
+    """On a machine with GPUs: DeepSpeed's launcher names devices for its ranks."""
+    environment = {"CUDA_VISIBLE_DEVICES": ""}
+    monkeypatch.setattr(os, "environ", environment)
+    for name in ("_redirect_cuda", "_avoid_compiled_ops"):
+        monkeypatch.setattr(cpu_mode, name, lambda: None)
+    is_visible = lambda: environment.get("CUDA_VISIBLE_DEVICES") != ""  # noqa: E731
+    monkeypatch.setattr(torch.cuda, "is_available", is_visible)
+
+    activate_cpu_mode(settings())
+    CPU_Accelerator().set_visible_devices_envs(environment, [0])
+    environment |= {"LOCAL_RANK": "0"}
+    assert torch.cuda.is_available()
+    activate_cpu_mode(settings())
+    assert runs_on_cpu(settings()) and not torch.cuda.is_available()
+    assert not runs_on_cpu(settings(distributed_backend="nccl"))

@@ -206,6 +206,8 @@ def test_boundaries_reach_every_rank(
     assert run.validation_losses
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, found none")
 def test_captured_layers_train_alike(neox_checkout, short_documents, tokenizer_file, tmp_path):
     """On one GPU, with other numbers of documents in each micro-batch."""
     from tests.neox.test_gpus import MODEL, PRECISIONS

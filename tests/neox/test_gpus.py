@@ -3,6 +3,7 @@ layouts against one GPU, and what was trained against Hugging Face on the second
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +113,22 @@ def train_from_the_same_weights(
     return train(checkout, {**config, **start, **saved}, folder)
 
 
+def test_a_run_takes_the_gpu_that_is_visible(neox_checkout, token_data, tokenizer_file, tmp_path):
+    changes = {**MODEL, **PRECISIONS["float32"], "num_gpus": 1, "train_iters": 2}
+    config = settings(token_data, tokenizer_file, **changes)
+    run = train(neox_checkout, config, tmp_path, CUDA_VISIBLE_DEVICES="1")
+    assert "Setting CUDA_VISIBLE_DEVICES=1\n" in run.output
+    assert sorted(run.losses) == [1, 2]
+
+
+def test_a_run_on_the_cpu_takes_no_gpu(neox_checkout, token_data, tokenizer_file, tmp_path):
+    """Where all GPUs are hidden, as in every test with gloo."""
+    config = settings(token_data, tokenizer_file, num_gpus=2, train_iters=2)
+    run = train(neox_checkout, config, tmp_path, python=sys.executable)
+    assert run.output.count("running on the CPU") == 2  # the launcher's line and rank 0's
+    assert sorted(run.losses) == [1, 2]
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_two_gpus_train_as_one(
     neox_checkout, token_data, tokenizer_file, precision, one_gpu, tmp_path, layout
@@ -123,7 +140,6 @@ def test_two_gpus_train_as_one(
     first, later = TOLERANCES[precision]
     assert_losses_are_near(two.losses, run.losses, first, later)
     assert_losses_are_near(two.validation_losses, run.validation_losses, 0.0, later)
-    export(neox_checkout, tmp_path / "checkpoints", tmp_path / "hf", "--verify")
 
 
 @pytest.mark.parametrize("layout", ["sequence parallel", "context parallel"])

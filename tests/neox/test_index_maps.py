@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from megatron_patch.architecture import SettingsError
 from megatron_patch.indexed_dataset import IndexedDatasetWriter
+from megatron_patch.neox.upstream_fixes.data import _check_some_fit
 from tests.neox.training import settings
 
 DOCUMENTS = 40
@@ -143,3 +146,51 @@ def test_an_epoch_of_several_data_sets_is_each_sample_once(in_neox, tokenizer_fi
     assert number > 60 and are_all
     few = [place for place, i in enumerate(datasets) if i == 1]
     assert np.ptp(np.diff(few)) <= 1  # evenly spread
+
+
+FAILING = """
+from megatron.data.data_utils import build_train_valid_test_data_loaders
+from megatron_patch.architecture import SettingsError
+try:
+    build_train_valid_test_data_loaders(neox_args)
+except SettingsError as error:
+    answer(str(error))
+"""
+
+
+@pytest.mark.parametrize("packing", ["unpacked", "pack_until_overflow"])
+def test_a_data_set_without_labels_is_refused(in_neox, tokenizer_file, tmp_path, packing):
+    """GPT-NeoX would look for a document for ever."""
+    text, labels = f"{tmp_path}/text", f"{tmp_path}/label"
+    write(text, seed=0)
+    write_labels(labels, 0, left_out=range(1, DOCUMENTS + 1))
+    config = settings(None, tokenizer_file, data_path=None, pack_impl=packing)
+    for part in PARTS:
+        config |= {f"{part}_data_paths": [text], f"{part}_label_data_paths": [labels]}
+    found = in_neox(config, FAILING)
+    assert found == f"{text}: found no document that has labels and fits a sample"
+
+
+@pytest.mark.parametrize(
+    ("sizes", "labels", "is_found"),
+    [
+        ([(3, 3), (9, 3)], [(1, -100), (1, 1)], False),  # no label; too long
+        ([(3, 3), (3, 3)], [(1, -100), (1, 1)], True),
+        ([(3, 9), (3, 9)], [(1, 1), (1, 1)], False),
+    ],
+)
+def test_both_documents_of_a_pair_must_do(sizes, labels, is_found):
+    values = {"documents": range(2), "seq_length": 4, "allow_chopped": False}
+    for sign, found, label in zip(
+        ("pos", "neg"), zip(*sizes, strict=True), zip(*labels, strict=True), strict=True
+    ):
+        data = [np.full(n, x) for n, x in zip(found, label, strict=True)]
+        values |= {
+            f"{sign}_sizes": found,
+            f"{sign}_label_dataset": SimpleNamespace(get=data.__getitem__),
+        }
+    if is_found:
+        _check_some_fit(values, "pairs")
+        return
+    with pytest.raises(SettingsError, match="pairs: found no document"):
+        _check_some_fit(values, "pairs")

@@ -297,6 +297,22 @@ def test_each_model_of_a_process_has_its_own_attention_mask(in_neox, config):
     assert in_neox(config, code) == [unread, read] * 2
 
 
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_a_model_without_a_pipeline_is_in_memory_once(in_neox, config, is_tied):
+    """GPT-NeoX makes it from a pipeline, whose layers it builds anew. The pipeline's go at once."""
+    code = """
+    import gc
+    from megatron.training import get_model
+    gc.collect()
+    gc.disable()
+    model = get_model(neox_args)
+    alive = [x for x in gc.get_objects() if isinstance(x, torch.nn.Parameter)]
+    answer([len(alive), len(list(model.parameters()))])
+    """
+    alive, parameters = in_neox(config | {"no_weight_tying": not is_tied}, code)
+    assert alive == parameters == 2 * 7 + 2 - is_tied
+
+
 @pytest.mark.parametrize("expand_k", [0.5, 1.0])
 def test_authors_initialisation(in_neox, config, expand_k):
     """Linears normal(0.02); q and gate logits Xavier-uniform with gain 2**-2.5 over their matrix,

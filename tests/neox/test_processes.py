@@ -157,12 +157,13 @@ def test_slurm_starts_one_rank_a_node(neox_checkout, config, tmp_path):
         "launcher": "slurm",
         "deepspeed_slurm": True,
         "no_ssh_check": True,
+        "master_port": free_port(),
     }
     del config["num_gpus"]
     environment = {
         "PATH": f"{programs}:{os.environ['PATH']}",
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
+        "MASTER_PORT": str(config["master_port"]),
         "SLURM_PROCID": "0",
         "SLURM_LOCALID": "0",
         "SLURM_NTASKS": "2",

@@ -118,7 +118,7 @@ def start(
         environment["CUDA_VISIBLE_DEVICES"] = ""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{Path(program).stem}.yml"
-    file.write_text(yaml.safe_dump({**config, "master_port": free_port()}))
+    file.write_text(yaml.safe_dump({"master_port": free_port(), **config}))
     return subprocess.Popen(
         [python, "./deepy.py", program, str(file)],
         cwd=checkout,

@@ -36,6 +36,28 @@ def test_the_mixer_with_a_key_projection_is_metala_for_metalas_keys(monkeypatch)
     assert torch.allclose(found, wanted, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("tokens", [1, 16, 55])
+def test_the_recurrence_with_keys_is_the_recurrence(tokens):
+    """Token by token in float64, with gates that forget at once and others that keep all."""
+    torch.manual_seed(0)
+    q, k, gates = (torch.randn(2, tokens, 3, 4, dtype=torch.float64) for _ in range(3))
+    v = torch.randn(2, tokens, 3, 5, dtype=torch.float64)
+    g = torch.nn.functional.logsigmoid(20 * gates) / 16
+    inputs = [x.requires_grad_() for x in (q, k, v, g.detach())]
+    found = ablations.recurrence_with_keys(*inputs, 0.5)
+    q, k, v, g = inputs
+    state, outputs = torch.zeros(2, 3, 4, 5, dtype=torch.float64), []
+    for t in range(tokens):
+        state = g[:, t].exp()[..., None] * state + k[:, t][..., None] * v[:, t][..., None, :]
+        outputs.append(0.5 * torch.einsum("bhk,bhkv->bhv", q[:, t], state))
+    wanted = torch.stack(outputs, 1)
+    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
+    weights = torch.randn_like(wanted)
+    for a, b in zip(*(torch.autograd.grad((x * weights).sum(), inputs) for x in (found, wanted)),
+                    strict=True):  # fmt: skip
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
 def test_what_variants_have():
     def has(variant: str, part: str) -> list[bool]:
         return [getattr(layer.token_mixer, part, None) is not None

@@ -107,15 +107,20 @@ def test_copy_repeats_what_stood_between_blanks():
 
 
 def test_accuracy_is_the_mean_over_tokens():
-    """By hand: token 0 twice, one of them right; token 1 once, right; 2 said but not there."""
+    """By hand, in batches of one. The first: token 0 twice, one of them right; token 1 once, right;
+    2 said but not there. The second: 3 alone, right."""
 
     class Says(nn.Module):
         def forward(self, tokens, positions):
             return nn.functional.one_hot(tokens.gather(1, positions), 4).float()
 
-    labels = torch.tensor([[0, 0, 1, IGNORED]])
-    data = Data((torch.tensor([[0, 2, 1, 3]]), torch.arange(4)[None]), labels)
-    assert mad.macro_accuracy(Says(), data, 1, 4) == pytest.approx((0.5 + 1 + 0) / 3)
+    labels = torch.tensor([[0, 0, 1, IGNORED], [3, IGNORED, IGNORED, IGNORED]])
+    tokens = torch.tensor([[0, 2, 1, 3], [3, 0, 0, 0]])
+    data = Data((tokens, torch.arange(4).expand(2, 4)), labels)
+    wanted = ((0.5 + 1 + 0) / 3 + 1) / 2
+    assert mad.macro_accuracy(Says(), data, 1, 4) == pytest.approx(wanted)
+    together = (0.5 + 1 + 0 + 1) / 4
+    assert mad.macro_accuracy(Says(), data, 2, 4) == pytest.approx(together)
 
 
 def test_the_decoder_reads_the_last_hidden_state_alone():

@@ -6,11 +6,13 @@ import ablations
 import images
 import lra
 import mad
+import models
 import mqar
 import needle
 import pytest
 import torch
 from models import MODELS, LanguageModel, Sizes, build
+from training import cross_entropy
 
 from megatron_patch.commands.command_line import CommandError
 
@@ -40,6 +42,41 @@ def test_each_experiment_trains_each_model(experiment, command, monkeypatch):
     for run in runs:
         assert run["steps"] == 2 and run["losses"][-1] > 0 and run["parameters"] > 1000
         assert not run.get("diverged") and not run.get("partial")
+
+
+@pytest.mark.parametrize("name", ["metala", "softmax", "hybrid"])
+def test_mixers_read_the_dtype_of_autocast(name, monkeypatch):
+    """The gradients are as near to those in float32 as autocast alone brings them."""
+    tokens = torch.randint(20, (4, 64))
+
+    def gradients(is_cast: bool, bfloat16: bool) -> torch.Tensor:
+        with monkeypatch.context() as patch:
+            if not is_cast:
+                patch.setattr(models, "in_autocast_dtype", lambda *_: None)
+            torch.manual_seed(0)
+            model = LanguageModel(build(name, Sizes(vocabulary=20, width=32, layers=2)))
+        dtypes = []
+        for layer in model.body.layers:
+            for mixer in (layer.token_mixer, layer.channel_mixer):
+                mixer.register_forward_pre_hook(lambda _, args: dtypes.append(args[0].dtype))
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            hidden = model.hidden(tokens)
+            loss = cross_entropy(model.head(hidden)[:, :-1], tokens[:, 1:])
+        loss.backward()
+        assert set(dtypes) == {torch.bfloat16 if is_cast and bfloat16 else torch.float32}
+        assert hidden.dtype == torch.float32  # the residual stream stays as it is
+        return torch.cat([weight.grad.flatten() for weight in model.parameters()])
+
+    wanted = gradients(True, False)
+    assert torch.equal(wanted, gradients(False, False))
+    found, plain = ((gradients(x, True) - wanted).norm() for x in (True, False))
+    assert 0 < found < 1.3 * plain
+
+
+def test_a_window_is_one_under_autocast():
+    model = LanguageModel(build("window", Sizes(vocabulary=20, width=32)))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(torch.randint(20, (1, 12))).isfinite().all()
 
 
 @pytest.mark.parametrize("name", HERE)

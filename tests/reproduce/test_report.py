@@ -8,6 +8,7 @@ from pathlib import Path
 
 import mad
 import mqar
+import needle
 import pytest
 import report
 
@@ -28,11 +29,6 @@ def recall(width: int, rate: float, seed: int, accuracy: float | None, **others)
         model="metala", width=width, lr=rate, seed=seed, epochs=epochs, kernel_size=kernel_size
     )
     return run_of(case | chosen, accuracy, **others)
-
-
-def copying(task: str, accuracy: float) -> dict:
-    case = mad.EXPERIMENT.cases(mad.PAPER | dict(task=[task]))[0]
-    return run_of(case, accuracy)
 
 
 @pytest.fixture
@@ -78,18 +74,60 @@ def test_what_is_unusual_or_unfinished_is_told(write):
         recall(128, 1e-3, 0, 0.40, partial=True, losses=[2.0, 1.0]),  # the same run, gone on
     ]
     text = write(EMPTY, mqar=runs)
+    assert "±" not in text
     assert "| metala | 64 | 30.0 | 28.5 | 1,234 | 0.001 | 1, 1 |  |" in text
     assert "| metala | 64 | 50.0 | 28.5 | 1,234 | 0.001 | 1, 1 | epochs 8 |" in text
     assert "| metala | 64 | 5.0 | 28.5 | 1,234 | 0.001 | 1, 1 | kernel_size 1 |" in text
     assert "| 40.0 | 90.4 | 1,234 | 0.001 | 1, 1 | not finished: after 2 of 64 epochs |" in text
 
 
-def test_mad_has_an_average_once_all_tasks_are_there(write):
-    runs = [copying(task, 0.5 + index / 10) for index, task in enumerate(mad.TASKS)]
-    assert "average" not in write(EMPTY, mad=runs[:-1])
+def test_how_far_several_runs_have_come_is_told_once(write):
+    rates = {1e-4: [1.0], 1e-3: [1.0, 0.5, 0.2], 1e-2: [1.0, 0.5]}
+    runs = [recall(128, rate, 0, 0.1, partial=True, losses=x) for rate, x in rates.items()]
+    text = write(EMPTY, mqar=runs)
+    assert "| 1, 3 | not finished: after 1 to 3 of 64 epochs |" in text
+    # Runs of several commands: each of them is named.
+    runs[0]["command"] = "python mqar.py --lr 1e-4"
+    text = write(EMPTY, mqar=runs)
+    assert text.count("- `python mqar.py`") == text.count("- `python mqar.py --lr 1e-4`") == 1
+
+
+def test_a_score_of_mad_is_the_mean_over_all_settings(write):
+    """The setting with the number i has an accuracy of i / 100 in its best run."""
+    cases = mad.EXPERIMENT.cases(mad.PAPER | dict(task=["compression"], lr=[1e-3], all=True))
+    runs = [run_of(case, index * 0.005 * (1 + case["decay"] * 10), curve=[])
+            for index, case in enumerate(cases)]  # fmt: skip
+    wanted = sum(0.01 * index for index in range(11, 22)) / 11  # the second decay's
     text = write(EMPTY, mad=runs)
-    assert "| metala | average | 75.00 | 73.98 | | | | |" in text
-    assert "| metala | copy | 100.0 | 97.71 |" in text
+    assert f"| metala | compression, mean of 11 settings | {100 * wanted:.2f} | 45.55 |" in text
+    assert "| 11.0 |  | 1,234 | 0.001 | 1, 2 |  |" in text
+    unfinished = [*runs[:-1], run_of(cases[-1], 0.2, partial=True)]
+    assert "mean of" not in write(EMPTY, mad=[*unfinished[:10], *unfinished[11:]])
+
+
+def test_mad_has_an_average_once_all_tasks_are_there(write):
+    runs = [
+        run_of(case, 0.5 + index / 10)
+        for index, task in enumerate(mad.TASKS)
+        for case in mad.EXPERIMENT.cases(
+            mad.PAPER | dict(task=[task], lr=[1e-3], decay=[0.0], all=True)
+        )
+    ]
+    assert "mean of these" not in write(EMPTY, mad=runs[:-1])
+    text = write(EMPTY, mad=runs)
+    assert "| metala | mean of these | 75.00 | 73.98 |" in text
+    assert "| metala | copy, mean of 13 settings | 100.00 | 97.71 |" in text
+
+
+def test_needles_are_told_by_length(write):
+    case = needle.EXPERIMENT.cases(needle.USUAL)[0]
+    found = [{"1024": 1.0, "65536": 0.2}, {"1024": 0.9, "65536": 0.4}]
+    runs = [
+        run_of(case | dict(seed=seed), x["65536"], accuracies=x) for seed, x in enumerate(found)
+    ]
+    text = write(EMPTY, needle=runs)
+    assert "| model | 1,024 | 65,536 | parameters |" in text
+    assert "| metala | 95.0 ± 7.1 | 30.0 ± 14.1 | 1,234 | 0.001 | 2, 2 |  |" in text
 
 
 def test_every_experiment_has_usual_settings():

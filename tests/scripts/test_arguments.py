@@ -109,6 +109,8 @@ CASES = [
     ("benchmark_generate.py", "--device cuda:99", "--device: found cuda:99, wanted a device"),
     ("benchmark_generate.py", "--device meta", "--device: found meta, wanted a device"),
     ("benchmark_generate.py", "--decoding-graph x", "--decoding-graph: found x, wanted one of"),
+    ("benchmark_parallel.py", "--gpus 99", "--gpus: found [0-9]+ GPUs on this machine, wanted 99"),
+    ("benchmark_parallel.py", "--gpus 1", "--gpus: found 1, wanted a whole number from 2"),
     ("benchmark_lengths.py", "x.json --lengths 0", "--lengths: found 0, wanted a whole"),
     ("benchmark_training.py", "--config no.yml", f"--config: found no.yml, {NO_FILE}"),
     ("benchmark_training.py", "--config folder", "--config: found the folder folder, wanted"),

@@ -6,7 +6,8 @@ runs with MetaLA layers only, except where the repaired function knows no run (`
 logits in `generation.py`).
 
 The modules also hold the checks that the plugin calls itself: `resume.py` before a checkpoint is
-loaded, `saving.py` for the folder, `processes.py` for launchers and ranks.
+loaded, `saving.py` for the folder, `processes.py` for launchers and ranks, `devices.py` and
+`rendezvous.py` for where the ranks run and meet.
 """
 
 from __future__ import annotations

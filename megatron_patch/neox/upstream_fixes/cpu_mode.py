@@ -1,8 +1,8 @@
 """GPT-NeoX on a machine without a GPU.
 
 GPT-NeoX calls `torch.cuda` for devices, tensors and random states. Where no CUDA device is visible
-and the settings say `distributed_backend: gloo`, this module redirects those calls to the CPU.
-Nothing changes where a GPU is visible.
+to `deepy.py` and the settings say `distributed_backend: gloo`, this module redirects those calls to
+the CPU. Nothing changes where a GPU is visible.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ import torch
 from megatron_patch.architecture import SettingsError
 from megatron_patch.neox.patching import repairs, replace
 
+ACCELERATOR = "DS_ACCELERATOR"  # the variable that names DeepSpeed's accelerator
 _CPU = torch.device("cpu")
 
 
 def runs_on_cpu(args) -> bool:
-    """Returns whether a run asks for gloo and no CUDA device is visible."""
-    return args.distributed_backend == "gloo" and not torch.cuda.is_available()
+    """Returns whether a run asks for gloo and no CUDA device is visible, or was to the launcher."""
+    is_cpu = os.environ.get(ACCELERATOR) == "cpu" or not torch.cuda.is_available()
+    return args.distributed_backend == "gloo" and is_cpu
 
 
 # megatron/initialize.py:44. https://github.com/EleutherAI/gpt-neox/issues/580 asks for it.
@@ -47,6 +49,8 @@ def activate_cpu_mode(args) -> None:
         return
     if args.precision == "fp16" or (args.fp16 or {}).get("enabled"):
         raise SettingsError("precision: found fp16, wanted fp32 or bfloat16 on the CPU")
+    # DeepSpeed's launcher shows its ranks the GPUs that the user has hidden.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     already_active = torch.cuda.current_device is _current_device
     if "LOCAL_RANK" not in os.environ:
         # This is the launcher. DeepSpeed's CPU accelerator reads the number of local ranks from
@@ -55,6 +59,10 @@ def activate_cpu_mode(args) -> None:
         os.environ["LOCAL_SIZE"] = str(ranks)
         # Threads that spin while they wait slow the others down where cores are few.
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+        # glibc gives large blocks back to the system, which clears their pages for the next step.
+        for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
+            os.environ.setdefault(name, str(2**32 - 1))
+        os.environ[ACCELERATOR] = "cpu"  # for the ranks
     elif not already_active and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks()))
     if already_active:

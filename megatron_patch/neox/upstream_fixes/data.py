@@ -61,14 +61,17 @@ def of_own_data(build: Callable) -> Callable:
         call.apply_defaults()
         values = call.arguments
         prefix = "data_prefix" if "data_prefix" in values else "pos_data_prefix"
-        values[prefix] = f"{values[prefix]}_{_fingerprint(values)}"
+        path = values[prefix]
+        if values["packing_impl"] == "unpacked":
+            _check_some_fit(values, path)
+        values[prefix] = f"{path}_{_fingerprint(values)}"
         if values["packing_impl"] != "pack_until_overflow":
             return build(*call.args, **call.kwargs)
         # This packing counts documents from the data set's first one, so validation would read the
         # documents of the training, and it runs past its list where the last document is left out.
         # It gets the sizes of those documents alone that it may use. Its last sample ends one
         # document too far; the entry appended to `doc_idx` stands for that document.
-        documents = _usable(**values)
+        documents = _usable(**{**values, "data_prefix": path})
         values["sizes"] = values["sizes"][documents]
         values["documents"] = np.arange(len(documents), dtype=np.int32)
         values["label_dataset"], values["allow_chopped"] = None, True
@@ -76,6 +79,23 @@ def of_own_data(build: Callable) -> Callable:
         return documents[np.append(doc_idx, doc_idx[:1])], sample_idx, shuffle_idx
 
     return build_of_own_data
+
+
+def _check_some_fit(values: dict[str, Any], path: str) -> None:
+    """Checks that GPT-NeoX's search for documents, one a sample, finds one: it would look for ever.
+    Raises a SettingsError. In pairs both documents of one must do."""
+    signs = ("pos_", "neg_") if "pos_sizes" in values else ("",)
+    rows = values["seq_length"]
+    for i in range(len(values["documents"])):
+        fits = values["allow_chopped"] or all(values[f"{s}sizes"][i] <= rows + 1 for s in signs)
+        labels = (values[f"{s}label_dataset"].get(i)[:rows] for s in signs)
+        if fits and all(np.any(found != -100) for found in labels):
+            return
+    raise _no_document(path)
+
+
+def _no_document(path: str) -> SettingsError:
+    return SettingsError(f"{path}: found no document that has labels and fits a sample")
 
 
 def _usable(documents, sizes, label_dataset, seq_length, allow_chopped, data_prefix, **_):
@@ -86,7 +106,7 @@ def _usable(documents, sizes, label_dataset, seq_length, allow_chopped, data_pre
     if label_dataset is not None:
         usable = [i for i in usable if np.any(label_dataset.get(i)[:rows] != -100)]
     if len(usable) == 0:
-        raise SettingsError(f"{data_prefix}: found no document that has labels and fits a sample")
+        raise _no_document(data_prefix)
     return np.asarray(usable, dtype=np.int32)
 
 

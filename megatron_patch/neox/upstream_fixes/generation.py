@@ -214,6 +214,10 @@ def gather_logits() -> None:
     @functools.wraps(to_sequential)
     def to_sequential_with_head(self):
         model, in_training = to_sequential(self), self.parallel_output
+        # The pipeline's own layers, which `to_sequential` has built anew, would live as long as the
+        # model: `gather` holds the pipeline, and so does a tied head.
+        self._modules.clear()
+        self.forward_funcs.clear()
 
         def gather(is_wanted: bool) -> None:
             self.parallel_output = in_training and not is_wanted

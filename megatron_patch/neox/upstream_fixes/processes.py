@@ -28,7 +28,9 @@ import psutil
 
 from megatron_patch.architecture import SettingsError
 from megatron_patch.neox.patching import in_metala_runs, repairs
+from megatron_patch.neox.upstream_fixes.cpu_mode import ACCELERATOR
 from megatron_patch.neox.upstream_fixes.data import check_parts
+from megatron_patch.neox.upstream_fixes.devices import choose_devices
 from megatron_patch.neox.upstream_fixes.saving import HOLDER
 from megatron_patch.neox.upstream_fixes.watchdog import VARIABLE as WATCHDOG_SECONDS
 
@@ -39,10 +41,10 @@ def count_ranks(args) -> int:
     """Sets `global_num_gpus`, before GPT-NeoX derives other settings from it, to the number of
     ranks that DeepSpeed's launcher will start. Returns the number of hosts. Raises a SettingsError
     if the settings give another number, or hosts or slots that do not exist."""
+    devices = choose_devices(args)
     if args.autotuning_run is not None:
         return 1  # DeepSpeed varies the number
-    slots = _slots_to_start(args)
-    ranks = sum(slots)
+    ranks = sum(map(len, devices.values()))
     if not ranks:
         raise SettingsError(
             "distributed_backend: found no GPU, wanted one, or gloo, which trains on the CPU"
@@ -53,33 +55,7 @@ def count_ranks(args) -> int:
             "num_gpus, include, exclude and hostfile start"
         )
     args.global_num_gpus = ranks
-    return len(slots)
-
-
-def _slots_to_start(args) -> list[int]:
-    """Returns the number of ranks for each host, chosen as `main` of `deepspeed.launcher.runner`
-    chooses them from the arguments that GPT-NeoX passes on."""
-    from deepspeed.accelerator import get_accelerator
-    from deepspeed.launcher import runner
-
-    include, exclude = args.include or "", args.exclude or ""
-    num_gpus = 0 if include or exclude else max(args.num_gpus or 0, 0)
-    num_nodes = max(args.num_nodes or 0, 0)
-    try:
-        # The variable comes last on the launcher's command line, so it wins.
-        hosts = runner.fetch_hostfile(
-            os.environ.get("DLTS_HOSTFILE") or args.hostfile or runner.DLTS_HOSTFILE
-        )
-        if not hosts:
-            visible = os.environ.get(get_accelerator().visible_devices_envs()[0])
-            if visible and not (include or exclude or num_gpus or num_nodes > 1):
-                return [len(visible.split(","))]
-            hosts = {"localhost": get_accelerator().device_count()}
-        slots = runner.parse_inclusion_exclusion(hosts, include, exclude)
-    except ValueError as error:
-        raise SettingsError(f"hostfile, include, exclude: {error}") from None
-    chosen = list(slots.values())[: num_nodes or None]
-    return [num_gpus or len(of_host) for of_host in chosen]
+    return len(devices)
 
 
 def check_running_ranks(args) -> None:
@@ -268,7 +244,7 @@ def fail_where_launched_was_killed() -> None:
 
     runner.subprocess = SimpleNamespace(**{**vars(subprocess), "Popen": ChildProcess})
     # For ranks that pdsh or srun start. DeepSpeed exports the variables that begin like these.
-    for variable in (HOLDER, WATCHDOG_SECONDS, "WANDB_"):
+    for variable in (HOLDER, WATCHDOG_SECONDS, ACCELERATOR, "WANDB_"):
         if variable not in runner.EXPORT_ENVS:
             runner.EXPORT_ENVS.append(variable)
 

@@ -1,0 +1,77 @@
+"""Where the ranks of a run meet, and what the user's environment says of it.
+
+PyTorch's programs read MASTER_ADDR, MASTER_PORT, RANK and WORLD_SIZE. `deepy.py` is no rank: it
+takes the address alone from the environment, before its setting, and DeepSpeed's launcher sets all
+four for the ranks. Its port is 29500 unless `master_port` says another one, so a second run on a
+machine fails with "address already in use".
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+from itertools import repeat
+
+from megatron_patch.architecture import SettingsError, refuse
+from megatron_patch.neox.upstream_fixes.devices import hostfile, others_place_ranks
+
+_PORTS = range(20_000, 32_000)  # below those that Linux gives to sockets without one
+_MPI_PORT = 29500  # deepspeed/constants.py
+
+
+def check_rank_variables(args) -> None:
+    """Checks that the launcher's environment is not that of one of several ranks, or of another
+    number of them. Raises a SettingsError that names the variable."""
+    ranks = args.global_num_gpus
+    for name, wanted in (("RANK", "0"), ("WORLD_SIZE", str(ranks))):
+        if ranks and os.environ.get(name, wanted) != wanted:
+            raise SettingsError(
+                f"{name}: found {os.environ[name]} in the environment, wanted none: deepy.py is "
+                f"started once, and starts the ranks itself (now {ranks})"
+            )
+
+
+def settle_port(args, is_given: bool) -> None:
+    """Sets `master_port`, which is the user's if `is_given`: to that of MASTER_PORT, or, on this
+    machine alone, to a free one. Raises a SettingsError if setting and environment disagree, or
+    somebody listens at the port."""
+    found = {name: os.environ.get(name.upper()) for name in ("master_port", "master_addr")}
+    given = {"master_port": is_given and args.master_port, "master_addr": args.master_addr}
+    for name, value in found.items():
+        if value and given[name] and str(given[name]) != value:
+            wanted = f"{value}, as {name.upper()} says in the environment (or none)"
+            refuse(name, given[name], wanted)
+    if port := found["master_port"]:
+        if not port.isdecimal() or not 0 < int(port) < 2**16:
+            refuse("MASTER_PORT", port, "the number of a port")
+        args.master_port = int(port)
+    if args.deepspeed_mpi:
+        _check_mpi(args)
+    if hostfile(args) is not None or others_place_ranks(args):
+        return  # the first rank may run on another host
+    if not (is_given or port):
+        args.master_port = next(filter(_is_free, map(secrets.choice, repeat(_PORTS))))
+    elif not _is_free(args.master_port):
+        wanted = "a free port, or none: another process, such as a second run, listens there"
+        refuse("master_port", args.master_port, wanted)
+
+
+def _check_mpi(args) -> None:
+    """Checks that nothing is said of port and address, which DeepSpeed chooses under MPI."""
+    if (port := args.master_port) != _MPI_PORT:
+        name = "MASTER_PORT" if "MASTER_PORT" in os.environ else "master_port"
+        refuse(name, port, f"none, or {_MPI_PORT}, DeepSpeed's port under MPI")
+    if address := args.master_addr:
+        refuse("master_addr", address, "none under MPI: DeepSpeed takes that of the first rank")
+
+
+def _is_free(port: int) -> bool:
+    """Returns whether PyTorch's store can listen at a port of this machine."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return False
+        return True
