@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from megatron_patch.neox.upstream_fixes import (
+    batches,
     cpu_mode,
     data,
     evaluation,
@@ -36,8 +37,8 @@ FIXES = (
     small.open_inferred_data_sets,
     data.name_index_maps_after_data,
     data.end_samples_with_their_documents,
-    data.blend_whole_data_sets,
-    data.read_batches_again,
+    batches.blend_whole_data_sets,
+    batches.read_batches_again,
     training_loop.stay_at_the_lowest_rate,
     training_loop.begin_with_the_rate_of_the_schedule,
     training_loop.average_over_iterations_done,

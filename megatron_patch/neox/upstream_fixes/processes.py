@@ -28,8 +28,8 @@ import psutil
 
 from megatron_patch.architecture import SettingsError
 from megatron_patch.neox.patching import in_metala_runs, repairs
+from megatron_patch.neox.upstream_fixes.batches import check_parts
 from megatron_patch.neox.upstream_fixes.cpu_mode import ACCELERATOR
-from megatron_patch.neox.upstream_fixes.data import check_parts
 from megatron_patch.neox.upstream_fixes.devices import choose_devices
 from megatron_patch.neox.upstream_fixes.saving import HOLDER
 from megatron_patch.neox.upstream_fixes.watchdog import VARIABLE as WATCHDOG_SECONDS
