@@ -102,9 +102,14 @@ def one_of(names: Iterable[str]) -> Callable[[str], str]:
     return _checked(str, known.__contains__, f"one of {', '.join(known)}")
 
 
+def _path(text: str) -> Path:
+    """Returns a path. `~` is the home folder, which a shell leaves to us in `--output=~/x`."""
+    return Path(os.path.expanduser(text))
+
+
 def existing(text: str) -> Path:
     """Argument type: a file or folder that exists and can be read."""
-    path = Path(text)
+    path = _path(text)
     try:
         there = path.exists()
     except (OSError, ValueError):  # a folder without permission, or a NUL in the path
@@ -136,7 +141,7 @@ def existing_folder(text: str) -> Path:
 
 def output_path(text: str) -> Path:
     """Argument type: a file that can be written, in a folder that may not exist yet."""
-    path = Path(text)
+    path = _path(text)
     if path.is_dir() or text.endswith(os.sep):
         refuse(f"the folder {text}", "the name of a file to write")
     above = path.absolute().parent
@@ -152,12 +157,12 @@ def output_prefix(text: str) -> Path:
     if text.endswith(os.sep):
         refuse(f"the folder {text}", "what the names of files begin with")
     output_path(f"{text}.bin")
-    return Path(text)
+    return _path(text)
 
 
 def output_folder(text: str) -> Path:
     """Argument type: a folder that can be written to and may not exist yet."""
-    path = Path(text)
+    path = _path(text)
     return existing_folder(text) if path.exists() else output_path(text.rstrip(os.sep))
 
 

@@ -13,6 +13,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".jsonl")
+# What compressed files begin with, and what their names end in.
+_COMPRESSED = {
+    "bzip2": (b"BZh", ".bz2"),
+    "gzip": (b"\x1f\x8b", ".gz"),
+    "xz": (b"\xfd7zXZ", ".xz"),
+    "zip": (b"PK\x03\x04", ".zip"),
+    "zstd": (b"\x28\xb5\x2f\xfd", ".zst"),
+}
 MAX_BYTES = 2**30  # largest document; reading and tokenizing takes ten times its size in memory
 
 
@@ -25,9 +33,10 @@ class Document(NamedTuple):
 
 def list_files(inputs: Iterable[Path], suffixes: Iterable[str] | None = None) -> list[Path]:
     """Returns the files to read: inputs in the order given, files inside a folder by name, if they
-    end in one of `suffixes`, by default `TEXT_SUFFIXES`. Links to folders are left out, with a line
-    on standard error. Raises an OSError if a folder cannot be read, and a ValueError if something
-    to read is not a regular file (a broken link, a pipe), or nothing was found."""
+    end in one of `suffixes`, by default `TEXT_SUFFIXES`. Links to folders and compressed files are
+    left out, each with a line on standard error. Raises an OSError if a folder cannot be read, and
+    a ValueError if something to read is not a regular file (a broken link, a pipe), or nothing was
+    found."""
     wanted = tuple(suffixes or TEXT_SUFFIXES)
     files: list[Path] = []
     for path in inputs:
@@ -49,10 +58,14 @@ def _files_below(top: Path, wanted: tuple[str, ...]) -> Iterator[Path]:
     def fail(error: OSError) -> None:
         raise error
 
+    compressed = tuple(end + suffix for end in wanted for _, suffix in _COMPRESSED.values())
     for folder, folders, names in os.walk(top, onerror=fail):
         for name in folders:
             if (link := Path(folder, name)).is_symlink():
                 print(f"left out: {link}, a link to a folder; it can be an input", file=sys.stderr)
+        for name in sorted(names):
+            if name.endswith(compressed):
+                print(f"left out: {Path(folder, name)}, which is compressed", file=sys.stderr)
         yield from (Path(folder, name) for name in names if name.endswith(wanted))
 
 
@@ -68,13 +81,23 @@ def iterate_documents(
     Raises:
         OSError: a file cannot be read.
         ValueError: a document is larger than `max_bytes`, a line of a .jsonl file is not an object
-            with a text under `json_key`, or a file is not UTF-8. The message names file and line.
+            with a text under `json_key`, or a file is compressed or not UTF-8. The message names
+            file and line.
     """
     for path in list_files(inputs, suffixes):
+        _check_is_unpacked(path)
         read = _read_lines if path.suffix == ".jsonl" else _read_text
         for document in read(path, json_key, max_bytes):
             if document.text.strip():
                 yield document
+
+
+def _check_is_unpacked(path: Path) -> None:
+    with open(path, "rb") as file:
+        start = file.read(8)
+    for kind, (magic, _) in _COMPRESSED.items():
+        if start.startswith(magic):
+            raise ValueError(f"{path}: found a file compressed by {kind}, wanted text: unpack it")
 
 
 def _read_text(path: Path, _: str, max_bytes: int) -> Iterator[Document]:

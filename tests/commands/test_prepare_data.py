@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 
 import pytest
@@ -127,6 +128,24 @@ def test_other_bad_inputs(folder, tokenizer_path, tmp_path, run_command):
     assert "picture.bin: not UTF-8 text" in message(folder / "picture.bin", *tokenizer)
     (tmp_path / "latin.jsonl").write_bytes(b'{"text": "\xff"}')
     assert "latin.jsonl:1: not UTF-8 text" in message(tmp_path / "latin.jsonl", *tokenizer)
+    packed = tmp_path / "packed"
+    packed.mkdir()
+    (packed / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "x"}'))
+    found = message(packed / "a.jsonl.gz", *tokenizer)
+    assert "a.jsonl.gz: found a file compressed by gzip, wanted text: unpack it" in found
+    found = message(packed, *tokenizer)
+    assert f"left out: {packed}/a.jsonl.gz, which is compressed\n" in found and "no files" in found
     other = tmp_path / "other.json"
     other.write_text(tokenizer_path.read_text().replace("<|endoftext|>", "</s>"))
     assert "has no <|endoftext|> token" in message(folder, "--tokenizer", other)
+
+
+def test_the_home_folder_is_known_behind_an_equals_sign(
+    folder, tokenizer_path, tmp_path, run_command, monkeypatch
+):
+    """`--output=~/x` comes with its `~`: a shell replaces it at the start of a word alone."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    arguments = (folder / "b.txt", f"--tokenizer={tokenizer_path}", "--output=~/data/x")
+    result = run_command("prepare_data.py", *arguments)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "home/data/x.bin").exists()
