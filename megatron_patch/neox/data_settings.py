@@ -17,8 +17,8 @@ def check_paths(args: Any) -> None:
     folder of that name below the current one."""
     for field in dataclasses.fields(args):
         value = getattr(args, field.name)
-        if not _PATH.search(field.name):
-            continue
+        if not _PATH.search(field.name) or field.name == "fused_kernels_build_path":
+            continue  # GPT-NeoX expands that one
         for path in value if isinstance(value, list) else [value]:
             if isinstance(path, str) and _OF_THE_SHELL.search(path):
                 wanted = "a path in full: GPT-NeoX takes ~ and $ for characters of a name"
@@ -42,5 +42,7 @@ def check_data_weights(args: Any) -> None:
             refuse(name, weights, f"none without {part}_data_paths")
         if len(weights) != len(paths):
             refuse(name, weights, f"{len(paths)} weights, one for each of {part}_data_paths")
+        if args.train_epochs and len(set(weights)) > 1:
+            refuse(name, weights, "none with train_epochs, which reads each sample once an epoch")
         if min(weights) < 0 or sum(weights) <= 0:
             refuse(name, weights, "weights of at least 0, and one above it")

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
+
+from megatron_patch.steps import latest_step
 
 
 def notices(args: Any) -> Iterator[str]:
@@ -29,9 +33,15 @@ def _of_wandb(args: Any) -> Iterator[str]:
 def _of_exit_interval(args: Any) -> Iterator[str]:
     from megatron.training import is_save_iter
 
-    if args.save and args.exit_interval and args.exit_interval < (args.train_iters or math.inf):
-        if not is_save_iter(args, args.exit_interval):
-            yield (
-                f"exit_interval: the run ends at iteration {args.exit_interval} without a "
-                "checkpoint, since checkpoint_factor and extra_save_iters write none there"
-            )
+    if not (args.save and args.exit_interval):
+        return
+    start = 0
+    if args.load and not args.finetune:
+        with contextlib.suppress(ValueError):  # no checkpoint to go on from
+            start = args.iteration or int(latest_step(Path(args.load)).name[len("global_step") :])
+    end = (start // args.exit_interval + 1) * args.exit_interval
+    if end < (args.train_iters or math.inf) and not is_save_iter(args, end):
+        yield (
+            f"exit_interval: the run ends at iteration {end} without a checkpoint, since "
+            "checkpoint_factor and extra_save_iters write none there"
+        )

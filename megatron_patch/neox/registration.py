@@ -53,7 +53,7 @@ from megatron_patch.neox.upstream_fixes.processes import (
     end_with_launcher,
     name_rank,
 )
-from megatron_patch.neox.upstream_fixes.rendezvous import check_rank_variables, settle_port
+from megatron_patch.neox.upstream_fixes.rendezvous import check_rank, settle_port
 from megatron_patch.neox.upstream_fixes.resume import check_load, go_on_from_save
 from megatron_patch.neox.upstream_fixes.saving import hold_save
 from megatron_patch.neox.upstream_fixes.watchdog import watchdog_seconds
@@ -168,7 +168,7 @@ def _check_settings() -> None:
             self.zero_optimization = dict(ZERO_DEFAULTS)
         if _is_launcher:
             check_launcher(self, count_ranks(self))
-            check_rank_variables(self)
+            check_rank(self)
             check_context_ranks(self)
         # GPT-NeoX asserts that grouped key heads stand beside attention layers alone. The settings
         # have passed stricter checks, so it does not see the number.

@@ -56,7 +56,7 @@ _RANGES = (
         "at least 0",
         lambda x: x >= 0,
         "model_parallel_size pipe_parallel_size gradient_clipping weight_decay min_lr eval_iters "
-        "optimizer.params.lr optimizer.params.weight_decay extra_save_iters num_workers iteration "
+        "optimizer.params.lr extra_save_iters num_workers iteration "
         "temperature top_k maximum_tokens",
     ),
     (

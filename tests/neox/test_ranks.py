@@ -167,6 +167,14 @@ def test_slurm_and_mpi_get_the_variable_as_it_is(monkeypatch, launcher):
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "GPU-8f3a"
 
 
+@pytest.mark.parametrize("variable", ["-1", "GPU-8f3a"])
+def test_beside_a_hostfile_the_variable_need_not_hold_numbers(monkeypatch, variable):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", variable)
+    args = settings(hostfile="hosts", num_gpus=1)
+    count_ranks(args)
+    assert args.global_num_gpus == 2 and os.environ["CUDA_VISIBLE_DEVICES"] == variable
+
+
 def test_the_hostfile_of_the_environment_is_the_one_that_is_used(monkeypatch, tmp_path):
     """GPT-NeoX puts it last on DeepSpeed's command line."""
     (tmp_path / "others").write_text("worker-7 slots=8\n")

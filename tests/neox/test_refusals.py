@@ -165,6 +165,16 @@ REFUSED = [
         {**BLEND, "valid_data_weights": [1.0, 1.0]},
         "valid_data_weights: found [1.0, 1.0], wante",
     ),
+    (
+        {
+            **BLEND,
+            "train_data_paths": ["a", "b"],
+            "train_data_weights": [1.0, 2.0],
+            "train_iters": None,
+            "train_epochs": 1,
+        },
+        "train_data_weights: found [1.0, 2.0], wanted none with train_epochs",
+    ),
     ({**BLEND, "test_data_weights": [-1.0]}, "test_data_weights: found [-1.0], wanted weights of"),
     # numbers of a part of the model, or of a rank that reads nothing
     (

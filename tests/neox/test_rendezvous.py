@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_patch.architecture import SettingsError
-from megatron_patch.neox.upstream_fixes.rendezvous import check_rank_variables, settle_port
+from megatron_patch.neox.upstream_fixes.rendezvous import check_rank, settle_port
 from tests.neox.training import free_port, neox, stand_in
 from tests.neox.training import settings as settings_of_a_run
 
@@ -120,13 +120,31 @@ def test_no_port_is_refused(environment, port):
 
 
 def test_the_launcher_is_no_rank(environment):
-    check_rank_variables(settings())
-    environment |= {"RANK": "0", "WORLD_SIZE": "2"}
-    check_rank_variables(settings())
-    environment["WORLD_SIZE"] = "1"
-    with pytest.raises(SettingsError, match="WORLD_SIZE: found 1 in the environment, wanted none"):
-        check_rank_variables(settings())
-    check_rank_variables(settings(global_num_gpus=None))  # the autotuner's number
+    check_rank(settings())
+    environment |= {"RANK": "0", "WORLD_SIZE": "1"}  # as a pod of one process has them
+    check_rank(settings())
+    environment["RANK"] = "1"
+    with pytest.raises(SettingsError, match="RANK: found 1 in the environment, wanted none"):
+        check_rank(settings())
+
+
+def test_mpi_chooses_whatever_the_environment_says(environment):
+    environment |= {"MASTER_PORT": "12802", "MASTER_ADDR": "node0"}
+    args = settings(deepspeed_mpi=True)
+    settle_port(args, is_given=False)
+    assert args.master_port == 29500
+
+
+@pytest.mark.parametrize("port", [0, 65536, 70000])
+def test_a_number_that_no_port_has_is_refused(port):
+    with pytest.raises(SettingsError, match=f"master_port: found {port}, wanted the number of a"):
+        settle_port(settings(master_port=port), is_given=True)
+
+
+def test_null_is_no_port():
+    args = settings(master_port=None)
+    settle_port(args, is_given=True)
+    assert args.master_port != 29500
 
 
 def test_a_rank_that_starts_deepy_ends_with_one_line(

@@ -347,12 +347,12 @@ def test_another_schedule_is_named(tmp_path, changes, message):
     [
         ({"weight_decay": 0.2}, "weight_decay: found 0.2, wanted 0.1, as in .*, or finetune"),
         (
-            {"optimizer": {"params": {}}},
-            r"optimizer.params.betas: found None, wanted \[0.9, 0",
+            {"optimizer": {"type": "Adam", "params": {}}},
+            r"optimizer.params.betas: found \[0.9, 0.999\], wanted \[0.9, 0.95\], as in",
         ),
         (
-            {"optimizer": {"params": {"betas": [0.9, 0.95], "eps": 1e-6}}},
-            "optimizer.params.eps: found 1e-06, wanted None, as in",
+            {"optimizer": {"type": "Adam", "params": {"betas": [0.9, 0.95], "eps": 1e-6}}},
+            "optimizer.params.eps: found 1e-06, wanted 1e-08, as in",
         ),
     ],
 )
@@ -363,6 +363,8 @@ def test_what_the_optimizers_states_hold_may_not_change(tmp_path, changes, messa
     file = tmp_path / "global_step10/configs/a.yml"
     file.write_text("optimizer: {type: Adam, params: {lr: 5.0e-3, betas: [0.9, 0.95]}}")
     check_load(settings(str(tmp_path)))
+    spelled_out = {"type": "Adam", "params": {"betas": [0.9, 0.95], "eps": 1e-8}}
+    check_load(settings(str(tmp_path), optimizer=spelled_out))
     check_load(settings(str(tmp_path), finetune=True, **changes))
     with pytest.raises(SettingsError, match=message):
         check_load(settings(str(tmp_path), **changes))

@@ -43,7 +43,8 @@ def choose_devices(args) -> dict[str, list[int]]:
     """
     from deepspeed.launcher import runner
 
-    file, visible = hostfile(args), _visible_devices(args)
+    file = hostfile(args)
+    visible = _visible_devices(args, file)
     include, exclude = args.include or "", args.exclude or ""
     num_gpus = 0 if include or exclude else max(args.num_gpus or 0, 0)
     num_nodes = max(args.num_nodes or 0, 0)
@@ -88,15 +89,18 @@ def _check_slots(chosen: dict[str, list[int]], visible: list[int], file: Path) -
             )
 
 
-def _visible_devices(args) -> list[int] | None:
+def _visible_devices(args, file: Path | None) -> list[int] | None:
     """Returns the devices that the variable names, `None` if it is not set or says nothing about
-    this run."""
+    this run. Beside a hostfile DeepSpeed does not read it, and names that are no numbers pass."""
     name = _variable()
     found = os.environ.get(name)
     if not found or others_place_ranks(args) or runs_on_cpu(args):
         return None
     names = [part.strip() for part in found.split(",")]
-    if not all(map(str.isdecimal, names)) or len(set(map(int, names))) < len(names):
+    are_numbers = all(map(str.isdecimal, names))
+    if not are_numbers and file is not None:
+        return None
+    if not are_numbers or len(set(map(int, names))) < len(names):
         wanted = "different numbers of GPUs, as nvidia-smi -L prints them: DeepSpeed reads no other"
         refuse(name, found, wanted)
     return list(map(int, names))

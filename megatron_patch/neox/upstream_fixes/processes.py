@@ -243,8 +243,13 @@ def fail_where_launched_was_killed() -> None:
     from deepspeed.launcher import runner
 
     runner.subprocess = SimpleNamespace(**{**vars(subprocess), "Popen": ChildProcess})
-    # For ranks that pdsh or srun start. DeepSpeed exports the variables that begin like these.
-    for variable in (HOLDER, WATCHDOG_SECONDS, ACCELERATOR, "WANDB_"):
+    # For ranks that pdsh or srun start. DeepSpeed writes the values into a command as they are.
+    of_wandb = [
+        name
+        for name, value in os.environ.items()
+        if name.startswith("WANDB_") and re.fullmatch(r"[\w.:/@+-]+", value)
+    ]
+    for variable in (HOLDER, WATCHDOG_SECONDS, ACCELERATOR, *of_wandb):
         if variable not in runner.EXPORT_ENVS:
             runner.EXPORT_ENVS.append(variable)
 

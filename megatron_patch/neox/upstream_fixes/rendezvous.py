@@ -17,37 +17,41 @@ from megatron_patch.architecture import SettingsError, refuse
 from megatron_patch.neox.upstream_fixes.devices import hostfile, others_place_ranks
 
 _PORTS = range(20_000, 32_000)  # below those that Linux gives to sockets without one
-_MPI_PORT = 29500  # deepspeed/constants.py
+_DEFAULT_PORT = 29500  # GPT-NeoX's, and DeepSpeed's under MPI
 
 
-def check_rank_variables(args) -> None:
-    """Checks that the launcher's environment is not that of one of several ranks, or of another
-    number of them. Raises a SettingsError that names the variable."""
-    ranks = args.global_num_gpus
-    for name, wanted in (("RANK", "0"), ("WORLD_SIZE", str(ranks))):
-        if ranks and os.environ.get(name, wanted) != wanted:
-            raise SettingsError(
-                f"{name}: found {os.environ[name]} in the environment, wanted none: deepy.py is "
-                f"started once, and starts the ranks itself (now {ranks})"
-            )
+def check_rank(args) -> None:
+    """Checks that the launcher's environment is not that of a rank behind the first. Raises a
+    SettingsError."""
+    if (rank := os.environ.get("RANK", "0")) != "0":
+        raise SettingsError(
+            f"RANK: found {rank} in the environment, wanted none: deepy.py is started once, and "
+            f"starts the ranks itself (now {args.global_num_gpus})"
+        )
 
 
 def settle_port(args, is_given: bool) -> None:
     """Sets `master_port`, which is the user's if `is_given`: to that of MASTER_PORT, or, on this
     machine alone, to a free one. Raises a SettingsError if setting and environment disagree, or
     somebody listens at the port."""
+    if args.master_port is None:
+        args.master_port, is_given = _DEFAULT_PORT, False
+    if not 0 < args.master_port < 2**16:
+        refuse("master_port", args.master_port, "the number of a port")
+    if args.deepspeed_mpi:  # which overwrites both variables
+        _check_mpi(args)
+        return
     found = {name: os.environ.get(name.upper()) for name in ("master_port", "master_addr")}
     given = {"master_port": is_given and args.master_port, "master_addr": args.master_addr}
     for name, value in found.items():
         if value and given[name] and str(given[name]) != value:
             wanted = f"{value}, as {name.upper()} says in the environment (or none)"
             refuse(name, given[name], wanted)
-    if port := found["master_port"]:
+    port = found["master_port"]
+    if port:
         if not port.isdecimal() or not 0 < int(port) < 2**16:
             refuse("MASTER_PORT", port, "the number of a port")
         args.master_port = int(port)
-    if args.deepspeed_mpi:
-        _check_mpi(args)
     if hostfile(args) is not None or others_place_ranks(args):
         return  # the first rank may run on another host
     if not (is_given or port):
@@ -59,9 +63,8 @@ def settle_port(args, is_given: bool) -> None:
 
 def _check_mpi(args) -> None:
     """Checks that nothing is said of port and address, which DeepSpeed chooses under MPI."""
-    if (port := args.master_port) != _MPI_PORT:
-        name = "MASTER_PORT" if "MASTER_PORT" in os.environ else "master_port"
-        refuse(name, port, f"none, or {_MPI_PORT}, DeepSpeed's port under MPI")
+    if (port := args.master_port) != _DEFAULT_PORT:
+        refuse("master_port", port, f"none, or {_DEFAULT_PORT}, DeepSpeed's port under MPI")
     if address := args.master_addr:
         refuse("master_addr", address, "none under MPI: DeepSpeed takes that of the first rank")
 

@@ -22,6 +22,8 @@ from megatron_patch.steps import latest_step, saved_steps
 from megatron_patch.torch_file import UnreadableFile, load_safely
 
 _WEIGHT_DECAY = 0.1  # GPT-NeoX's default
+# The optimizers' defaults, by what their type ends in.
+_DEFAULTS = {"adam": {"betas": [0.9, 0.999], "eps": 1e-8}, "lion": {"betas": [0.9, 0.99]}}
 
 
 def go_on_from_save(args) -> None:
@@ -213,9 +215,12 @@ def _check_hyperparameters(args, saved: dict, file: Path) -> None:
     before, now = (
         _mapping(_mapping(o).get("params")) for o in (saved.get("optimizer"), args.optimizer)
     )
+    kind = str(_mapping(args.optimizer).get("type")).lower()
+    defaults = next((_DEFAULTS[end] for end in _DEFAULTS if kind.endswith(end)), {})
     for name in ("betas", "eps"):
-        if before.get(name) != now.get(name):
-            refuse(f"optimizer.params.{name}", now.get(name), f"{before.get(name)}, {or_else}")
+        was, found = (params.get(name, defaults.get(name)) for params in (before, now))
+        if was != found:
+            refuse(f"optimizer.params.{name}", found, f"{was}, {or_else}")
     decay = saved.get("weight_decay", _WEIGHT_DECAY)
     if args.weight_decay != decay:
         refuse("weight_decay", args.weight_decay, f"{decay}, {or_else}")
