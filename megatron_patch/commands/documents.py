@@ -85,19 +85,20 @@ def iterate_documents(
             file and line.
     """
     for path in list_files(inputs, suffixes):
-        _check_is_unpacked(path)
         read = _read_lines if path.suffix == ".jsonl" else _read_text
         for document in read(path, json_key, max_bytes):
             if document.text.strip():
                 yield document
 
 
-def _check_is_unpacked(path: Path) -> None:
+def _not_text(path: Path, origin: str, error: UnicodeDecodeError) -> ValueError:
+    """Returns the error for bytes that are not UTF-8, as those of a compressed file."""
     with open(path, "rb") as file:
         start = file.read(8)
     for kind, (magic, _) in _COMPRESSED.items():
         if start.startswith(magic):
-            raise ValueError(f"{path}: found a file compressed by {kind}, wanted text: unpack it")
+            return ValueError(f"{path}: found a file compressed by {kind}, wanted text: unpack it")
+    return ValueError(f"{origin}: not UTF-8 text: {error}")
 
 
 def _read_text(path: Path, _: str, max_bytes: int) -> Iterator[Document]:
@@ -105,7 +106,7 @@ def _read_text(path: Path, _: str, max_bytes: int) -> Iterator[Document]:
     try:
         yield Document(path.read_text(encoding="utf-8-sig"), str(path))
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text: {error}") from None
+        raise _not_text(path, str(path), error) from None
 
 
 def _read_lines(path: Path, json_key: str, max_bytes: int) -> Iterator[Document]:
@@ -116,14 +117,16 @@ def _read_lines(path: Path, json_key: str, max_bytes: int) -> Iterator[Document]
             if number == 1:
                 line = line.removeprefix(codecs.BOM_UTF8)
             if line.strip():
-                yield Document(_text_in(line, json_key, origin), origin)
+                try:
+                    decoded = line.decode("utf-8")
+                except UnicodeDecodeError as error:
+                    raise _not_text(path, origin, error) from None
+                yield Document(_text_in(decoded, json_key, origin), origin)
 
 
-def _text_in(line: bytes, json_key: str, origin: str) -> str:
+def _text_in(line: str, json_key: str, origin: str) -> str:
     try:
-        text = json.loads(line.decode("utf-8"))[json_key]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{origin}: not UTF-8 text: {error}") from None
+        text = json.loads(line)[json_key]
     except (ValueError, KeyError, TypeError, RecursionError):
         text = None
     if not isinstance(text, str):

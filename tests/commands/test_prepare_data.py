@@ -135,6 +135,10 @@ def test_other_bad_inputs(folder, tokenizer_path, tmp_path, run_command):
     assert "a.jsonl.gz: found a file compressed by gzip, wanted text: unpack it" in found
     found = message(packed, *tokenizer)
     assert f"left out: {packed}/a.jsonl.gz, which is compressed\n" in found and "no files" in found
+    lines = packed / "a.jsonl"  # the same under a name that says nothing
+    lines.write_bytes(gzip.compress(b'{"text": "x"}'))
+    assert "a.jsonl: found a file compressed by gzip" in message(lines, *tokenizer)
+    lines.unlink()
     other = tmp_path / "other.json"
     other.write_text(tokenizer_path.read_text().replace("<|endoftext|>", "</s>"))
     assert "has no <|endoftext|> token" in message(folder, "--tokenizer", other)
@@ -149,3 +153,10 @@ def test_the_home_folder_is_known_behind_an_equals_sign(
     result = run_command("prepare_data.py", *arguments)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "home/data/x.bin").exists()
+
+
+def test_a_text_may_begin_as_compressed_files_do(tokenizer_path, tmp_path, run_command):
+    (tmp_path / "a.txt").write_text("BZh, PK\x03\x04")
+    arguments = ("--tokenizer", tokenizer_path, "--output", tmp_path / "x")
+    result = run_command("prepare_data.py", tmp_path / "a.txt", *arguments)
+    assert result.returncode == 0, result.stderr
