@@ -9,16 +9,17 @@ from typing import Any
 from megatron_patch.architecture import refuse
 
 _PATH = re.compile(r"(_path|_paths|_dir|_file|_prefix)$|^(save|load|hostfile)$")
+_EXPANDED = "fused_kernels_build_path"  # the one path in which GPT-NeoX replaces ~
 _OF_THE_SHELL = re.compile(r"^~|\$\{?\w")
 
 
 def check_paths(args: Any) -> None:
-    """Refuses `~` and `$NAME` in paths. A shell replaces them; GPT-NeoX does not, and saves into a
-    folder of that name below the current one."""
+    """Refuses `~` and `$NAME` in paths. A shell replaces them. GPT-NeoX does not, and would save
+    into a folder of that name below the current one."""
     for field in dataclasses.fields(args):
         value = getattr(args, field.name)
-        if not _PATH.search(field.name) or field.name == "fused_kernels_build_path":
-            continue  # GPT-NeoX expands that one
+        if not _PATH.search(field.name) or field.name == _EXPANDED:
+            continue
         for path in value if isinstance(value, list) else [value]:
             if isinstance(path, str) and _OF_THE_SHELL.search(path):
                 wanted = "a path in full: GPT-NeoX takes ~ and $ for characters of a name"
@@ -26,8 +27,8 @@ def check_paths(args: Any) -> None:
 
 
 def check_data_weights(args: Any) -> None:
-    """Refuses weights of data sets that GPT-NeoX ignores, takes as they are below 0, or ends an
-    assertion about that has no message."""
+    """Refuses weights of data sets that GPT-NeoX would ignore, would use although they are below 0,
+    or would meet with an assertion that has no message."""
     if args.weight_by_num_documents:
         # megatron/data/data_utils.py:409 multiplies |L|^alpha, which the settings promise, by
         # 1 - |L| / all: with alpha 1, two data sets of 90 and 10 documents weigh the same.

@@ -1,4 +1,4 @@
-"""Lines about settings that are honoured, and leave a user without what they may expect."""
+"""Lines about settings that do what they say, where a user may expect something else."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_patch.steps import latest_step
+from megatron_patch.steps import STEP, latest_step
 
 
 def notices(args: Any) -> Iterator[str]:
@@ -38,7 +38,7 @@ def _of_exit_interval(args: Any) -> Iterator[str]:
     start = 0
     if args.load and not args.finetune:
         with contextlib.suppress(ValueError):  # no checkpoint to go on from
-            start = args.iteration or int(latest_step(Path(args.load)).name[len("global_step") :])
+            start = args.iteration or int(STEP.fullmatch(latest_step(Path(args.load)).name)[1])
     end = (start // args.exit_interval + 1) * args.exit_interval
     if end < (args.train_iters or math.inf) and not is_save_iter(args, end):
         yield (

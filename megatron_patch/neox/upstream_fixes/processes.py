@@ -243,7 +243,8 @@ def fail_where_launched_was_killed() -> None:
     from deepspeed.launcher import runner
 
     runner.subprocess = SimpleNamespace(**{**vars(subprocess), "Popen": ChildProcess})
-    # For ranks that pdsh or srun start. DeepSpeed writes the values into a command as they are.
+    # For ranks that pdsh or srun start. DeepSpeed writes the values into a command without care for
+    # blanks and commas, so values with others than these characters are left out.
     of_wandb = [
         name
         for name, value in os.environ.items()

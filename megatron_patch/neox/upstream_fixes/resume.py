@@ -209,8 +209,8 @@ def _check_going_on(args, states: dict, file: Path, is_training: bool, stage: in
 
 
 def _check_hyperparameters(args, saved: dict, file: Path) -> None:
-    """Checks what the optimizer's states hold beside the learning rate. PyTorch takes it from there
-    when it loads them, whatever the settings say."""
+    """Checks betas, eps and weight decay. PyTorch takes them from the optimizer's states, which it
+    loads, whatever the settings say."""
     or_else = f"as in {file}, whose optimizer goes on, or finetune: true, which makes a new one"
     before, now = (
         _mapping(_mapping(o).get("params")) for o in (saved.get("optimizer"), args.optimizer)

@@ -39,7 +39,8 @@ def keep_after_the_end(scheduler: Any) -> None:
 
 
 class _Iterations(int):
-    """A number of iterations since the start, of which the last one reports them all."""
+    """Stands for `log_interval` in a run's first report. It is the number of iterations done, by
+    which GPT-NeoX divides; and `iteration % it` is 0, so GPT-NeoX reports now."""
 
     def __rmod__(self, iteration: int) -> int:
         return 0
