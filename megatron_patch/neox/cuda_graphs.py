@@ -29,23 +29,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron_patch.ops.backends import choose, function_of
+from megatron_patch.neox.gradient_sums import GradientSums
 
 WARM_UP = 3  # training forward passes, in which kernels are compiled and libraries choose theirs
-
-# The tensor to which a parameter's gradient is added, and a function to call after that.
-Accumulator = tuple[Tensor, Callable[[], None]]
-
-
-def add_to_sum(total: Tensor, gradient: Tensor) -> None:
-    """Adds a gradient to its sum, of any shape with as many elements, in one kernel.
-
-    DeepSpeed keeps the sums in bfloat16 in pipelines without ZeRO. PyTorch adds to those.
-    """
-    gradient = gradient.view_as(total)
-    is_plain = total.is_contiguous() and gradient.is_contiguous() and total.dtype == torch.float32
-    backend = choose("accumulate", "auto" if is_plain else "torch", gradient.dtype, gradient.device)
-    function_of("accumulate", backend)(total, gradient)
 
 
 class LayerGraphs:
@@ -54,17 +40,17 @@ class LayerGraphs:
     Args:
         layers: their `compute` is what is captured: [T, B, d] to [T, B, d], with the boundaries of
             documents as a second argument, or `None`.
-        accumulators: by parameter; `None` where autograd is to get the gradients.
+        sums: to which gradients of parameters are added; `None` where autograd is to get them.
         say: prints a line.
     """
 
     def __init__(
         self,
         layers: Sequence[nn.Module],
-        accumulators: dict[nn.Parameter, Accumulator] | None,
+        sums: GradientSums | None,
         say: Callable[[str], None],
     ):
-        self.layers, self.accumulators, self.say = list(layers), accumulators, say
+        self.layers, self.sums, self.say = list(layers), sums, say
         self.graphs: list[LayerGraph] = []
         self.passes = 0
         self.is_on = True
@@ -130,7 +116,7 @@ class LayerGraphs:
             if cu_seqlens is not None:
                 self.captured = cu_seqlens.new_empty(self.room + 1)
                 _pad_into(self.captured, cu_seqlens)
-            self.graphs = capture(self.layers, x, self.accumulators, self.captured)
+            self.graphs = capture(self.layers, x, self.sums, self.captured)
         except RuntimeError as error:
             self.graphs, self.is_on = [], False
             self.say(f"CUDA graphs off: the capture failed ({str(error).splitlines()[0]})")
@@ -148,12 +134,11 @@ class LayerGraph:
     """One layer's two graphs and the tensors they read and write."""
 
     def __init__(
-        self, layer: nn.Module, x: Tensor, accumulators: dict | None, cu_seqlens: Tensor | None
+        self, layer: nn.Module, x: Tensor, sums: GradientSums | None, cu_seqlens: Tensor | None
     ):
-        self.layer, self.x, self.cu_seqlens = layer, x, cu_seqlens
+        self.layer, self.x, self.sums, self.cu_seqlens = layer, x, sums, cu_seqlens
         self.parameters = [p for p in layer.parameters() if p.requires_grad]
         self.aliases = [p.detach().requires_grad_() for p in self.parameters]
-        self.accumulators = accumulators and [accumulators[p] for p in self.parameters]
         self.addresses = self._addresses()
         self.pending: weakref.ref | None = None
 
@@ -169,11 +154,11 @@ class LayerGraph:
         def work() -> list[Tensor]:
             wanted = [self.x, *self.aliases]
             d_x, *gradients = torch.autograd.grad(self.y, wanted, d_y)
-            if self.accumulators is None:
+            if self.sums is None:
                 return [d_x, *gradients]
             with torch.no_grad():
-                for (total, _), gradient in zip(self.accumulators, gradients, strict=True):
-                    add_to_sum(total, gradient)
+                for parameter, gradient in zip(self.parameters, gradients, strict=True):
+                    self.sums.capture(parameter, gradient)
             return [d_x]
 
         self.backward, (self.d_x, *self.gradients) = _capture(work, pool, stream)
@@ -192,11 +177,13 @@ class LayerGraph:
         return self._addresses() != self.addresses
 
     def _addresses(self) -> list[int]:
-        found = [p.data_ptr() for p in self.parameters]
-        return found + [total.data_ptr() for total, _ in self.accumulators or ()]
+        tensors = list(self.parameters)
+        if self.sums is not None:
+            tensors += [self.sums.of(p) for p in self.parameters]
+        return [tensor.data_ptr() for tensor in tensors]
 
     def __call__(self, x: Tensor) -> Tensor:
-        given = () if self.accumulators is not None else self.parameters
+        given = () if self.sums is not None else self.parameters
         return _Replay.apply(self, x, *given)
 
 
@@ -214,9 +201,12 @@ class _Replay(torch.autograd.Function):
     def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
         graph, ctx.token = ctx.graph, None
         _place(d_y, graph.d_y)
+        if graph.sums is not None:
+            graph.sums.before_replay(graph.parameters)
         graph.backward.replay()
-        for _, done in graph.accumulators or ():
-            done()
+        if graph.sums is not None:
+            for parameter in graph.parameters:
+                graph.sums.note(parameter)
         # Autograd copies the parameters' gradients, because this object holds them too.
         return None, graph.d_x.detach(), *graph.gradients
 
@@ -278,7 +268,7 @@ def _capture(
 def capture(
     layers: Sequence[nn.Module],
     x: Tensor,
-    accumulators: dict[nn.Parameter, Accumulator] | None,
+    sums: GradientSums | None,
     cu_seqlens: Tensor | None = None,
 ) -> list[LayerGraph]:
     """Captures layers that run one after another on inputs like x, [T, B, d], and read the
@@ -294,7 +284,7 @@ def capture(
         follows = graphs and graphs[-1].layer.layer_number + 1 == layer.layer_number
         static_x = graphs[-1].y.detach() if follows else torch.empty_like(x)
         static_x = static_x.detach().requires_grad_()
-        graphs.append(LayerGraph(layer, static_x, accumulators, cu_seqlens))
+        graphs.append(LayerGraph(layer, static_x, sums, cu_seqlens))
         graphs[-1].capture_forward(pool, stream)
     for graph, after in zip(reversed(graphs), [None, *reversed(graphs)], strict=False):
         follows = after is not None and graph.layer.layer_number + 1 == after.layer.layer_number

@@ -2,22 +2,22 @@
 
 - Layers are launched as CUDA graphs (`cuda_graphs.py`).
 - DeepSpeed leaves the gradients of a single data-parallel rank where they are. Its bfloat16
-  optimizer adds each gradient to its float32 sum at once and in one kernel, averages the sums over
-  ranks during the backward pass (`overlapped_reduction.py`), computes the norm and clips with a
-  handful of kernels.
+  optimizer adds each gradient to its float32 sum at once and in one kernel (`gradient_sums.py`),
+  averages the sums over ranks during the backward pass (`overlapped_reduction.py`), computes the
+  norm and clips with a handful of kernels.
 - GPT-NeoX no longer waits for the GPU between the parts of a step.
 """
 
 from __future__ import annotations
 
 import functools
-from types import MethodType
 from typing import Any
 
 import torch
 
 from megatron_patch.architecture import MetaLAOptions
-from megatron_patch.neox.cuda_graphs import Accumulator, LayerGraphs, add_to_sum
+from megatron_patch.neox.cuda_graphs import LayerGraphs
+from megatron_patch.neox.gradient_sums import add_gradients_at_once
 from megatron_patch.neox.overlapped_reduction import BUCKET, OverlappedReduction, why_no_overlap
 from megatron_patch.neox.patching import in_metala_runs, replace
 from megatron_patch.neox.upstream_fixes.cpu_mode import runs_on_cpu
@@ -48,19 +48,18 @@ def prepare_engine(engine: Any, neox_args: Any) -> None:
     from megatron_patch.neox.layer import ParallelMetaLALayer
 
     _reduce_gradients_in_place(engine)
-    accumulators = None
+    sums = None
     if isinstance(engine.optimizer, BF16_Optimizer):
         _average_during_backward(engine, neox_args)
-        _add_gradients_at_once(engine)
+        sums = add_gradients_at_once(engine)
         _fuse_norm_and_clipping()
-        accumulators = _accumulators(engine)
     if runs_on_cpu(neox_args):
         return
     if (reason := why_no_graphs(neox_args)) is not None:
         say(f"CUDA graphs off: {reason}")
         return
     layers = [m for m in engine.module.modules() if isinstance(m, ParallelMetaLALayer)]
-    graphs = LayerGraphs(layers, accumulators, say)
+    graphs = LayerGraphs(layers, sums, say)
     for index, layer in enumerate(layers):
         layer.graphs, layer.index = graphs, index
 
@@ -110,52 +109,6 @@ def say(line: str) -> None:
 
 
 # ---- DeepSpeed's bfloat16 optimizer, which keeps float32 sums of gradients in flat tensors
-
-
-def _add_gradients_at_once(engine: Any) -> None:
-    """Lets each parameter's gradient be added to its float32 sum as soon as it exists.
-
-    DeepSpeed keeps all bfloat16 gradients until the end of the backward pass, then converts and
-    adds them one by one. It has a switch for this, `immediate_grad_update`, which GPT-NeoX's
-    settings do not reach.
-    """
-    optimizer = engine.optimizer
-    if not optimizer.immediate_grad_update:
-        optimizer.immediate_grad_update = True
-        engine._config.bfloat16_config.immediate_grad_update = True
-        optimizer.create_grad_acc_hooks()
-
-    @torch.no_grad()
-    def add_in_one_kernel(self, lp, group_idx, param_idx, clear_lp_grads):
-        if lp.grad is not None:
-            total = self.fp32_groups_gradients[group_idx][param_idx]
-            add_to_sum(total, lp.grad)
-            _note_gradient(engine, lp, total, group_idx, param_idx)
-
-    optimizer._update_hp_grad = MethodType(add_in_one_kernel, optimizer)
-
-
-def _note_gradient(engine: Any, parameter: Any, total: Any, group: int, index: int) -> None:
-    """Does what DeepSpeed does when a gradient has been added to its sum."""
-    parameter._hp_grad = total
-    engine.optimizer.fp32_groups_has_gradients[group][index] = True
-    if engine.overlapped is not None:
-        engine.overlapped.note(parameter)
-
-
-def _accumulators(engine: Any) -> dict[torch.nn.Parameter, Accumulator]:
-    """Returns each parameter's float32 sum of gradients, and what to call after an addition."""
-    optimizer = engine.optimizer
-    return {
-        parameter: (
-            total,
-            functools.partial(_note_gradient, engine, parameter, total, group, index),
-        )
-        for group, parameters in enumerate(optimizer.bf16_groups)
-        for index, (parameter, total) in enumerate(
-            zip(parameters, optimizer.fp32_groups_gradients[group], strict=True)
-        )
-    }
 
 
 def _reduce_gradients_in_place(engine: Any) -> None:

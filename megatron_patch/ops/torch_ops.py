@@ -143,8 +143,12 @@ def add_rms_norm(
     return total, F.rms_norm(total, total.shape[-1:], eps=eps)
 
 
-def accumulate(total: torch.Tensor, gradient: torch.Tensor) -> None:
-    """Adds a gradient to the sum of all, in place."""
+def accumulate(
+    total: torch.Tensor, gradient: torch.Tensor, is_first: torch.Tensor | None = None
+) -> None:
+    """Adds a gradient to the sum of all, in place; to zeros if the int32 [] `is_first` is not 0."""
+    if is_first is not None:
+        total.masked_fill_(is_first.bool(), 0)
     total.add_(gradient)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from megatron_patch.neox.cuda_graphs import WARM_UP, LayerGraphs
+from megatron_patch.neox.gradient_sums import GradientSums
 from megatron_patch.neox.recompute import Rerun, recomputed
 from megatron_patch.ops import meta_linear_attention, short_convolution
 
@@ -85,17 +87,22 @@ class RecomputingLayer(MixingLayer):
 class Model:
     """Three layers, the last two numbers apart, as where an attention layer lies between."""
 
-    def __init__(self, with_graphs: bool, with_totals: bool = False, kind: type = Layer):
+    def __init__(self, with_graphs: bool, with_sums: bool = False, kind: type = Layer):
         torch.manual_seed(0)
         self.layers = [kind(number).cuda().bfloat16() for number in (0, 1, 3)]
         self.parameters = [p for layer in self.layers for p in layer.parameters()]
-        self.totals, self.told, self.lines = None, [], []
-        if with_totals:
-            self.totals = {
-                p: (torch.zeros(p.numel(), device="cuda"), lambda p=p: self.told.append(p))
-                for p in self.parameters
-            }
-        self.graphs = LayerGraphs(self.layers, self.totals, self.lines.append)
+        self.sums, self.told, self.lines = None, [], []
+        if with_sums:
+            # What DeepSpeed's optimizer holds. Nothing has filled the sums with zeros.
+            optimizer = SimpleNamespace(
+                bf16_groups=[self.parameters],
+                fp32_groups_gradients=[
+                    [torch.full((p.numel(),), torch.nan, device="cuda") for p in self.parameters]
+                ],
+                fp32_groups_has_gradients=[[False] * len(self.parameters)],
+            )
+            self.sums = GradientSums(optimizer, self.told.append)
+        self.graphs = LayerGraphs(self.layers, self.sums, self.lines.append)
         self.graphs.is_on = with_graphs
         self.by_graph = 0
 
@@ -147,20 +154,41 @@ def test_bits_over_accumulation_and_updates():
 
 
 def test_gradients_are_added_where_the_optimizer_keeps_them():
-    graphs, plain = both(with_totals=True)
-    for seed in range(WARM_UP):
-        step(graphs, seed)
+    """The first of a step takes the place of what the step before left, by replays and where a
+    micro-batch of another shape runs without graphs."""
+    graphs, plain = both(with_sums=True)
     for p in graphs.parameters:
+        p.register_post_accumulate_grad_hook(add_to_sum_of(graphs))
+    for seed in range(WARM_UP + 1):
+        step(graphs, seed), step(plain, seed)
+    graphs.sums.forget(), graphs.told.clear()
+    for p in plain.parameters:
         p.grad = None
-    wanted = [torch.zeros(p.numel(), device="cuda") for p in plain.parameters]
-    for seed in range(3):
-        assert_equal(step(graphs, seed), step(plain, seed))
-        for total, p in zip(wanted, plain.parameters, strict=True):
-            total += p.grad.flatten()
-            p.grad = None
-    assert_equal([total for total, _ in graphs.totals.values()], wanted)
+    other = (32, 2, SHAPE[-1])
+    seed, by_graph = 20, graphs.by_graph
+    for shapes in [[SHAPE], [SHAPE] * 3, [SHAPE, other], [other, SHAPE, SHAPE], [other], [SHAPE]]:
+        wanted = [torch.zeros(p.numel(), device="cuda") for p in plain.parameters]
+        for shape in shapes:
+            seed += 1
+            assert_equal(step(graphs, seed, shape), step(plain, seed, shape))
+            for total, p in zip(wanted, plain.parameters, strict=True):
+                total += p.grad.flatten()
+                p.grad = None
+        assert_equal([graphs.sums.of(p) for p in graphs.parameters], wanted)
+        assert len(graphs.told) == len(shapes) * len(graphs.parameters)
+        graphs.sums.forget(), graphs.told.clear()
     assert all(p.grad is None for p in graphs.parameters)
-    assert len(graphs.told) == 3 * len(graphs.parameters)
+    assert graphs.by_graph == by_graph + 8 * LAYERS
+
+
+def add_to_sum_of(model):
+    """Returns what DeepSpeed does with a gradient of a layer that runs without its graph."""
+
+    def add(p):
+        model.sums.add(p, p.grad)
+        p.grad = None
+
+    return add
 
 
 def test_two_forward_passes_before_a_backward_pass():

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_patch.neox import cuda_graphs
 from megatron_patch.neox.cuda_graphs import LayerGraphs
 from megatron_patch.neox.fast_step import why_no_graphs
 
@@ -95,17 +94,6 @@ def test_a_gradient_without_a_norm_is_told_as_deepspeed_tells_it(fused, value):
         for module in fused
     )
     assert theirs == ours == -1
-
-
-@pytest.mark.parametrize(("dtype", "wanted"), [(torch.float32, "auto"), (torch.bfloat16, "torch")])
-def test_only_float32_sums_go_to_the_kernel(monkeypatch, dtype, wanted):
-    """The kernel that "auto" takes on a GPU adds in float32 and is written for such sums."""
-    asked = []
-    monkeypatch.setattr(cuda_graphs, "choose", lambda _, name, *__: asked.append(name) or "torch")
-    total, gradient = torch.ones(6).to(dtype), torch.full((2, 3), 2**-7, dtype=torch.bfloat16)
-    cuda_graphs.add_to_sum(total, gradient)
-    assert asked == [wanted]
-    assert torch.equal(total, torch.full((6,), 1 + 2**-7, dtype=dtype))
 
 
 class _Graph:

@@ -13,18 +13,28 @@ BLOCK = 4096
 
 
 @triton.jit
-def accumulate_kernel(total, gradient, count, BLOCK: tl.constexpr):
+def accumulate_kernel(total, gradient, is_first, count, BLOCK: tl.constexpr):
+    """total += gradient, or total = 0 + gradient if there is a flag `is_first` and it is set.
+
+    What a sum held is then not even loaded. 0 + x has the bits of a sum that began at zero, also
+    for x = -0."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    value = tl.load(total + at, mask=at < count)
-    value += tl.load(gradient + at, mask=at < count).to(tl.float32)
-    tl.store(total + at, value, mask=at < count)
+    mask = at < count
+    value = tl.zeros([BLOCK], tl.float32)
+    if is_first is None:
+        value = tl.load(total + at, mask=mask)
+    elif tl.load(is_first) == 0:
+        value = tl.load(total + at, mask=mask)
+    value += tl.load(gradient + at, mask=mask).to(tl.float32)
+    tl.store(total + at, value, mask=mask)
 
 
-def accumulate(total: Tensor, gradient: Tensor) -> None:
-    """Adds `gradient` to `total` in place. Both are contiguous and have as many elements."""
+def accumulate(total: Tensor, gradient: Tensor, is_first: Tensor | None = None) -> None:
+    """Adds `gradient` to `total` in place. Both are contiguous and have as many elements. If the
+    int32 [] `is_first` is not 0, `total` counts as zero."""
     count = total.numel()
     with torch.cuda.device_of(total):
         launch(
-            accumulate_kernel, (cdiv(count, BLOCK),), (total, gradient), (count,),
+            accumulate_kernel, (cdiv(count, BLOCK),), (total, gradient, is_first), (count,),
             BLOCK=BLOCK, num_warps=8,
         )  # fmt: skip

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_patch.ops import add_rms_norm
-from megatron_patch.ops.triton import accumulate
+from megatron_patch.ops.backends import function_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter truncates to bfloat16 instead of rounding.
@@ -58,10 +58,19 @@ def test_nothing(shape):
     assert normed.shape == torch.autograd.grad(normed.sum() + total.sum(), x)[0].shape == shape
 
 
+@pytest.mark.parametrize("backend", ["triton", "torch"])
 @pytest.mark.parametrize("count", [1, 4096, 10_001])
-def test_gradients_are_added_in_float32(count):
-    total = torch.randn(count, device=DEVICE)
+def test_gradients_are_added_in_float32(count, backend):
+    """To the sum, or to zeros, whatever the sum held. -0 + 0 is 0 in both."""
+    add = function_of("accumulate", backend)
     gradient = torch.randn(count, device=DEVICE, dtype=torch.bfloat16)
-    wanted = total + gradient.float()
-    accumulate(total, gradient)
-    assert torch.equal(total, wanted)
+    gradient[0] = -0.0
+    flags = torch.tensor([0, 1], dtype=torch.int32, device=DEVICE)
+    for is_first in (None, *flags):
+        total = torch.randn(count, device=DEVICE)
+        wanted = total + gradient.float()
+        if is_first:
+            total.fill_(float("nan"))
+            wanted = torch.zeros_like(total) + gradient.float()
+        add(total, gradient, is_first)
+        assert torch.equal(total.view(torch.int32), wanted.view(torch.int32))
