@@ -19,6 +19,9 @@ from megatron_patch.hf.layers_metala import MetaLATokenMixer
 
 OURS = ("metala", "softmax", "hybrid", "window")
 MODELS = (*OURS, "gla", "mamba")
+# Whether LayerNorms are those of layer_norm.py on CUDA. To be switched on once
+# tests/gpu/test_layer_norm.py has passed on a GPU.
+FUSED_LAYER_NORM = False
 
 
 @dataclass(frozen=True)
@@ -181,6 +184,12 @@ def build(name: str, sizes: Sizes, **others: Any) -> MetaLAModel:
             layer.token_mixer = Foreign(mixer)
             if name == "mamba" and not sizes.mlp_beside_mamba:
                 layer.channel_norm, layer.channel_mixer = nn.Identity(), NoMLP()
+    if FUSED_LAYER_NORM and torch.cuda.is_available():
+        from layer_norm import fuse
+
+        for module in model.modules():
+            if isinstance(module, nn.LayerNorm):
+                fuse(module)
     if name in OURS:
         for layer in model.layers:
             layer.token_norm.register_forward_hook(in_autocast_dtype)
