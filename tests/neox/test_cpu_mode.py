@@ -1,6 +1,8 @@
 """CPU mode needs gloo and no CUDA device, and changes nothing otherwise."""
 
 import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -57,3 +59,19 @@ def test_hidden_gpus_stay_hidden_from_the_ranks(monkeypatch):
     activate_cpu_mode(settings())
     assert runs_on_cpu(settings()) and not torch.cuda.is_available()
     assert not runs_on_cpu(settings(distributed_backend="nccl"))
+
+
+def test_no_gpu_is_available_in_a_run_on_the_cpu():
+    """With a PyTorch for CUDA, which asks for the number of devices once DeepSpeed has set its
+    variable. That number is the number of ranks."""
+    program = """
+import torch
+from tests.neox.test_cpu_mode import activate_cpu_mode, settings
+torch.cuda._is_compiled = lambda: True
+activate_cpu_mode(settings())
+assert torch.cuda.device_count() == 2
+assert not torch.cuda.is_available() and not torch.accelerator.is_available()
+"""
+    variables = {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": "0", "LOCAL_SIZE": "2"}
+    variables |= {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+    subprocess.run([sys.executable, "-c", program], check=True, env={**os.environ, **variables})

@@ -88,6 +88,8 @@ def _redirect_cuda() -> None:
     cuda = torch.cuda
     cuda.current_device = _current_device
     cuda.device_count = local_ranks
+    # PyTorch derives this from the count. A loader would pin its batches, which needs a GPU.
+    cuda.is_available = lambda: False
     cuda.set_device = lambda device: None
     cuda.synchronize = lambda device=None: None
     cuda.empty_cache = lambda: None
