@@ -3,8 +3,8 @@
 - Layers are launched as CUDA graphs (`cuda_graphs.py`).
 - DeepSpeed leaves the gradients of a single data-parallel rank where they are. Its bfloat16
   optimizer adds each gradient to its float32 sum at once and in one kernel (`gradient_sums.py`),
-  averages the sums over ranks during the backward pass (`overlapped_reduction.py`), computes the
-  norm and clips with a handful of kernels.
+  averages the sums over ranks during the backward pass (`overlapped_reduction.py`), and clips and
+  updates in one kernel, for whose norm the host does not wait (`optimizer_step.py`).
 - GPT-NeoX no longer waits for the GPU between the parts of a step.
 """
 
@@ -18,6 +18,7 @@ import torch
 from megatron_patch.architecture import MetaLAOptions
 from megatron_patch.neox.cuda_graphs import LayerGraphs
 from megatron_patch.neox.gradient_sums import add_gradients_at_once
+from megatron_patch.neox.optimizer_step import OptimizerStep, is_adamw
 from megatron_patch.neox.overlapped_reduction import BUCKET, OverlappedReduction, why_no_overlap
 from megatron_patch.neox.patching import in_metala_runs, replace
 from megatron_patch.neox.upstream_fixes.cpu_mode import runs_on_cpu
@@ -52,7 +53,8 @@ def prepare_engine(engine: Any, neox_args: Any) -> None:
     if isinstance(engine.optimizer, BF16_Optimizer):
         _average_during_backward(engine, neox_args)
         sums = add_gradients_at_once(engine)
-        _fuse_norm_and_clipping()
+        if is_adamw(engine.optimizer):
+            OptimizerStep(engine, say)
     if runs_on_cpu(neox_args):
         return
     if (reason := why_no_graphs(neox_args)) is not None:
@@ -143,32 +145,6 @@ def _average_during_backward(engine: Any, neox_args: Any) -> None:
         return
     engine.overlapped = OverlappedReduction(engine, zero.get("reduce_bucket_size", BUCKET))
     engine.buffered_allreduce_fallback = lambda **_: engine.overlapped.finish()
-
-
-def _fuse_norm_and_clipping() -> None:
-    """Replaces a kernel or two for each parameter's norm, and another that scales it."""
-    from deepspeed.runtime import bf16_optimizer
-
-    get_norm = bf16_optimizer.get_global_norm_of_tensors
-    if hasattr(get_norm, "__wrapped__"):
-        return
-
-    @functools.wraps(get_norm)
-    def norm_of_all(input_tensors, norm_type=2, **kwargs):
-        tensors = [tensor.detach() for tensor in input_tensors]
-        if norm_type == 2 and tensors:
-            tensors = [torch.stack(torch._foreach_norm(tensors, 2, torch.float32)).norm()]
-        # DeepSpeed compares it several times. On the CPU that waits for the GPU once.
-        return get_norm(tensors, norm_type=norm_type, **kwargs).cpu()
-
-    def clip_all(input_tensors, max_norm=1.0, global_norm=None, mpu=None, eps=1e-6):
-        factor = float(max_norm / (global_norm + eps))
-        if factor < 1:
-            torch._foreach_mul_([tensor.detach() for tensor in input_tensors], factor)
-        return global_norm
-
-    bf16_optimizer.get_global_norm_of_tensors = norm_of_all
-    bf16_optimizer.clip_tensors_by_global_norm = clip_all
 
 
 # ---- GPT-NeoX's waits for the GPU, during which the host launches nothing

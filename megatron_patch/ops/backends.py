@@ -99,6 +99,10 @@ REGISTRY: dict[str, dict[str, Backend]] = {
         "triton": Backend("megatron_patch.ops.triton", "triton"),
         "torch": Backend("megatron_patch.ops.torch_ops"),
     },
+    "adam_step": {
+        "triton": Backend("megatron_patch.ops.triton", "triton"),
+        "torch": Backend("megatron_patch.ops.torch_ops"),
+    },
     "cross_entropy": {
         "triton": Backend("megatron_patch.ops.triton", "triton"),
         "neox": Backend(""),  # GPT-NeoX's own

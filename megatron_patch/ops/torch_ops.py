@@ -152,6 +152,39 @@ def accumulate(
     total.add_(gradient)
 
 
+def adam_step(
+    parameter: torch.Tensor,
+    copy: torch.Tensor,
+    gradient: torch.Tensor,
+    mean: torch.Tensor,
+    square: torch.Tensor,
+    factor: torch.Tensor,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    corrections: tuple[float, float],
+) -> None:
+    """Takes a step of AdamW (algorithm 2 of arXiv 1711.05101) in place.
+
+    Args:
+        parameter, mean, square: float32 or float64 [N], the weights and the two moments.
+        copy: [N], the weights in the model's dtype, which are overwritten.
+        gradient: [N].
+        factor: a scalar tensor, by which the gradient is multiplied. If it is 0, nothing changes.
+        corrections: 1 - beta ** step for each of the betas, or (1, 1).
+    """
+    if factor == 0:
+        return
+    gradient = gradient.to(parameter.dtype) * factor
+    mean.lerp_(gradient, 1 - betas[0])
+    square.mul_(betas[1]).addcmul_(gradient, gradient, value=1 - betas[1])
+    denominator = (square / corrections[1]).sqrt_().add_(eps)
+    parameter.mul_(1 - lr * weight_decay)
+    parameter.addcdiv_(mean, denominator, value=-lr / corrections[0])
+    copy.copy_(parameter)
+
+
 def compute_dtype(tensor: torch.Tensor) -> torch.dtype:
     """Returns the dtype of sums and states: float64 for float64, float32 for all others."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32

@@ -27,6 +27,7 @@ CUDA, OTHER_CUDA, CPU = torch.device("cuda", 0), torch.device("cuda", 1), torch.
 HOPPER = (9, 0)
 SIZES = {
     "accumulate": {},
+    "adam_step": {},
     "add_rms_norm": {},
     "cross_entropy": {},
     "meta_linear_attention": dict(K=64, V=128),

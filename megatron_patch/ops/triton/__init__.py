@@ -1,6 +1,7 @@
 """MetaLA's operators as fused Triton kernels for GPUs."""
 
 from megatron_patch.ops.triton.accumulate import accumulate
+from megatron_patch.ops.triton.adam import adam_step
 from megatron_patch.ops.triton.chunk import meta_linear_attention
 from megatron_patch.ops.triton.convolution import short_convolution
 from megatron_patch.ops.triton.cross_entropy import cross_entropy
@@ -9,6 +10,7 @@ from megatron_patch.ops.triton.swiglu import swiglu, swiglu_backward
 
 __all__ = [
     "accumulate",
+    "adam_step",
     "add_rms_norm",
     "cross_entropy",
     "meta_linear_attention",

@@ -1,0 +1,156 @@
+"""The step of DeepSpeed's bfloat16 optimizer, for which the host does not wait.
+
+DeepSpeed reads the norm of the gradients on the host, to clip them and to skip the step where the
+norm is infinite or NaN. Until it has the norm the host launches nothing, and afterwards the GPU
+waits for the host. Here a factor on the GPU decides both. The kernel that updates the weights
+multiplies the gradients by it, and changes nothing where it is 0. The host learns of a skipped step
+before it launches the next update, and corrects what it counted.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_patch.ops.backends import choose, function_of
+
+MOST_SKIPPED = 50  # steps in a row, as in GPT-NeoX's monitor of fp16 runs
+
+
+class OptimizerStep:
+    """Steps of a DeepSpeed engine with a `BF16_Optimizer` of AdamW.
+
+    Args:
+        engine: its `optimizer.step` and `save_checkpoint` are replaced.
+        say: prints a line.
+    """
+
+    def __init__(self, engine: Any, say: Callable[[str], None]):
+        self.engine, self.optimizer, self.say = engine, engine.optimizer, say
+        self.adam = engine.optimizer.optimizer
+        device = self.optimizer.fp32_groups_flat_partition[0].device
+        is_on_gpu = device.type == "cuda"
+        self.factor = torch.ones((), pin_memory=is_on_gpu)  # of the last step, on the host
+        self.arrived = torch.cuda.Event() if is_on_gpu else None
+        self.is_known, self.skipped_in_a_row = True, 0
+        self.optimizer.step = self.step
+        save = engine.save_checkpoint
+
+        @functools.wraps(save)
+        def save_what_is_known(*args, **kwargs):
+            self.settle()
+            return save(*args, **kwargs)
+
+        engine.save_checkpoint = save_what_is_known
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Updates the weights with the sums of gradients."""
+        from deepspeed.runtime.bf16_optimizer import all_gather_dp_groups
+
+        self.settle()
+        optimizer = self.optimizer
+        optimizer.overflow = False
+        norm = global_norm(optimizer)
+        optimizer._global_grad_norm = norm
+        limit = optimizer.clip_grad if optimizer.clip_grad > 0 else torch.inf
+        factor = torch.where(norm.isfinite(), (limit / (norm + 1e-6)).clamp(max=1), 0)
+        for index in range(len(self.adam.param_groups)):
+            self._update(index, factor)
+        optimizer._lazy_init_hp_params_optimizer_state()
+        all_gather_dp_groups(
+            groups_flat=optimizer.bf16_groups_flat,
+            partitioned_param_groups=optimizer.bf16_partitioned_groups,
+            dp_process_group=optimizer.real_dp_process_group,
+            start_alignment_factor=optimizer.nccl_start_alignment_factor,
+            allgather_bucket_size=optimizer.allgather_bucket_size,
+        )
+        optimizer.clear_hp_grads()
+        self.factor.copy_(factor, non_blocking=True)
+        if self.arrived is not None:
+            self.arrived.record()
+        self.is_known = False
+
+    def _update(self, index: int, factor: Tensor) -> None:
+        """Updates this rank's part of a parameter group, and its copy in bfloat16."""
+        optimizer, group = self.optimizer, self.adam.param_groups[index]
+        parameter = optimizer.fp32_groups_flat_partition[index]
+        rank = torch.distributed.get_rank(optimizer.real_dp_process_group[index])
+        state = self.adam.state[parameter]
+        if not state:
+            state["step"] = torch.zeros(()) if isinstance(self.adam, torch.optim.AdamW) else 0
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+        state["step"] += 1
+        betas = tuple(map(float, group["betas"]))
+        corrections = (1.0, 1.0)
+        if group.get("bias_correction", True):
+            corrections = tuple(1 - beta ** int(state["step"]) for beta in betas)
+        function_of("adam_step", choose("adam_step", "auto", torch.float32, parameter.device))(
+            parameter,
+            optimizer.bf16_partitioned_groups[index][rank],
+            optimizer.fp32_groups_gradient_flat_partition[index],
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            factor,
+            float(group["lr"]),
+            betas,
+            float(group["eps"]),
+            float(group["weight_decay"]),
+            corrections,
+        )
+
+    def settle(self) -> None:
+        """Takes back what was counted of the last step if it was skipped, and says so.
+
+        Raises:
+            RuntimeError: too many steps were skipped in a row.
+        """
+        if self.is_known:
+            return
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        self.is_known = True
+        if self.factor != 0:
+            self.skipped_in_a_row = 0
+            return
+        for state in self.adam.state.values():
+            state["step"] -= 1
+        engine, scheduler = self.engine, self.engine.lr_scheduler
+        engine.skipped_steps += 1
+        if scheduler is not None:
+            scheduler.step(scheduler.num_iters - 1)
+        self.skipped_in_a_row += 1
+        self.say(
+            f"iteration {engine.global_steps} changed no weight: the norm of the gradients is "
+            "infinite or not a number"
+        )
+        if self.skipped_in_a_row >= MOST_SKIPPED:
+            raise RuntimeError(f"MetaLA: {MOST_SKIPPED} iterations in a row changed no weight")
+
+
+def is_adamw(optimizer: Any) -> bool:
+    """Returns whether a `BF16_Optimizer` updates all its parameters by AdamW."""
+    from deepspeed.ops.adam import FusedAdam
+
+    adam = optimizer.optimizer
+    if optimizer.has_moe_layers:  # with norms over expert-parallel ranks
+        return False
+    if isinstance(adam, torch.optim.AdamW):
+        return not any(group["amsgrad"] or group["maximize"] for group in adam.param_groups)
+    return type(adam) is FusedAdam and bool(adam.adam_w_mode)
+
+
+def global_norm(optimizer: Any) -> Tensor:
+    """Returns the norm of all gradients of a model, float32 [], equal on all ranks. The optimizer
+    says which of them this rank counts."""
+    gradients = [gradient.detach() for gradient in optimizer.get_grads_for_norm()[0]]
+    square = torch.stack(torch._foreach_norm(gradients, 2, torch.float32)).square().sum()
+    if optimizer.mpu is not None:
+        group = optimizer.mpu.get_model_parallel_group()
+        torch.distributed.all_reduce(square, group=group)
+    return square.sqrt()
