@@ -5,7 +5,8 @@
   optimizer adds each gradient to its float32 sum at once and in one kernel (`gradient_sums.py`),
   averages the sums over ranks during the backward pass (`overlapped_reduction.py`), and clips and
   updates in one kernel, for whose norm the host does not wait (`optimizer_step.py`).
-- GPT-NeoX no longer waits for the GPU between the parts of a step.
+- GPT-NeoX no longer waits for the GPU between the parts of a step, nor for the values that it logs
+  (`late_logging.py`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from megatron_patch.architecture import MetaLAOptions
 from megatron_patch.neox.cuda_graphs import LayerGraphs
 from megatron_patch.neox.gradient_sums import add_gradients_at_once
+from megatron_patch.neox.late_logging import log_late
 from megatron_patch.neox.optimizer_step import OptimizerStep, is_adamw
 from megatron_patch.neox.overlapped_reduction import BUCKET, OverlappedReduction, why_no_overlap
 from megatron_patch.neox.patching import in_metala_runs, replace
@@ -39,6 +41,7 @@ def speed_up_steps() -> None:
         return engine, optimizer, *others
 
     _let_the_host_run_ahead()
+    log_late()
     _keep_the_batch_of_a_single_rank()
 
 
@@ -49,6 +52,7 @@ def prepare_engine(engine: Any, neox_args: Any) -> None:
     from megatron_patch.neox.layer import ParallelMetaLALayer
 
     _reduce_gradients_in_place(engine)
+    time_only_where_asked(engine, neox_args)
     sums = None
     if isinstance(engine.optimizer, BF16_Optimizer):
         _average_during_backward(engine, neox_args)
@@ -64,6 +68,12 @@ def prepare_engine(engine: Any, neox_args: Any) -> None:
     graphs = LayerGraphs(layers, sums, say)
     for index, layer in enumerate(layers):
         layer.graphs, layer.index = graphs, index
+
+
+def time_only_where_asked(engine: Any, neox_args: Any) -> None:
+    """Lets a DeepSpeed engine wait for the GPU at both ends of a step, in order to time it, only
+    with `wall_clock_breakdown`."""
+    engine.tput_timer.config.synchronized = neox_args.wall_clock_breakdown
 
 
 def why_no_graphs(neox_args: Any) -> str | None:

@@ -85,7 +85,7 @@ def report(events: list[dict], listed: int) -> None:
     launches = defaultdict(int)
     for event in events:
         if event.get("cat") in ("cuda_runtime", "cuda_driver"):
-            if re.search(r"Launch|Memcpy|Memset", event["name"]):
+            if re.search(r"Launch|Memcpy|Memset|Synchronize", event["name"]):
                 launches[event["name"]] += 1
     parts, kernels = defaultdict(lambda: [0.0, 0]), defaultdict(lambda: [0.0, 0])
     for event in on_gpu:
@@ -106,7 +106,7 @@ def report(events: list[dict], listed: int) -> None:
     span = end - on_gpu[0]["ts"]
     print(
         f"a step: GPU busy {busy / STEPS / 1e3:.1f} ms of {span / STEPS / 1e3:.1f} (profiled), "
-        f"{len(on_gpu) / STEPS:,.0f} kernels, launches "
+        f"{len(on_gpu) / STEPS:,.0f} kernels, the host's calls "
         + ", ".join(f"{name} {n / STEPS:,.0f}" for name, n in sorted(launches.items()))
     )
     print(f"\n{'the GPU waits between':<126}{'ms':>8}{'times':>9}")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_patch.neox.cuda_graphs import LayerGraphs
-from megatron_patch.neox.fast_step import why_no_graphs
+from megatron_patch.neox.fast_step import time_only_where_asked, why_no_graphs
 
 RUN = dict(
     metala={},
@@ -100,3 +100,20 @@ def test_graphs_replay_with_the_boundaries_of_their_own_micro_batch():
     assert graphs.captured.tolist() == [0, 8, 8, 8]
     graphs.graphs[1].is_busy = False
     assert run(0, 2, 8) == [[0, 2, 8, 8]] * 2
+
+
+@pytest.mark.parametrize("is_timed", [True, False])
+def test_a_step_is_timed_only_where_asked(monkeypatch, is_timed):
+    """DeepSpeed's timer waits for the device at both ends of a step."""
+    timer = pytest.importorskip("deepspeed.utils.timer")
+    waits = []
+    monkeypatch.setattr(
+        timer, "get_accelerator", lambda: SimpleNamespace(synchronize=lambda: waits.append(1))
+    )
+    config = SimpleNamespace(enabled=True, synchronized=True)
+    engine = SimpleNamespace(tput_timer=timer.ThroughputTimer(config, batch_size=1, start_step=0))
+    time_only_where_asked(engine, SimpleNamespace(wall_clock_breakdown=is_timed))
+    engine.tput_timer.start()
+    engine.tput_timer.stop(global_step=True)
+    assert len(waits) == (2 if is_timed else 0)
+    assert engine.tput_timer.total_elapsed_time > 0

@@ -10,7 +10,8 @@ from tests.neox.training import neox
 
 # train.py with infinite gradients in the iterations SKIPPED. With OWN DeepSpeed's own step runs.
 TRAIN = """
-import os, runpy
+import os, runpy, sys
+sys.path.insert(0, os.getcwd())
 from megatron_patch.neox import fast_step, optimizer_step
 from megatron_patch.neox.mixer import ParallelMetaLAMixer
 

@@ -1,0 +1,78 @@
+"""Values for wandb, TensorBoard and Comet, logged an iteration later than GPT-NeoX does.
+
+GPT-NeoX logs an iteration's loss as soon as the iteration is launched, and so waits until the GPU
+has finished it. Here the loss is copied to the host when the GPU gets there, and logged with the
+number of its own iteration before the next one logs anything, or when training ends.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from megatron_patch.neox.patching import in_metala_runs, replace
+
+
+class LateLog:
+    """Holds back calls of a function that logs values, in their order.
+
+    Args:
+        log: takes a key, a value and more.
+    """
+
+    def __init__(self, log: Callable[..., None]):
+        self.log = log
+        self.calls: list[tuple[tuple, dict]] = []
+        self.copied: torch.cuda.Event | None = None
+
+    def __call__(self, key: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            is_on_gpu = value.is_cuda
+            # To pinned memory, without waiting.
+            value = value.detach().to("cpu", non_blocking=True, copy=True)
+            if is_on_gpu:
+                self.copied = torch.cuda.Event()
+                self.copied.record()
+        self.calls.append(((key, value, *args), kwargs))
+
+    def flush(self) -> None:
+        """Logs what is held back."""
+        calls, self.calls = self.calls, []
+        if self.copied is not None:
+            self.copied.synchronize()
+            self.copied = None
+        for args, kwargs in calls:
+            self.log(*args, **kwargs)
+
+
+def log_late() -> None:
+    """Hooks this module into GPT-NeoX's training."""
+    from megatron.logging import tb_wandb_log, training_log
+    from megatron.training import train
+
+    late = LateLog(tb_wandb_log)
+    is_training = False
+
+    @functools.wraps(tb_wandb_log)
+    def log_in_order(key, value, *args, **kwargs):
+        (late if is_training else tb_wandb_log)(key, value, *args, **kwargs)
+
+    replace(tb_wandb_log, log_in_order)
+
+    @in_metala_runs(training_log)
+    def flush_and_log(training_log, *args, **kwargs):
+        late.flush()  # first: wandb takes no step before one that it has
+        return training_log(*args, **kwargs)
+
+    @in_metala_runs(train)
+    def train_and_flush(train, *args, **kwargs):
+        nonlocal is_training
+        is_training = True
+        try:
+            return train(*args, **kwargs)
+        finally:
+            is_training = False
+            late.flush()
