@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -19,9 +20,7 @@ from megatron_patch.hf.layers_metala import MetaLATokenMixer
 
 OURS = ("metala", "softmax", "hybrid", "window")
 MODELS = (*OURS, "gla", "mamba")
-# Whether LayerNorms are those of layer_norm.py on CUDA. To be switched on once
-# tests/gpu/test_layer_norm.py has passed on a GPU.
-FUSED_LAYER_NORM = False
+FUSED_LAYER_NORM = torch.cuda.is_available() and find_spec("triton") is not None
 
 
 @dataclass(frozen=True)
@@ -184,7 +183,7 @@ def build(name: str, sizes: Sizes, **others: Any) -> MetaLAModel:
             layer.token_mixer = Foreign(mixer)
             if name == "mamba" and not sizes.mlp_beside_mamba:
                 layer.channel_norm, layer.channel_mixer = nn.Identity(), NoMLP()
-    if FUSED_LAYER_NORM and torch.cuda.is_available():
+    if FUSED_LAYER_NORM:
         from layer_norm import fuse
 
         for module in model.modules():
