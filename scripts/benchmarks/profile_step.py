@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""Prints where the time of a training step in GPT-NeoX goes: kernels by part, gaps, launches.
+"""Prints where a training step in GPT-NeoX spends time and memory: kernels, gaps, launches, stages.
 
     python scripts/benchmarks/profile_step.py                  # metala_380m.yml, 8 x 2,048
     python scripts/benchmarks/profile_step.py --micro-batch 1 --kernels 40
 
 needs a linked GPT-NeoX checkout, as benchmark_training.py does. It trains on random tokens and
-reads the trace that torch.profiler writes of a few steps, of the GPU alone.
+reads the trace that torch.profiler writes of a few steps, of the GPU alone. Memory is that of the
+first five steps, of which the fourth captures CUDA graphs, and of the parts of a later one.
 """
 
 from __future__ import annotations
@@ -16,26 +17,51 @@ import tempfile
 from collections import defaultdict
 from pathlib import Path
 
-from benchmark_training import ONE_GPU, ROOT, measure, training_settings, write_data
+from benchmark_training import LEVELS, ONE_GPU, ROOT, measure, training_settings, write_data
 
 from convert.command import need_neox
-from megatron_patch.commands.command_line import Parser, existing_file, run_script, whole
+from megatron_patch.commands.command_line import Parser, existing_file, one_of, run_script, whole
 
 FIRST, STEPS = 8, 3  # profiled iterations
 # GPT-NeoX's own `profile` setting records Python's stack too, which slows the host down tenfold.
 PROGRAM = """
-import runpy, sys, torch
+import json, runpy, sys, torch
 sys.path.insert(0, "{checkout}")
 from megatron import training
-step, calls = training.train_step, 0
+step, calls, stages = training.train_step, 0, []
 profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+def note(stage):
+    cuda = torch.cuda
+    peaks = cuda.max_memory_allocated(), cuda.max_memory_reserved()
+    stages.append([stage, cuda.memory_allocated(), *peaks])
+    cuda.reset_peak_memory_stats()
+def noting(name):
+    part = getattr(training, name)
+    def run(*args, **kwargs):
+        result = part(*args, **kwargs)
+        if calls == {first} - 1:
+            note(name)
+        return result
+    setattr(training, name, run)
+noting("forward_step")
+noting("backward_step")
 def profiled(*args, **kwargs):
     global calls
     calls += 1
+    if calls == 1:
+        note("before training")
     if calls == {first}:
         torch.cuda.synchronize()
         profiler.start()
+    if calls == {first} - 1:
+        note("steps before")
     result = step(*args, **kwargs)
+    if calls <= 5:
+        note(f"step {{calls}}")
+    if calls == {first} - 1:
+        note("optimizer")
+        with open("{stages}", "w") as file:
+            json.dump(stages, file)
     if calls == {last}:
         torch.cuda.synchronize()
         profiler.stop()
@@ -65,17 +91,31 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--config", type=existing_file, default=ROOT / "configs/metala_380m.yml")
     parser.add_argument("--micro-batch", type=whole(1), help="sequences (default: as in --config)")
     parser.add_argument("--kernels", type=whole(0), default=25, help="how many to list")
+    parser.add_argument("--recompute", type=one_of(LEVELS), help="(default: as in --config)")
     options = parser.parse_args(argv)
     vars(options).update(ONE_GPU, length=None, steps=FIRST + STEPS + 12)
     with tempfile.TemporaryDirectory() as work:
         checkout, trace = need_neox(), Path(work) / "trace.json"
+        stages = Path(work) / "stages.json"
         program = Path(work) / "train.py"
         last = FIRST + STEPS - 1
-        program.write_text(PROGRAM.format(checkout=checkout, first=FIRST, last=last, trace=trace))
+        places = dict(checkout=checkout, trace=trace, stages=stages)
+        program.write_text(PROGRAM.format(**places, first=FIRST, last=last))
         settings = {**training_settings(options), **write_data(Path(work))}
+        if options.recompute:
+            settings["metala"]["recompute"] = options.recompute
         measure(checkout, settings, Path(work), "profile", program)
-        trace = json.loads(trace.read_text())
-    report(trace["traceEvents"], options.kernels)
+        report_memory(json.loads(stages.read_text()))
+        report(json.loads(trace.read_text())["traceEvents"], options.kernels)
+
+
+def report_memory(stages: list[tuple[str, int, int, int]]) -> None:
+    """Prints what is allocated at the end of each stage, and the largest amounts within it."""
+    print(f"{'GB after':<26}{'allocated':>10}{'at most':>10}{'reserved at most':>18}")
+    for stage, *amounts in stages:
+        allocated, most, reserved = (amount / 1e9 for amount in amounts)
+        print(f"{stage:<26}{allocated:>10.2f}{most:>10.2f}{reserved:>18.2f}")
+    print()
 
 
 def report(events: list[dict], listed: int) -> None:
