@@ -25,7 +25,7 @@ def mix_and_break(self, *args, **kwargs):
     return y, state
 
 ParallelMetaLAMixer.forward = mix_and_break
-optimizer_step.MOST_SKIPPED = 3
+optimizer_step.MOST_SKIPPED, optimizer_step.GATHERED = 3, 10_000
 if os.environ["OWN"] == "1":
     fast_step.is_adamw = lambda optimizer: False
 runpy.run_path("train.py", run_name="__main__")
