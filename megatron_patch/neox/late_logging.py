@@ -54,11 +54,11 @@ def log_late() -> None:
     from megatron.training import train
 
     late = LateLog(tb_wandb_log)
-    is_training = False
+    is_late = False
 
     @functools.wraps(tb_wandb_log)
     def log_in_order(key, value, *args, **kwargs):
-        (late if is_training else tb_wandb_log)(key, value, *args, **kwargs)
+        (late if is_late else tb_wandb_log)(key, value, *args, **kwargs)
 
     replace(tb_wandb_log, log_in_order)
 
@@ -68,11 +68,12 @@ def log_late() -> None:
         return training_log(*args, **kwargs)
 
     @in_metala_runs(train)
-    def train_and_flush(train, *args, **kwargs):
-        nonlocal is_training
-        is_training = True
+    def train_and_flush(train, neox_args, *args, **kwargs):
+        nonlocal is_late
+        logs = neox_args.use_wandb, neox_args.tensorboard_writer, neox_args.comet_experiment
+        is_late = any(logs)
         try:
-            return train(*args, **kwargs)
+            return train(neox_args, *args, **kwargs)
         finally:
-            is_training = False
+            is_late = False
             late.flush()

@@ -53,7 +53,9 @@ def megatron(monkeypatch) -> SimpleNamespace:
 
 
 def test_all_is_logged_when_training_ends(megatron):
-    args = SimpleNamespace(attention_config=["metala"])
+    args = SimpleNamespace(
+        attention_config=["metala"], use_wandb=True, tensorboard_writer=None, comet_experiment=None
+    )
     megatron.training.train(args, breaks=False)
     assert megatron.logged == [1, ("loss", 0.5, 1), 2, ("loss", 0.5, 2)]
     with pytest.raises(KeyError, match="broken"):

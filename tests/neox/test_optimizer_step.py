@@ -12,6 +12,7 @@ from tests.neox.training import neox
 TRAIN = """
 import os, runpy, sys
 sys.path.insert(0, os.getcwd())
+import megatron
 from megatron_patch.neox import fast_step, optimizer_step
 from megatron_patch.neox.mixer import ParallelMetaLAMixer
 
