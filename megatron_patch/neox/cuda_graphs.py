@@ -10,12 +10,16 @@ the way of `torch.cuda.make_graphed_callables`, with three differences:
 
 All graphs share one memory pool. A buffer in it is used again as soon as the captured order allows:
 all layers forward, then all layers backward. Any other order of replays would overwrite numbers
-that are still needed. `LayerGraph.fits` prevents that: after a replayed forward pass a layer runs
-without its graph until the backward pass has run, or until autograd has dropped it.
+that are still needed. `LayerGraph.fits` prevents that: after a replayed forward pass no micro-batch
+is replayed until the backward pass has run, or until autograd has dropped it.
 
-Where packed documents are kept apart, the graphs read the boundaries from one tensor of fixed size,
-in which empty documents follow the last one. The first layer's replay puts those of its micro-batch
+Where packed documents are kept apart, the graphs read the boundaries from tensors of fixed size, in
+which empty documents follow the last one. The first layer's replay puts those of its micro-batch
 there. A micro-batch with more documents than that runs without graphs.
+
+Where layers communicate, their collectives are captured with them. NCCL wants a collective to be
+captured on all of its ranks or on none, and a graph that holds one to be launched by all of them.
+So these ranks decide together, once a micro-batch: all capture, all replay, or none does.
 """
 
 from __future__ import annotations
@@ -30,8 +34,14 @@ import torch
 from torch import Tensor, nn
 
 from megatron_patch.neox.gradient_sums import GradientSums
+from megatron_patch.neox.sequence_parallel import add_partial_gradients
 
 WARM_UP = 3  # training forward passes, in which kernels are compiled and libraries choose theirs
+
+
+def decide_alone(*votes: bool) -> tuple[bool, ...]:
+    """Returns the votes of a rank whose layers communicate with no other."""
+    return votes
 
 
 class LayerGraphs:
@@ -39,9 +49,10 @@ class LayerGraphs:
 
     Args:
         layers: their `compute` is what is captured: [T, B, d] to [T, B, d], with the boundaries of
-            documents as a second argument, or `None`.
+            documents as further arguments.
         sums: to which gradients of parameters are added; `None` where autograd is to get them.
         say: prints a line.
+        decide: returns for each vote whether all ranks with which the layers communicate say yes.
     """
 
     def __init__(
@@ -49,77 +60,88 @@ class LayerGraphs:
         layers: Sequence[nn.Module],
         sums: GradientSums | None,
         say: Callable[[str], None],
+        decide: Callable[..., Sequence[bool]] = decide_alone,
     ):
-        self.layers, self.sums, self.say = list(layers), sums, say
+        self.layers, self.sums, self.say, self.decide = list(layers), sums, say, decide
         self.graphs: list[LayerGraph] = []
         self.passes = 0
         self.is_on = True
+        self.replays = False  # whether this micro-batch's layers are replayed
         self.room = 0  # for documents: twice as many as the warm-up's fullest micro-batch has
-        self.captured: Tensor | None = None  # the boundaries that the graphs read
-        self.placed: Tensor | None = None  # those given for the micro-batch that was put there
+        self.captured: tuple[Tensor | None, ...] = ()  # the boundaries that the graphs read
         self.has_told = False
 
-    def run(self, index: int, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor | None:
+    def run(self, index: int, x: Tensor, *boundaries: Tensor | None) -> Tensor | None:
         """The output of a layer by its graph, or `None` where it has to be computed without.
 
         Args:
-            index: the layer's place.
+            index: the layer's place. The first layer decides for all.
             x: [T, B, d].
-            cu_seqlens: int32 [N + 1], the boundaries of documents in the B rows laid end to end;
-                the same tensor for all layers of a micro-batch. `None` if nothing is reset.
+            boundaries: each int32 [N + 1], of documents in the B rows laid end to end; the same
+                for all layers of a micro-batch. `None` if nothing is reset.
         """
         if not (self.is_on and torch.is_grad_enabled() and x.requires_grad):
+            self.replays = False
             return None
-        if index == 0 and any(graph.has_moved() for graph in self.graphs):
-            self.graphs = []
-        if not self.graphs:
-            if index > 0:
-                return None
-            self.passes += 1
-            if cu_seqlens is not None:
-                self.room = max(self.room, 2 * (len(cu_seqlens) - 1))
-            if self.passes <= WARM_UP or not self._capture(x, cu_seqlens):
-                return None
-        graph = self.graphs[index]
-        if not graph.fits(x) or not self._place(index, cu_seqlens):
-            return None
-        return graph(x)
+        if index == 0:
+            self.replays = self._prepare(x, boundaries)
+        return self.graphs[index](x) if self.replays else None
 
-    def _place(self, index: int, cu_seqlens: Tensor | None) -> bool:
-        """Puts a micro-batch's boundaries where the graphs read them, if this is the first layer
-        and no graph still needs those of another one. Returns whether they are there."""
-        if cu_seqlens is self.placed:
-            return True
-        if index > 0 or cu_seqlens is None or self.captured is None:
+    def _prepare(self, x: Tensor, boundaries: tuple[Tensor | None, ...]) -> bool:
+        """Returns whether a micro-batch is to be replayed, which all ranks that communicate find
+        alike; captures the layers before, and puts the boundaries where the graphs read them."""
+        wanted = max([2 * (len(given) - 1) for given in boundaries if given is not None], default=0)
+        self.passes += 1
+        if self.passes <= WARM_UP:
+            self.room = max(self.room, wanted)
             return False
-        if len(cu_seqlens) > len(self.captured):
-            if not self.has_told:
-                self.has_told = True
-                self.say(
-                    f"CUDA graphs have room for {self.room} documents a micro-batch; one with "
-                    f"{len(cu_seqlens) - 1} runs without, and so do all with more than {self.room}"
-                )
+        is_captured, fits, has_room = self.decide(
+            bool(self.graphs) and not any(graph.has_moved() for graph in self.graphs),
+            all(graph.fits(x) for graph in self.graphs),
+            self._has_room(boundaries),
+        )
+        if not is_captured:
+            self.graphs, self.room = [], max(self.room, wanted)
+            fits = has_room = self._capture(x, boundaries)
+        elif not has_room and not self.has_told:
+            self.has_told = True
+            self.say(
+                f"CUDA graphs have room for {self.room} documents a micro-batch; "
+                "those with more run without"
+            )
+        if not (fits and has_room):
             return False
-        if any(graph.is_pending() for graph in self.graphs):
-            return False
-        _pad_into(self.captured, cu_seqlens)
-        self.placed = cu_seqlens
+        for given, read in zip(boundaries, self.captured, strict=True):
+            if read is not None:
+                _pad_into(read, given)
         return True
 
-    def _capture(self, x: Tensor, cu_seqlens: Tensor | None) -> bool:
+    def _has_room(self, boundaries: tuple[Tensor | None, ...]) -> bool:
+        """Returns whether the graphs' boundaries are of the given kinds and no shorter."""
+        return all(
+            (given is None) == (read is None) and (given is None or len(given) <= len(read))
+            for given, read in zip(boundaries, self.captured, strict=False)
+        )
+
+    def _capture(self, x: Tensor, boundaries: tuple[Tensor | None, ...]) -> bool:
+        """Captures the layers. Returns whether that went well on all ranks that communicate."""
         start = time.perf_counter()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # a graph's pool cannot use what PyTorch keeps for others
         before = torch.cuda.memory_reserved()
+        self.captured = tuple(
+            given if given is None else _pad_into(given.new_empty(self.room + 1), given)
+            for given in boundaries
+        )
+        failure = None
         try:
-            self.placed = self.captured = cu_seqlens
-            if cu_seqlens is not None:
-                self.captured = cu_seqlens.new_empty(self.room + 1)
-                _pad_into(self.captured, cu_seqlens)
             self.graphs = capture(self.layers, x, self.sums, self.captured)
         except RuntimeError as error:
+            failure = str(error).splitlines()[0]
+        (is_captured,) = self.decide(failure is None)
+        if not is_captured:
             self.graphs, self.is_on = [], False
-            self.say(f"CUDA graphs off: the capture failed ({str(error).splitlines()[0]})")
+            self.say(f"CUDA graphs off: the capture failed ({failure or 'on another rank'})")
             return False
         torch.cuda.synchronize()
         self.say(
@@ -129,14 +151,25 @@ class LayerGraphs:
         )
         return True
 
+    def release(self) -> None:
+        """Destroys the graphs. NCCL waits for that before it ends a communicator they hold."""
+        for graph in self.graphs:
+            graph.forward.reset()
+            graph.backward.reset()
+        self.graphs, self.is_on = [], False
+
 
 class LayerGraph:
     """One layer's two graphs and the tensors they read and write."""
 
     def __init__(
-        self, layer: nn.Module, x: Tensor, sums: GradientSums | None, cu_seqlens: Tensor | None
+        self,
+        layer: nn.Module,
+        x: Tensor,
+        sums: GradientSums | None,
+        boundaries: tuple[Tensor | None, ...],
     ):
-        self.layer, self.x, self.sums, self.cu_seqlens = layer, x, sums, cu_seqlens
+        self.layer, self.x, self.sums, self.boundaries = layer, x, sums, boundaries
         self.parameters = [p for p in layer.parameters() if p.requires_grad]
         self.aliases = [p.detach().requires_grad_() for p in self.parameters]
         self.addresses = self._addresses()
@@ -145,24 +178,27 @@ class LayerGraph:
     def capture_forward(self, pool: Any, stream: torch.cuda.Stream) -> None:
         with _in_place_of(self.layer, dict(zip(self.parameters, self.aliases, strict=True))):
             self.forward, self.y = _capture(
-                lambda: self.layer.compute(self.x, self.cu_seqlens), pool, stream
+                lambda: self.layer.compute(self.x, *self.boundaries), pool, stream
             )
 
     def capture_backward(self, d_y: Tensor, pool: Any, stream: torch.cuda.Stream) -> None:
-        self.d_y = d_y
+        y, self.y, self.d_y = self.y, self.y.detach(), d_y
+        self.backward, (self.d_x, *self.gradients) = _capture(
+            lambda: self.differentiate(y), pool, stream
+        )
 
-        def work() -> list[Tensor]:
-            wanted = [self.x, *self.aliases]
-            d_x, *gradients = torch.autograd.grad(self.y, wanted, d_y)
-            if self.sums is None:
-                return [d_x, *gradients]
-            with torch.no_grad():
-                for parameter, gradient in zip(self.parameters, gradients, strict=True):
-                    self.sums.capture(parameter, gradient)
-            return [d_x]
-
-        self.backward, (self.d_x, *self.gradients) = _capture(work, pool, stream)
-        self.y = self.y.detach()
+    def differentiate(self, y: Tensor) -> list[Tensor]:
+        """Returns the gradients of the input and, unless there are sums to add them to, of the
+        parameters."""
+        d_x, *gradients = torch.autograd.grad(y, [self.x, *self.aliases], self.d_y)
+        if self.sums is None:
+            return [d_x, *gradients]
+        with torch.no_grad():
+            # Hooks of the parameters, which the aliases lack, add these up outside graphs.
+            gradients = add_partial_gradients(self.parameters, gradients)
+            for parameter, gradient in zip(self.parameters, gradients, strict=True):
+                self.sums.capture(parameter, gradient)
+        return [d_x]
 
     def fits(self, x: Tensor) -> bool:
         """Returns whether x is like the captured input and the last call is over."""
@@ -244,11 +280,12 @@ def _place(source: Tensor, target: Tensor) -> None:
         target.copy_(source)
 
 
-def _pad_into(target: Tensor, cu_seqlens: Tensor) -> None:
-    """Copies boundaries and fills the rest with the last one: empty documents."""
+def _pad_into(target: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Copies boundaries, fills the rest with the last one (empty documents), returns the target."""
     count = len(cu_seqlens)
     target[:count].copy_(cu_seqlens)
     target[count:].copy_(cu_seqlens[-1:].expand(len(target) - count))
+    return target
 
 
 def _capture(
@@ -269,10 +306,10 @@ def capture(
     layers: Sequence[nn.Module],
     x: Tensor,
     sums: GradientSums | None,
-    cu_seqlens: Tensor | None = None,
+    boundaries: tuple[Tensor | None, ...],
 ) -> list[LayerGraph]:
     """Captures layers that run one after another on inputs like x, [T, B, d], and read the
-    boundaries of documents from `cu_seqlens`.
+    `boundaries` of documents.
 
     Raises:
         RuntimeError: CUDA or PyTorch refuses to capture something that a layer does.
@@ -284,7 +321,7 @@ def capture(
         follows = graphs and graphs[-1].layer.layer_number + 1 == layer.layer_number
         static_x = graphs[-1].y.detach() if follows else torch.empty_like(x)
         static_x = static_x.detach().requires_grad_()
-        graphs.append(LayerGraph(layer, static_x, sums, cu_seqlens))
+        graphs.append(LayerGraph(layer, static_x, sums, boundaries))
         graphs[-1].capture_forward(pool, stream)
     for graph, after in zip(reversed(graphs), [None, *reversed(graphs)], strict=False):
         follows = after is not None and graph.layer.layer_number + 1 == after.layer.layer_number

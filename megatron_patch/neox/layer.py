@@ -155,7 +155,7 @@ class ParallelMetaLALayer(nn.Module):
         if self.resets and not self.use_cache:
             boundaries = documents.boundaries_of(attention_mask, x.shape[1], x.shape[0])
         if self.graphs is not None and self.training and not self.use_cache:
-            if (y := self.graphs.run(self.index, x, boundaries.recurrence)) is not None:
+            if (y := self.graphs.run(self.index, x, *boundaries)) is not None:
                 return y
         return self.compute(x, *boundaries)
 

@@ -9,10 +9,12 @@ convolution reads W - 1 rows of the rank before it (`ops/context_parallel.py`).
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
 from megatron_patch.architecture import METALA, SOFTMAX_TYPES, MetaLAOptions, refuse
 from megatron_patch.architecture_neox import expand_attention_config
@@ -132,6 +134,25 @@ def _sum_partial_gradients() -> None:
             for p in module.parameters():
                 is_whole = getattr(p, "model_parallel", False) or id(p) in see_all
                 if p.requires_grad and not is_whole:
+                    p.has_partial_gradient = True
                     p.register_hook(add_up)
 
     replace(mark_norms, mark_all)
+
+
+def add_partial_gradients(
+    parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]
+) -> list[Tensor]:
+    """Returns parameters' gradients, those summed over tensor-parallel ranks of which each rank has
+    its own tokens' part: what the parameters' hooks do, in one all-reduce for all of them."""
+    gradients = list(gradients)
+    places = [i for i, p in enumerate(parameters) if getattr(p, "has_partial_gradient", False)]
+    if not places:
+        return gradients
+    from megatron.model.utils import reduce_weight_grads_from_model_parallel_region as add_up
+
+    joined = add_up(torch.cat([gradients[i].flatten() for i in places]))
+    sums = joined.split([gradients[i].numel() for i in places])
+    for i, total in zip(places, sums, strict=True):
+        gradients[i] = total.view_as(gradients[i])
+    return gradients

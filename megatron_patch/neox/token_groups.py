@@ -3,6 +3,8 @@ sequence parallelism between the projections of a layer alone."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -37,6 +39,16 @@ def token_group() -> dist.ProcessGroup | None:
     return _token
 
 
+def layer_group() -> dist.ProcessGroup | None:
+    """Returns the ranks with which this rank's layers communicate, by context or, without that, by
+    tensor parallelism; `None` for none."""
+    from megatron import mpu
+
+    if _context is not None or mpu.get_model_parallel_world_size() == 1:
+        return _context
+    return mpu.get_model_parallel_group()
+
+
 def place_in(group: dist.ProcessGroup | None) -> tuple[int, int]:
     """Returns this rank's place in a group and how many ranks that has; (0, 1) for `None`."""
     return (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
@@ -56,6 +68,9 @@ def make_token_groups() -> None:
     @in_metala_runs(initialize_megatron)
     def initialize_groups(initialize, neox_args, *args, **kwargs):
         global _context, _token
+        # A capture must not register buffers with NCCL: that would wait for the other ranks, one of
+        # which may have failed, and memory of `expandable_segments` cannot be registered.
+        os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
         result = initialize(neox_args, *args, **kwargs)
         size = context_size(neox_args)
         tensor = mpu.get_model_parallel_group() if is_sequence_parallel(neox_args) else None
@@ -80,7 +95,21 @@ def _gathered(value: Any) -> list[Any]:
     return values
 
 
-def _new_group(ranks: list[int]) -> dist.ProcessGroup:
+def _new_group(ranks: list[int], backend: str | None = None) -> dist.ProcessGroup:
     """Returns this rank's group; every rank calls with the ranks of its own."""
     groups = sorted(set(map(tuple, _gathered(ranks))))
-    return dist.new_subgroups_by_enumeration(groups)[0]
+    return dist.new_subgroups_by_enumeration(groups, backend=backend)[0]
+
+
+def deciding_together(group: dist.ProcessGroup) -> Callable[..., list[bool]]:
+    """Returns a function of votes that returns, for each, whether all ranks of the group vote for
+    it. They all call it at the same points. The hosts exchange votes and wait for no GPU. Every
+    rank of the run calls this with a group of its own."""
+    of_hosts = _new_group(dist.get_process_group_ranks(group), backend="gloo")
+
+    def decide(*votes: bool) -> list[bool]:
+        least = torch.tensor(votes, dtype=torch.int32)
+        dist.all_reduce(least, dist.ReduceOp.MIN, group=of_hosts)
+        return [bool(vote) for vote in least]
+
+    return decide
