@@ -13,8 +13,8 @@ all layers forward, then all layers backward. Any other order of replays would o
 that are still needed. `LayerGraph.fits` prevents that: after a replayed forward pass no micro-batch
 is replayed until the backward pass has run, or until autograd has dropped it.
 
-Where packed documents are kept apart, the graphs read the boundaries from tensors of fixed size, in
-which empty documents follow the last one. The first layer's replay puts those of its micro-batch
+Where packed documents are kept apart, the graphs read the boundaries from one tensor of fixed size,
+in which empty documents follow the last one. The first layer's replay puts those of its micro-batch
 there. A micro-batch with more documents than that runs without graphs.
 
 Where layers communicate, their collectives are captured with them. NCCL wants a collective to be
@@ -49,7 +49,7 @@ class LayerGraphs:
 
     Args:
         layers: their `compute` is what is captured: [T, B, d] to [T, B, d], with the boundaries of
-            documents as further arguments.
+            documents as a second argument, or `None`.
         sums: to which gradients of parameters are added; `None` where autograd is to get them.
         say: prints a line.
         decide: returns for each vote whether all ranks with which the layers communicate say yes.
@@ -68,29 +68,29 @@ class LayerGraphs:
         self.is_on = True
         self.replays = False  # whether this micro-batch's layers are replayed
         self.room = 0  # for documents: twice as many as the warm-up's fullest micro-batch has
-        self.captured: tuple[Tensor | None, ...] = ()  # the boundaries that the graphs read
+        self.captured: Tensor | None = None  # the boundaries that the graphs read
         self.has_told = False
 
-    def run(self, index: int, x: Tensor, *boundaries: Tensor | None) -> Tensor | None:
+    def run(self, index: int, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor | None:
         """The output of a layer by its graph, or `None` where it has to be computed without.
 
         Args:
             index: the layer's place. The first layer decides for all.
             x: [T, B, d].
-            boundaries: each int32 [N + 1], of documents in the B rows laid end to end; the same
+            cu_seqlens: int32 [N + 1], the boundaries of documents in the B rows laid end to end,
                 for all layers of a micro-batch. `None` if nothing is reset.
         """
         if not (self.is_on and torch.is_grad_enabled() and x.requires_grad):
             self.replays = False
             return None
         if index == 0:
-            self.replays = self._prepare(x, boundaries)
+            self.replays = self._prepare(x, cu_seqlens)
         return self.graphs[index](x) if self.replays else None
 
-    def _prepare(self, x: Tensor, boundaries: tuple[Tensor | None, ...]) -> bool:
+    def _prepare(self, x: Tensor, cu_seqlens: Tensor | None) -> bool:
         """Returns whether a micro-batch is to be replayed, which all ranks that communicate find
         alike; captures the layers before, and puts the boundaries where the graphs read them."""
-        wanted = max([2 * (len(given) - 1) for given in boundaries if given is not None], default=0)
+        wanted = 0 if cu_seqlens is None else 2 * (len(cu_seqlens) - 1)
         self.passes += 1
         if self.passes <= WARM_UP:
             self.room = max(self.room, wanted)
@@ -98,11 +98,11 @@ class LayerGraphs:
         is_captured, fits, has_room = self.decide(
             bool(self.graphs) and not any(graph.has_moved() for graph in self.graphs),
             all(graph.fits(x) for graph in self.graphs),
-            self._has_room(boundaries),
+            self._has_room(cu_seqlens),
         )
         if not is_captured:
             self.graphs, self.room = [], max(self.room, wanted)
-            fits = has_room = self._capture(x, boundaries)
+            fits = has_room = self._capture(x, cu_seqlens)
         elif not has_room and not self.has_told:
             self.has_told = True
             self.say(
@@ -111,29 +111,26 @@ class LayerGraphs:
             )
         if not (fits and has_room):
             return False
-        for given, read in zip(boundaries, self.captured, strict=True):
-            if read is not None:
-                _pad_into(read, given)
+        if cu_seqlens is not None:
+            _pad_into(self.captured, cu_seqlens)
         return True
 
-    def _has_room(self, boundaries: tuple[Tensor | None, ...]) -> bool:
-        """Returns whether the graphs' boundaries are of the given kinds and no shorter."""
-        return all(
-            (given is None) == (read is None) and (given is None or len(given) <= len(read))
-            for given, read in zip(boundaries, self.captured, strict=False)
-        )
+    def _has_room(self, cu_seqlens: Tensor | None) -> bool:
+        """Returns whether boundaries fit into the tensor that the graphs read."""
+        if cu_seqlens is None or self.captured is None:
+            return cu_seqlens is self.captured
+        return len(cu_seqlens) <= len(self.captured)
 
-    def _capture(self, x: Tensor, boundaries: tuple[Tensor | None, ...]) -> bool:
+    def _capture(self, x: Tensor, cu_seqlens: Tensor | None) -> bool:
         """Captures the layers. Returns whether that went well on all ranks that communicate."""
         start = time.perf_counter()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # a graph's pool cannot use what PyTorch keeps for others
         before = torch.cuda.memory_reserved()
-        self.captured = tuple(
-            given if given is None else _pad_into(given.new_empty(self.room + 1), given)
-            for given in boundaries
-        )
-        failure = None
+        self.captured = failure = None
+        if cu_seqlens is not None:
+            self.captured = cu_seqlens.new_empty(self.room + 1)
+            _pad_into(self.captured, cu_seqlens)
         try:
             self.graphs = capture(self.layers, x, self.sums, self.captured)
         except RuntimeError as error:
@@ -163,13 +160,9 @@ class LayerGraph:
     """One layer's two graphs and the tensors they read and write."""
 
     def __init__(
-        self,
-        layer: nn.Module,
-        x: Tensor,
-        sums: GradientSums | None,
-        boundaries: tuple[Tensor | None, ...],
+        self, layer: nn.Module, x: Tensor, sums: GradientSums | None, cu_seqlens: Tensor | None
     ):
-        self.layer, self.x, self.sums, self.boundaries = layer, x, sums, boundaries
+        self.layer, self.x, self.sums, self.cu_seqlens = layer, x, sums, cu_seqlens
         self.parameters = [p for p in layer.parameters() if p.requires_grad]
         self.aliases = [p.detach().requires_grad_() for p in self.parameters]
         self.addresses = self._addresses()
@@ -178,7 +171,7 @@ class LayerGraph:
     def capture_forward(self, pool: Any, stream: torch.cuda.Stream) -> None:
         with _in_place_of(self.layer, dict(zip(self.parameters, self.aliases, strict=True))):
             self.forward, self.y = _capture(
-                lambda: self.layer.compute(self.x, *self.boundaries), pool, stream
+                lambda: self.layer.compute(self.x, self.cu_seqlens), pool, stream
             )
 
     def capture_backward(self, d_y: Tensor, pool: Any, stream: torch.cuda.Stream) -> None:
@@ -280,12 +273,11 @@ def _place(source: Tensor, target: Tensor) -> None:
         target.copy_(source)
 
 
-def _pad_into(target: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Copies boundaries, fills the rest with the last one (empty documents), returns the target."""
+def _pad_into(target: Tensor, cu_seqlens: Tensor) -> None:
+    """Copies boundaries and fills the rest with the last one: empty documents."""
     count = len(cu_seqlens)
     target[:count].copy_(cu_seqlens)
     target[count:].copy_(cu_seqlens[-1:].expand(len(target) - count))
-    return target
 
 
 def _capture(
@@ -306,10 +298,10 @@ def capture(
     layers: Sequence[nn.Module],
     x: Tensor,
     sums: GradientSums | None,
-    boundaries: tuple[Tensor | None, ...],
+    cu_seqlens: Tensor | None = None,
 ) -> list[LayerGraph]:
     """Captures layers that run one after another on inputs like x, [T, B, d], and read the
-    `boundaries` of documents.
+    boundaries of documents from `cu_seqlens`.
 
     Raises:
         RuntimeError: CUDA or PyTorch refuses to capture something that a layer does.
@@ -321,7 +313,7 @@ def capture(
         follows = graphs and graphs[-1].layer.layer_number + 1 == layer.layer_number
         static_x = graphs[-1].y.detach() if follows else torch.empty_like(x)
         static_x = static_x.detach().requires_grad_()
-        graphs.append(LayerGraph(layer, static_x, sums, boundaries))
+        graphs.append(LayerGraph(layer, static_x, sums, cu_seqlens))
         graphs[-1].capture_forward(pool, stream)
     for graph, after in zip(reversed(graphs), [None, *reversed(graphs)], strict=False):
         follows = after is not None and graph.layer.layer_number + 1 == after.layer.layer_number

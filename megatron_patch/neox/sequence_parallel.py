@@ -2,8 +2,8 @@
 projections of a layer, tensor-parallel ranks split the tokens, not the work of a token.
 
 GPT-NeoX's column-parallel projections gather the tokens, its row-parallel ones add up and scatter
-them. A MetaLA layer's norms, convolution and residual sums run on a rank's own tokens. The
-convolution reads W - 1 rows of the rank before it (`ops/context_parallel.py`).
+them. A MetaLA layer's norms and residual sums run on a rank's own tokens. Its mixer gathers them
+before the convolution (`mixer.py`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_patch.architecture import METALA, SOFTMAX_TYPES, MetaLAOptions, refuse
+from megatron_patch.architecture import METALA, SOFTMAX_TYPES, refuse
 from megatron_patch.architecture_neox import expand_attention_config
 from megatron_patch.neox.patching import has_metala_layers, replace
 from megatron_patch.neox.recompute import Compute, recomputed
@@ -78,11 +78,9 @@ def check_sequence_parallel(args: Any, program: str) -> None:
     if args.use_qk_layernorm:
         refuse_it("with use_qk_layernorm: GPT-NeoX takes the weights of its own heads for copies")
     parts = args.model_parallel_size * context_size(args)
-    rows = MetaLAOptions.parse(args.metala).conv_width - 1
-    if args.seq_length % parts or args.seq_length // parts < rows:
+    if args.seq_length % parts:
         refuse_it(
-            f"with seq_length = {args.seq_length}: {parts} ranks cannot each have as many tokens, "
-            f"{rows} of them at least, which the convolution reads back"
+            f"with seq_length = {args.seq_length}: {parts} ranks cannot each have as many tokens"
         )
 
 

@@ -108,34 +108,32 @@ class _Graph:
     def fits(self, x) -> bool:
         return not self.is_busy
 
-    def __call__(self, x) -> list[list[int]]:
-        return [boundaries.tolist() for boundaries in self.graphs.captured]
+    def __call__(self, x) -> list[int]:
+        return self.graphs.captured.tolist()
 
 
 def test_graphs_replay_with_the_boundaries_of_their_own_micro_batch():
-    """Those of the recurrence, and with sequence parallelism others of the convolution."""
     lines = []
     graphs = LayerGraphs([None] * 2, None, lines.append)
-    graphs.passes, graphs.room = WARM_UP, 3
-    graphs.captured = tuple(torch.zeros(4, dtype=torch.int32) for _ in range(2))
+    graphs.passes, graphs.room, graphs.captured = WARM_UP, 3, torch.zeros(4, dtype=torch.int32)
     graphs.graphs = [_Graph(graphs) for _ in range(2)]
     x = torch.zeros(1, requires_grad=True)
 
-    def run(*bounds: list[int]) -> list:
-        given = [torch.tensor(b, dtype=torch.int32) for b in bounds] or [None, None]
-        return [graphs.run(index, x, *given) for index in range(2)]
+    def run(*bounds) -> list:
+        cu_seqlens = torch.tensor(bounds, dtype=torch.int32) if bounds else None
+        return [graphs.run(index, x, cu_seqlens) for index in range(2)]
 
-    assert run([0, 5, 8], [0, 4]) == [[[0, 5, 8, 8], [0, 4, 4, 4]]] * 2  # empty ones fill the room
-    assert run([0, 8], [0, 2, 4]) == [[[0, 8, 8, 8], [0, 2, 4, 4]]] * 2
-    assert run([0, 1, 2, 3, 8], [0, 4]) == [None, None]
-    assert run([0, 8], [0, 1, 2, 3, 4]) == [None, None]
+    assert run(0, 5, 8) == [[0, 5, 8, 8]] * 2  # an empty document fills the room
+    assert run(0, 8) == [[0, 8, 8, 8]] * 2
+    assert run(0, 1, 2, 3, 8) == [None, None]
+    assert run(0, 1, 2, 3, 8) == [None, None]
     assert len(lines) == 1 and "room for 3 documents a micro-batch; those with more" in lines[0]
     assert run() == [None, None]
     graphs.graphs[1].is_busy = True  # its backward pass will read the boundaries
-    assert run([0, 2, 8], [0, 4]) == [None, None]
-    assert graphs.captured[0].tolist() == [0, 8, 8, 8]
+    assert run(0, 2, 8) == [None, None]
+    assert graphs.captured.tolist() == [0, 8, 8, 8]
     graphs.graphs[1].is_busy = False
-    assert run([0, 2, 8], [0, 4]) == [[[0, 2, 8, 8], [0, 4, 4, 4]]] * 2
+    assert run(0, 2, 8) == [[0, 2, 8, 8]] * 2
 
 
 def test_a_rank_replays_only_where_the_others_do():
@@ -148,7 +146,7 @@ def test_a_rank_replays_only_where_the_others_do():
         return [a and b for a, b in zip(own, others.pop(0), strict=True)]
 
     graphs = LayerGraphs([None] * 2, None, lambda line: None, decide)
-    graphs.captured = (torch.zeros(4, dtype=torch.int32),)
+    graphs.captured = torch.zeros(4, dtype=torch.int32)
     graphs.graphs = [_Graph(graphs) for _ in range(2)]
     x = torch.zeros(1, requires_grad=True)
     given = torch.tensor([0, 8], dtype=torch.int32)

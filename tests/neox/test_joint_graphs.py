@@ -34,7 +34,7 @@ class StandIn(LayerGraph):
         replays.append(made[0].passes)
         aliases = dict(zip(self.parameters, self.aliases))
         with cuda_graphs._in_place_of(self.layer, aliases), torch.enable_grad():
-            self.recorded = self.layer.compute(self.x, *self.boundaries)
+            self.recorded = self.layer.compute(self.x, self.cu_seqlens)
         self.y.copy_(self.recorded.detach())
 
     def run_backward(self):
@@ -44,19 +44,19 @@ class StandIn(LayerGraph):
     def has_moved(self):
         return rank == 1 and made[0].passes in (8, 10)
 
-def capture(layers, x, sums, boundaries):
+def capture(layers, x, sums, cu_seqlens):
     if rank == 1 and made[0].passes == 10:
         raise RuntimeError("no memory")
     new = lambda: torch.empty_like(x).requires_grad_()
-    return [StandIn(layer, new(), sums, boundaries) for layer in layers]
+    return [StandIn(layer, new(), sums, cu_seqlens) for layer in layers]
 
 class Graphs(LayerGraphs):
     def __init__(self, *arguments):
         super().__init__(*arguments)
         made.append(self)
 
-    def _has_room(self, boundaries):
-        return super()._has_room(boundaries) and not (rank == 1 and self.passes == 6)
+    def _has_room(self, cu_seqlens):
+        return super()._has_room(cu_seqlens) and not (rank == 1 and self.passes == 6)
 
 if os.environ["GRAPHS"] == "1":
     fast_step.runs_on_cpu = lambda args: False
