@@ -64,7 +64,8 @@ def prepare_engine(engine: Any, neox_args: Any) -> None:
     group = layer_group()
     decide = decide_alone if group is None else deciding_together(group)
     graphs = LayerGraphs(layers, sums, say, decide)
-    atexit.register(graphs.release)
+    if group is not None:
+        atexit.register(graphs.release)
     for index, layer in enumerate(layers):
         layer.graphs, layer.index = graphs, index
 

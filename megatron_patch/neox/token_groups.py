@@ -88,7 +88,7 @@ def deciding_together(group: dist.ProcessGroup) -> Callable[..., list[bool]]:
     of_hosts = _new_group(dist.get_process_group_ranks(group), backend="gloo")
 
     def decide(*votes: bool) -> list[bool]:
-        least = torch.tensor(votes, dtype=torch.int32)
+        least = torch.tensor(votes, dtype=torch.int32, device="cpu")
         dist.all_reduce(least, dist.ReduceOp.MIN, group=of_hosts)
         return [bool(vote) for vote in least]
 
