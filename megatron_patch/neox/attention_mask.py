@@ -70,8 +70,7 @@ def shrink_unread_attention_mask() -> None:
             mask = starts[:, None, None]
         if on_host is not None:
             found = documents.pack(own_tokens(documents.find_starts(on_host, eod)))
-            found = [x.to(tokens.device, non_blocking=True) for x in found]
-            documents.remember(mask, len(tokens), documents.Boundaries(*found))
+            documents.remember(mask, len(tokens), found.to(tokens.device, non_blocking=True))
         return tokens, labels, loss_mask, mask, positions
 
     @functools.wraps(make_inputs)

@@ -10,12 +10,16 @@ the way of `torch.cuda.make_graphed_callables`, with three differences:
 
 All graphs share one memory pool. A buffer in it is used again as soon as the captured order allows:
 all layers forward, then all layers backward. Any other order of replays would overwrite numbers
-that are still needed. `LayerGraph.fits` prevents that: after a replayed forward pass a layer runs
-without its graph until the backward pass has run, or until autograd has dropped it.
+that are still needed. `LayerGraph.fits` prevents that: after a replayed forward pass no micro-batch
+is replayed until the backward pass has run, or until autograd has dropped it.
 
 Where packed documents are kept apart, the graphs read the boundaries from one tensor of fixed size,
 in which empty documents follow the last one. The first layer's replay puts those of its micro-batch
 there. A micro-batch with more documents than that runs without graphs.
+
+Where layers communicate, their collectives are captured with them. NCCL wants a collective to be
+captured on all of its ranks or on none, and a graph that holds one to be launched by all of them.
+So these ranks decide together, once a micro-batch: all capture, all replay, or none does.
 """
 
 from __future__ import annotations
@@ -30,8 +34,14 @@ import torch
 from torch import Tensor, nn
 
 from megatron_patch.neox.gradient_sums import GradientSums
+from megatron_patch.neox.sequence_parallel import add_partial_gradients
 
 WARM_UP = 3  # training forward passes, in which kernels are compiled and libraries choose theirs
+
+
+def decide_alone(*votes: bool) -> tuple[bool, ...]:
+    """Returns the votes of a rank whose layers communicate with no other."""
+    return votes
 
 
 class LayerGraphs:
@@ -42,6 +52,7 @@ class LayerGraphs:
             documents as a second argument, or `None`.
         sums: to which gradients of parameters are added; `None` where autograd is to get them.
         say: prints a line.
+        decide: returns for each vote whether all ranks with which the layers communicate say yes.
     """
 
     def __init__(
@@ -49,77 +60,85 @@ class LayerGraphs:
         layers: Sequence[nn.Module],
         sums: GradientSums | None,
         say: Callable[[str], None],
+        decide: Callable[..., Sequence[bool]] = decide_alone,
     ):
-        self.layers, self.sums, self.say = list(layers), sums, say
+        self.layers, self.sums, self.say, self.decide = list(layers), sums, say, decide
         self.graphs: list[LayerGraph] = []
         self.passes = 0
         self.is_on = True
+        self.replays = False  # whether this micro-batch's layers are replayed
         self.room = 0  # for documents: twice as many as the warm-up's fullest micro-batch has
         self.captured: Tensor | None = None  # the boundaries that the graphs read
-        self.placed: Tensor | None = None  # those given for the micro-batch that was put there
         self.has_told = False
 
     def run(self, index: int, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor | None:
         """The output of a layer by its graph, or `None` where it has to be computed without.
 
         Args:
-            index: the layer's place.
+            index: the layer's place. The first layer decides for all.
             x: [T, B, d].
-            cu_seqlens: int32 [N + 1], the boundaries of documents in the B rows laid end to end;
-                the same tensor for all layers of a micro-batch. `None` if nothing is reset.
+            cu_seqlens: int32 [N + 1], the boundaries of documents in the B rows laid end to end,
+                for all layers of a micro-batch. `None` if nothing is reset.
         """
         if not (self.is_on and torch.is_grad_enabled() and x.requires_grad):
+            self.replays = False
             return None
-        if index == 0 and any(graph.has_moved() for graph in self.graphs):
-            self.graphs = []
-        if not self.graphs:
-            if index > 0:
-                return None
-            self.passes += 1
-            if cu_seqlens is not None:
-                self.room = max(self.room, 2 * (len(cu_seqlens) - 1))
-            if self.passes <= WARM_UP or not self._capture(x, cu_seqlens):
-                return None
-        graph = self.graphs[index]
-        if not graph.fits(x) or not self._place(index, cu_seqlens):
-            return None
-        return graph(x)
+        if index == 0:
+            self.replays = self._prepare(x, cu_seqlens)
+        return self.graphs[index](x) if self.replays else None
 
-    def _place(self, index: int, cu_seqlens: Tensor | None) -> bool:
-        """Puts a micro-batch's boundaries where the graphs read them, if this is the first layer
-        and no graph still needs those of another one. Returns whether they are there."""
-        if cu_seqlens is self.placed:
-            return True
-        if index > 0 or cu_seqlens is None or self.captured is None:
+    def _prepare(self, x: Tensor, cu_seqlens: Tensor | None) -> bool:
+        """Returns whether a micro-batch is to be replayed, which all ranks that communicate find
+        alike; captures the layers before, and puts the boundaries where the graphs read them."""
+        wanted = 0 if cu_seqlens is None else 2 * (len(cu_seqlens) - 1)
+        self.passes += 1
+        if self.passes <= WARM_UP:
+            self.room = max(self.room, wanted)
             return False
-        if len(cu_seqlens) > len(self.captured):
-            if not self.has_told:
-                self.has_told = True
-                self.say(
-                    f"CUDA graphs have room for {self.room} documents a micro-batch; one with "
-                    f"{len(cu_seqlens) - 1} runs without, and so do all with more than {self.room}"
-                )
+        is_captured, fits, has_room = self.decide(
+            bool(self.graphs) and not any(graph.has_moved() for graph in self.graphs),
+            all(graph.fits(x) for graph in self.graphs),
+            self._has_room(cu_seqlens),
+        )
+        if not is_captured:
+            self.graphs, self.room = [], max(self.room, wanted)
+            fits = has_room = self._capture(x, cu_seqlens)
+        elif not has_room and not self.has_told:
+            self.has_told = True
+            self.say(
+                f"CUDA graphs have room for {self.room} documents a micro-batch; "
+                "those with more run without"
+            )
+        if not (fits and has_room):
             return False
-        if any(graph.is_pending() for graph in self.graphs):
-            return False
-        _pad_into(self.captured, cu_seqlens)
-        self.placed = cu_seqlens
+        if cu_seqlens is not None:
+            _pad_into(self.captured, cu_seqlens)
         return True
 
+    def _has_room(self, cu_seqlens: Tensor | None) -> bool:
+        """Returns whether boundaries fit into the tensor that the graphs read."""
+        if cu_seqlens is None or self.captured is None:
+            return cu_seqlens is self.captured
+        return len(cu_seqlens) <= len(self.captured)
+
     def _capture(self, x: Tensor, cu_seqlens: Tensor | None) -> bool:
+        """Captures the layers. Returns whether that went well on all ranks that communicate."""
         start = time.perf_counter()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # a graph's pool cannot use what PyTorch keeps for others
         before = torch.cuda.memory_reserved()
+        self.captured = failure = None
+        if cu_seqlens is not None:
+            self.captured = cu_seqlens.new_empty(self.room + 1)
+            _pad_into(self.captured, cu_seqlens)
         try:
-            self.placed = self.captured = cu_seqlens
-            if cu_seqlens is not None:
-                self.captured = cu_seqlens.new_empty(self.room + 1)
-                _pad_into(self.captured, cu_seqlens)
             self.graphs = capture(self.layers, x, self.sums, self.captured)
         except RuntimeError as error:
+            failure = str(error).splitlines()[0]
+        (is_captured,) = self.decide(failure is None)
+        if not is_captured:
             self.graphs, self.is_on = [], False
-            self.say(f"CUDA graphs off: the capture failed ({str(error).splitlines()[0]})")
+            self.say(f"CUDA graphs off: the capture failed ({failure or 'on another rank'})")
             return False
         torch.cuda.synchronize()
         self.say(
@@ -128,6 +147,13 @@ class LayerGraphs:
             f"{time.perf_counter() - start:.1f} s"
         )
         return True
+
+    def release(self) -> None:
+        """Destroys the graphs. NCCL waits for that before it ends a communicator they hold."""
+        for graph in self.graphs:
+            graph.forward.reset()
+            graph.backward.reset()
+        self.graphs, self.is_on = [], False
 
 
 class LayerGraph:
@@ -149,20 +175,23 @@ class LayerGraph:
             )
 
     def capture_backward(self, d_y: Tensor, pool: Any, stream: torch.cuda.Stream) -> None:
-        self.d_y = d_y
+        y, self.y, self.d_y = self.y, self.y.detach(), d_y
+        self.backward, (self.d_x, *self.gradients) = _capture(
+            lambda: self.differentiate(y), pool, stream
+        )
 
-        def work() -> list[Tensor]:
-            wanted = [self.x, *self.aliases]
-            d_x, *gradients = torch.autograd.grad(self.y, wanted, d_y)
-            if self.sums is None:
-                return [d_x, *gradients]
-            with torch.no_grad():
-                for parameter, gradient in zip(self.parameters, gradients, strict=True):
-                    self.sums.capture(parameter, gradient)
-            return [d_x]
-
-        self.backward, (self.d_x, *self.gradients) = _capture(work, pool, stream)
-        self.y = self.y.detach()
+    def differentiate(self, y: Tensor) -> list[Tensor]:
+        """Returns the gradients of the input and, unless there are sums to add them to, of the
+        parameters."""
+        d_x, *gradients = torch.autograd.grad(y, [self.x, *self.aliases], self.d_y)
+        if self.sums is None:
+            return [d_x, *gradients]
+        with torch.no_grad():
+            # Hooks of the parameters, which the aliases lack, add these up outside graphs.
+            gradients = add_partial_gradients(self.parameters, gradients)
+            for parameter, gradient in zip(self.parameters, gradients, strict=True):
+                self.sums.capture(parameter, gradient)
+        return [d_x]
 
     def fits(self, x: Tensor) -> bool:
         """Returns whether x is like the captured input and the last call is over."""

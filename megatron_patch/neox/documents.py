@@ -10,15 +10,14 @@ it is [B, 1, 1, T], true where a document begins; with them it is their mask [B,
 where a query may not see a key, and a document begins where a token may not see the one before it.
 Each stage turns it into `cu_seqlens` of the B rows laid end to end, once a micro-batch.
 
-Where ranks split the tokens, each has the `cu_seqlens` of its own part of the rows. A rank makes
-them without the others; `ops/context_parallel.py` says what it hands on. Context parallelism splits
-the boundaries with the batch. With sequence parallelism the mask is that of the tokens which a
-layer gathers, and its convolution alone, which reads a part of them, has boundaries of its own.
+Context parallelism splits the boundaries with the batch: each rank has the `cu_seqlens` of its own
+part of the rows. It makes them without the others; `ops/context_parallel.py` says what it hands on.
+With sequence parallelism the boundaries are those of the tokens which a layer gathers.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,15 +25,7 @@ from torch import Tensor
 
 from megatron_patch.architecture import MetaLAOptions, SettingsError
 from megatron_patch.neox.fast_step import say
-from megatron_patch.neox.token_groups import context_group, place_in, token_group
-
-
-class Boundaries(NamedTuple):
-    """`cu_seqlens` of a layer's tokens, int32 [N + 1], for B rows that are laid end to end: those
-    of the recurrence, and those of the convolution."""
-
-    recurrence: Tensor | None = None
-    convolution: Tensor | None = None
+from megatron_patch.neox.token_groups import context_group, place_in
 
 
 def resets(neox_args: Any) -> bool:
@@ -66,22 +57,13 @@ def positions(starts: Tensor) -> Tensor:
     return place - torch.where(starts, place, 0).cummax(1).values
 
 
-def pack(starts: Tensor) -> Boundaries:
-    """Returns the boundaries of documents that begin at `starts`, bool [B, T], in the tokens that
-    this rank has after an input projection. Waits for the device, since only the values say how
-    many there are."""
-    (rank, ranks), (part, parts) = place_in(context_group()), place_in(token_group())
-    cu_seqlens = _pack(starts, rank > 0)
-    if parts == ranks:
-        return Boundaries(cu_seqlens, cu_seqlens)
-    of_part = starts.chunk(parts // ranks, dim=1)[part % (parts // ranks)]
-    return Boundaries(cu_seqlens, _pack(of_part, part > 0))
-
-
-def _pack(starts: Tensor, goes_on: bool) -> Tensor:
-    """Returns `cu_seqlens` of the documents in a part of each row. `goes_on` is true behind the
-    first part: a row's first sequence is then the document before, and possibly empty."""
+def pack(starts: Tensor) -> Tensor:
+    """Returns the boundaries of documents that begin at `starts`, bool [B, T]: `cu_seqlens`, int32
+    [N + 1], of the B rows laid end to end. With context parallelism these are this rank's part of
+    each row, and behind the first part a row's first sequence is the document before, which may end
+    there. Waits for the device, since only the values say how many there are."""
     rows, time = starts.shape
+    goes_on = place_in(context_group())[0] > 0
     row, column = F.pad(starts, (1, 0), value=goes_on).nonzero().unbind(1)
     positions = row * time + (column - 1).clamp(min=0)
     return F.pad(positions, (0, 1), value=rows * time).int()
@@ -90,13 +72,13 @@ def _pack(starts: Tensor, goes_on: bool) -> Tensor:
 # The last mask, what tells it from others, and its boundaries. All layers of a stage read one mask,
 # though checkpointing gives each of them another tensor object; its memory tells that it is the
 # same. The mask is kept, so that no other one can take its memory.
-_last: tuple[Tensor, tuple, Boundaries] | None = None
+_last: tuple[Tensor, tuple, Tensor] | None = None
 # Masks so far in which no document ended, `None` after one in which one did.
 _without_end: int | None = 0
 TOLD_AFTER = 100
 
 
-def remember(mask: Tensor, batch: int, boundaries: Boundaries) -> None:
+def remember(mask: Tensor, batch: int, boundaries: Tensor) -> None:
     """Keeps the boundaries in B rows and the mask that layers read next.
 
     Says so if no document ends in the first hundred masks: GPT-NeoX's `preprocess_data.py` writes
@@ -106,7 +88,7 @@ def remember(mask: Tensor, batch: int, boundaries: Boundaries) -> None:
     _last = mask, _identity(mask, batch), boundaries
     if _without_end is None:
         return
-    _without_end = _without_end + 1 if len(boundaries.recurrence) - 1 == batch else None
+    _without_end = _without_end + 1 if len(boundaries) - 1 == batch else None
     if _without_end == TOLD_AFTER:
         say(
             "metala.reset_at_document: found no end-of-document token in the first batches; "
@@ -114,14 +96,12 @@ def remember(mask: Tensor, batch: int, boundaries: Boundaries) -> None:
         )
 
 
-def boundaries_of(mask: Tensor | None, batch: int, time: int) -> Boundaries:
-    """Returns the boundaries of documents that a mask holds, for B rows of a layer's T tokens laid
-    end to end, or `Boundaries()` if each row is one document. It waits for the device once a
-    micro-batch, unless the boundaries were remembered."""
-    (_, ranks), (_, parts) = place_in(context_group()), place_in(token_group())
-    time *= parts // ranks
+def boundaries_of(mask: Tensor | None, batch: int, time: int) -> Tensor | None:
+    """Returns the boundaries of documents that a mask holds, for B rows of the T tokens that a
+    layer's convolution reads, laid end to end, or `None` if each row is one document. It waits for
+    the device once a micro-batch, unless the boundaries were remembered."""
     if mask is None or time == 1 or mask.shape[-1] != time:
-        return Boundaries()
+        return None
     if mask.is_inference():  # such tensors have no version
         return pack(_starts_in(mask, batch))
     if _last is None or _last[1] != _identity(mask, batch):

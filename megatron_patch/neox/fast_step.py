@@ -11,18 +11,20 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 from typing import Any
 
 import torch
 
 from megatron_patch.architecture import MetaLAOptions
-from megatron_patch.neox.cuda_graphs import LayerGraphs
+from megatron_patch.neox.cuda_graphs import LayerGraphs, decide_alone
 from megatron_patch.neox.gradient_sums import add_gradients_at_once
 from megatron_patch.neox.late_logging import log_late
 from megatron_patch.neox.optimizer_step import OptimizerStep, is_adamw
 from megatron_patch.neox.overlapped_reduction import BUCKET, OverlappedReduction, why_no_overlap
 from megatron_patch.neox.patching import in_metala_runs, replace
+from megatron_patch.neox.token_groups import deciding_together, layer_group
 from megatron_patch.neox.upstream_fixes.cpu_mode import runs_on_cpu
 
 # The parts of a step that GPT-NeoX times.
@@ -65,7 +67,11 @@ def prepare_engine(engine: Any, neox_args: Any) -> None:
         say(f"CUDA graphs off: {reason}")
         return
     layers = [m for m in engine.module.modules() if isinstance(m, ParallelMetaLALayer)]
-    graphs = LayerGraphs(layers, sums, say)
+    group = layer_group()
+    decide = decide_alone if group is None else deciding_together(group)
+    graphs = LayerGraphs(layers, sums, say, decide)
+    if group is not None:
+        atexit.register(graphs.release)
     for index, layer in enumerate(layers):
         layer.graphs, layer.index = graphs, index
 

@@ -151,22 +151,18 @@ class ParallelMetaLALayer(nn.Module):
         """Maps hidden states [s, b, h] to [s, b, h]. It reads `attention_mask` for the boundaries
         of documents alone (`documents.py`): the recurrence is causal. A generation, which sets
         `use_cache`, takes its prompt for one document."""
-        boundaries = documents.Boundaries()
+        cu_seqlens = None
         if self.resets and not self.use_cache:
-            boundaries = documents.boundaries_of(attention_mask, x.shape[1], x.shape[0])
+            parts = mpu.get_model_parallel_world_size() if self.is_split else 1
+            cu_seqlens = documents.boundaries_of(attention_mask, x.shape[1], parts * x.shape[0])
         if self.graphs is not None and self.training and not self.use_cache:
-            if (y := self.graphs.run(self.index, x, boundaries.recurrence)) is not None:
+            if (y := self.graphs.run(self.index, x, cu_seqlens)) is not None:
                 return y
-        return self.compute(x, *boundaries)
+        return self.compute(x, cu_seqlens)
 
-    def compute(
-        self,
-        x: torch.Tensor,
-        cu_seqlens: torch.Tensor | None = None,
-        conv_cu_seqlens: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    def compute(self, x: torch.Tensor, cu_seqlens: torch.Tensor | None = None) -> torch.Tensor:
         """Runs the layer without CUDA graphs; `cu_seqlens` bounds the documents of the b rows laid
-        end to end, for the convolution too unless `conv_cu_seqlens` does.
+        end to end.
 
         The convolution and the operator want [b, s, h] in memory, so the layer works in that order.
         Between MetaLA layers the hidden states stay so, seen as [s, b, h], and nothing is
@@ -181,7 +177,6 @@ class ParallelMetaLALayer(nn.Module):
             past,
             self.use_cache,
             cu_seqlens,
-            conv_cu_seqlens,
             self._norm_again(x, self.input_norm),
         )
         x, normed = self._add_and_norm(x, self._dropout(mixed), self.mlp_norm)

@@ -7,13 +7,13 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from megatron import mpu
 from torch import nn
 
 from megatron_patch.architecture import QUERY_GATE_GAIN, Architecture
 from megatron_patch.neox.recompute import Compute, ForTwo, Rerun, recomputed
-from megatron_patch.neox.sequence_parallel import column_parallel
-from megatron_patch.neox.token_groups import context_group, is_sequence_parallel, token_group
+from megatron_patch.neox.token_groups import context_group, is_sequence_parallel
 from megatron_patch.ops import meta_linear_attention, short_convolution
 from megatron_patch.ops.context_parallel import incoming_rows, incoming_state
 from megatron_patch.ops.joined import split_joined
@@ -30,8 +30,8 @@ class ShortConvolution(nn.Module):
     replicated over the tensor-parallel ranks and needs no communication to stay identical there:
     all ranks initialise it from the same random state, feed it the same input, and get the same
     output gradient, because the input projection that follows sums that gradient over the ranks
-    (`copy_to_model_parallel_region`). With sequence parallelism each rank convolves its own tokens,
-    and the gradient is summed (`sequence_parallel.py`).
+    (`copy_to_model_parallel_region`). With sequence parallelism that sum comes after the
+    convolution, so the weight's gradient is summed too (`sequence_parallel.py`).
 
     It is a module of its own because ZeRO 3 gathers parameters in the hooks of modules.
     """
@@ -155,7 +155,6 @@ class ParallelMetaLAMixer(nn.Module):
         past: MixerState | None = None,
         use_cache: bool = False,
         cu_seqlens: torch.Tensor | None = None,
-        conv_cu_seqlens: torch.Tensor | None = None,
         again: Compute | None = None,
     ) -> tuple[torch.Tensor, MixerState | None]:
         """Mixes tokens.
@@ -167,34 +166,34 @@ class ParallelMetaLAMixer(nn.Module):
             use_cache: whether to return the state after the last token.
             cu_seqlens: int32 [N + 1], the boundaries of N documents in the b rows laid end to end,
                 for which nothing is carried over; `None` where each row is one document. Not
-                together with `past` or `use_cache`. Where ranks split the tokens of the rows, the
-                first documents go on from the rank before (`ops/context_parallel.py`).
-            conv_cu_seqlens: the same for the tokens of x, where sequence parallelism makes these a
-                part of what the recurrence reads; otherwise `cu_seqlens` serves.
-            again: computes x again; without it x is kept for the backward pass.
+                together with `past` or `use_cache`. With context parallelism the first documents go
+                on from the rank before (`ops/context_parallel.py`). With sequence parallelism they
+                are the boundaries of the gathered tokens.
+            again: computes x again; without it x, or all gathered tokens, are kept for the backward
+                pass.
 
         Returns:
             The output, shaped and split as x, and the state, or `None` without `use_cache`.
         """
         conv_past, state = past if past is not None else (None, None)
-        conv_cu_seqlens = cu_seqlens if conv_cu_seqlens is None else conv_cu_seqlens
-        # The operators take packed sequences in a batch of one.
-        is_packed, rows = cu_seqlens is not None, len(self._swapped(x))
-        if (group := token_group()) is not None:
-            width = self.options.conv_width
-            conv_past = incoming_rows(self._swapped(x), width - 1, group, conv_cu_seqlens)
+        is_packed = cu_seqlens is not None  # the operators take packed sequences in a batch of one
+        recompute = self.options.recompute
+        if self.is_split:
+            x, again = self._gather(x, again, is_packed)
+        rows, group = len(x), context_group()
+        if group is not None:
+            conv_past = incoming_rows(x, self.options.conv_width - 1, group, cu_seqlens)
 
         def convolve(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-            x = self._swapped(x)
             if is_packed:
                 x = x.reshape(1, -1, x.shape[-1])
-            x, last = self.conv1d(x, conv_past, use_cache, conv_cu_seqlens)
+            x, last = self.conv1d(x, conv_past, use_cache, cu_seqlens)
             if is_packed:
                 x = x.view(rows, -1, x.shape[-1])
-            return self._swapped(x).contiguous(), last
+            return x.contiguous(), last
 
-        recompute, convolve_again = self.options.recompute, None
-        if recompute == "most" and again is not None:
+        convolve_again = None
+        if again is not None and (recompute == "most" or self.is_split):
             normed = again = ForTwo(again)  # the convolution asks, and then its backward pass
 
             def convolve_again() -> torch.Tensor:
@@ -202,14 +201,16 @@ class ParallelMetaLAMixer(nn.Module):
 
         with recomputed(x, again):
             x, conv_state = convolve(x)
-        projected = column_parallel(self.in_proj, x, recompute == "nothing", convolve_again)
-        heads = self._swapped(projected).unflatten(-1, (self.num_heads, -1))
+        with recomputed(x, convolve_again):
+            # With sequence parallelism `in_proj` would gather tokens.
+            projected = F.linear(x, self.in_proj.weight) if self.is_split else self.in_proj(x)[0]
+        heads = projected.unflatten(-1, (self.num_heads, -1))
         if is_packed:
             heads = heads.flatten(0, 1)[None]
         q, gate_logits, v, out_gate = split_joined(
             heads, [self.key_width, self.key_width, self.value_width, self.value_width]
         )
-        if (group := context_group()) is not None:
+        if group is not None:
             by_row = (y.view(rows, -1, *y.shape[2:]) for y in (gate_logits, v))
             state = incoming_state(*by_row, self.options.tau, group, cu_seqlens)
         operate = Rerun(
@@ -221,6 +222,23 @@ class ParallelMetaLAMixer(nn.Module):
         with recomputed(out, operate.again if recompute == "most" else None, self.out_proj.weight):
             output, _ = self.out_proj(out)
         return output, (conv_state, state) if use_cache else None
+
+    @staticmethod
+    def _gather(
+        x: torch.Tensor, again: Compute | None, is_packed: bool
+    ) -> tuple[torch.Tensor, Compute | None]:
+        """Returns the tokens of all tensor-parallel ranks, [b, s, h] of [s / tp, b, h], and what
+        gathers them again.
+
+        They are gathered before the convolution, not behind it: a rank then reads nothing of its
+        neighbour, and from here on everything is in the order of the operator.
+        """
+
+        def gather(x: torch.Tensor) -> torch.Tensor:
+            x = mpu.gather_from_sequence_parallel_region(x).transpose(0, 1)
+            return x.contiguous() if is_packed else x
+
+        return gather(x), None if again is None else lambda: gather(again())
 
     def _operate(
         self,
@@ -251,8 +269,4 @@ class ParallelMetaLAMixer(nn.Module):
             backend=self.options.backend,
         )
         out = out.flatten(-2).view(rows, -1, self.num_heads * self.value_width)
-        return self._swapped(out).contiguous(), state
-
-    def _swapped(self, x: torch.Tensor) -> torch.Tensor:
-        """Returns [s, b, ...] as [b, s, ...] or the reverse, with sequence parallelism alone."""
-        return x.transpose(0, 1) if self.is_split else x
+        return (out.transpose(0, 1) if self.is_split else out).contiguous(), state

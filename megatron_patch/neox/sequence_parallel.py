@@ -2,19 +2,21 @@
 projections of a layer, tensor-parallel ranks split the tokens, not the work of a token.
 
 GPT-NeoX's column-parallel projections gather the tokens, its row-parallel ones add up and scatter
-them. A MetaLA layer's norms, convolution and residual sums run on a rank's own tokens. The
-convolution reads W - 1 rows of the rank before it (`ops/context_parallel.py`).
+them. A MetaLA layer's norms and residual sums run on a rank's own tokens. Its mixer gathers them
+before the convolution (`mixer.py`).
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
-from megatron_patch.architecture import METALA, SOFTMAX_TYPES, MetaLAOptions, refuse
+from megatron_patch.architecture import METALA, SOFTMAX_TYPES, refuse
 from megatron_patch.architecture_neox import expand_attention_config
 from megatron_patch.neox.patching import has_metala_layers, replace
 from megatron_patch.neox.recompute import Compute, recomputed
@@ -76,11 +78,9 @@ def check_sequence_parallel(args: Any, program: str) -> None:
     if args.use_qk_layernorm:
         refuse_it("with use_qk_layernorm: GPT-NeoX takes the weights of its own heads for copies")
     parts = args.model_parallel_size * context_size(args)
-    rows = MetaLAOptions.parse(args.metala).conv_width - 1
-    if args.seq_length % parts or args.seq_length // parts < rows:
+    if args.seq_length % parts:
         refuse_it(
-            f"with seq_length = {args.seq_length}: {parts} ranks cannot each have as many tokens, "
-            f"{rows} of them at least, which the convolution reads back"
+            f"with seq_length = {args.seq_length}: {parts} ranks cannot each have as many tokens"
         )
 
 
@@ -132,6 +132,25 @@ def _sum_partial_gradients() -> None:
             for p in module.parameters():
                 is_whole = getattr(p, "model_parallel", False) or id(p) in see_all
                 if p.requires_grad and not is_whole:
+                    p.has_partial_gradient = True
                     p.register_hook(add_up)
 
     replace(mark_norms, mark_all)
+
+
+def add_partial_gradients(
+    parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]
+) -> list[Tensor]:
+    """Returns parameters' gradients, those summed over tensor-parallel ranks of which each rank has
+    its own tokens' part: what the parameters' hooks do, in one all-reduce for all of them."""
+    gradients = list(gradients)
+    places = [i for i, p in enumerate(parameters) if getattr(p, "has_partial_gradient", False)]
+    if not places:
+        return gradients
+    from megatron.model.utils import reduce_weight_grads_from_model_parallel_region as add_up
+
+    joined = add_up(torch.cat([gradients[i].flatten() for i in places]))
+    sums = joined.split([gradients[i].numel() for i in places])
+    for i, total in zip(places, sums, strict=True):
+        gradients[i] = total.view_as(gradients[i])
+    return gradients

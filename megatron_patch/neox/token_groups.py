@@ -1,8 +1,10 @@
 """The ranks over which the tokens of a sequence are split: by context parallelism throughout, by
-sequence parallelism between the projections of a layer alone."""
+sequence parallelism before and behind the projections of a layer alone."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +14,6 @@ from megatron_patch.architecture import MetaLAOptions
 from megatron_patch.neox.patching import in_metala_runs
 
 _context: dist.ProcessGroup | None = None
-_token: dist.ProcessGroup | None = None
 
 
 def context_size(neox_args: Any) -> int:
@@ -26,15 +27,19 @@ def is_sequence_parallel(neox_args: Any) -> bool:
 
 
 def context_group() -> dist.ProcessGroup | None:
-    """Returns the ranks among which a layer's tokens are split after its input projection, in the
+    """Returns the ranks among which the tokens that a layer convolves and mixes are split, in the
     order of their tokens; `None` where every rank has whole sequences there."""
     return _context
 
 
-def token_group() -> dist.ProcessGroup | None:
-    """Returns the ranks among which a layer's input is split, in the order of their tokens; `None`
-    where every rank gets whole sequences."""
-    return _token
+def layer_group() -> dist.ProcessGroup | None:
+    """Returns the ranks with which this rank's layers communicate, by context or, without that, by
+    tensor parallelism; `None` for none."""
+    from megatron import mpu
+
+    if _context is not None or mpu.get_model_parallel_world_size() == 1:
+        return _context
+    return mpu.get_model_parallel_group()
 
 
 def place_in(group: dist.ProcessGroup | None) -> tuple[int, int]:
@@ -43,44 +48,48 @@ def place_in(group: dist.ProcessGroup | None) -> tuple[int, int]:
 
 
 def own_tokens(x: torch.Tensor) -> torch.Tensor:
-    """Returns the part of whole sequences [b, s] that is on this rank after an input projection."""
+    """Returns the part of whole sequences [b, s] that this rank convolves and mixes."""
     rank, ranks = place_in(_context)
     return x.chunk(ranks, dim=1)[rank].contiguous()
 
 
 def make_token_groups() -> None:
-    """Makes the groups when GPT-NeoX has made its own."""
+    """Makes the group when GPT-NeoX has made its own."""
     from megatron import mpu
     from megatron.initialize import initialize_megatron
 
     @in_metala_runs(initialize_megatron)
     def initialize_groups(initialize, neox_args, *args, **kwargs):
-        global _context, _token
+        global _context
+        # A capture must not register buffers with NCCL: that would wait for the other ranks, one of
+        # which may have failed, and memory of `expandable_segments` cannot be registered.
+        os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
         result = initialize(neox_args, *args, **kwargs)
         size = context_size(neox_args)
-        tensor = mpu.get_model_parallel_group() if is_sequence_parallel(neox_args) else None
         if size > 1:
             replicas = dist.get_process_group_ranks(mpu.get_data_parallel_group())
             first = mpu.get_data_parallel_rank() // size * size
             _context = _new_group(replicas[first : first + size])
-        if size > 1 and tensor:
-            # The neighbours in a context group have tensor-parallel groups side by side.
-            parts = _gathered(dist.get_process_group_ranks(tensor))
-            own = dist.get_process_group_ranks(_context)
-            _token = _new_group([rank for part in own for rank in parts[part]])
-        else:
-            _token = _context or tensor
         return result
 
 
-def _gathered(value: Any) -> list[Any]:
-    """Returns every rank's value."""
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
-def _new_group(ranks: list[int]) -> dist.ProcessGroup:
+def _new_group(ranks: list[int], backend: str | None = None) -> dist.ProcessGroup:
     """Returns this rank's group; every rank calls with the ranks of its own."""
-    groups = sorted(set(map(tuple, _gathered(ranks))))
-    return dist.new_subgroups_by_enumeration(groups)[0]
+    found = [None] * dist.get_world_size()
+    dist.all_gather_object(found, tuple(ranks))
+    groups = sorted(set(found))
+    return dist.new_subgroups_by_enumeration(groups, backend=backend)[0]
+
+
+def deciding_together(group: dist.ProcessGroup) -> Callable[..., list[bool]]:
+    """Returns a function of votes that returns, for each, whether all ranks of the group vote for
+    it. They all call it at the same points. The hosts exchange votes and wait for no GPU. Every
+    rank of the run calls this with a group of its own."""
+    of_hosts = _new_group(dist.get_process_group_ranks(group), backend="gloo")
+
+    def decide(*votes: bool) -> list[bool]:
+        least = torch.tensor(votes, dtype=torch.int32, device="cpu")
+        dist.all_reduce(least, dist.ReduceOp.MIN, group=of_hosts)
+        return [bool(vote) for vote in least]
+
+    return decide

@@ -127,14 +127,14 @@ class _FromPrevious(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
         ctx.group = group
         rank, gathered = dist.get_rank(group), _all_gather(x, group)
-        return gathered[rank - 1].clone() if rank > 0 else torch.zeros_like(gathered[0])
+        return gathered[rank - 1] if rank > 0 else torch.zeros_like(gathered[0])
 
     @staticmethod
     def backward(ctx: Any, d_previous: Tensor) -> tuple[Tensor, None]:
         following = dist.get_rank(ctx.group) + 1
         gathered = _all_gather(d_previous, ctx.group)
         is_last = following == len(gathered)
-        return torch.zeros_like(d_previous) if is_last else gathered[following].clone(), None
+        return torch.zeros_like(d_previous) if is_last else gathered[following], None
 
 
 class _OwnState(torch.autograd.Function):

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_patch.neox.cuda_graphs import LayerGraphs
+from megatron_patch.neox.cuda_graphs import WARM_UP, LayerGraphs
 from megatron_patch.neox.fast_step import time_only_where_asked, why_no_graphs
 
 RUN = dict(
@@ -68,9 +68,6 @@ class _Graph:
     def has_moved(self) -> bool:
         return False
 
-    def is_pending(self) -> bool:
-        return self.is_busy
-
     def fits(self, x) -> bool:
         return not self.is_busy
 
@@ -81,7 +78,7 @@ class _Graph:
 def test_graphs_replay_with_the_boundaries_of_their_own_micro_batch():
     lines = []
     graphs = LayerGraphs([None] * 2, None, lines.append)
-    graphs.room, graphs.captured = 3, torch.zeros(4, dtype=torch.int32)
+    graphs.passes, graphs.room, graphs.captured = WARM_UP, 3, torch.zeros(4, dtype=torch.int32)
     graphs.graphs = [_Graph(graphs) for _ in range(2)]
     x = torch.zeros(1, requires_grad=True)
 
@@ -93,13 +90,45 @@ def test_graphs_replay_with_the_boundaries_of_their_own_micro_batch():
     assert run(0, 8) == [[0, 8, 8, 8]] * 2
     assert run(0, 1, 2, 3, 8) == [None, None]
     assert run(0, 1, 2, 3, 8) == [None, None]
-    assert len(lines) == 1 and "room for 3 documents a micro-batch; one with 4" in lines[0]
+    assert len(lines) == 1 and "room for 3 documents a micro-batch; those with more" in lines[0]
     assert run() == [None, None]
     graphs.graphs[1].is_busy = True  # its backward pass will read the boundaries
     assert run(0, 2, 8) == [None, None]
     assert graphs.captured.tolist() == [0, 8, 8, 8]
     graphs.graphs[1].is_busy = False
     assert run(0, 2, 8) == [[0, 2, 8, 8]] * 2
+
+
+def test_a_rank_replays_only_where_the_others_do():
+    """NCCL wants all ranks of a captured collective to launch its graph, or none."""
+    others = []  # what another rank votes, micro-batch by micro-batch
+    votes = []
+
+    def decide(*own):
+        votes.append(own)
+        return [a and b for a, b in zip(own, others.pop(0), strict=True)]
+
+    graphs = LayerGraphs([None] * 2, None, lambda line: None, decide)
+    graphs.captured = torch.zeros(4, dtype=torch.int32)
+    graphs.graphs = [_Graph(graphs) for _ in range(2)]
+    x = torch.zeros(1, requires_grad=True)
+    given = torch.tensor([0, 8], dtype=torch.int32)
+
+    def run() -> bool:
+        found = {graphs.run(index, x, given) is not None for index in range(2)}
+        assert len(found) == 1  # all layers or none
+        return found.pop()
+
+    assert [run() for _ in range(WARM_UP)] == [False] * WARM_UP and not votes
+    others += [(True, True, True), (True, False, True), (True, True, False), (True, True, True)]
+    assert [run() for _ in range(4)] == [True, False, False, True]
+    assert votes == [(True, True, True)] * 4
+    with torch.no_grad():
+        assert not run()  # validation, for which no rank votes
+    captures = []
+    graphs._capture = lambda *given: captures.append(given)
+    others += [(False, True, True)]  # a parameter of the other rank has moved
+    assert not run() and len(captures) == 1  # both capture anew
 
 
 @pytest.mark.parametrize("is_timed", [True, False])
