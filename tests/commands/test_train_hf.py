@@ -11,7 +11,7 @@ import shutil
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, pipeline
 
 from convert.export_record import check_record
 from megatron_patch.commands.train_hf import TOLERANCE, largest_difference, save
@@ -80,6 +80,11 @@ def test_trains_saves_and_verifies(small_run, train_hf, run_script, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "hf")
     assert len(tokenizer) == model.config.vocab_size == 512 and tokenizer.padding_side == "left"
     assert tokenizer.decode(tokenizer("def f(x):")["input_ids"]) == "def f(x):"
+
+    (written,) = pipeline("text-generation", str(tmp_path / "run" / "hf"))(
+        "def f", max_new_tokens=2
+    )
+    assert written["generated_text"].startswith("def f")
 
     assert "training is already complete" in train_hf(small_run())
     assert losses_of(tmp_path / "run") == losses
