@@ -26,6 +26,8 @@ class MetaLAClassificationMixin:
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        # In the signature, where `pipeline` looks for whether it can switch the cache off.
+        use_cache: bool | None = None,
         return_dict: bool | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         **loss_kwargs: Any,
@@ -48,6 +50,7 @@ class MetaLAClassificationMixin:
             input_ids=input_ids,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
             return_dict=True,
             **loss_kwargs,
         )

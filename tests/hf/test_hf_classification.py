@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForSequenceClassification,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+    pipeline,
+)
 
 from megatron_patch.hf import MetaLAForSequenceClassification
 
@@ -62,6 +68,21 @@ def test_accumulation_is_one_large_batch(tiny_config, tmp_path, num_labels):
         return trainer.state.log_history[0]["grad_norm"]
 
     assert norm_of_gradient(2, 4) == pytest.approx(norm_of_gradient(8, 1), rel=1e-5)
+
+
+def test_pipeline_in_batches(tiny_config):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(61)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0")
+    model = MetaLAForSequenceClassification(tiny_config(num_labels=3)).eval()
+    classify = pipeline("text-classification", model=model, tokenizer=tokenizer)
+    texts = ["w5 w7 w9", "w11", "w30 w8"]
+    for found, text in zip(classify(texts, batch_size=3), texts, strict=True):
+        (alone,) = classify(text)
+        assert found["label"] == alone["label"]
+        assert found["score"] == pytest.approx(alone["score"], abs=1e-6)
 
 
 def test_is_saved_and_loaded(model, tmp_path):
