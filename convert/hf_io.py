@@ -390,6 +390,9 @@ def write_config(
     kind = {"architectures": ["MetaLAForCausalLM"]}
     if shape.rewards:
         kind = {"architectures": ["MetaLAForSequenceClassification"], "num_labels": 1}
+    # Where the tokenizer's own configuration names a class, that counts. But without this one,
+    # transformers 4's `pipeline` loads no tokenizer for a model that it does not know itself.
+    kind["tokenizer_class"] = "PreTrainedTokenizerFast"
     try:
         config = MetaLAConfig(**shape.to_hf(), **kind, **special)
     except ValueError as error:

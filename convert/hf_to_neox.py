@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections import Counter
 from dataclasses import replace
 from functools import partial
@@ -22,7 +23,7 @@ import yaml
 
 from convert.command import ConvertError, command_parser
 from convert.export_record import check_checkpoint_export, write_record
-from convert.files import check_regular, read_text
+from convert.files import check_regular, read_json, read_text
 from convert.hf_io import HFFolder
 from convert.neox_reader import NeoXCheckpoint
 from convert.neox_writer import (
@@ -110,6 +111,7 @@ def hf_to_neox(
         write_record(folder)
     padding = rows - source.shape.padded_vocab_size
     tell_new_rows(padding)
+    _tell_what_is_not_kept(source, target / "tokenizer.json")
     written = NeoXCheckpoint(output)
     print(
         f"wrote {written.step}: tensor parallel {tensor_parallel}, pipeline parallel "
@@ -165,6 +167,25 @@ def _write_tokenizer(tokenizer: RunTokenizer, path: Path) -> None:
             "one by --tokenizer"
         )
     loaded.backend_tokenizer.save(str(path))
+
+
+def _tell_what_is_not_kept(source: HFFolder, written: Path) -> None:
+    """Prints a note if the model has what a tokenizer.json cannot hold, and what an export of the
+    checkpoint would otherwise leave out or guess."""
+    lost = []
+    end, guessed = source.config.eos_token_id, read_tokenizer(written).special["eos_token_id"]
+    if end not in (None, guessed, [guessed]):
+        lost.append(f"eos_token_id {end}")
+    config = source.folder / "tokenizer_config.json"
+    values = read_json(config, source.folder) if config.is_file() else {}
+    if "chat_template" in values or (source.folder / "chat_template.jinja").is_file():
+        lost.append("chat template")
+    if lost:
+        print(
+            f"note: the checkpoint does not keep {' and '.join(lost)}: export what you train from "
+            f"it with --tokenizer {source.folder}",
+            file=sys.stderr,
+        )
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -71,7 +71,9 @@ def find_step(checkpoint: Path, iteration: int | None) -> Path:
         raise ConvertError(str(error)) from None
     present = f"it holds iterations {', '.join(map(str, steps))}"
     if not steps:
-        raise ConvertError(f"{checkpoint} is no checkpoint: it holds no global_stepN folder")
+        step = STEP.fullmatch(checkpoint.absolute().name)
+        hint = f"; wanted the folder above it, and --iteration {step[1]}" if step else ""
+        raise ConvertError(f"{checkpoint} is no checkpoint: it holds no global_stepN folder{hint}")
     if iteration is not None:
         if iteration not in steps:
             raise ConvertError(f"{checkpoint} has no iteration {iteration}; {present}")

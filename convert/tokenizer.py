@@ -126,6 +126,9 @@ def load_tokenizer(folder: Path) -> Any:
     for path in sorted(entries):
         if not path.is_dir():
             check_regular(path, folder)
+    if not any((folder / name).exists() for name in TOKENIZER_FILES):
+        wanted = "wanted tokenizer.json or the like, or a tokenizer that --tokenizer names"
+        raise ConvertError(f"{folder}: holds no tokenizer, {wanted}")
     config = folder / "tokenizer_config.json"
     values = read_json(config, folder) if config.is_file() else {}
     for key, value in values.items():

@@ -6,7 +6,7 @@
 #   TASKS=piqa,lambada_openai ./scripts/evaluate.sh FOLDER
 #
 # The first run downloads the tasks' data from the Hugging Face Hub. The results are kept in
-# runs/evaluate/NAME-OF-FOLDER. This package builds the model; code in the folder is never run.
+# runs/evaluate/NAME-OF-FOLDER, or where --output_path says. This package builds the model; code in the folder is never run.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
@@ -27,7 +27,13 @@ export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
   exit 1
 }
 
-results="runs/evaluate/$(basename "$folder")"
+results="runs/evaluate/$(basename "$(cd "$folder" && pwd)")"
+before=""
+for argument in "$@"; do  # the table below shows what this evaluation writes
+  case "$before" in --output_path | -o) results="$argument" ;; esac
+  case "$argument" in --output_path=*) results="${argument#*=}" ;; esac
+  before="$argument"
+done
 # The import registers MetaLA with the Auto classes, which lm_eval uses.
 "$python" -c 'import megatron_patch.hf; from lm_eval.__main__ import cli_evaluate; cli_evaluate()' \
   --model hf --model_args "pretrained=$folder" --num_fewshot 0 --batch_size auto \

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import codecs
+import io
 import json
 import os
 import re
 import sys
 from collections.abc import Iterable, Iterator
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
-TEXT_SUFFIXES = (".txt", ".md", ".rst", ".jsonl")
+LINES_SUFFIXES = (".jsonl", ".ndjson")
+TEXT_SUFFIXES = (".txt", ".md", ".rst", *LINES_SUFFIXES)
 # What compressed files begin with, and what their names end in.
 _COMPRESSED = {
     "bzip2": (b"BZh", ".bz2"),
@@ -33,11 +35,11 @@ class Document(NamedTuple):
 
 def list_files(inputs: Iterable[Path], suffixes: Iterable[str] | None = None) -> list[Path]:
     """Returns the files to read: inputs in the order given, files inside a folder by name, if they
-    end in one of `suffixes`, by default `TEXT_SUFFIXES`. Links to folders and compressed files are
-    left out, each with a line on standard error. Raises an OSError if a folder cannot be read, and
-    a ValueError if something to read is not a regular file (a broken link, a pipe), or nothing was
-    found."""
-    wanted = tuple(suffixes or TEXT_SUFFIXES)
+    end in one of `suffixes`, by default `TEXT_SUFFIXES`, in capitals or not. Links to folders and
+    compressed files are left out, each with a line on standard error. Raises an OSError if a folder
+    cannot be read, and a ValueError if something to read is not a regular file (a broken link, a
+    pipe), or nothing was found."""
+    wanted = tuple(suffix.lower() for suffix in suffixes or TEXT_SUFFIXES)
     files: list[Path] = []
     for path in inputs:
         if path.is_dir():
@@ -64,9 +66,9 @@ def _files_below(top: Path, wanted: tuple[str, ...]) -> Iterator[Path]:
             if (link := Path(folder, name)).is_symlink():
                 print(f"left out: {link}, a link to a folder; it can be an input", file=sys.stderr)
         for name in sorted(names):
-            if name.endswith(compressed):
+            if name.lower().endswith(compressed):
                 print(f"left out: {Path(folder, name)}, which is compressed", file=sys.stderr)
-        yield from (Path(folder, name) for name in names if name.endswith(wanted))
+        yield from (Path(folder, name) for name in names if name.lower().endswith(wanted))
 
 
 def iterate_documents(
@@ -76,16 +78,16 @@ def iterate_documents(
     max_bytes: int = MAX_BYTES,
 ) -> Iterator[Document]:
     """Yields all documents of the files of `list_files` except empty ones, without byte order
-    marks. A line of a .jsonl file has its text under `json_key`.
+    marks. A line of a file in JSON lines (`LINES_SUFFIXES`) has its text under `json_key`.
 
     Raises:
         OSError: a file cannot be read.
         ValueError: a document is larger than `max_bytes`, a line of a .jsonl file is not an object
-            with a text under `json_key`, or a file is compressed or not UTF-8. The message names
-            file and line.
+            with a text under `json_key`, a file holds such objects and has another name, or a file
+            is compressed or not UTF-8. The message names file and line.
     """
     for path in list_files(inputs, suffixes):
-        read = _read_lines if path.suffix == ".jsonl" else _read_text
+        read = _read_lines if path.suffix.lower() in LINES_SUFFIXES else _read_text
         for document in read(path, json_key, max_bytes):
             if document.text.strip():
                 yield document
@@ -101,12 +103,37 @@ def _not_text(path: Path, origin: str, error: UnicodeDecodeError) -> ValueError:
     return ValueError(f"{origin}: not UTF-8 text: {error}")
 
 
-def _read_text(path: Path, _: str, max_bytes: int) -> Iterator[Document]:
+def _read_text(path: Path, json_key: str, max_bytes: int) -> Iterator[Document]:
     _check_size(path.stat().st_size, str(path), max_bytes)
     try:
-        yield Document(path.read_text(encoding="utf-8-sig"), str(path))
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise _not_text(path, str(path), error) from None
+    if _holds_records(text, json_key):
+        raise ValueError(
+            f"{path}: found JSON objects with a text under {json_key!r}, wanted one a line in a "
+            "file whose name ends in .jsonl: under this name all of them would be one document"
+        )
+    yield Document(text, str(path))
+
+
+def _holds_records(text: str, json_key: str) -> bool:
+    """Returns whether a text is a list of JSON objects with a text under `json_key`, or begins with
+    two lines of such."""
+    begin = re.match(r"\s*(\[\s*)?\{", text)
+    if not begin:
+        return False
+    try:
+        if begin[1]:
+            found = json.loads(text)
+        else:
+            lines = (line for line in io.StringIO(text) if line.strip())
+            found = [json.loads(line) for line in islice(lines, 2)]
+            found = found if len(found) == 2 else []
+    except (ValueError, RecursionError):
+        return False
+    records = [isinstance(x, dict) and isinstance(x.get(json_key), str) for x in found]
+    return bool(records) and all(records)
 
 
 def _read_lines(path: Path, json_key: str, max_bytes: int) -> Iterator[Document]:

@@ -1,8 +1,8 @@
 """Turns text into the files that GPT-NeoX trains on: PREFIX.bin and PREFIX.idx, for `data_path`.
 
-A text file is one document, a line of a .jsonl file too; folders are searched for files in the
-order of their names. Each document ends with <|endoftext|>; special tokens that stand in a text are
-text. The same input gives the same files."""
+A text file is one document, a line of a .jsonl or .ndjson file too; folders are searched for files
+in the order of their names. Each document ends with <|endoftext|>; special tokens that stand in a
+text are text. The same input gives the same files."""
 
 from __future__ import annotations
 

@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
+from convert.export_record import check_model_export, write_record
+from convert.output_folder import check_target, complete_folder
 from megatron_patch.architecture import SettingsError
 from megatron_patch.commands.command_line import CommandError, Parser, output_folder, run_script
 from megatron_patch.hf import MetaLAForCausalLM
@@ -20,7 +22,7 @@ from megatron_patch.trainer.model import build_model, check_model, load_tokenize
 from megatron_patch.trainer.samples import build_samples
 from megatron_patch.trainer.schedule import check_schedule
 from megatron_patch.trainer.settings import TrainerSettings, read_settings
-from megatron_patch.trainer.training import checkpoint_step, find_checkpoint, train
+from megatron_patch.trainer.training import checkpoint_step, find_checkpoint, reading, train
 
 TOLERANCE = 1e-4  # largest difference between float32 logits of the model and of its folder
 VERIFIED_TOKENS = 64
@@ -35,8 +37,9 @@ def run(settings: TrainerSettings) -> MetaLAForCausalLM:
     train_samples, valid_samples = build_samples(settings, world_size)
     checkpoint = find_checkpoint(settings)
     if checkpoint is not None:
-        check_model(config, checkpoint)
-        check_schedule(settings, checkpoint)
+        with reading(checkpoint):
+            check_model(config, checkpoint)
+            check_schedule(settings, checkpoint)
         done = checkpoint_step(checkpoint)
         if done > settings.train_iters:
             raise SettingsError(
@@ -61,10 +64,12 @@ def run(settings: TrainerSettings) -> MetaLAForCausalLM:
 
 
 def save(model: MetaLAForCausalLM, settings: TrainerSettings, folder: Path) -> None:
-    """Writes the model with its code, configuration and tokenizer."""
+    """Writes the model with its code, configuration, tokenizer and checksums."""
+    model.config.use_cache = True  # the Trainer switches it off
     model.save_pretrained(folder)
     write_model_code(folder)
     load_tokenizer(settings).save_pretrained(folder)
+    write_record(folder)
 
 
 @torch.no_grad()
@@ -85,31 +90,44 @@ def largest_difference(model: MetaLAForCausalLM, folder: Path, tokens: torch.Ten
     return max((logits - wanted).abs().max().item() for logits in (parallel, recurrent))
 
 
+def verify(model: MetaLAForCausalLM, settings: TrainerSettings, folder: Path) -> None:
+    """Prints the largest difference between the logits of `model` and of `folder` on the first
+    tokens of the data. Raises a CommandError if it is above TOLERANCE."""
+    samples, _ = build_samples(settings, 1)
+    tokens = samples[0]["input_ids"][None, :VERIFIED_TOKENS]
+    difference = largest_difference(model, folder, tokens)
+    print(f"Largest logit difference after reloading: {difference:.3e}")
+    if not difference <= TOLERANCE:
+        raise CommandError(f"wanted at most {TOLERANCE:.0e}; no folder is left")
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("configs", nargs="+", help="YAML files, merged as GPT-NeoX merges them")
     add("-d", "--conf_dir", type=Path, help="folder of the YAML files")
     add("--output", type=output_folder, help="Hugging Face folder to write (SAVE/hf)")
-    add("--verify", action="store_true", help="compare the written model's logits")
+    add(
+        "--verify",
+        action="store_true",
+        help="compare the folder's logits; fail if they differ",
+    )
     args = parser.parse_args(argv)
     paths = [args.conf_dir / name if args.conf_dir else Path(name) for name in args.configs]
     settings, ignored = read_settings(paths)
     if ignored:
         print(f"Settings without a meaning in the Hugging Face Trainer: {', '.join(ignored)}")
+    output = args.output or settings.save / "hf"
+    # A folder that this command wrote is replaced, since a run that goes on writes it again.
+    check_target(output, True, check_model_export)
     model = run(settings)
     if int(os.environ.get("RANK", "0")):
         return
-    folder = args.output or settings.save / "hf"
-    save(model, settings, folder)
-    print(f"Hugging Face model: {folder}")
-    if args.verify:
-        samples, _ = build_samples(settings, 1)
-        tokens = samples[0]["input_ids"][None, :VERIFIED_TOKENS]
-        difference = largest_difference(model, folder, tokens)
-        print(f"Largest logit difference after reloading: {difference:.3e}")
-        if not difference <= TOLERANCE:
-            raise CommandError(f"wanted at most {TOLERANCE:.0e}")
+    with complete_folder(output, True, check_model_export) as folder:
+        save(model, settings, folder)
+        if args.verify:
+            verify(model, settings, folder)
+    print(f"Hugging Face model: {output}")
 
 
 cli = partial(run_script, main)

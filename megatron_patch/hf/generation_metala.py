@@ -28,6 +28,19 @@ class MetaLAGenerationMixin(GenerationMixin):
         inputs_embeds: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> dict:
+        # The number of tokens that the cache has not read; transformers keeps as many of the
+        # prompt. With 0, transformers 5 keeps them all, and the model would read them again.
+        unread = kwargs.get("next_sequence_length")
+        if unread is None and (positions := kwargs.get("cache_position")) is not None:
+            unread = len(positions)
+        if unread is not None and unread < 1:
+            length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+            raise ValueError(
+                f"past_key_values: found a cache that has read {past_key_values.get_seq_length()} "
+                f"tokens, wanted fewer than the {length} of the prompt, which begins with them"
+            )
+        # transformers 5 passes `generate(tokenizer=...)`, which `stop_strings` needs, on to here.
+        kwargs.pop("tokenizer", None)
         inputs = super().prepare_inputs_for_generation(
             input_ids,
             past_key_values=past_key_values,

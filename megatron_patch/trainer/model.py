@@ -45,6 +45,7 @@ def model_config(settings: TrainerSettings, tokenizer: PreTrainedTokenizerFast) 
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
+        tokenizer_class="PreTrainedTokenizerFast",  # for transformers 4's `pipeline`
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable
+from dataclasses import make_dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any, Literal
@@ -16,6 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     NonNegativeFloat,
@@ -33,6 +35,7 @@ from megatron_patch.architecture import (
     yaml_number_hint,
 )
 from megatron_patch.architecture_neox import GPT_NEOX_DEFAULTS, expand_attention_config
+from megatron_patch.neox.data_settings import check_paths
 from megatron_patch.neox.settings import check_settings
 from megatron_patch.neox.yaml_config import merge_yaml
 
@@ -86,7 +89,14 @@ class _Settings(BaseModel):
     )
 
 
-_Path = Annotated[Path, Field(strict=False)]
+def _named(path: Any) -> Any:
+    """Refuses an empty path, which would be the current folder."""
+    if path == "":
+        raise ValueError("wanted the name of a folder or file")
+    return path
+
+
+_Path = Annotated[Path, Field(strict=False), BeforeValidator(_named)]
 _Beta = Annotated[float, Field(strict=True, ge=0, lt=1)]
 
 
@@ -284,6 +294,8 @@ def _check(settings: TrainerSettings) -> None:
             f"attention_config: found layers of type {', '.join(others)}, wanted metala alone with "
             "the Hugging Face Trainer"
         )
+    values = settings.model_dump(mode="json")
+    check_paths(make_dataclass("Arguments", values)(**values))
     # A setting that is refused here has its default.
     neox = {**GPT_NEOX_DEFAULTS, **settings.model_dump(), "pipe_partition_method": "type:metala"}
     check_settings(SimpleNamespace(**neox))

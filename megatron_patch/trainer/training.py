@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import Dataset, SequentialSampler
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
 from megatron_patch.architecture import SettingsError
-from megatron_patch.commands.command_line import first_line
+from megatron_patch.commands.command_line import first_line, told
 from megatron_patch.save_folder import held
 from megatron_patch.torch_file import readable
 from megatron_patch.trainer.schedule import ResumableLR, Schedule
@@ -38,6 +39,35 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
         {"params": decayed, "weight_decay": weight_decay},
         {"params": free, "weight_decay": 0.0},
     ]
+
+
+def collate(samples: list[dict[str, torch.Tensor]], vocab_size: int) -> dict[str, torch.Tensor]:
+    """Returns samples as a batch. Raises a SettingsError if one has a token that is none of the
+    vocabulary, which PyTorch would report without saying whose it is."""
+    batch = default_data_collator(samples)
+    if (largest := max(int(tokens.max()) for tokens in batch.values())) >= vocab_size:
+        raise SettingsError(
+            f"vocab_file: found the token {largest} in the data, wanted one below {vocab_size}, "
+            "the number of the tokenizer's tokens: another tokenizer prepared these data"
+        )
+    return batch
+
+
+@contextmanager
+def reading(checkpoint: str | Path | None) -> Iterator[None]:
+    """Turns what a damaged file of a checkpoint raises into a SettingsError that names the
+    checkpoint."""
+    try:
+        yield
+    except SettingsError:
+        raise
+    except Exception as error:  # torch, safetensors and transformers raise many types
+        if isinstance(error, OSError) and error.filename is not None:  # missing, or no permission
+            raise
+        raise SettingsError(
+            f"load: found {checkpoint} damaged ({told(error)[:200]}), wanted a checkpoint that can "
+            "be read; without this folder, the run goes on from the one before"
+        ) from None
 
 
 class MetaLATrainer(Trainer):
@@ -65,6 +95,18 @@ class MetaLATrainer(Trainer):
 
     def _get_train_sampler(self, *args: Any) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)
+
+    def _load_from_checkpoint(self, checkpoint: str, *args: Any) -> None:
+        with reading(checkpoint):
+            super()._load_from_checkpoint(checkpoint, *args)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with reading(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with reading(checkpoint):
+            super()._load_rng_state(checkpoint)
 
     def compute_loss(
         self,
@@ -175,27 +217,45 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 
 def find_checkpoint(settings: TrainerSettings) -> Path | None:
     """Returns the newest complete checkpoint in `load`, or `None` to start a new run. Raises a
-    SettingsError if `load` is not `save` and has no checkpoint, or has only GPT-NeoX's."""
-    if settings.load is None:
-        return None
+    SettingsError if `load` is not `save` and has no checkpoint, or has only GPT-NeoX's; or if the
+    run would write over checkpoints in `save`."""
+    load, save = settings.load, settings.save
+    found = None if load is None else _newest_checkpoint(load)
+    if load is not None and load.resolve() == save.resolve() and found:
+        return found
+    if load is not None and not found:
+        if (load / "latest").is_file() or any(load.glob("global_step*")):
+            raise SettingsError(
+                f"load: found a GPT-NeoX checkpoint in {load}, wanted one of the Hugging Face "
+                "Trainer; convert/neox_to_hf.py makes a Hugging Face model of it"
+            )
+        if load.resolve() != save.resolve():
+            raise SettingsError(f"load: found no checkpoint in {load}, wanted one to go on from")
+    if other := _newest_checkpoint(save):
+        raise SettingsError(
+            f"save: found {other}, which this run would write over, wanted a folder of its own, or "
+            f"load: {save} to go on from there"
+        )
+    return found
+
+
+def _newest_checkpoint(folder: Path) -> Path | None:
+    """Returns the newest complete checkpoint in a folder, `None` if there is none."""
     found = {
         int(match[1]): path
-        for path in settings.load.glob("checkpoint-*")
-        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
-        and (path / "trainer_state.json").is_file()
+        for path in folder.glob("checkpoint-*")
+        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and _is_complete(path)
     }
-    if found:
-        return found[max(found)]
-    if (settings.load / "latest").is_file() or any(settings.load.glob("global_step*")):
-        raise SettingsError(
-            f"load: found a GPT-NeoX checkpoint in {settings.load}, wanted one of the Hugging "
-            "Face Trainer; convert/neox_to_hf.py makes a Hugging Face model of it"
-        )
-    if settings.save.resolve() != settings.load.resolve():
-        raise SettingsError(
-            f"load: found no checkpoint in {settings.load}, wanted one to go on from"
-        )
-    return None
+    return found[max(found)] if found else None
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    """Returns whether the file that the Trainer writes last is there, and whole."""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text())
+    except (FileNotFoundError, ValueError):
+        return False
+    return True
 
 
 def checkpoint_step(checkpoint: Path) -> int:
@@ -326,6 +386,7 @@ def train(
                 model=model,
                 args=training_arguments(settings, use_wandb),
                 train_dataset=train_samples,
+                data_collator=partial(collate, vocab_size=model.config.vocab_size),
                 callbacks=callbacks,
             )
         with held(str(settings.save)) if is_first else nullcontext():

@@ -117,6 +117,36 @@ def test_a_bad_line_is_named_and_nothing_written(tokenizer_path, tmp_path, run_c
     assert not list(tmp_path.glob("x.*"))
 
 
+def test_json_lines_under_other_names(tokenizer_path, tmp_path, run_command):
+    """Under a name in capitals or .ndjson they are read; elsewhere, where they would be one
+    document with JSON in it, they are refused."""
+
+    def prepare(name: str, text: str):
+        path = tmp_path / "in" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+        outputs = ("--output", tmp_path / "x", "--overwrite", "--tokenizer", tokenizer_path)
+        result = run_command("prepare_data.py", path, *outputs)
+        if not result.returncode:  # the same from its folder
+            again = run_command("prepare_data.py", path.parent, *outputs, "--suffix", path.suffix)
+            assert again.stdout == result.stdout
+        path.unlink()
+        return result
+
+    lines = '{"text": "a"}\n\n{"text": "b", "n": 1}\n'
+    for name in ("a.jsonl", "a.JSONL", "a.ndjson", "a.NdJson"):
+        assert ": 2 documents" in prepare(name, lines).stdout, name
+    records = ("\n" + lines, '[{"text": "a"},\n {"text": "b"}]', f"\ufeff{lines}")
+    for name, text in zip(("a.json", "a.JSON", "a.txt"), records, strict=True):
+        result = prepare(name, text)
+        assert result.returncode == 1
+        found = f"{name}: found JSON objects with a text under 'text', wanted one a line in a file"
+        assert found in result.stderr
+    other = ('{"name": "a"}\n{"name": "b"}', '{"text": "a"}', "[1, 2]", "[{", "{}{", "{\n}\n", "[]")
+    for text in other:
+        assert ": 1 documents" in prepare("a.json", text).stdout, text
+
+
 def test_other_bad_inputs(folder, tokenizer_path, tmp_path, run_command):
     def message(*arguments):
         result = run_command("prepare_data.py", *arguments, "--output", tmp_path / "x")

@@ -11,10 +11,12 @@ import shutil
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, pipeline
 
+from convert.export_record import check_record
 from megatron_patch.commands.train_hf import TOLERANCE, largest_difference, save
 from megatron_patch.hf import MetaLAForCausalLM
+from megatron_patch.indexed_dataset import IndexedDatasetWriter
 from megatron_patch.trainer.model import build_model, load_tokenizer, model_config
 from megatron_patch.trainer.schedule import Schedule
 from megatron_patch.trainer.settings import read_settings
@@ -71,10 +73,18 @@ def test_trains_saves_and_verifies(small_run, train_hf, run_script, tmp_path):
     assert [row["iteration"] for row in rows if "eval_loss" in row] == [8, 16, 16]
 
     model = MetaLAForCausalLM.from_pretrained(tmp_path / "run" / "hf")
+    assert model.config.use_cache
+    files = list((tmp_path / "run" / "hf").iterdir())
+    assert check_record(tmp_path / "run" / "hf") == len(files) - 1
     assert model.config.eos_token_id == 0 and model.config.pad_token_id == 1
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "hf")
     assert len(tokenizer) == model.config.vocab_size == 512 and tokenizer.padding_side == "left"
     assert tokenizer.decode(tokenizer("def f(x):")["input_ids"]) == "def f(x):"
+
+    (written,) = pipeline("text-generation", str(tmp_path / "run" / "hf"))(
+        "def f", max_new_tokens=2
+    )
+    assert written["generated_text"].startswith("def f")
 
     assert "training is already complete" in train_hf(small_run())
     assert losses_of(tmp_path / "run") == losses
@@ -132,6 +142,23 @@ def test_a_resumed_run_may_not_change(half_done, changes, message):
     assert re.match(f"train_hf.py: {message}", result.stderr.splitlines()[-1]), result.stderr
 
 
+def test_a_damaged_checkpoint_is_named(small_run, train_hf, run_train_hf, tmp_path):
+    train_hf(small_run(train_iters=8, lr_decay_iters=16))
+    checkpoint = tmp_path / "run" / "checkpoint-8"
+    metrics = (tmp_path / "run" / "metrics.jsonl").read_text()
+    for name in "config.json model.safetensors optimizer.pt scheduler.pt rng_state.pth".split():
+        whole = (checkpoint / name).read_bytes()
+        (checkpoint / name).write_bytes(whole[: len(whole) // 2])
+        result = run_train_hf(small_run())
+        assert result.returncode == 1
+        last = result.stderr.splitlines()[-1]
+        assert last.startswith(f"train_hf.py: load: found {checkpoint} damaged ("), (name, last)
+        (checkpoint / name).write_bytes(whole)
+        assert (tmp_path / "run" / "metrics.jsonl").read_text().startswith(metrics)
+    assert max(losses_of(tmp_path / "run")) == 8
+    train_hf(small_run())
+
+
 @pytest.mark.parametrize("key", ["override_lr_scheduler", "use_checkpoint_lr_scheduler"])
 def test_a_changed_schedule_on_request(small_run, half_done, tmp_path, key):
     """`override_lr_scheduler` takes this run's schedule, the other setting the checkpoint's."""
@@ -178,6 +205,19 @@ def test_evaluation_without_iterations_or_beyond_the_end(small_run, train_hf, tm
     train_hf(small_run("beyond", eval_interval=1000, train_iters=2))
     rows = read_metrics(tmp_path / "beyond" / "metrics.jsonl")
     assert [row["iteration"] for row in rows if "eval_loss" in row] == [2]
+
+
+def test_data_of_another_tokenizer_end_the_run(small_run, run_train_hf, tmp_path):
+    for name, token in (("same", 511), ("other", 512)):
+        with IndexedDatasetWriter(tmp_path / name, vocab_size=1000) as writer:
+            for _ in range(8):
+                writer.add_document([1, 2, token] * 100)
+        data = {"data_path": str(tmp_path / name), "split": "1,0,0"}
+        result = run_train_hf(small_run(name, **data, train_iters=2))
+        if name == "same":
+            assert result.returncode == 0, result.stderr
+    assert result.returncode == 1
+    assert "vocab_file: found the token 512 in the data, wanted one below 512" in result.stderr
 
 
 def test_a_loss_that_is_none_is_logged(small_run, train_hf, tmp_path, monkeypatch):
@@ -321,9 +361,36 @@ def test_initialisation_as_neox(small_run):
     assert stds(metala={"init": "authors"}) == pytest.approx([xavier, 0.02], rel=0.1)
 
 
+def test_a_folder_with_something_else_is_not_written_over(small_run, run_train_hf, tmp_path):
+    output = tmp_path / "mine"
+    output.mkdir()
+    (output / "config.json").write_text("{}")
+    result = run_train_hf(small_run(), "--output", output)
+    assert result.returncode == 1 and "nothing that this command wrote" in result.stderr
+    assert [path.name for path in output.iterdir()] == ["config.json"]
+    assert not (tmp_path / "run").exists(), "it trained first"
+
+
+def test_a_verification_that_fails_leaves_the_folder_of_before(
+    small_run, run_train_hf, train_hf, tmp_path, monkeypatch
+):
+    train_hf(small_run(train_iters=2, lr_decay_iters=16))
+    before = (tmp_path / "run" / "hf" / "SHA256SUMS").read_text()
+    monkeypatch.setattr("megatron_patch.commands.train_hf.TOLERANCE", -1.0)
+    for folder in ("hf", "new"):
+        result = run_train_hf(
+            small_run(train_iters=3, lr_decay_iters=16),
+            "--verify", "--output", tmp_path / "run" / folder,
+        )  # fmt: skip
+        assert result.returncode == 1 and "wanted at most -1e+00" in result.stderr
+    assert (tmp_path / "run" / "hf" / "SHA256SUMS").read_text() == before
+    assert not [path for path in (tmp_path / "run").iterdir() if path.name.startswith((".", "new"))]
+
+
 def test_verification_finds_a_changed_weight(small_run, tmp_path):
     settings, _ = read_settings([small_run()])
     model = build_model(settings, model_config(settings, load_tokenizer(settings)))
+    (tmp_path / "hf").mkdir()
     save(model, settings, tmp_path / "hf")
     tokens = torch.arange(20)[None]
     assert largest_difference(model, tmp_path / "hf", tokens) <= TOLERANCE

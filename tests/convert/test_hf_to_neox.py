@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from convert.command import ConvertError
 from convert.hf_to_neox import hf_to_neox
@@ -78,6 +79,30 @@ def test_new_rows_are_told(vocab_file, tmp_path, capfd):
     assert "new vocabulary rows" not in capfd.readouterr().err
     hf_to_neox(tmp_path / "hf", tmp_path / "two", 2, 0)
     assert "note: 1 new vocabulary rows of zeros" in capfd.readouterr().err
+
+
+def test_what_a_tokenizer_json_cannot_hold_is_told(folder, tmp_path, capfd):
+    hf_to_neox(folder, tmp_path / "plain", 1, 0)
+    assert "note:" not in capfd.readouterr().err
+
+    (folder / "SHA256SUMS").unlink()
+    vocabulary = AutoTokenizer.from_pretrained(folder).get_vocab()
+    end = next(token for token, number in vocabulary.items() if number == 7)
+    for name, value in (
+        ("config.json", {"eos_token_id": 7}),
+        ("tokenizer_config.json", {"eos_token": end, "chat_template": "{{ messages }}"}),
+        ("special_tokens_map.json", {"eos_token": end}),
+    ):
+        values = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({**values, **value}))
+    hf_to_neox(folder, tmp_path / "chat", 1, 0)
+    said = capfd.readouterr().err
+    assert "note: the checkpoint does not keep eos_token_id 7 and chat template: export" in said
+    assert f"--tokenizer {folder}" in said
+    neox_to_hf(tmp_path / "chat", tmp_path / "again", tokenizer=folder)
+    again = AutoTokenizer.from_pretrained(tmp_path / "again")
+    assert again.eos_token_id == 7 and again.chat_template == "{{ messages }}"
+    assert json.loads((tmp_path / "again/config.json").read_text())["eos_token_id"] == 7
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,7 @@ def test_the_folder_is_what_transformers_loads(vocab_file, tmp_path):
     assert_same(dict(loaded.state_dict()), trimmed(hf))
     config = AutoConfig.from_pretrained(tmp_path / "hf")
     assert config.architectures == ["MetaLAForCausalLM"]
+    assert config.tokenizer_class == "PreTrainedTokenizerFast"  # else no pipeline in transformers 4
     assert (config.tau, config.norm_eps, config.output_norm_eps) == (8.0, 1e-7, 1e-4)
     assert (config.norm_type, config.init_std, config.no_scale_embedding) == ("rmsnorm", 0.01, True)
     assert (config.vocab_size, config.glu_dim, config.tie_word_embeddings) == (TOKENS, 24, False)

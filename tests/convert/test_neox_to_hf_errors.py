@@ -57,6 +57,14 @@ def test_a_folder_that_is_no_checkpoint(tmp_path):
     refused(tmp_path, "neox is no checkpoint: it holds no global_stepN folder")
 
 
+def test_the_folder_of_an_iteration(tmp_path, vocab_file):
+    write(tmp_path / "neox", MODEL, 1, 0, vocab_file)
+    (step,) = (tmp_path / "neox").glob("global_step*")
+    number = step.name.removeprefix("global_step")
+    with pytest.raises(ConvertError, match=f"wanted the folder above it, and --iteration {number}"):
+        neox_to_hf(step, tmp_path / "hf")
+
+
 def test_an_empty_iteration(tmp_path, vocab_file):
     write(tmp_path / "neox", MODEL, 1, 0, vocab_file)
     (tmp_path / "neox/global_step7/mp_rank_00_model_states.pt").unlink()
@@ -348,7 +356,9 @@ def test_tokenizers_missing_or_of_another_training(tmp_path, vocab_file):
     (tmp_path / "bad.json").write_text("{}")
     refused(tmp_path, "bad.json: no tokenizer.json", tokenizer=tmp_path / "bad.json")
     (tmp_path / "empty").mkdir()
-    refused(tmp_path, "empty: holds no tokenizer", tokenizer=tmp_path / "empty")
+    refused(
+        tmp_path, "empty: holds no tokenizer, wanted tokenizer.json", tokenizer=tmp_path / "empty"
+    )
     small = write_tokenizer(tmp_path / "small.json", ("<|endoftext|>",), tokens=70)
     refused(tmp_path, "small.json has 70 tokens, padded 80, .* 96 rows", tokenizer=small)
     large = write_tokenizer(tmp_path / "large.json", ("<|endoftext|>",), tokens=97)

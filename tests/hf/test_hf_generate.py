@@ -181,6 +181,18 @@ def test_a_given_cache_is_filled(model, tokens):
     torch.testing.assert_close(logits[:, -1], model(out).logits[:, -1])
 
 
+@pytest.mark.parametrize("length", [5, 3])
+def test_a_cache_that_has_read_the_whole_prompt_is_refused(model, tokens, length):
+    """transformers 5 would read the prompt, or a part of it, a second time."""
+    ids = tokens(2, 5)
+    for how in (dict(), dict(num_beams=2)):
+        cache = model(ids, use_cache=True).past_key_values
+        if how:
+            cache.batch_repeat_interleave(2)
+        with pytest.raises(ValueError, match="a cache that has read 5 tokens, wanted"):
+            model.generate(ids[:, :length], past_key_values=cache, max_new_tokens=3, **how)
+
+
 @pytest.mark.skipif(TRANSFORMERS < Version("4.57"), reason="generate has no prefill_chunk_size")
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_prefill_in_chunks(model, tokens, counted, side):
@@ -258,6 +270,20 @@ def test_streaming_and_pipeline(model, tokenizer):
         results = write(prompts, batch_size=batch_size, **how)
         for result, text in zip(results, texts, strict=True):
             assert result[0]["generated_text"].replace(" ", "") == text.replace(" ", "")
+
+
+def test_a_text_stops_at_a_string(model):
+    from tokenizers import Tokenizer, decoders, models
+
+    characters = Tokenizer(models.BPE({chr(ord("A") + i): i for i in range(61)}, []))
+    characters.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=characters)
+    ids, how = torch.tensor([[5, 9, 30]]), dict(max_new_tokens=6, do_sample=False)
+    whole = model.generate(ids, **how, **NO_END)[0]
+    stop = tokenizer.decode(whole[4:6]).replace(" ", "")
+    stopped = model.generate(ids, **how, **NO_END, stop_strings=[stop], tokenizer=tokenizer)[0]
+    assert stop not in tokenizer.decode(whole[3:5]).replace(" ", "")
+    assert torch.equal(stopped, whole[:6])
 
 
 def test_methods_that_a_state_cannot_follow_are_refused(model, tiny_model, tokens):

@@ -179,6 +179,37 @@ def test_evaluate_script_says_what_is_missing(tmp_path):
     assert result.returncode == 1 and "lm_eval is not installed" in result.stderr
 
 
+def test_evaluate_script_shows_the_results_it_wrote(tmp_path):
+    """Not those of an earlier evaluation, which lie in the usual place."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").touch()
+    (tmp_path / "lm_eval").mkdir()
+    (tmp_path / "lm_eval/__init__.py").touch()
+    (tmp_path / "lm_eval/__main__.py").write_text(
+        "import argparse, json, pathlib, os\n"
+        "def cli_evaluate():\n"
+        "    parser = argparse.ArgumentParser()\n"
+        "    parser.add_argument('-o', '--output_path')\n"
+        "    folder = pathlib.Path(parser.parse_known_args()[0].output_path)\n"
+        "    folder.mkdir(parents=True, exist_ok=True)\n"
+        "    results = {'results': {'task': {'acc,none': float(os.environ['ACC'])}}}\n"
+        "    (folder / 'results.json').write_text(json.dumps(results))\n"
+    )
+    for accuracy, folder, more in (
+        ("0.25", "model", []),
+        ("0.75", "mine", ["--output_path", "mine"]),
+    ):
+        # From inside the folder too: its name is not "."
+        out = run(
+            [ROOT / "scripts/evaluate.sh", ".", *more],
+            tmp_path / "model",
+            ACC=accuracy,
+            PYTHONPATH=str(tmp_path),
+        )
+        assert f"{float(accuracy) * 100:.2f}" in out
+        assert list((tmp_path / "model").rglob(f"{folder}/results.json"))
+
+
 def test_table(tmp_path):
     for size, average in enumerate(PUBLISHED_AVERAGE):  # no typing error in the table
         assert sum(row[size] for row in PUBLISHED.values()) / 7 == pytest.approx(average, abs=0.011)

@@ -111,6 +111,9 @@ def test_defaults_are_gpt_neoxs(small_run):
             "train_data_weights: wanted one for each of train_data_paths",
         ),
         ({"vocab_file": "no-such.json"}, "vocab_file: found no file no-such.json"),
+        ({"save": "~/run"}, "save: found '~/run', wanted a path in full"),
+        ({"data_path": "$DATA/text"}, "data_path: found '$DATA/text', wanted a path in full"),
+        ({"save": ""}, "save: found '', wanted the name of a folder"),
         ({"train_batch_size": 7}, "train_batch_size: found 7, wanted train_micro_batch_size_per"),
         ({"train_micro_batch_size_per_gpu": None}, "train_micro_batch_size_per_gpu: found nothing"),
     ],
@@ -151,12 +154,21 @@ def test_a_run_that_was_to_go_on_needs_its_checkpoint(small_run, tmp_path):
     with pytest.raises(SettingsError, match="load: found no checkpoint in .*elsewhere, wanted one"):
         find(load=str(tmp_path / "elsewhere"))
 
-    for name in ("checkpoint-8", "checkpoint-16", "checkpoint-24"):
-        (tmp_path / "run" / name).mkdir(parents=True)
-        if name != "checkpoint-24":  # a run was killed while it wrote this one
-            (tmp_path / "run" / name / "trainer_state.json").write_text("{}")
+    states = {8: "{}", 16: "{}", 24: None, 32: '{"epoch": 1.'}  # killed while it wrote the last two
+    for step, state in states.items():
+        (tmp_path / "run" / f"checkpoint-{step}").mkdir(parents=True)
+        if state:
+            (tmp_path / "run" / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
     assert find() == tmp_path / "run" / "checkpoint-16"
 
     (tmp_path / "neox" / "global_step5").mkdir(parents=True)
+    (tmp_path / "base" / "checkpoint-4").mkdir(parents=True)
+    (tmp_path / "base" / "checkpoint-4" / "trainer_state.json").write_text("{}")
+    for load in (None, str(tmp_path / "base")):
+        with pytest.raises(SettingsError, match="save: found .*checkpoint-16, which this run"):
+            find(load=load)
+    found = find(load=str(tmp_path / "base"), save=str(tmp_path / "new"))
+    assert found == tmp_path / "base" / "checkpoint-4"
+
     with pytest.raises(SettingsError, match="load: found a GPT-NeoX checkpoint in .*neox_to_hf.py"):
         find(load=str(tmp_path / "neox"))
