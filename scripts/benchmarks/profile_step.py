@@ -3,6 +3,7 @@
 
     python scripts/benchmarks/profile_step.py                  # metala_380m.yml, 8 x 2,048
     python scripts/benchmarks/profile_step.py --micro-batch 1 --kernels 40
+    python scripts/benchmarks/profile_step.py --gpus 2         # the first of two data-parallel ranks
 
 needs a linked GPT-NeoX checkout, as benchmark_training.py does. It trains on random tokens and
 reads the trace that torch.profiler writes of a few steps, of the GPU alone. Memory is that of the
@@ -25,7 +26,7 @@ from megatron_patch.commands.command_line import Parser, existing_file, one_of, 
 FIRST, STEPS = 8, 3  # profiled iterations
 # GPT-NeoX's own `profile` setting records Python's stack too, which slows the host down tenfold.
 PROGRAM = """
-import json, runpy, sys, torch
+import json, os, runpy, sys, torch
 sys.path.insert(0, "{checkout}")
 from megatron import training
 step, calls, stages = training.train_step, 0, []
@@ -43,8 +44,6 @@ def noting(name):
             note(name)
         return result
     setattr(training, name, run)
-noting("forward_step")
-noting("backward_step")
 def profiled(*args, **kwargs):
     global calls
     calls += 1
@@ -67,11 +66,15 @@ def profiled(*args, **kwargs):
         profiler.stop()
         profiler.export_chrome_trace("{trace}")
     return result
-training.train_step = profiled
+if os.environ["RANK"] == "0":
+    training.train_step = profiled
+    noting("forward_step")
+    noting("backward_step")
 runpy.run_path("{checkout}/train.py", run_name="__main__")
 """
 # Which part of a step a kernel belongs to: the first pattern that its name matches.
 PARTS = {
+    "communication": r"nccl",
     "matrix products": r"nvjet|gemm|cutlass|cublas|splitK",
     "operator": r"chunk|carry|factors|^output|gradients|exact|states|prepare",
     "convolution": r"conv",
@@ -79,7 +82,6 @@ PARTS = {
     "norms": r"rms_?norm|RMSNorm|layer_norm|LayerNorm",
     "loss": r"cross_entropy|softmax|vocab",
     "Adam": r"adam|Adam",
-    "communication": r"nccl",
     "norm of the gradients": r"lpnorm|NormOps|norm_",
     "copies and fills": r"Memcpy|Memset|copy|fill|Fill|CatArray",
     "elementwise": r"elementwise|reduce",
@@ -89,11 +91,13 @@ PARTS = {
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", type=existing_file, default=ROOT / "configs/metala_380m.yml")
+    parser.add_argument("--gpus", type=whole(1), default=1, help="of this machine (default: 1)")
     parser.add_argument("--micro-batch", type=whole(1), help="sequences (default: as in --config)")
     parser.add_argument("--kernels", type=whole(0), default=25, help="how many to list")
     parser.add_argument("--recompute", type=one_of(LEVELS), help="(default: as in --config)")
     options = parser.parse_args(argv)
-    vars(options).update(ONE_GPU, length=None, steps=FIRST + STEPS + 12)
+    vars(options).update({**ONE_GPU, "gpus": options.gpus, "length": None})
+    options.steps = FIRST + STEPS + 12
     with tempfile.TemporaryDirectory() as work:
         checkout, trace = need_neox(), Path(work) / "trace.json"
         stages = Path(work) / "stages.json"
@@ -120,8 +124,8 @@ def report_memory(stages: list[tuple[str, int, int, int]]) -> None:
 
 def report(events: list[dict], listed: int) -> None:
     """Prints the tables from a Chrome trace's events; times are microseconds there."""
-    on_gpu = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
-    on_gpu.sort(key=lambda e: e["ts"])
+    kinds = ("kernel", "gpu_memcpy", "gpu_memset")
+    on_gpu = sorted((e for e in events if e.get("cat") in kinds), key=lambda e: e["ts"])
     launches = defaultdict(int)
     for event in events:
         if event.get("cat") in ("cuda_runtime", "cuda_driver"):
@@ -133,9 +137,12 @@ def report(events: list[dict], listed: int) -> None:
         for sums, key in ((parts, part), (kernels, (part, event["name"]))):
             sums[key][0] += event["dur"] / STEPS / 1e3
             sums[key][1] += 1
+    # Communication on a stream of its own is no work of the GPU's: beside it the GPU may wait.
     busy, end, last = 0.0, on_gpu[0]["ts"], "start"
     gaps = defaultdict(lambda: [0.0, 0])
     for event in on_gpu:
+        if re.search(PARTS["communication"], event["name"]):
+            continue
         idle = max(0.0, event["ts"] - end)
         pair = "short" if idle < 20 else f"{last[:60]} | {event['name'][:60]}"
         gaps[pair][0] += idle / STEPS / 1e3
@@ -145,7 +152,7 @@ def report(events: list[dict], listed: int) -> None:
         end = max(end, event["ts"] + event["dur"])
     span = end - on_gpu[0]["ts"]
     print(
-        f"a step: GPU busy {busy / STEPS / 1e3:.1f} ms of {span / STEPS / 1e3:.1f} (profiled), "
+        f"a step: GPU works {busy / STEPS / 1e3:.1f} ms of {span / STEPS / 1e3:.1f} (profiled), "
         f"{len(on_gpu) / STEPS:,.0f} kernels, the host's calls "
         + ", ".join(f"{name} {n / STEPS:,.0f}" for name, n in sorted(launches.items()))
     )
