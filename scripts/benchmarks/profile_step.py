@@ -3,7 +3,7 @@
 
     python scripts/benchmarks/profile_step.py                  # metala_380m.yml, 8 x 2,048
     python scripts/benchmarks/profile_step.py --micro-batch 1 --kernels 40
-    python scripts/benchmarks/profile_step.py --gpus 2         # the first of two data-parallel ranks
+    python scripts/benchmarks/profile_step.py --gpus 2         # one of two data-parallel ranks
 
 needs a linked GPT-NeoX checkout, as benchmark_training.py does. It trains on random tokens and
 reads the trace that torch.profiler writes of a few steps, of the GPU alone. Memory is that of the
