@@ -22,19 +22,18 @@ class Engine:
         self.optimizer = SimpleNamespace(
             bf16_groups=[self.parameters], fp32_groups_gradients_flat=[self.sums]
         )
-        self.seq_data_parallel_group = None
 
     def is_gradient_accumulation_boundary(self) -> bool:
         return True
 
-    def allreduce_bucket(self, bucket, group):
+    def average(self, sums) -> None:
         torch.cuda._sleep(CYCLES)
-        return bucket[0].to(torch.bfloat16) * 0.5
+        sums.mul_(0.5)
 
 
 def test_averages_wait_for_gradients_and_the_step_for_averages():
     engine = Engine()
-    reduction = OverlappedReduction(engine, engine.parameters[0].numel())
+    reduction = OverlappedReduction(engine, engine.parameters[0].numel(), engine.average)
     assert len(reduction.buckets) == 3
     for step in (1, 2):
         slices = engine.sums.split(engine.parameters[0].numel())

@@ -9,7 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from megatron_patch.neox.overlapped_reduction import OverlappedReduction, why_no_overlap
+from megatron_patch.neox.overlapped_reduction import (
+    OverlappedReduction,
+    average_over_ranks,
+    why_no_overlap,
+)
 from tests.neox.training import neox
 
 RUN = dict(
@@ -44,16 +48,14 @@ class Engine:
         groups = [weights, biases]
         sums = [torch.zeros(sum(p.numel() for p in group) + 1) for group in groups]
         self.optimizer = SimpleNamespace(bf16_groups=groups, fp32_groups_gradients_flat=sums)
-        self.seq_data_parallel_group = None
         self.is_last, self.averaged = True, []
 
     def is_gradient_accumulation_boundary(self) -> bool:
         return self.is_last
 
-    def allreduce_bucket(self, bucket, group):
-        (sums,) = bucket
+    def average(self, sums) -> None:
         self.averaged.append(sums.numel())
-        return sums * 0.5 if len(self.averaged) % 2 else sums.mul_(0.5)
+        sums.mul_(0.5)
 
 
 @pytest.fixture
@@ -62,7 +64,7 @@ def engine() -> Engine:
 
 
 def test_buckets_start_in_the_order_of_the_backward_pass(engine):
-    reduction = OverlappedReduction(engine, 15)
+    reduction = OverlappedReduction(engine, 15, engine.average)
     first, second, third = engine.module
     for sums in engine.optimizer.fp32_groups_gradients_flat:
         sums += 1
@@ -87,7 +89,7 @@ def test_buckets_start_in_the_order_of_the_backward_pass(engine):
 
 
 def test_the_end_averages_what_got_no_gradient_and_begins_anew(engine):
-    reduction = OverlappedReduction(engine, 1)
+    reduction = OverlappedReduction(engine, 1, engine.average)
     for step in range(1, 3):
         for p in engine.module[1:].parameters():
             reduction.note(p)
@@ -97,10 +99,34 @@ def test_the_end_averages_what_got_no_gradient_and_begins_anew(engine):
 
 
 def test_a_gradient_after_its_average_is_an_error(engine):
-    reduction = OverlappedReduction(engine, 1)
+    reduction = OverlappedReduction(engine, 1, engine.average)
     reduction.note(engine.module[2].bias)
     with pytest.raises(RuntimeError, match=r"overlap_comm: found two gradients .* \[5\]"):
         reduction.note(engine.module[2].bias)
+
+
+@pytest.mark.parametrize("averages", [True, False])
+@pytest.mark.parametrize(("postscales", "divisor"), [(True, 1.0), (True, 2.0), (False, 1.0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_averages_are_deepspeeds(monkeypatch, averages, postscales, divisor, dtype):
+    """Of four ranks with equal sums, in whole numbers, which no step rounds."""
+    deepspeed = pytest.importorskip("deepspeed.runtime.engine")
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: 4)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, group: tensor.mul_(4))
+    monkeypatch.setattr(deepspeed.dist, "get_world_size", lambda group: 4)
+    monkeypatch.setattr(deepspeed.dist, "all_reduce", lambda tensor, group: tensor.mul_(4))
+    engine = SimpleNamespace(
+        gradient_average=averages,
+        postscale_gradients=lambda: postscales,
+        gradient_predivide_factor=lambda: divisor,
+        communication_data_type=dtype,
+        seq_data_parallel_group=None,
+        flatten=lambda bucket: bucket[0].clone(),
+    )
+    sums = torch.arange(-8.0, 9.0)
+    wanted = deepspeed.DeepSpeedEngine.allreduce_bucket(engine, [sums], None)
+    average_over_ranks(engine, sums)
+    assert torch.equal(sums, wanted) and sums.dtype == torch.float32
 
 
 @pytest.mark.parametrize(
