@@ -24,6 +24,7 @@ from megatron_patch.neox.late_logging import log_late
 from megatron_patch.neox.optimizer_step import OptimizerStep, is_adamw
 from megatron_patch.neox.overlapped_reduction import BUCKET, OverlappedReduction, why_no_overlap
 from megatron_patch.neox.patching import in_metala_runs, replace
+from megatron_patch.neox.skipped_steps import SkippedSteps
 from megatron_patch.neox.token_groups import deciding_together, layer_group
 from megatron_patch.neox.upstream_fixes.cpu_mode import runs_on_cpu
 
@@ -55,12 +56,15 @@ def prepare_engine(engine: Any, neox_args: Any) -> None:
 
     _reduce_gradients_in_place(engine)
     time_only_where_asked(engine, neox_args)
-    sums = None
-    if isinstance(engine.optimizer, BF16_Optimizer):
+    sums, skipped = None, SkippedSteps(say)
+    is_bfloat16 = isinstance(engine.optimizer, BF16_Optimizer)
+    if is_bfloat16:
         _average_during_backward(engine, neox_args)
         sums = add_gradients_at_once(engine)
-        if is_adamw(engine.optimizer):
-            OptimizerStep(engine, say)
+    if is_bfloat16 and is_adamw(engine.optimizer):
+        OptimizerStep(engine, skipped)
+    elif neox_args.precision != "fp16":  # for which GPT-NeoX counts skipped steps itself
+        skipped.watch(engine)
     if runs_on_cpu(neox_args):
         return
     if (reason := why_no_graphs(neox_args)) is not None:

@@ -10,16 +10,16 @@ before it launches the next update, and corrects what it counted.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, distributed
 
+from megatron_patch.neox.skipped_steps import SkippedSteps
 from megatron_patch.ops.backends import choose, function_of
 
 GATHERED = 2**26  # weights that data-parallel ranks exchange at a time, 128 MiB
-MOST_SKIPPED = 50  # steps in a row, as in GPT-NeoX's monitor of fp16 runs
 
 
 class OptimizerStep:
@@ -27,17 +27,17 @@ class OptimizerStep:
 
     Args:
         engine: its `optimizer.step` and `save_checkpoint` are replaced.
-        say: prints a line.
+        skipped: is told of each step, an iteration later.
     """
 
-    def __init__(self, engine: Any, say: Callable[[str], None]):
-        self.engine, self.optimizer, self.say = engine, engine.optimizer, say
+    def __init__(self, engine: Any, skipped: SkippedSteps):
+        self.engine, self.optimizer, self.skipped = engine, engine.optimizer, skipped
         self.adam = engine.optimizer.optimizer
         device = self.optimizer.fp32_groups_flat_partition[0].device
         is_on_gpu = device.type == "cuda"
         self.factor = torch.ones((), pin_memory=is_on_gpu)  # of the last step, on the host
         self.arrived = torch.cuda.Event() if is_on_gpu else None
-        self.is_known, self.skipped_in_a_row = True, 0
+        self.is_known = True
         self.optimizer.step = self.step
         save = engine.save_checkpoint
 
@@ -113,32 +113,20 @@ class OptimizerStep:
                 yield distributed.all_gather(pieces, pieces[rank], group=ranks, async_op=True)
 
     def settle(self) -> None:
-        """Takes back what was counted of the last step if it was skipped, and says so.
-
-        Raises:
-            RuntimeError: too many steps were skipped in a row.
-        """
+        """Takes back what was counted of the last step if it was skipped."""
         if self.is_known:
             return
         if self.arrived is not None:
             self.arrived.synchronize()
-        self.is_known = True
-        if self.factor != 0:
-            self.skipped_in_a_row = 0
-            return
-        for state in self.adam.state.values():
-            state["step"] -= 1
+        self.is_known, is_skipped = True, self.factor.item() == 0
         engine, scheduler = self.engine, self.engine.lr_scheduler
-        engine.skipped_steps += 1
-        if scheduler is not None:
-            scheduler.step(scheduler.num_iters - 1)
-        self.skipped_in_a_row += 1
-        self.say(
-            f"iteration {engine.global_steps} changed no weight: the norm of the gradients is "
-            "infinite or not a number"
-        )
-        if self.skipped_in_a_row >= MOST_SKIPPED:
-            raise RuntimeError(f"MetaLA: {MOST_SKIPPED} iterations in a row changed no weight")
+        if is_skipped:
+            for state in self.adam.state.values():
+                state["step"] -= 1
+            engine.skipped_steps += 1
+            if scheduler is not None:
+                scheduler.step(scheduler.num_iters - 1)
+        self.skipped.note(engine.global_steps, is_skipped)
 
 
 def is_adamw(optimizer: Any) -> bool:
