@@ -44,6 +44,7 @@ def speed_up_steps() -> None:
         return engine, optimizer, *others
 
     _let_the_host_run_ahead()
+    _settle_the_last_step()
     log_late()
     _keep_the_batch_of_a_single_rank()
 
@@ -210,6 +211,22 @@ def _let_the_host_run_ahead() -> None:
         write(self, timed(self, names), iteration, normalizer, reset)
 
     Timers.log, Timers.write = log_timed, write_timed
+
+
+def _settle_the_last_step() -> None:
+    """Lets the host learn of the last step before training ends, also by `exit_interval`."""
+    from megatron.training import train
+
+    @in_metala_runs(train)
+    def train_and_settle(train, *args, model, **kwargs):
+        settle = getattr(model, "settle", lambda: None)
+        try:
+            iteration = train(*args, model=model, **kwargs)
+        except SystemExit:
+            settle()
+            raise
+        settle()
+        return iteration
 
 
 def _keep_the_batch_of_a_single_rank() -> None:

@@ -2,7 +2,8 @@
 
 GPT-NeoX logs an iteration's loss as soon as the iteration is launched, and so waits until the GPU
 has finished it. Here the loss is copied to the host when the GPU gets there, and logged with the
-number of its own iteration before the next one logs anything, or when training ends.
+number of its own iteration before the next one logs anything, before a checkpoint is written, or
+when training ends.
 """
 
 from __future__ import annotations
@@ -50,8 +51,9 @@ class LateLog:
 
 def log_late() -> None:
     """Hooks this module into GPT-NeoX's training."""
+    from megatron.checkpointing import save_checkpoint
     from megatron.logging import tb_wandb_log, training_log
-    from megatron.training import train
+    from megatron.training import evaluate_and_print_results, train
 
     late = LateLog(tb_wandb_log)
     is_late = False
@@ -66,6 +68,17 @@ def log_late() -> None:
     def flush_and_log(training_log, *args, **kwargs):
         late.flush()  # first: wandb takes no step before one that it has
         return training_log(*args, **kwargs)
+
+    @in_metala_runs(save_checkpoint)
+    def flush_and_save(save_checkpoint, *args, **kwargs):
+        late.flush()  # a run that goes on from here does not log these again
+        return save_checkpoint(*args, **kwargs)
+
+    @in_metala_runs(evaluate_and_print_results)
+    def evaluate_and_flush(evaluate, *args, **kwargs):
+        result = evaluate(*args, **kwargs)
+        late.flush()  # its losses have been waited for
+        return result
 
     @in_metala_runs(train)
     def train_and_flush(train, neox_args, *args, **kwargs):

@@ -10,7 +10,6 @@ before it launches the next update, and corrects what it counted.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,14 +18,13 @@ from torch import Tensor, distributed
 from megatron_patch.neox.skipped_steps import SkippedSteps
 from megatron_patch.ops.backends import choose, function_of
 
-GATHERED = 2**26  # weights that data-parallel ranks exchange at a time, 128 MiB
-
 
 class OptimizerStep:
     """Steps of a DeepSpeed engine with a `BF16_Optimizer` of AdamW.
 
     Args:
-        engine: its `optimizer.step` and `save_checkpoint` are replaced.
+        engine: its `optimizer.step` and `save_checkpoint` are replaced, and it gets `settle`, to be
+            called after the last step.
         skipped: is told of each step, an iteration later.
     """
 
@@ -38,7 +36,7 @@ class OptimizerStep:
         self.factor = torch.ones((), pin_memory=is_on_gpu)  # of the last step, on the host
         self.arrived = torch.cuda.Event() if is_on_gpu else None
         self.is_known = True
-        self.optimizer.step = self.step
+        self.optimizer.step, engine.settle = self.step, self.settle
         save = engine.save_checkpoint
 
         @functools.wraps(save)
@@ -51,6 +49,8 @@ class OptimizerStep:
     @torch.no_grad()
     def step(self) -> None:
         """Updates the weights with the sums of gradients."""
+        from deepspeed.runtime.bf16_optimizer import all_gather_dp_groups
+
         self.settle()
         optimizer = self.optimizer
         optimizer.overflow = False
@@ -58,10 +58,15 @@ class OptimizerStep:
         optimizer._global_grad_norm = norm
         limit = optimizer.clip_grad if optimizer.clip_grad > 0 else torch.inf
         factor = torch.where(norm.isfinite(), (limit / (norm + 1e-6)).clamp(max=1), 0)
-        groups = range(len(self.adam.param_groups))
-        gathers = [gather for index in groups for gather in self._update(index, factor)]
-        for gather in gathers:
-            gather.wait()
+        for index in range(len(self.adam.param_groups)):
+            self._update(index, factor)
+        all_gather_dp_groups(
+            groups_flat=optimizer.bf16_groups_flat,
+            partitioned_param_groups=optimizer.bf16_partitioned_groups,
+            dp_process_group=optimizer.real_dp_process_group,
+            start_alignment_factor=optimizer.nccl_start_alignment_factor,
+            allgather_bucket_size=optimizer.allgather_bucket_size,
+        )
         optimizer._lazy_init_hp_params_optimizer_state()
         optimizer.clear_hp_grads()
         self.factor.copy_(factor, non_blocking=True)
@@ -69,18 +74,11 @@ class OptimizerStep:
             self.arrived.record()
         self.is_known = False
 
-    def _update(self, index: int, factor: Tensor) -> Iterator[distributed.Work]:
-        """Updates this rank's part of a parameter group, and its copy in bfloat16.
-
-        Data-parallel ranks send each other a piece while they update the next one. Yields these
-        exchanges.
-        """
+    def _update(self, index: int, factor: Tensor) -> None:
+        """Updates this rank's part of a parameter group, and its copy in bfloat16."""
         optimizer, group = self.optimizer, self.adam.param_groups[index]
         parameter = optimizer.fp32_groups_flat_partition[index]
-        gradient = optimizer.fp32_groups_gradient_flat_partition[index]
-        copies = optimizer.bf16_partitioned_groups[index]  # of all ranks
-        ranks = optimizer.real_dp_process_group[index]
-        rank = distributed.get_rank(ranks)
+        rank = distributed.get_rank(optimizer.real_dp_process_group[index])
         state = self.adam.state[parameter]
         if not state:
             state["step"] = torch.zeros(()) if isinstance(self.adam, torch.optim.AdamW) else 0
@@ -91,26 +89,19 @@ class OptimizerStep:
         corrections = (1.0, 1.0)
         if group.get("bias_correction", True):
             corrections = tuple(1 - beta ** int(state["step"]) for beta in betas)
-        backend = choose("adam_step", "auto", torch.float32, parameter.device)
-        size = max(1, GATHERED // len(copies) if len(copies) > 1 else len(parameter))
-        for start in range(0, len(parameter), size):
-            piece = slice(start, start + size)
-            function_of("adam_step", backend)(
-                parameter[piece],
-                copies[rank][piece],
-                gradient[piece],
-                state["exp_avg"][piece],
-                state["exp_avg_sq"][piece],
-                factor,
-                float(group["lr"]),
-                betas,
-                float(group["eps"]),
-                float(group["weight_decay"]),
-                corrections,
-            )
-            if len(copies) > 1:
-                pieces = [copy[piece] for copy in copies]
-                yield distributed.all_gather(pieces, pieces[rank], group=ranks, async_op=True)
+        function_of("adam_step", choose("adam_step", "auto", torch.float32, parameter.device))(
+            parameter,
+            optimizer.bf16_partitioned_groups[index][rank],
+            optimizer.fp32_groups_gradient_flat_partition[index],
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            factor,
+            float(group["lr"]),
+            betas,
+            float(group["eps"]),
+            float(group["weight_decay"]),
+            corrections,
+        )
 
     def settle(self) -> None:
         """Takes back what was counted of the last step if it was skipped."""

@@ -165,7 +165,7 @@ def adam_step(
     weight_decay: float,
     corrections: tuple[float, float],
 ) -> None:
-    """Takes a step of AdamW (algorithm 2 of arXiv 1711.05101) in place.
+    """Takes a step of AdamW (algorithm 2 of arXiv 1711.05101) in place. Waits for the factor.
 
     Args:
         parameter, mean, square: float32 or float64 [N], the weights and the two moments.

@@ -13,7 +13,7 @@ TRAIN = """
 import os, runpy, sys
 sys.path.insert(0, os.getcwd())
 import megatron
-from megatron_patch.neox import fast_step, optimizer_step, skipped_steps
+from megatron_patch.neox import fast_step, skipped_steps
 from megatron_patch.neox.mixer import ParallelMetaLAMixer
 
 mix, calls = ParallelMetaLAMixer.forward, {}
@@ -26,7 +26,7 @@ def mix_and_break(self, *args, **kwargs):
     return y, state
 
 ParallelMetaLAMixer.forward = mix_and_break
-optimizer_step.GATHERED, skipped_steps.MOST = 10_000, 3
+skipped_steps.MOST = 3
 if os.environ["OWN"] == "1":
     fast_step.is_adamw = lambda optimizer: False
 runpy.run_path("train.py", run_name="__main__")
@@ -101,6 +101,15 @@ def test_a_run_that_changes_nothing_ends(neox_checkout, config, tmp_path, stage)
     assert run.returncode != 0
     assert "MetaLA: iteration 2 changed no weight" in run.output
     assert "MetaLA: 3 iterations in a row changed no weight" in run.output
+
+
+@pytest.mark.parametrize("changes", [{"train_iters": 3}, {"exit_interval": 3}])
+def test_the_last_step_is_told_too(neox_checkout, config, tmp_path, changes):
+    """In a run that saves nothing, at its end or at `exit_interval`."""
+    changes = {"num_gpus": 1, "train_iters": 5, "save": None, **changes}
+    run = run_with_gaps(neox_checkout, config, tmp_path / "run", "3", False, **changes)
+    assert run.returncode == 0, run.output[-3000:]
+    assert "MetaLA: iteration 3 changed no weight" in run.output and max(run.losses) == 3
 
 
 @pytest.mark.gpu
