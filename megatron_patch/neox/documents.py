@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_patch.architecture import MetaLAOptions, SettingsError
-from megatron_patch.neox.fast_step import say
+from megatron_patch.neox.notices import say
 from megatron_patch.neox.token_groups import context_group, place_in
 
 

@@ -21,6 +21,7 @@ from megatron_patch.architecture import MetaLAOptions
 from megatron_patch.neox.cuda_graphs import LayerGraphs, decide_alone
 from megatron_patch.neox.gradient_sums import add_gradients_at_once
 from megatron_patch.neox.late_logging import log_late
+from megatron_patch.neox.notices import say
 from megatron_patch.neox.optimizer_step import OptimizerStep, is_adamw
 from megatron_patch.neox.overlapped_reduction import BUCKET, OverlappedReduction, why_no_overlap
 from megatron_patch.neox.patching import in_metala_runs, replace
@@ -123,12 +124,6 @@ def why_no_graphs(neox_args: Any) -> str | None:
         "torch runs on ROCm, where captures have not been tested": torch.version.hip is not None,
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
-
-
-def say(line: str) -> None:
-    """Prints a line, on the first rank alone."""
-    if torch.distributed.get_rank() == 0:
-        print(f"MetaLA: {line}", flush=True)
 
 
 # ---- DeepSpeed's bfloat16 optimizer, which keeps float32 sums of gradients in flat tensors

@@ -1,4 +1,5 @@
-"""Lines about settings that do what they say, where a user may expect something else."""
+"""Lines that the plugin prints: about settings that do what they say, where a user may expect
+something else, and about what a training does."""
 
 from __future__ import annotations
 
@@ -9,7 +10,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megatron_patch.steps import STEP, latest_step
+
+
+def say(line: str) -> None:
+    """Prints a line, on the first rank alone."""
+    if torch.distributed.get_rank() == 0:
+        print(f"MetaLA: {line}", flush=True)
 
 
 def notices(args: Any) -> Iterator[str]:

@@ -97,11 +97,11 @@ REGISTRY: dict[str, dict[str, Backend]] = {
     },
     "accumulate": {
         "triton": Backend("megatron_patch.ops.triton", "triton"),
-        "torch": Backend("megatron_patch.ops.torch_ops"),
+        "torch": Backend("megatron_patch.ops.torch_training"),
     },
     "adam_step": {
         "triton": Backend("megatron_patch.ops.triton", "triton"),
-        "torch": Backend("megatron_patch.ops.torch_ops"),
+        "torch": Backend("megatron_patch.ops.torch_training"),
     },
     "cross_entropy": {
         "triton": Backend("megatron_patch.ops.triton", "triton"),

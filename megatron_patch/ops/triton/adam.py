@@ -48,7 +48,7 @@ def adam_step(
     weight_decay: float,
     corrections: tuple[float, float],
 ) -> None:
-    """As `torch_ops.adam_step`, for contiguous tensors."""
+    """As `torch_training.adam_step`, for contiguous tensors."""
     count = parameter.numel()
     with torch.cuda.device_of(parameter):
         # Not by `launch`, which keeps a compiled kernel for each value of its numbers: some of
