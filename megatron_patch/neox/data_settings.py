@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from megatron_patch.architecture import refuse
@@ -13,17 +13,16 @@ _EXPANDED = "fused_kernels_build_path"  # the one path in which GPT-NeoX replace
 _OF_THE_SHELL = re.compile(r"^~|\$\{?\w")
 
 
-def check_paths(args: Any) -> None:
+def check_paths(settings: Mapping[str, Any]) -> None:
     """Refuses `~` and `$NAME` in paths. A shell replaces them. GPT-NeoX does not, and would save
     into a folder of that name below the current one."""
-    for field in dataclasses.fields(args):
-        value = getattr(args, field.name)
-        if not _PATH.search(field.name) or field.name == _EXPANDED:
+    for name, value in settings.items():
+        if not _PATH.search(name) or name == _EXPANDED:
             continue
         for path in value if isinstance(value, list) else [value]:
             if isinstance(path, str) and _OF_THE_SHELL.search(path):
                 wanted = "a path in full: GPT-NeoX takes ~ and $ for characters of a name"
-                refuse(field.name, path, wanted)
+                refuse(name, path, wanted)
 
 
 def check_data_weights(args: Any) -> None:

@@ -195,7 +195,7 @@ def check_run(args: Any) -> None:
                 f"none with layers of type {', '.join(others)}: GPT-NeoX heeds it in a pipeline "
                 "alone, and not when it generates",
             )
-    check_paths(args)
+    check_paths({field.name: getattr(args, field.name) for field in dataclasses.fields(args)})
     check_data_weights(args)
     check_precision(args)
     check_context_parallel(args, program(args))

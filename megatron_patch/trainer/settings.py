@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable
-from dataclasses import make_dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any, Literal
@@ -294,8 +293,7 @@ def _check(settings: TrainerSettings) -> None:
             f"attention_config: found layers of type {', '.join(others)}, wanted metala alone with "
             "the Hugging Face Trainer"
         )
-    values = settings.model_dump(mode="json")
-    check_paths(make_dataclass("Arguments", values)(**values))
+    check_paths(settings.model_dump(mode="json"))
     # A setting that is refused here has its default.
     neox = {**GPT_NEOX_DEFAULTS, **settings.model_dump(), "pipe_partition_method": "type:metala"}
     check_settings(SimpleNamespace(**neox))
