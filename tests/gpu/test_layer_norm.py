@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
+
+from tests.reproduce.layer_norm_case import results
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts" / "reproduce"))
 
@@ -23,20 +24,10 @@ CUDA = torch.device("cuda")
 def test_it_is_layer_norm(rows, width, nan_in_new_memory):
     """The shapes of MQAR and ListOps, and rows that fill no tile. The gradients of weight and bias
     are compared with the size of their largest: each is a sum over all rows."""
-    torch.manual_seed(0)
-    x = (3 * torch.randn(*rows, width, device=CUDA) + 5).requires_grad_()
-    weight, bias = (torch.randn(width, device=CUDA).requires_grad_() for _ in range(2))
-    d_y = torch.randn(*rows, width, device=CUDA)
-    inputs = (x, weight, bias)
-    y = layer_norm(*inputs, 1e-5)
-    wide = [each.detach().double().requires_grad_() for each in inputs]
-    wanted = F.layer_norm(wide[0], (width,), *wide[1:], 1e-5)
-    torch.testing.assert_close(y.double(), wanted, rtol=1e-5, atol=1e-5)
-    for found, true in zip(
-        torch.autograd.grad(y, inputs, d_y), torch.autograd.grad(wanted, wide, d_y.double()),
-        strict=True,
-    ):  # fmt: skip
-        assert (found.double() - true).abs().max() < 1e-5 * true.abs().max()
+    norm, *gradients = results(layer_norm, rows, width, "cuda")
+    torch.testing.assert_close(*norm, rtol=1e-5, atol=1e-5)
+    for found, true in gradients:
+        assert (found - true).abs().max() < 1e-5 * true.abs().max()
 
 
 @pytest.mark.parametrize("bfloat16", [True, False])
