@@ -19,8 +19,8 @@ from megatron_patch.ops.backends import choose, function_of
 
 
 def add_to_sum(total: Tensor, gradient: Tensor, is_first: Tensor | None = None) -> None:
-    """Adds a gradient to its sum, of any shape with as many elements, in one kernel. It
-    is added to zeros if the int32 [] `is_first` is not 0.
+    """Adds a gradient to its sum, of any shape with as many elements, in one kernel. If the int32
+    [] `is_first` is not 0, the sum counts as zero.
 
     DeepSpeed keeps the sums in bfloat16 in pipelines without ZeRO. PyTorch adds to those.
     """
