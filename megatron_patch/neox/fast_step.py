@@ -94,11 +94,9 @@ def why_no_graphs(neox_args: Any) -> str | None:
     offloads = ("cpu_offload", "offload_optimizer", "offload_param")
     reasons = {
         "metala.cuda_graphs is never": options.cuda_graphs == "never",
-        "model_parallel_size is above 1, and captured all-reduces have not been tested": (
-            neox_args.model_parallel_size > 1
-        ),
-        "metala.context_parallel_size is above 1, and captured all-gathers have not been tested": (
-            options.context_parallel_size > 1
+        "model_parallel_size and metala.context_parallel_size are above 1, and captures of "
+        "collectives of two groups have not been tested": (
+            neox_args.model_parallel_size > 1 and options.context_parallel_size > 1
         ),
         "pipe_parallel_size is above 1, and a stage has several micro-batches in flight": (
             neox_args.pipe_parallel_size > 1

@@ -26,8 +26,10 @@ RUN = dict(
     ("changes", "key"),
     [
         ({"metala": {"cuda_graphs": "never"}}, "metala.cuda_graphs"),
-        ({"model_parallel_size": 2}, "model_parallel_size"),
-        ({"metala": {"context_parallel_size": 2}}, "metala.context_parallel_size"),
+        (
+            {"model_parallel_size": 2, "metala": {"context_parallel_size": 2}},
+            "model_parallel_size and metala.context_parallel_size",
+        ),
         ({"pipe_parallel_size": 2}, "pipe_parallel_size"),
         ({"checkpoint_activations": True}, "checkpoint_activations"),
         ({"hidden_dropout": 0.1}, "hidden_dropout"),
@@ -50,6 +52,8 @@ def test_the_setting_that_prevents_graphs_is_named(changes, key):
     [
         {},
         {"metala": {"reset_at_document": True}},
+        {"metala": {"context_parallel_size": 2}},
+        {"model_parallel_size": 2},
         {"pipe_parallel_size": 1},
         {"zero_optimization": {"stage": 2}},
         {"metala": None},

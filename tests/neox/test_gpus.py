@@ -161,6 +161,38 @@ def test_documents_are_apart_where_gpus_split_the_tokens(
     )
 
 
+DOCUMENTS = {"reset_at_document": True}
+# Layout, other changes, and how far losses may be from those without graphs. Where graphs read
+# documents of fixed number, empty ones among them, some sums are taken in another order.
+CAPTURED = {
+    "tensor": ("tensor parallel", {"gradient_accumulation_steps": 2}, 0.0),
+    "sequence": ("sequence parallel", {"norm": "rmsnorm"}, 0.0),  # three partial gradients a layer
+    "context": ("context parallel", {}, 0.0),
+    "context, documents": ("context parallel", {"metala": DOCUMENTS}, 2e-3),
+}
+
+
+@pytest.mark.parametrize("name", CAPTURED)
+def test_captured_collectives_train_as_launched_ones(
+    neox_checkout, token_data, short_documents, tokenizer_file, tmp_path, name
+):
+    layout, changes, tolerance = CAPTURED[name]
+    changes = {**MODEL, **PRECISIONS["bfloat16"], **LAYOUTS[layout], **changes}
+    metala = {**LAYOUTS[layout].get("metala", MODEL["metala"]), **changes["metala"]}
+    data = short_documents if metala.get("reset_at_document") else token_data
+    runs = []
+    for cuda_graphs in ("auto", "never"):
+        changes["metala"] = {**metala, "cuda_graphs": cuda_graphs}
+        config = settings(data, tokenizer_file, num_gpus=2, **changes)
+        runs.append(train(neox_checkout, config, tmp_path / cuda_graphs))
+    captured, launched = runs
+    assert captured.output.count("CUDA graphs of 4 layers") == 1
+    assert "CUDA graphs off" not in captured.output
+    assert "CUDA graphs off: metala.cuda_graphs is never" in launched.output
+    assert_losses_are_near(captured.losses, launched.losses, tolerance, tolerance)
+    assert_losses_are_near(captured.validation_losses, launched.validation_losses, 0.0, tolerance)
+
+
 def test_the_loss_falls(one_gpu):
     run, _ = one_gpu
     assert sorted(run.losses) == list(range(1, STEPS + 1))

@@ -60,7 +60,6 @@ class Graphs(LayerGraphs):
 
 if os.environ["GRAPHS"] == "1":
     fast_step.runs_on_cpu = lambda args: False
-    fast_step.why_no_graphs = lambda args: None
     fast_step.LayerGraphs, cuda_graphs.capture = Graphs, capture
 setup = training.setup_model_and_optimizer
 
