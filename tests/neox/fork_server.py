@@ -7,7 +7,8 @@ signals on, and ends as the forked process ends. In that process `sys.executable
 executable, so the processes that it starts are forked too. The server is never changed by what the
 forks do.
 
-Not for tests that kill processes or look at their family, and on the CPU only.
+Not for tests that kill processes or look at their family. A server that GPUs are hidden from serves
+trainings on the CPU, another one those on GPUs: it imports, and leaves CUDA to the forks.
 """
 
 from __future__ import annotations
@@ -91,6 +92,8 @@ def serve(address):
                 connection.close()
                 os.close(ended)
 
+if torch.cuda.is_initialized():
+    sys.exit("importing GPT-NeoX has initialized CUDA, which a fork cannot use")
 gc.collect()
 gc.freeze()  # or collections in the forks would copy all memory
 job, files = serve(sys.argv[1])
@@ -132,7 +135,7 @@ sys.stderr.flush()
 os._exit(code)
 """
 
-_servers: dict[Path, ForkServer] = {}
+_servers: dict[tuple[Path, bool], ForkServer] = {}
 
 
 class ForkServer:
@@ -142,18 +145,19 @@ class ForkServer:
         python: the executable that stands for `sys.executable`.
     """
 
-    def __init__(self, checkout: Path):
+    def __init__(self, checkout: Path, on_gpus: bool):
         folder = tempfile.TemporaryDirectory(prefix="neox")
         self.python = Path(folder.name) / "forked"
         address = f"{folder.name}/socket"
         self.python.write_text(CLIENT.format(python=sys.executable, address=address))
         self.python.chmod(self.python.stat().st_mode | stat.S_IXUSR)
         self.log = Path(folder.name) / "log"
+        hidden = {} if on_gpus else {"CUDA_VISIBLE_DEVICES": ""}
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-c", SERVER, address, self.python, "deepspeed.launcher.launch"],
                 cwd=checkout,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+                env={**os.environ, "OMP_NUM_THREADS": "1", **hidden},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -173,9 +177,10 @@ class ForkServer:
         self._folder.cleanup()
 
 
-def fork_server(checkout: Path) -> ForkServer:
+def fork_server(checkout: Path, on_gpus: bool = False) -> ForkServer:
     """Returns the server of a linked checkout, started when it is first asked for."""
-    if checkout not in _servers:
-        _servers[checkout] = ForkServer(checkout)
-        atexit.register(_servers[checkout].close)
-    return _servers[checkout]
+    key = checkout, on_gpus
+    if key not in _servers:
+        _servers[key] = ForkServer(checkout, on_gpus)
+        atexit.register(_servers[key].close)
+    return _servers[key]

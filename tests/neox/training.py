@@ -139,10 +139,10 @@ def neox(
     typed: str | None = None,
     **environment: str,
 ) -> Run:
-    """Runs `deepy.py PROGRAM`, which reads what is `typed`, to its end; on the CPU by the fork
-    server."""
-    if config["distributed_backend"] == "gloo":
-        environment.setdefault("python", fork_server(checkout).python)
+    """Runs `deepy.py PROGRAM`, which reads what is `typed`, to its end, by a
+    fork server."""
+    on_gpus = config["distributed_backend"] != "gloo"
+    environment.setdefault("python", fork_server(checkout, on_gpus).python)
     process = start(checkout, program, config, folder, **environment)
     output, _ = process.communicate(typed, timeout=600)
     return Run(process.returncode, output)
