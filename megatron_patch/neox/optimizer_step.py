@@ -84,6 +84,8 @@ class OptimizerStep:
             state["step"] = torch.zeros(()) if isinstance(self.adam, torch.optim.AdamW) else 0
             state["exp_avg"] = torch.zeros_like(parameter)
             state["exp_avg_sq"] = torch.zeros_like(parameter)
+        if isinstance(state["step"], Tensor):
+            state["step"] = state["step"].cpu()  # where AdamW does not put those of a checkpoint
         state["step"] += 1
         betas = tuple(map(float, group["betas"]))
         corrections = (1.0, 1.0)

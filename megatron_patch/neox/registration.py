@@ -34,6 +34,7 @@ from megatron_patch.neox.patching import (
     mentions_metala,
     replace,
 )
+from megatron_patch.neox.pytorch_adam import take_pytorchs_adam
 from megatron_patch.neox.run_settings import (
     check_backend,
     check_limits,
@@ -83,6 +84,7 @@ def register() -> None:
     split_sequences()
     split_tokens()
     fuse_loss()
+    take_pytorchs_adam()
     speed_up_steps()
     upstream_fixes.apply()
 

@@ -15,6 +15,7 @@ import torch
 
 from megatron_patch.architecture import SettingsError
 from megatron_patch.neox.patching import repairs, replace
+from megatron_patch.neox.pytorch_adam import FusedAdamW
 
 ACCELERATOR = "DS_ACCELERATOR"  # the variable that names DeepSpeed's accelerator
 _CPU = torch.device("cpu")
@@ -105,14 +106,6 @@ def _redirect_cuda() -> None:
     torch.nn.Module.cuda = lambda self, device=None: self
 
 
-class _FusedAdamW(torch.optim.AdamW):
-    """Makes PyTorch's AdamW that updates a tensor in one pass. The optimizer is no subclass, which
-    DeepSpeed's ZeRO would refuse."""
-
-    def __new__(cls, params, **options):
-        return torch.optim.AdamW(params, fused=True, **options)
-
-
 def _avoid_compiled_ops() -> None:
     """Puts PyTorch's fused AdamW in place of DeepSpeed's compiled Adams.
 
@@ -122,7 +115,7 @@ def _avoid_compiled_ops() -> None:
     """
     import deepspeed.ops.adam
 
-    deepspeed.ops.adam.DeepSpeedCPUAdam = _FusedAdamW
-    deepspeed.ops.adam.FusedAdam = _FusedAdamW
+    deepspeed.ops.adam.DeepSpeedCPUAdam = FusedAdamW
+    deepspeed.ops.adam.FusedAdam = FusedAdamW
     # By its full name: the attribute `torch` of `deepspeed.comm` is PyTorch.
     import_module("deepspeed.comm.torch").build_shm_op = lambda: None

@@ -1,0 +1,64 @@
+"""PyTorch's fused AdamW in the place of Adams that are compiled.
+
+GPT-NeoX takes NVIDIA apex's Adam for `type: Adam`, or DeepSpeed's, which nvcc compiles at the first
+start. PyTorch's makes the same passes over memory and is there already.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+
+from megatron_patch.neox.patching import has_metala_layers, replace, swapped
+
+_SETTINGS = {"lr", "betas", "eps", "weight_decay"}  # under optimizer.params, that PyTorch's takes
+
+
+class FusedAdamW(torch.optim.AdamW):
+    """Makes PyTorch's AdamW that updates a tensor in one pass. The optimizer is no subclass, which
+    DeepSpeed's ZeRO would refuse."""
+
+    def __new__(cls, params, **options):
+        return torch.optim.AdamW(params, fused=True, **options)
+
+
+def take_pytorchs_adam() -> None:
+    """Hooks this module into GPT-NeoX's choice of an optimizer."""
+    from megatron.training import get_optimizer
+
+    @functools.wraps(get_optimizer)
+    def get_pytorchs(model: Any, neox_args: Any, *args: Any, **kwargs: Any) -> Any:
+        suits = has_metala_layers(neox_args) and suits_pytorchs_adam(neox_args)
+        with _in_place_of_others() if suits else nullcontext():
+            return get_optimizer(model, neox_args, *args, **kwargs)
+
+    replace(get_optimizer, get_pytorchs)
+
+
+def suits_pytorchs_adam(neox_args: Any) -> bool:
+    """Returns whether PyTorch's AdamW does what a run asks of Adam. In fp16 without ZeRO DeepSpeed
+    treats it otherwise than its own."""
+    is_plain_fp16 = neox_args.precision == "fp16" and neox_args.zero_stage == 0
+    return set(neox_args.optimizer["params"]) <= _SETTINGS and not is_plain_fp16
+
+
+@contextmanager
+def _in_place_of_others() -> Iterator[None]:
+    """Hides apex, and gives out PyTorch's AdamW as DeepSpeed's."""
+    import deepspeed.ops.adam
+
+    name = "apex.optimizers"
+    hidden = sys.modules.get(name)
+    sys.modules[name] = None  # an import of it now raises an ImportError
+    try:
+        with swapped(deepspeed.ops.adam, "FusedAdam", FusedAdamW):
+            yield
+    finally:
+        del sys.modules[name]
+        if hidden is not None:
+            sys.modules[name] = hidden
