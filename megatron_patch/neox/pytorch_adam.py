@@ -21,10 +21,22 @@ _SETTINGS = {"lr", "betas", "eps", "weight_decay"}  # under optimizer.params, th
 
 class FusedAdamW(torch.optim.AdamW):
     """Makes PyTorch's AdamW that updates a tensor in one pass. The optimizer is no subclass, which
-    DeepSpeed's ZeRO would refuse."""
+    DeepSpeed's ZeRO would refuse. It loads what DeepSpeed's and apex's Adam have saved."""
 
     def __new__(cls, params, **options):
-        return torch.optim.AdamW(params, fused=True, **options)
+        adam = torch.optim.AdamW(params, fused=True, **options)
+        adam.register_load_state_dict_pre_hook(_complete)
+        return adam
+
+
+def _complete(adam: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+    """Returns saved states in which each has its step, which apex keeps in the group, and each
+    group asks for the fused update."""
+    groups, states = saved["param_groups"], dict(saved["state"])
+    for group in groups:
+        for place in set(group["params"]) & set(states):
+            states[place] = {"step": group.get("step", 0), **states[place]}
+    return {"state": states, "param_groups": [{**group, "fused": True} for group in groups]}
 
 
 def take_pytorchs_adam() -> None:
@@ -41,10 +53,15 @@ def take_pytorchs_adam() -> None:
 
 
 def suits_pytorchs_adam(neox_args: Any) -> bool:
-    """Returns whether PyTorch's AdamW does what a run asks of Adam. In fp16 without ZeRO DeepSpeed
-    treats it otherwise than its own."""
-    is_plain_fp16 = neox_args.precision == "fp16" and neox_args.zero_stage == 0
-    return set(neox_args.optimizer["params"]) <= _SETTINGS and not is_plain_fp16
+    """Returns whether PyTorch's AdamW does what a run asks of Adam.
+
+    In 16 bits without ZeRO and a pipeline DeepSpeed keeps other states for it than for its own. A
+    run without an optimizer, which generates or evaluates, gets GPT-NeoX's default.
+    """
+    is_plain = neox_args.zero_stage == 0 and not neox_args.is_pipe_parallel
+    if neox_args.precision == "fp16" or is_plain and neox_args.precision == "bfloat16":
+        return False
+    return set((neox_args.optimizer or {}).get("params", {})) <= _SETTINGS
 
 
 @contextmanager
