@@ -4,16 +4,16 @@
     python scripts/benchmarks/benchmark_lengths.py results.json        # on one GPU
     python scripts/benchmarks/benchmark_lengths.py results.json --plot docs/training_length.png
 
-Each step has --tokens tokens, or one sequence where that is longer. The second command draws what
-the first one measured: a length in the file is not measured again. benchmark_training.py says what
-is measured and how.
+Each step has --tokens tokens, or one sequence where that is longer. A length that is in the file is
+not measured again, so the second command draws what the first one measured. The picture leaves out
+what failed, such as a model that does not fit into memory. benchmark_training.py says what is
+measured and how.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -32,6 +32,7 @@ from benchmark_training import (
 from convert.command import ConvertError, need_neox
 from megatron_patch.architecture import SettingsError
 from megatron_patch.commands.command_line import (
+    CommandError,
     Parser,
     existing_file,
     picture,
@@ -52,15 +53,23 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--plot", type=picture, metavar="PATH", help="a picture of the results")
     options = parser.parse_args(argv)
     found = json.loads(options.results.read_text()) if options.results.exists() else {}
+    failures = []
     for length in options.lengths:
         for model in MODELS:
             key = f"{model} {length}"
             if key not in found:
-                found[key] = asdict(run(model, length, options))
+                try:
+                    found[key] = asdict(run(model, length, options))
+                except CommandError as error:  # the others are compared all the same
+                    print(f"{key}: {error}")
+                    failures.append(error)
+                    continue
                 options.results.write_text(json.dumps(found, indent=1) + "\n")
             report(key, Measurement(**found[key]))
     if options.plot:
-        draw(found, options.lengths, options.plot)
+        draw(found, options.plot)
+    if failures:
+        raise failures[0]
 
 
 def run(model: str, length: int, options: argparse.Namespace) -> Measurement:
@@ -76,7 +85,7 @@ def run(model: str, length: int, options: argparse.Namespace) -> Measurement:
     return measure_peer("llama", settings, steps=20 if length <= 8192 else 3)
 
 
-def draw(found: dict[str, dict], lengths: list[int], path: Path) -> None:
+def draw(found: dict[str, dict], path: Path) -> None:
     """Draws tokens per second, and memory, against length."""
     import matplotlib
 
@@ -85,11 +94,14 @@ def draw(found: dict[str, dict], lengths: list[int], path: Path) -> None:
 
     figure, (speed, memory) = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     for model in MODELS:
-        points = [(n, Measurement(**found[f"{model} {n}"])) for n in lengths]
-        speed.plot(lengths, [one.tokens_per_second / 1e3 for _, one in points], "o-", label=model)
-        memory.plot(lengths, [one.gigabytes for _, one in points], "o-", label=model)
-        times = [f"{statistics.mean(one.milliseconds):.1f} ms" for _, one in points]
-        print(model, dict(zip(lengths, times, strict=True)))
+        points = {
+            int(key.removeprefix(f"{model} ")): Measurement(**one)
+            for key, one in found.items()
+            if key.startswith(model)
+        }
+        tokens_per_second = [one.tokens_per_second / 1e3 for one in points.values()]
+        speed.plot(points.keys(), tokens_per_second, "o-", label=model)
+        memory.plot(points.keys(), [one.gigabytes for one in points.values()], "o-", label=model)
     for axes, title in ((speed, "thousand tokens/s"), (memory, "GB reserved")):
         axes.set_xscale("log", base=2)
         axes.set_ylim(bottom=0)
