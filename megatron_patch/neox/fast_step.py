@@ -2,7 +2,8 @@
 
 - Layers are launched as CUDA graphs (`cuda_graphs.py`).
 - DeepSpeed leaves the gradients of a single data-parallel rank where they are. Its bfloat16
-  optimizer adds each gradient to its float32 sum at once and in one kernel (`gradient_sums.py`),
+  optimizer adds each gradient to its sum at once and in one kernel (`gradient_sums.py`), in
+  bfloat16 where it is the only one of a step (`gradient_dtype.py`),
   averages the sums over ranks during the backward pass (`overlapped_reduction.py`), and clips and
   updates in one kernel, for whose norm the host does not wait (`optimizer_step.py`).
 - GPT-NeoX no longer waits for the GPU between the parts of a step, nor for the values that it logs
@@ -19,6 +20,7 @@ import torch
 
 from megatron_patch.architecture import MetaLAOptions
 from megatron_patch.neox.cuda_graphs import LayerGraphs, decide_alone
+from megatron_patch.neox.gradient_dtype import single_gradients_in_bfloat16
 from megatron_patch.neox.gradient_sums import add_gradients_at_once
 from megatron_patch.neox.late_logging import log_late
 from megatron_patch.neox.notices import say
@@ -39,7 +41,8 @@ def speed_up_steps() -> None:
 
     @in_metala_runs(setup_model_and_optimizer)
     def set_up_fast(setup, neox_args, *args, **kwargs):
-        engine, optimizer, *others = setup(neox_args, *args, **kwargs)
+        with single_gradients_in_bfloat16(neox_args):
+            engine, optimizer, *others = setup(neox_args, *args, **kwargs)
         if optimizer is not None:
             prepare_engine(engine, neox_args)
         return engine, optimizer, *others
@@ -63,7 +66,8 @@ def prepare_engine(engine: Any, neox_args: Any) -> None:
     if is_bfloat16:
         _average_during_backward(engine, neox_args)
         sums = add_gradients_at_once(engine)
-    if is_bfloat16 and is_adamw(engine.optimizer):
+    # With experts, norms are over other ranks.
+    if is_bfloat16 and is_adamw(engine.optimizer.optimizer) and not engine.has_moe_layers:
         OptimizerStep(engine, skipped)
     elif neox_args.precision != "fp16":  # for which GPT-NeoX counts skipped steps itself
         skipped.watch(engine)

@@ -20,12 +20,9 @@ from megatron_patch.ops.backends import choose, function_of
 
 def add_to_sum(total: Tensor, gradient: Tensor, is_first: Tensor | None = None) -> None:
     """Adds a gradient to its sum, of any shape with as many elements, in one kernel. If the int32
-    [] `is_first` is not 0, the sum counts as zero.
-
-    DeepSpeed keeps the sums in bfloat16 in pipelines without ZeRO. PyTorch adds to those.
-    """
+    [] `is_first` is not 0, the sum counts as zero."""
     gradient = gradient.view_as(total)
-    is_plain = total.is_contiguous() and gradient.is_contiguous() and total.dtype == torch.float32
+    is_plain = total.is_contiguous() and gradient.is_contiguous()
     backend = choose("accumulate", "auto" if is_plain else "torch", gradient.dtype, gradient.device)
     function_of("accumulate", backend)(total, gradient, is_first)
 

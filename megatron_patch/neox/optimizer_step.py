@@ -122,16 +122,13 @@ class OptimizerStep:
         self.skipped.note(engine.global_steps, is_skipped)
 
 
-def is_adamw(optimizer: Any) -> bool:
-    """Returns whether a `BF16_Optimizer` updates all its parameters by AdamW."""
+def is_adamw(optimizer: torch.optim.Optimizer) -> bool:
+    """Returns whether an optimizer is AdamW for all its parameters."""
     from deepspeed.ops.adam import FusedAdam
 
-    adam = optimizer.optimizer
-    if optimizer.has_moe_layers:  # with norms over expert-parallel ranks
-        return False
-    if isinstance(adam, torch.optim.AdamW):
-        return not any(group["amsgrad"] or group["maximize"] for group in adam.param_groups)
-    return type(adam) is FusedAdam and bool(adam.adam_w_mode)
+    if isinstance(optimizer, torch.optim.AdamW):
+        return not any(group["amsgrad"] or group["maximize"] for group in optimizer.param_groups)
+    return type(optimizer) is FusedAdam and bool(optimizer.adam_w_mode)
 
 
 def global_norm(optimizer: Any) -> Tensor:

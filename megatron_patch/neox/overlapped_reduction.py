@@ -27,7 +27,7 @@ class Bucket:
     """Parameters whose sums of gradients are neighbours in memory.
 
     Attributes:
-        sums: their float32 sums, as one flat tensor.
+        sums: their sums of gradients, as one flat tensor.
         first: the place of the first of them in the model.
         missing: those whose gradient the last micro-batch has not added yet.
     """
@@ -125,9 +125,11 @@ def average_over_ranks(engine: Any, sums: Tensor) -> None:
         after = 1 / (before * ranks)
     dtype = engine.communication_data_type
     message = sums if dtype == sums.dtype else torch.empty_like(sums, dtype=dtype)
-    torch.mul(sums, before, out=message)
+    if message is not sums or before != 1:
+        torch.mul(sums, before, out=message)
     torch.distributed.all_reduce(message, group=engine.seq_data_parallel_group)
-    torch.mul(message, after, out=sums)
+    if message is not sums or after != 1:
+        torch.mul(message, after, out=sums)
 
 
 def _cut(engine: Any, bucket_size: int) -> list[Bucket]:

@@ -8,17 +8,16 @@ import pytest
 import torch
 from torch import nn
 
-from megatron_patch.neox import gradient_sums
-from megatron_patch.neox.gradient_sums import GradientSums, add_to_sum
+from megatron_patch.neox.gradient_sums import GradientSums
 from tests.neox.training import neox
 
 SHAPES = [[(3, 2), (5,)], [(7,)]]  # of the parameters of two groups
 # train.py, in which `aug_balance` gets no gradient on the first rank in some micro-batches, and one
-# step is skipped because its gradients are infinite. With OWN, DeepSpeed's own code adds to sums
-# that are zeros.
+# step is skipped because its gradients are infinite. With OWN, DeepSpeed's own code adds to float32
+# sums that are zeros.
 TRAIN = """
 import os, runpy
-from megatron_patch.neox import fast_step
+from megatron_patch.neox import fast_step, gradient_dtype
 from megatron_patch.neox.mixer import ParallelMetaLAMixer
 
 mix, calls = ParallelMetaLAMixer.forward, {}
@@ -36,13 +35,21 @@ def mix_without(self, x, *args, **kwargs):
         y.register_hook(lambda d_y: d_y / 0)
     return y, state
 
+prepare = fast_step.prepare_engine
+
+def tell_dtype(engine, neox_args):
+    os.write(1, b"sums in %s\\n" % str(engine.optimizer.grad_acc_dtype).encode())
+    prepare(engine, neox_args)
+
 def keep_deepspeeds_own(engine):
     engine.optimizer.immediate_grad_update = True
     engine._config.bfloat16_config.immediate_grad_update = True
     engine.optimizer.create_grad_acc_hooks()
 
 ParallelMetaLAMixer.forward = mix_without
+fast_step.prepare_engine = tell_dtype
 if os.environ["OWN"] == "1":
+    gradient_dtype.are_single = lambda *_: False
     fast_step.add_gradients_at_once = keep_deepspeeds_own
 runpy.run_path("train.py", run_name="__main__")
 """
@@ -187,28 +194,26 @@ def test_deepspeed_is_told_of_each_gradient(steps):
     assert steps.optimizer.fp32_groups_has_gradients == [[False, False], [False]]
 
 
-@pytest.mark.parametrize(("dtype", "wanted"), [(torch.float32, "auto"), (torch.bfloat16, "torch")])
-def test_only_float32_sums_go_to_the_kernel(monkeypatch, dtype, wanted):
-    """The kernel that "auto" takes on a GPU adds in float32 and is written for such sums."""
-    asked = []
-    monkeypatch.setattr(gradient_sums, "choose", lambda _, name, *__: asked.append(name) or "torch")
-    total, gradient = torch.ones(6).to(dtype), torch.full((2, 3), 2**-7, dtype=torch.bfloat16)
-    add_to_sum(total, gradient)
-    assert asked == [wanted]
-    assert torch.equal(total, torch.full((6,), 1 + 2**-7, dtype=dtype))
-
-
 @pytest.mark.parametrize(
     ("changes", "zero"),
     [
         ({"num_gpus": 2, "gradient_accumulation_steps": 2}, {"overlap_comm": True}),
         ({"num_gpus": 2, "pipe_parallel_size": 2, "gradient_accumulation_steps": 2}, {}),
         ({"gradient_accumulation_steps": 1}, {}),
+        ({"num_gpus": 2, "gradient_accumulation_steps": 1}, {"overlap_comm": True}),
+        ({"num_gpus": 2, "gradient_accumulation_steps": 1}, {}),
     ],
-    ids=["overlapped averages", "pipeline", "one rank, one micro-batch"],
+    ids=[
+        "overlapped averages",
+        "pipeline",
+        "one rank, one micro-batch",
+        "overlapped averages, one micro-batch",
+        "averages, one micro-batch",
+    ],
 )
 def test_training_is_that_of_sums_from_zeros(neox_checkout, config, tmp_path, changes, zero):
-    """Weights, master weights and moments, with tied embeddings."""
+    """Weights, master weights and moments, with tied embeddings. The sums of one gradient are in
+    bfloat16, DeepSpeed's own in float32."""
     program, states = tmp_path / "train_with_gaps.py", []
     program.write_text(TRAIN)
     for own in (True, False):
@@ -226,6 +231,9 @@ def test_training_is_that_of_sums_from_zeros(neox_checkout, config, tmp_path, ch
         )
         run = neox(neox_checkout, str(program), config | changes, folder, OWN=str(int(own)))
         assert run.returncode == 0, run.output[-3000:]
+        is_single = changes["gradient_accumulation_steps"] == 1 and not own
+        dtype = "bfloat16" if is_single else "float32"
+        assert run.output.count(f"sums in torch.{dtype}") == changes.get("num_gpus", 1)
         files = sorted(folder.glob("checkpoints/global_step10/*.pt"))
         loaded = {file.name: torch.load(file, weights_only=False) for file in files}
         skipped = {f["skipped_steps"] for f in loaded.values() if "skipped_steps" in f}

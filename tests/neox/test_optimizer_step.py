@@ -13,7 +13,7 @@ TRAIN = """
 import os, runpy, sys
 sys.path.insert(0, os.getcwd())
 import megatron
-from megatron_patch.neox import fast_step, skipped_steps
+from megatron_patch.neox import fast_step, gradient_dtype, skipped_steps
 from megatron_patch.neox.mixer import ParallelMetaLAMixer
 
 mix, calls = ParallelMetaLAMixer.forward, {}
@@ -28,7 +28,7 @@ def mix_and_break(self, *args, **kwargs):
 ParallelMetaLAMixer.forward = mix_and_break
 skipped_steps.MOST = 3
 if os.environ["OWN"] == "1":
-    fast_step.is_adamw = lambda optimizer: False
+    fast_step.is_adamw = gradient_dtype.is_adamw = lambda optimizer: False
 runpy.run_path("train.py", run_name="__main__")
 """
 BFLOAT16 = {

@@ -1,4 +1,4 @@
-"""Adds a gradient to its float32 sum. PyTorch's kernel for two dtypes loads single elements."""
+"""Adds a gradient to its sum. PyTorch's kernel for two dtypes loads single elements."""
 
 from __future__ import annotations
 
@@ -22,16 +22,17 @@ def accumulate_kernel(total, gradient, is_first, count, BLOCK: tl.constexpr):
     mask = at < count
     value = tl.zeros([BLOCK], tl.float32)
     if is_first is None:
-        value = tl.load(total + at, mask=mask)
+        value = tl.load(total + at, mask=mask).to(tl.float32)
     elif tl.load(is_first) == 0:
-        value = tl.load(total + at, mask=mask)
+        value = tl.load(total + at, mask=mask).to(tl.float32)
     value += tl.load(gradient + at, mask=mask).to(tl.float32)
-    tl.store(total + at, value, mask=mask)
+    tl.store(total + at, value.to(total.dtype.element_ty), mask=mask)
 
 
 def accumulate(total: Tensor, gradient: Tensor, is_first: Tensor | None = None) -> None:
-    """Adds `gradient` to `total` in place. Both are contiguous and have as many elements. If the
-    int32 [] `is_first` is not 0, `total` counts as zero."""
+    """Adds `gradient` to `total` in place, in float32. Both are contiguous, have as many elements,
+    and any floating-point dtype of at most 32 bits. If the int32 [] `is_first` is not 0, `total`
+    counts as zero."""
     count = total.numel()
     with torch.cuda.device_of(total):
         launch(
