@@ -47,11 +47,10 @@ def are_single(neox_args: Any, ranks: int) -> bool:
         ranks: over which gradients are averaged. Division by a power of two is exact.
     """
     is_power_of_two = ranks & (ranks - 1) == 0
-    sends_bfloat16 = neox_args.communication_data_type in (None, "bf16")
     return (
         neox_args.gradient_accumulation_steps == 1
         and neox_args.pipe_parallel_size <= 1  # stages add up the gradients of tied embeddings
         and is_power_of_two
         and neox_args.gradient_predivide_factor == 1
-        and (ranks == 1 or sends_bfloat16)
+        and not neox_args.fp32_allreduce
     )
