@@ -15,7 +15,7 @@ from megatron_patch.architecture import QUERY_GATE_GAIN, Architecture
 from megatron_patch.neox.recompute import Compute, ForTwo, Rerun, recomputed
 from megatron_patch.neox.token_groups import context_group, is_sequence_parallel
 from megatron_patch.ops import meta_linear_attention, short_convolution
-from megatron_patch.ops.context_parallel import incoming_rows, incoming_state
+from megatron_patch.ops.context_parallel import ContextParallel, incoming_rows
 from megatron_patch.ops.joined import split_joined
 
 # What a layer keeps of earlier tokens: the convolution's inputs [b, h, W - 1] and the recurrent
@@ -210,9 +210,6 @@ class ParallelMetaLAMixer(nn.Module):
         q, gate_logits, v, out_gate = split_joined(
             heads, [self.key_width, self.key_width, self.value_width, self.value_width]
         )
-        if group is not None:
-            by_row = (y.view(rows, -1, *y.shape[2:]) for y in (gate_logits, v))
-            state = incoming_state(*by_row, self.options.tau, group, cu_seqlens)
         operate = Rerun(
             partial(self._operate, rows, use_cache, cu_seqlens),
             (q, gate_logits, v, self.aug_balance, out_gate, self.out_gate_bias, state),
@@ -254,6 +251,7 @@ class ParallelMetaLAMixer(nn.Module):
         initial_state: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Returns the operator's output for b rows, its heads side by side, and its final state."""
+        group = context_group()
         out, state = meta_linear_attention(
             q,
             gate_logits,
@@ -266,6 +264,7 @@ class ParallelMetaLAMixer(nn.Module):
             initial_state=initial_state,
             output_final_state=output_final_state,
             cu_seqlens=cu_seqlens,
+            context=None if group is None else ContextParallel(group, rows),
             backend=self.options.backend,
         )
         out = out.flatten(-2).view(rows, -1, self.num_heads * self.value_width)

@@ -10,6 +10,9 @@ state that enters its tokens (the all-gather of LASP-2, arXiv 2502.07563). The o
 from that `initial_state`. The gradient of the state goes the same way backwards: all gather the
 gradients that the ranks' read-outs give, and each combines those of the ranks after it.
 
+The Triton kernels compute U and G on their way, and take an `Exchange` for the rest. For the other
+backends `incoming_state` computes them, with gradients of its own.
+
 The short convolution takes its W - 1 inputs before the first token from the previous rank.
 
 A rank sends one state, with its decay, per sequence and head, and W - 1 rows, whatever the length.
@@ -25,15 +28,67 @@ the state of the last one.
 from __future__ import annotations
 
 import math
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from megatron_patch.ops.torch_ops import compute_dtype, without_autocast
+
+if TYPE_CHECKING:  # some builds of PyTorch have none
+    from torch.distributed import ProcessGroup
+
+
+@dataclass(frozen=True)
+class ContextParallel:
+    """The ranks that hold the tokens of sequences, for `meta_linear_attention`.
+
+    Attributes:
+        group: the ranks, in the order of their tokens.
+        rows: B, the number of sequences, or of rows of packed documents, of which each rank has T
+            tokens.
+    """
+
+    group: ProcessGroup
+    rows: int
+
+    def exchange(self, q: Tensor, cu_seqlens: Tensor | None) -> Exchange:
+        """Returns what finds states for a call of the operator on q [B, T, H, K]."""
+        return Exchange(self, q.shape[0] * q.shape[1] // self.rows, cu_seqlens)
+
+
+class Exchange:
+    """Finds the states that enter the sequences of this rank from what other ranks reach.
+
+    Args:
+        time: T, a rank's tokens of a row.
+        cu_seqlens: [N + 1], the boundaries of documents in this rank's tokens.
+    """
+
+    def __init__(self, context: ContextParallel, time: int, cu_seqlens: Tensor | None):
+        self.context, self.is_packed = context, cu_seqlens is not None
+        if self.is_packed:
+            self.first, self.last = _edges(cu_seqlens, context.rows, time)
+
+    def __call__(self, own: Tensor, log_decay: Tensor, reverse: bool = False) -> Tensor:
+        """Returns the state before the first token of each sequence, [N, H, K, V], zeros on the
+        first rank. With `reverse` the gradient of the state behind the last token.
+
+        Args:
+            own: [N, H, K, V], what a sequence's tokens on this rank reach from zero: the state
+                behind the last one, with `reverse` the gradient of the state before the first one.
+            log_decay: [N, H, K], the sum of the log decays of a sequence's tokens on this rank.
+        """
+        if not self.is_packed:
+            return _entering(own, log_decay, self.context.group, reverse)
+        source, target = (self.first, self.last) if reverse else (self.last, self.first)
+        is_cut = (self.first != self.last)[:, None, None]
+        log_decay = log_decay[self.first].masked_fill(is_cut, -math.inf)
+        entering = _entering(own[source], log_decay, self.context.group, reverse)
+        return _give_to(target, entering, len(own))
 
 
 def incoming_rows(
@@ -70,17 +125,17 @@ def incoming_state(
     gate_logits: Tensor,
     v: Tensor,
     tau: float,
-    group: ProcessGroup,
+    context: ContextParallel,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """Returns the state before this rank's first token, the `initial_state` of
     `meta_linear_attention`.
 
     Args:
-        gate_logits: [B, T, H, K], of this rank's tokens.
-        v: [B, T, H, V].
+        gate_logits: [B, T, H, K], of this rank's tokens; with `cu_seqlens` its B rows laid end to
+            end, [1, B T, H, K].
+        v: [B, T, H, V], or [1, B T, H, V].
         tau: the log decay's divisor.
-        group: the ranks that hold the sequence, in order.
         cu_seqlens: [N + 1], the boundaries of documents in this rank's tokens.
 
     Returns:
@@ -89,19 +144,28 @@ def incoming_state(
         Gradients flow to `gate_logits` and `v` of all ranks before.
     """
     if cu_seqlens is None:
-        return _Combine.apply(*_OwnState.apply(gate_logits, v, tau, None), group)
-    batch, time = v.shape[:2]
-    first, starts = _sequences(cu_seqlens, batch, time)
-    incoming = _Combine.apply(*_OwnState.apply(gate_logits, v, tau, starts), group)
+        return _Combine.apply(*_OwnState.apply(gate_logits, v, tau, None), context.group)
+    gate_logits, v = (x.view(context.rows, -1, *x.shape[2:]) for x in (gate_logits, v))
+    first, starts = _sequences(cu_seqlens, *v.shape[:2])
+    incoming = _Combine.apply(*_OwnState.apply(gate_logits, v, tau, starts), context.group)
     return _give_to(first, incoming, len(cu_seqlens) - 1)
+
+
+def _edges(cu_seqlens: Tensor, batch: int, time: int) -> tuple[Tensor, Tensor]:
+    """Returns the numbers of each row's first and last sequence, int64 [B]. The first may be empty,
+    the last is not."""
+    rows = torch.arange(
+        0, (batch + 1) * time, time, dtype=cu_seqlens.dtype, device=cu_seqlens.device
+    )
+    begin = torch.searchsorted(cu_seqlens, rows)
+    return begin[:-1], begin[1:] - 1
 
 
 def _sequences(cu_seqlens: Tensor, batch: int, time: int) -> tuple[Tensor, Tensor]:
     """Returns the number of each row's first sequence, int64 [B], and where the others begin, bool
     [B, T]."""
     total, device = batch * time, cu_seqlens.device
-    rows = torch.arange(0, total, time, dtype=cu_seqlens.dtype, device=device)
-    first = torch.searchsorted(cu_seqlens, rows)
+    first, _ = _edges(cu_seqlens, batch, time)
     others = cu_seqlens[:-1].long().index_fill(0, first, total)
     starts = torch.zeros(total + 1, dtype=torch.bool, device=device).index_fill(0, others, True)
     return first, starts[:total].view(batch, time)
@@ -118,6 +182,22 @@ def _all_gather(x: Tensor, group: ProcessGroup) -> Tensor:
     gathered = x.new_empty(dist.get_world_size(group), *x.shape)
     dist.all_gather_into_tensor(gathered.view(-1), x.contiguous().view(-1), group=group)
     return gathered
+
+
+def _entering(own: Tensor, log_decay: Tensor, group: ProcessGroup, reverse: bool) -> Tensor:
+    """Returns the state that enters this rank's tokens, [B, H, K, V]; with `reverse`, the gradient
+    that enters them from behind.
+
+    Args:
+        own: [B, H, K, V], what a rank's tokens reach from zero.
+        log_decay: [B, H, K], by which they change what enters.
+    """
+    gathered = _all_gather(torch.cat([log_decay[..., None], own], -1), group)
+    decays, reached = gathered[..., :1].exp(), gathered[..., 1:]
+    rank, state = dist.get_rank(group), torch.zeros_like(own)
+    for other in range(len(gathered) - 1, rank, -1) if reverse else range(rank):
+        state = torch.addcmul(reached[other], decays[other], state)
+    return state
 
 
 class _FromPrevious(torch.autograd.Function):
@@ -187,20 +267,13 @@ class _Combine(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, update: Tensor, total: Tensor, group: ProcessGroup) -> Tensor:
-        gathered = _all_gather(torch.cat([total[..., None], update], -1), group)
-        decays, updates = gathered[..., :1].exp(), gathered[..., 1:]
-        state = torch.zeros_like(update)
-        for rank in range(dist.get_rank(group)):
-            state = torch.addcmul(updates[rank], decays[rank], state)
-        ctx.save_for_backward(state, decays)
+        state = _entering(update, total, group, False)
+        ctx.save_for_backward(state, total)
         ctx.group = group
         return state
 
     @staticmethod
     def backward(ctx: Any, d_state: Tensor) -> tuple[Tensor, Tensor, None]:
-        state, decays = ctx.saved_tensors
-        own, d_states = dist.get_rank(ctx.group), _all_gather(d_state, ctx.group)
-        d_out = torch.zeros_like(d_state)  # of the state after this rank's tokens
-        for rank in range(len(d_states) - 1, own, -1):
-            d_out = torch.addcmul(d_states[rank], decays[rank], d_out)
-        return d_out, (d_out * state * decays[own]).sum(-1), None
+        state, total = ctx.saved_tensors
+        d_out = _entering(d_state, total, ctx.group, True)
+        return d_out, (d_out * state * total[..., None].exp()).sum(-1), None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from megatron_patch.ops.backends import choose, function_of, names_of
@@ -13,6 +15,7 @@ from megatron_patch.ops.checks import (
     check_number,
     check_tensor,
 )
+from megatron_patch.ops.context_parallel import ContextParallel, incoming_state
 from megatron_patch.ops.torch_ops import without_autocast
 
 BACKENDS = names_of("meta_linear_attention")
@@ -33,6 +36,7 @@ def meta_linear_attention(
     output_final_state: bool = False,
     inplace_final_state: bool = False,
     cu_seqlens: torch.Tensor | None = None,
+    context: ContextParallel | None = None,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Computes Meta Linear Attention (arXiv 2411.10741), from the projections to the gated output.
@@ -66,6 +70,9 @@ def meta_linear_attention(
         cu_seqlens: int32 or int64 [N + 1], the boundaries of N sequences packed along time; any
             may be empty. B must be 1, and the values rise from 0 to T. They are checked on the CPU
             alone, where that is free.
+        context: the ranks that split the tokens (`megatron_patch.ops.context_parallel`). The
+            initial state is then that of the tokens on the ranks before, and there is no final one.
+            All of them make the same calls in the same order, backward passes too.
         backend: "triton", "fla", "chunked" (plain PyTorch), "reference" (the recurrence step by
             step), or "auto": on CUDA the first of "triton" (only on GPUs and for widths where it
             was checked) and "fla" that can run, and otherwise, also for float64, "chunked". See
@@ -78,8 +85,8 @@ def meta_linear_attention(
     Raises:
         ValueError: an argument has the wrong shape, dtype, device or value (the message names it,
             with what was found and what was wanted), the backend asked for by name cannot run
-            here, or `inplace_final_state` is asked for without an initial state, with one whose
-            entries share memory, or while gradients are recorded.
+            here, `inplace_final_state` is asked for without an initial state, with one whose
+            entries share memory, or while gradients are recorded, or `context` comes with a state.
     """
     check_choice("backend", backend, BACKENDS)
     check_tensor("q", q, "B, T, H, K", [None] * 4, FLOAT_DTYPES)
@@ -126,6 +133,13 @@ def meta_linear_attention(
 
     backend = choose("meta_linear_attention", backend, q.dtype, device, K=key_width, V=value_width)
     implementation = function_of("meta_linear_attention", backend)
+    if context is not None:
+        if initial_state is not None or output_final_state or inplace_final_state:
+            raise ValueError("context: found with a state, wanted neither initial nor final state")
+        if backend == "triton":
+            implementation = partial(implementation, context=context)
+        else:
+            initial_state = incoming_state(gate_logits, v, tau, context, cu_seqlens)
     # Every backend chooses its own precision. Autocast would halve that of the matrix products.
     with without_autocast(device):
         return implementation(

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_patch.ops import meta_linear_attention, short_convolution
-from megatron_patch.ops.context_parallel import incoming_rows, incoming_state
+from megatron_patch.ops.context_parallel import ContextParallel, incoming_rows, incoming_state
 from tests.ranks import on_ranks
 
 B, H, K, V, W = 2, 3, 4, 5, 4
@@ -23,12 +23,12 @@ def inputs(time: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     return {name: tensor.to(dtype) for name, tensor in made.items()}
 
 
-def core(x, weight, aug, bias, group=None, cu_seqlens=None):
+def core(x, weight, aug, bias, group=None, cu_seqlens=None, backend="auto"):
     """Convolution, then the operator, as the mixer calls them."""
-    rows = state = None
+    rows = context = None
     batch = 1 if cu_seqlens is not None else B
     if group is not None:
-        rows = incoming_rows(x, W - 1, group, cu_seqlens)
+        rows, context = incoming_rows(x, W - 1, group, cu_seqlens), ContextParallel(group, B)
     projected, _ = short_convolution(
         x.reshape(batch, -1, D),
         weight,
@@ -38,12 +38,9 @@ def core(x, weight, aug, bias, group=None, cu_seqlens=None):
     )
     heads = projected.unflatten(-1, (H, -1))
     q, gates, v, out_gate = heads.split([K, K, V, V], -1)
-    if group is not None:
-        by_row = (y.unflatten(1, (B // batch, -1)).flatten(0, 1) for y in (gates, v))
-        state = incoming_state(*by_row, 16.0, group, cu_seqlens)
     out, _ = meta_linear_attention(
         q, gates, v, aug, out_gate,
-        out_gate_bias=bias, initial_state=state, cu_seqlens=cu_seqlens,
+        out_gate_bias=bias, context=context, cu_seqlens=cu_seqlens, backend=backend,
     )  # fmt: skip
     return out.view(B, -1, H, V)
 
@@ -58,10 +55,10 @@ def boundaries(starts, rank, ranks, time):
     return torch.tensor([*found, B * length])
 
 
-def run(d_out, group=None, cu_seqlens=None, **tensors):
+def run(d_out, tensors, **options):
     """The output and the gradients of all inputs."""
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in tensors.items()}
-    out = core(**leaves, group=group, cu_seqlens=cu_seqlens)
+    out = core(**leaves, **options)
     out.backward(d_out)
     return [out.detach(), *(leaf.grad for leaf in leaves.values())]
 
@@ -78,29 +75,31 @@ CASES = [
 ]
 
 
+def errors(rank, ranks, time, starts, dtype=torch.float64, backend="auto"):
+    """How far each result of a rank is from that of one rank, by the largest entry: the output, the
+    gradient of the rank's tokens, and the sums over ranks of the gradients of parameters."""
+    bounds = [None, None]
+    if starts is not None:
+        bounds = [boundaries(starts, *place, time) for place in ((0, 1), (rank, ranks))]
+    whole = inputs(time, dtype)
+    exact = {name: tensor.double() for name, tensor in whole.items()}
+    expected = run(exact.pop("d_out"), exact, cu_seqlens=bounds[0])
+    part = slice(rank * time // ranks, (rank + 1) * time // ranks)
+    whole["x"] = whole["x"][:, part]
+    d_out, group = whole.pop("d_out")[:, part], dist.group.WORLD
+    found = run(d_out, whole, group=group, cu_seqlens=bounds[1], backend=backend)
+    for gradient in found[2:]:
+        dist.all_reduce(gradient)
+    expected[:2] = [tensor[:, part] for tensor in expected[:2]]
+    return [
+        ((a - b).abs().max() / b.abs().max()).item() for a, b in zip(found, expected, strict=True)
+    ]
+
+
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_ranks_compute_what_one_computes(ranks):
-    """In float64, to 1e-10 of the largest entry: the output and the gradients of each rank's
-    tokens, and the sum over ranks of the gradients of parameters."""
-
-    def errors(rank, time, starts):
-        whole = inputs(time, torch.float64)
-        bounds = [None, None]
-        if starts is not None:
-            bounds = [boundaries(starts, *place, time) for place in ((0, 1), (rank, ranks))]
-        expected = run(**whole, cu_seqlens=bounds[0])
-        part = slice(rank * time // ranks, (rank + 1) * time // ranks)
-        own = {name: whole[name][:, part] for name in ("x", "d_out")}
-        found = run(**{**whole, **own}, group=dist.group.WORLD, cu_seqlens=bounds[1])
-        for gradient in found[2:]:
-            dist.all_reduce(gradient)
-        expected[:2] = [tensor[:, part] for tensor in expected[:2]]
-        return [
-            ((a - b).abs().max() / b.abs().max()).item()
-            for a, b in zip(found, expected, strict=True)
-        ]
-
-    for found in on_ranks(ranks, lambda rank: [errors(rank, *case) for case in CASES]):
+    """In float64, to 1e-10."""
+    for found in on_ranks(ranks, lambda rank: [errors(rank, ranks, *case) for case in CASES]):
         assert max(map(max, found)) < 1e-10, found
 
 
@@ -111,10 +110,11 @@ def test_a_rank_without_a_gradient_of_its_own_passes_gradients_on():
     def code(rank):
         whole = inputs(24, torch.float64)
         whole["d_out"][:, :-1] = 0
-        expected = run(**whole)[1]
+        d_out = whole.pop("d_out")
+        expected = run(d_out, whole)[1]
         part = slice(rank * 6, rank * 6 + 6)
-        own = {name: whole[name][:, part] for name in ("x", "d_out")}
-        found = run(**{**whole, **own}, group=dist.group.WORLD)[1]
+        own = {**whole, "x": whole["x"][:, part]}
+        found = run(d_out[:, part], own, group=dist.group.WORLD)[1]
         return [(found - expected[:, part]).abs().max().item(), found.abs().max().item()]
 
     for error, size in on_ranks(4, code):
@@ -126,7 +126,8 @@ def test_bfloat16_states_are_handed_on_in_float32():
         whole = inputs(256, torch.bfloat16)
         _, gates, v, _ = whole["x"].unflatten(-1, (H, -1)).split([K, K, V, V], -1)
         part = slice(rank * 128, rank * 128 + 128)
-        found = incoming_state(gates[:, part], v[:, part], 16.0, dist.group.WORLD)
+        context = ContextParallel(dist.group.WORLD, B)
+        found = incoming_state(gates[:, part], v[:, part], 16.0, context)
         _, expected = meta_linear_attention(
             gates[:, :128].double(), gates[:, :128].double(), v[:, :128].double(),
             output_final_state=True,
@@ -138,8 +139,8 @@ def test_bfloat16_states_are_handed_on_in_float32():
 
 
 def test_messages_do_not_grow_with_the_length():
-    """Bytes that a rank gives, in both passes: a state, its decay and W - 1 rows; then the
-    gradients of the state and the rows. Nor with the documents."""
+    """Bytes that a rank gives, in both passes: a state and its decay, or the gradient of the state
+    and the decay, and W - 1 rows. Nor with the documents."""
 
     def code(rank):
         sent = []
@@ -161,6 +162,6 @@ def test_messages_do_not_grow_with_the_length():
             found.append(list(sent))
         return found
 
-    rows, state = 4 * B * D * (W - 1), 4 * B * H * K * V
+    rows, state = 4 * B * D * (W - 1), 4 * B * H * K * (V + 1)
     for found in on_ranks(2, code):
-        assert found == [[rows, state + 4 * B * H * K, state, rows]] * 3
+        assert found == [[rows, state, state, rows]] * 3

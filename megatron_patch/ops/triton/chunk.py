@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megatron_patch.ops.backends import hopper_chunks
 from megatron_patch.ops.checks import records_gradients
+from megatron_patch.ops.context_parallel import ContextParallel, Exchange
 from megatron_patch.ops.joined import parts_of_one
 from megatron_patch.ops.torch_ops import give_state
 from megatron_patch.ops.triton import fused_recurrent
@@ -25,6 +26,7 @@ from megatron_patch.ops.triton.launch import (
     is_compiling,
     is_decoding_step,
     last_stride_one,
+    without_last,
 )
 from megatron_patch.ops.triton.tiles import count_chunks
 
@@ -44,13 +46,15 @@ def forward(
     norm_eps: float,
     output_final_state: bool,
     keep: bool,
+    exchange: Exchange | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns the output, the final state (empty if not asked for), and what `backward` needs: h,
-    x_hat, rstd and the five of `Prepared` (all empty unless `keep`)."""
+    x_hat, rstd and the five of `Prepared` (all empty unless `keep`). With `exchange` the initial
+    state comes from other ranks."""
     with torch.cuda.device_of(q):
         call = ChunkCall(q, gate_logits, v, aug, out_gate, out_gate_bias, cu_seqlens, tau, scale)
         prepared, scores = chunk_prepare(call)
-        h, final_state = chunk_fwd_h(call, prepared, initial_state, output_final_state)
+        h, final_state = chunk_fwd_h(call, prepared, initial_state, output_final_state, exchange)
         out = call.new_output(*v.shape)
         x_hat = rstd = None
         if keep:
@@ -70,7 +74,7 @@ def forward(
     if is_compiling():  # compile the backward pass too: its kernels take longest
         backward(
             q, gate_logits, v, aug, out_gate, out_gate_bias, initial_state, cu_seqlens,
-            *kept, torch.empty_like(out), None, tau, scale, True,
+            *kept, torch.empty_like(out), None, tau, scale, True, exchange,
         )  # fmt: skip
     return out, final_state, *kept
 
@@ -98,11 +102,13 @@ def backward(
     tau: float,
     scale: float,
     overwrite: bool,
+    exchange: Exchange | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns the gradients of q, gate logits, v, aug, out_gate, out_gate_bias and the initial
     state; empty for those that were None. With `overwrite`, gradients may take the memory of x_hat,
     qg and kg, which nobody reads afterwards, and those of q, gate logits, v and out_gate are slices
-    of one tensor if these are."""
+    of one tensor if these are. With `exchange` the gradient of the final state comes from other
+    ranks."""
     with torch.cuda.device_of(q):
         call = ChunkCall(q, gate_logits, v, aug, out_gate, out_gate_bias, cu_seqlens, tau, scale)
         prepared = Prepared(qg, kg, g_last, fallback, aug_score)
@@ -120,7 +126,9 @@ def backward(
             d_out_gate = call.new_output(*(v.shape if out_gate is not None else (0,)))
         d_bias = call.new(*((*chunks, call.width) if out_gate_bias is not None else (0,)))
         chunk_bwd_o(call, x_hat, rstd, last_stride_one(d_out), d_y, d_out_gate, d_bias)
-        dh, d_initial = chunk_bwd_dh(call, prepared, d_y, d_final_state, initial_state is not None)
+        dh, d_initial = chunk_bwd_dh(
+            call, prepared, d_y, d_final_state, initial_state is not None, exchange
+        )
         write_gradients, one_tile = chunk_bwd, call.k <= call.config.bwd_k
         if hopper_chunks(q.dtype, q.device, call.k, call.width):
             from megatron_patch.ops.hopper import chunk_bwd as hopper
@@ -153,8 +161,8 @@ def backward(
     return d_q, d_gates, d_v, d_aug, d_out_gate, d_bias, d_initial
 
 
-_forward = torch.library.custom_op("metala::forward", forward, mutates_args=())
-_backward = torch.library.custom_op("metala::backward", backward, mutates_args=())
+_forward = torch.library.custom_op("metala::forward", without_last(forward), mutates_args=())
+_backward = torch.library.custom_op("metala::backward", without_last(backward), mutates_args=())
 
 
 @_forward.register_fake
@@ -200,6 +208,7 @@ def _(q, gate_logits, v, aug, out_gate, out_gate_bias, initial_state, *_others):
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     tensors, ctx.numbers = inputs[:8], inputs[8:10]
+    ctx.exchange = inputs[13:]  # an eager call has one, or `None`
     ctx.save_for_backward(*tensors, *output[2:])
     ctx.set_materialize_grads(False)
 
@@ -215,18 +224,18 @@ def _gradients(
     if d_final_state is not None and d_final_state.numel() == 0:
         d_final_state = None
     if d_out is None:
-        if d_final_state is None:
-            return (None,) * 13
+        if d_final_state is None and not any(ctx.exchange):
+            return (None,) * (13 + len(ctx.exchange))
         d_out = torch.zeros_like(tensors[2])
     # Unless the graph is retained, nobody reads the saved tensors after this pass.
     overwrite = eager and not _retains_graph()
     run = backward if eager else _backward
-    found = run(*tensors, d_out, d_final_state, *ctx.numbers, overwrite)
+    found = run(*tensors, d_out, d_final_state, *ctx.numbers, overwrite, *ctx.exchange)
     found = tuple(
         gradient if tensor is not None else None
         for gradient, tensor in zip(found, tensors[:7], strict=True)
     )
-    return (*found, *(None,) * 6)
+    return (*found, *(None,) * (6 + len(ctx.exchange)))
 
 
 _with_gradients = differentiable(_forward, forward, _setup_context, _gradients, 2)
@@ -247,6 +256,7 @@ def meta_linear_attention(
     output_final_state: bool = False,
     inplace_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
+    context: ContextParallel | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Computes `megatron_patch.ops.meta_linear_attention` on arguments that it has checked.
 
@@ -256,6 +266,10 @@ def meta_linear_attention(
     """
     tensors = (q, gate_logits, v, aug, out_gate, out_gate_bias, initial_state)
     numbers = float(tau), float(scale), float(norm_eps)
+    if context is not None:
+        keep, exchange = records_gradients(*tensors), context.exchange(q, cu_seqlens)
+        out, *_ = _with_gradients(*tensors, cu_seqlens, *numbers, False, keep, exchange)
+        return out, None
     if is_decoding_step(q, cu_seqlens, *tensors):
         if inplace_final_state:
             return fused_recurrent.attention_(*tensors, *numbers), initial_state

@@ -4,14 +4,22 @@ Two levels keep every multiprocessor busy even for one long sequence. Where sequ
 segments, `chunk_h_kernel` first sums up every segment on its own, `segment_scan_kernel` walks the
 segments, and `chunk_h_kernel` then walks the chunks of each segment from the state that enters it.
 Gradients go the same way backwards.
+
+Where ranks split the tokens of a sequence, they are one more level: between the two walks they
+exchange the state that each one's tokens reach from zero, and its decay.
 """
+
+from __future__ import annotations
+
+import math
 
 import torch
 import triton
 import triton.language as tl
 
+from megatron_patch.ops.context_parallel import Exchange
 from megatron_patch.ops.triton.config import ChunkCall, power_of_two
-from megatron_patch.ops.triton.launch import cdiv, contiguous, launch
+from megatron_patch.ops.triton.launch import cdiv, contiguous, is_compiling, launch
 from megatron_patch.ops.triton.tiles import chunk_and_head, exp2, locate, matmul
 
 
@@ -103,7 +111,7 @@ def chunk_h_kernel(
 
 @triton.jit(do_not_specialize=["segments"])
 def segment_scan_kernel(
-    h, g_segment, h0, ht, segment_offsets, segments,
+    h, g_segment, h0, ht, gt, segment_offsets, segments,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     REVERSE: tl.constexpr,
 ):  # fmt: skip
@@ -111,7 +119,8 @@ def segment_scan_kernel(
     after the last segment of each sequence. Grid: (sequences * H, K tiles * V tiles).
 
     h [segments, H, K, V]; h0 (or `None` for zeros) and ht (or `None` if not wanted) [sequences, H,
-    K, V]; all float32 and contiguous.
+    K, V]; gt (or `None`) [sequences, H, K], written as the log decay of each sequence; all float32
+    and contiguous.
     """
     sequence, head = chunk_and_head(H)
     sequence = sequence.to(tl.int64)
@@ -130,6 +139,7 @@ def segment_scan_kernel(
     state = tl.zeros([BK, BV], tl.float32)
     if h0 is not None:
         state = tl.load(h0 + own, mask=mask, other=0.0)
+    sum_of_decays = tl.zeros([BK], tl.float32)
     for step in range(0, count):
         segment = first + (count - 1 - step if REVERSE else step)
         at = segment * H + head
@@ -137,12 +147,17 @@ def segment_scan_kernel(
         decay = tl.load(g_segment + at * K + k_columns, mask=k_columns < K, other=0.0)
         tl.store(h + at * (K * V) + offsets, state, mask=mask)
         state = state * tl.exp2(decay)[:, None] + total
+        sum_of_decays += decay
     if ht is not None:
         tl.store(ht + own, state, mask=mask)
+    if gt is not None:
+        # All tiles of V write the same numbers.
+        at = (sequence * H + head) * K + k_columns
+        tl.store(gt + at, sum_of_decays, mask=k_columns < K)
 
 
 def _chunk_h(
-    call: ChunkCall, x, y, y_strides, prepared, h0, wants_ht, reverse
+    call: ChunkCall, x, y, y_strides, prepared, h0, wants_ht, reverse, exchange: Exchange | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     config, indices = call.config, call.indices
     heads, k, width = call.heads, call.k, call.width
@@ -163,35 +178,51 @@ def _chunk_h(
             num_warps=config.h_warps, num_stages=config.h_stages,
         )  # fmt: skip
 
-    ht = call.new(*((indices.sequences, heads, k, width) if wants_ht else (0,)))
+    def scan(h_segment, h0, ht, gt) -> None:
+        block_k, block_v = 16, min(64, power_of_two(width))
+        tiles = cdiv(k, block_k) * cdiv(width, block_v)
+        launch(
+            segment_scan_kernel, (indices.sequences * heads, tiles),
+            (h_segment, g_segment, h0, ht, gt, indices.segment_offsets), (indices.segments,),
+            H=heads, K=k, V=width, BK=block_k, BV=block_v, REVERSE=reverse, num_warps=2,
+        )  # fmt: skip
+
+    states = indices.sequences, heads, k, width
+    ht = call.new(*states) if wants_ht else None
+    if indices.segments != 1 or exchange is not None:
+        h_segment = call.new(indices.segment_count, heads, k, width)
+        g_segment = call.new(indices.segment_count, heads, k)
+        walk(None, h_segment, g_segment)
+    if exchange is not None:
+        own, log_decay = h_segment, g_segment
+        if indices.segments != 1:
+            own, log_decay = call.new(*states), call.new(*states[:3])
+            scan(h_segment.clone(), None, own, log_decay)
+        h0 = own if is_compiling() else exchange(own, log_decay * math.log(2), reverse)
     if indices.segments == 1:
-        walk(h0, ht if wants_ht else None, None)
-        return h, ht
-    h_segment = call.new(indices.segment_count, heads, k, width)
-    g_segment = call.new(indices.segment_count, heads, k)
-    walk(None, h_segment, g_segment)
-    block_k, block_v = 16, min(64, power_of_two(width))
-    tiles = cdiv(k, block_k) * cdiv(width, block_v)
-    launch(
-        segment_scan_kernel, (indices.sequences * heads, tiles),
-        (h_segment, g_segment, h0, ht if wants_ht else None, indices.segment_offsets),
-        (indices.segments,),
-        H=heads, K=k, V=width, BK=block_k, BV=block_v, REVERSE=reverse, num_warps=2,
-    )  # fmt: skip
-    walk(h_segment, None, None)
-    return h, ht
+        walk(h0, ht, None)
+    else:
+        scan(h_segment, h0, ht, None)
+        walk(h_segment, None, None)
+    return h, call.new(0) if ht is None else ht
 
 
-def chunk_fwd_h(call: ChunkCall, prepared, h0, wants_ht) -> tuple[torch.Tensor, torch.Tensor]:
+def chunk_fwd_h(
+    call: ChunkCall, prepared, h0, wants_ht, exchange: Exchange | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns 2^m times the state before each chunk, [chunks, H, K, V], and the state after the
-    last token of each sequence, [N, H, K, V] float32, empty if not wanted."""
-    return _chunk_h(call, prepared.kg, call.v, call.v_strides, prepared, h0, wants_ht, False)
+    last token of each sequence, [N, H, K, V] float32, empty if not wanted. With `exchange` other
+    ranks give the initial state."""
+    return _chunk_h(
+        call, prepared.kg, call.v, call.v_strides, prepared, h0, wants_ht, False, exchange
+    )
 
 
 def chunk_bwd_dh(
-    call: ChunkCall, prepared, d_y, d_ht, wants_d_h0
+    call: ChunkCall, prepared, d_y, d_ht, wants_d_h0, exchange: Exchange | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns 2^m times the gradient of the state after each chunk, [chunks, H, K, V], and the
-    gradient of the initial state, [N, H, K, V] float32, empty if not wanted. d_y is contiguous."""
+    gradient of the initial state, [N, H, K, V] float32, empty if not wanted. d_y is contiguous.
+    With `exchange` other ranks give the gradient of the final state."""
     strides = d_y.stride()[:3]
-    return _chunk_h(call, prepared.qg, d_y, strides, prepared, d_ht, wants_d_h0, True)
+    return _chunk_h(call, prepared.qg, d_y, strides, prepared, d_ht, wants_d_h0, True, exchange)

@@ -248,6 +248,19 @@ def differentiable(
     return call
 
 
+def without_last(run: Callable) -> Callable:
+    """Returns a function without its last parameter, which has a default: custom operators take
+    tensors, numbers and strings alone."""
+
+    @functools.wraps(run)
+    def call(*arguments: Any) -> Any:
+        return run(*arguments)
+
+    signature = inspect.signature(run, eval_str=True)
+    call.__signature__ = signature.replace(parameters=list(signature.parameters.values())[:-1])
+    return call
+
+
 def is_decoding_step(x: Tensor, cu_seqlens: Tensor | None, *tensors: Tensor | None) -> bool:
     """Returns whether the one-token kernels can serve a call on x [B, T, ...]."""
     return x.shape[1] == 1 and cu_seqlens is None and not records_gradients(*tensors)
