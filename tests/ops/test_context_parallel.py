@@ -165,3 +165,11 @@ def test_messages_do_not_grow_with_the_length():
     rows, state = 4 * B * D * (W - 1), 4 * B * H * K * (V + 1)
     for found in on_ranks(2, code):
         assert found == [[rows, state, state, rows]] * 3
+
+
+def test_states_beside_ranks_are_refused():
+    tensors = [torch.randn(1, 4, H, width) for width in (K, K, V)]
+    with pytest.raises(ValueError, match="context: found with a state, wanted neither"):
+        meta_linear_attention(
+            *tensors, context=ContextParallel(None, 1), output_final_state=True, backend="chunked"
+        )
