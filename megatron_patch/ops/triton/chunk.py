@@ -208,7 +208,8 @@ def _(q, gate_logits, v, aug, out_gate, out_gate_bias, initial_state, *_others):
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     tensors, ctx.numbers = inputs[:8], inputs[8:10]
-    ctx.exchange = inputs[13:]  # an eager call has one, or `None`
+    ctx.inputs = len(inputs)
+    ctx.exchange = inputs[13] if len(inputs) > 13 else None
     ctx.save_for_backward(*tensors, *output[2:])
     ctx.set_materialize_grads(False)
 
@@ -224,18 +225,18 @@ def _gradients(
     if d_final_state is not None and d_final_state.numel() == 0:
         d_final_state = None
     if d_out is None:
-        if d_final_state is None and not any(ctx.exchange):
-            return (None,) * (13 + len(ctx.exchange))
+        if d_final_state is None and ctx.exchange is None:
+            return (None,) * ctx.inputs
         d_out = torch.zeros_like(tensors[2])
     # Unless the graph is retained, nobody reads the saved tensors after this pass.
     overwrite = eager and not _retains_graph()
-    run = backward if eager else _backward
-    found = run(*tensors, d_out, d_final_state, *ctx.numbers, overwrite, *ctx.exchange)
+    given = *tensors, d_out, d_final_state, *ctx.numbers, overwrite
+    found = backward(*given, ctx.exchange) if eager else _backward(*given)
     found = tuple(
         gradient if tensor is not None else None
         for gradient, tensor in zip(found, tensors[:7], strict=True)
     )
-    return (*found, *(None,) * (6 + len(ctx.exchange)))
+    return (*found, *(None,) * (ctx.inputs - len(found)))
 
 
 _with_gradients = differentiable(_forward, forward, _setup_context, _gradients, 2)
