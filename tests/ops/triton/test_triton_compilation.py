@@ -131,6 +131,28 @@ def test_both_passes_compile_their_kernels_together_and_once(tmp_path):
 
 @pytest.mark.skipif("nvidia" not in backends, reason="this Triton compiles for no NVIDIA GPU")
 @needs_asynchronous_compilation
+def test_a_compile_pass_exchanges_nothing(tmp_path):
+    """With ranks that split the tokens: they exchange states once in each pass, and the launches
+    themselves compile nothing."""
+    code = """
+    asked = []
+
+    def exchange(own, log_decay, reverse):
+        asked.append(reverse)
+        return torch.zeros_like(own)
+
+    context = SimpleNamespace(exchange=lambda q, cu_seqlens: exchange)
+    call(40, context=context)
+    call(73, context=context)
+    assert asked == [False, True] * 2, asked
+    """
+    compiled, launched, rounds = in_new_process(code, tmp_path)
+    assert launched.count("chunk_h_kernel") == 2 * 4  # two walks in each pass
+    assert all(ahead for _, ahead in compiled) and rounds == ["forward"]
+
+
+@pytest.mark.skipif("nvidia" not in backends, reason="this Triton compiles for no NVIDIA GPU")
+@needs_asynchronous_compilation
 def test_without_gradients_only_the_forward_pass_is_compiled(tmp_path):
     code = """
     with torch.no_grad():
