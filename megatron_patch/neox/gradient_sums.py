@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron_patch.ops.backends import choose, function_of
+from megatron_patch.ops.backends import implementation
 
 
 def add_to_sum(total: Tensor, gradient: Tensor, is_first: Tensor | None = None) -> None:
@@ -26,8 +26,9 @@ def add_to_sum(total: Tensor, gradient: Tensor, is_first: Tensor | None = None) 
     """
     gradient = gradient.view_as(total)
     is_plain = total.is_contiguous() and gradient.is_contiguous() and total.dtype == torch.float32
-    backend = choose("accumulate", "auto" if is_plain else "torch", gradient.dtype, gradient.device)
-    function_of("accumulate", backend)(total, gradient, is_first)
+    backend = "auto" if is_plain else "torch"
+    add = implementation("accumulate", backend, gradient.dtype, gradient.device)
+    add(total, gradient, is_first)
 
 
 class GradientSums:

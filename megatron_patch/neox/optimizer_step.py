@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, distributed
 
 from megatron_patch.neox.skipped_steps import SkippedSteps
-from megatron_patch.ops.backends import choose, function_of
+from megatron_patch.ops.backends import implementation
 
 
 class OptimizerStep:
@@ -91,7 +91,7 @@ class OptimizerStep:
         corrections = (1.0, 1.0)
         if group.get("bias_correction", True):
             corrections = tuple(1 - beta ** int(state["step"]) for beta in betas)
-        function_of("adam_step", choose("adam_step", "auto", torch.float32, parameter.device))(
+        implementation("adam_step", "auto", torch.float32, parameter.device)(
             parameter,
             optimizer.bf16_partitioned_groups[index][rank],
             optimizer.fp32_groups_gradient_flat_partition[index],

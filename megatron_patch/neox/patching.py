@@ -32,22 +32,51 @@ def mentions_metala(neox_args: Any) -> bool:
     return neox_args.metala is not None or f"'{METALA}'" in str(neox_args.attention_config)
 
 
-def in_metala_runs(original: Callable) -> Callable[[Callable], Callable]:
-    """Decorates a function that replaces `original` in runs with MetaLA layers. Other runs still
-    call `original`.
-
-    The decorated function takes `original` and then its arguments, `neox_args` first.
-    """
+def replaces(original: Callable) -> Callable[[Callable], Callable]:
+    """Decorates a function that takes the place of a function of GPT-NeoX's, in every module that
+    imported it. It takes `original` and then the arguments of a call."""
 
     def decorate(function: Callable) -> Callable:
         @functools.wraps(original)
-        def call(neox_args, *args, **kwargs):
+        def call(*args, **kwargs):
+            return function(original, *args, **kwargs)
+
+        replace(original, call)
+        return call
+
+    return decorate
+
+
+def in_metala_runs(original: Callable) -> Callable[[Callable], Callable]:
+    """Does what `replaces` does, in runs with MetaLA layers. Other runs still call `original`.
+    `neox_args` is the first argument of both."""
+
+    def decorate(function: Callable) -> Callable:
+        @replaces(original)
+        def call(original, neox_args, *args, **kwargs):
             if not has_metala_layers(neox_args):
                 return original(neox_args, *args, **kwargs)
             return function(original, neox_args, *args, **kwargs)
 
-        replace(original, call)
         return call
+
+    return decorate
+
+
+def overrides(owner: Any, name: str) -> Callable[[Callable], Callable]:
+    """Decorates a function that takes the place of a method of a class, or of one object. It takes
+    the method and then the arguments of a call. Raises an AttributeError if there is no such
+    method: nobody would call the function."""
+
+    def decorate(function: Callable) -> Callable:
+        original = getattr(owner, name)
+
+        @functools.wraps(original)
+        def call(*args, **kwargs):
+            return function(original, *args, **kwargs)
+
+        setattr(owner, name, call)
+        return function
 
     return decorate
 

@@ -32,7 +32,8 @@ from megatron_patch.neox.patching import (
     has_metala_layers,
     in_metala_runs,
     mentions_metala,
-    replace,
+    overrides,
+    replaces,
 )
 from megatron_patch.neox.pytorch_adam import take_pytorchs_adam
 from megatron_patch.neox.run_settings import (
@@ -152,10 +153,8 @@ def _check_settings() -> None:
     rank exists, and again in each rank."""
     from megatron.neox_arguments.arguments import ZERO_DEFAULTS, NeoXArgs
 
-    post_init = NeoXArgs.__post_init__
-
-    @functools.wraps(post_init)
-    def checked_post_init(self) -> None:
+    @overrides(NeoXArgs, "__post_init__")
+    def checked_post_init(post_init, self) -> None:
         if mentions_metala(self):
             check_values(self)
         activate_cpu_mode(self)
@@ -181,8 +180,6 @@ def _check_settings() -> None:
             reason = " ".join(re.sub(r"\033\[\d*m", "", str(error)).split())
             raise SettingsError(f"GPT-NeoX refuses the settings: {reason}") from error
         self.num_kv_heads = key_heads
-
-    NeoXArgs.__post_init__ = checked_post_init
 
 
 def _end_with_one_line() -> None:
@@ -240,15 +237,13 @@ def _end_with_one_line() -> None:
 def _add_norm() -> None:
     from megatron.model.norms import get_norm
 
-    @functools.wraps(get_norm)
-    def get_norm_with_simple(neox_args):
+    @replaces(get_norm)
+    def get_norm_with_simple(get_norm, neox_args):
         if neox_args.norm == "simplermsnorm":
             from megatron_patch.neox.layer import SimpleRMSNorm
 
             return SimpleRMSNorm, neox_args.rms_norm_epsilon
         return get_norm(neox_args)
-
-    replace(get_norm, get_norm_with_simple)
 
 
 def _add_layer() -> None:
@@ -259,10 +254,8 @@ def _add_layer() -> None:
 
     from megatron_patch.neox.layer import ParallelMetaLALayerPipe
 
-    init_specs = GPT2ModelPipe.init_specs
-
-    @functools.wraps(init_specs)
-    def init_specs_with_metala(self) -> None:
+    @overrides(GPT2ModelPipe, "init_specs")
+    def init_specs_with_metala(init_specs, self) -> None:
         init_specs(self)
         layer_types = self.neox_args.attention_config
         for index, spec in enumerate(self.specs):
@@ -276,8 +269,6 @@ def _add_layer() -> None:
                     layer_number=number,
                 )
 
-    GPT2ModelPipe.init_specs = init_specs_with_metala
-
 
 def _recompute_layer() -> None:
     """Lets `checkpoint_activations` recompute the layer. GPT-NeoX's pipeline and its sequential
@@ -285,17 +276,12 @@ def _recompute_layer() -> None:
     from megatron.model.gpt2_model import GPT2ModelPipe
     from megatron.model.utils import SequentialWrapper
 
-    for owner in (GPT2ModelPipe, SequentialWrapper):
-        _allow_recomputation(owner, owner._is_checkpointable)
-
-
-def _allow_recomputation(owner: type, is_checkpointable: Callable) -> None:
-    @functools.wraps(is_checkpointable)
-    def knows_metala(self, funcs) -> bool:
+    def knows_metala(is_checkpointable, self, funcs) -> bool:
         others = [f for f in funcs if type(f).__name__ != "ParallelMetaLALayerPipe"]
         return not others or is_checkpointable(self, others)
 
-    owner._is_checkpointable = knows_metala
+    for owner in (GPT2ModelPipe, SequentialWrapper):
+        overrides(owner, "_is_checkpointable")(knows_metala)
 
 
 def _count_flops() -> None:

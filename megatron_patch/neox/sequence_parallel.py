@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from megatron_patch.architecture import METALA, SOFTMAX_TYPES, refuse
 from megatron_patch.architecture_neox import expand_attention_config
-from megatron_patch.neox.patching import has_metala_layers, replace
+from megatron_patch.neox.patching import has_metala_layers, replaces
 from megatron_patch.neox.recompute import Compute, recomputed
 from megatron_patch.neox.token_groups import context_size, is_sequence_parallel
 
@@ -123,7 +123,8 @@ def _sum_partial_gradients() -> None:
     )
     from megatron.model.word_embeddings import Embedding
 
-    def mark_all(module: torch.nn.Module, neox_args: Any) -> None:
+    @replaces(mark_norms)
+    def mark_all(mark_norms, module: torch.nn.Module, neox_args: Any) -> None:
         if not has_metala_layers(neox_args):
             mark_norms(module, neox_args)
         elif is_sequence_parallel(neox_args):
@@ -134,8 +135,6 @@ def _sum_partial_gradients() -> None:
                 if p.requires_grad and not is_whole:
                     p.has_partial_gradient = True
                     p.register_hook(add_up)
-
-    replace(mark_norms, mark_all)
 
 
 def add_partial_gradients(

@@ -65,7 +65,7 @@ def make_token_groups() -> None:
         # which may have failed, and memory of `expandable_segments` cannot be registered.
         os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
         result = initialize(neox_args, *args, **kwargs)
-        size = context_size(neox_args)
+        _context, size = None, context_size(neox_args)
         if size > 1:
             replicas = dist.get_process_group_ranks(mpu.get_data_parallel_group())
             first = mpu.get_data_parallel_rank() // size * size

@@ -75,12 +75,12 @@ def records_gradients(*tensors: torch.Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
-def is_traced(x: torch.Tensor) -> bool:
-    """Returns whether something traces a call on x: `torch.compile`, fake tensors, `make_fx` or
-    `torch.func`. It cannot see into an `autograd.Function` that launches kernels."""
+def is_traced(*tensors: torch.Tensor | None) -> bool:
+    """Returns whether something traces a call on these tensors: `torch.compile`, fake tensors,
+    `make_fx` or `torch.func`. It cannot see into an `autograd.Function` that launches kernels."""
     return (
         torch.compiler.is_compiling()
-        or type(x) is not torch.Tensor
+        or any(x is not None and type(x) is not torch.Tensor for x in tensors)
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
     )

@@ -348,22 +348,22 @@ def test_gradients_are_those_of_the_formula(apart, case):
 
 
 def test_a_reward_model_wants_one_label_a_document(in_neox, data, tokenizer_file):
-    """GPT-NeoX would take a second label of the first row for that of the second row."""
+    """GPT-NeoX would take a second label of the first row for that of the second row. The rank that
+    reads such a document says so, whichever it is."""
     code = """
     from megatron import training
-    from megatron_patch.architecture import SettingsError
     text = torch.ones(2, 49, dtype=torch.long)
     labels = torch.full_like(text, -100)
     labels[0, [7, 9]] = 1
     batch = {"pos": text, "neg": text, "pos_label": labels, "neg_label": labels}
     try:
         training.get_batch(neox_args, iter([batch]))
-    except SettingsError as error:
-        answer(str(error))
+    except SystemExit as end:
+        answer(end.code)
     """
     config = settings(data, tokenizer_file, **{**RUN, **objective(data, data, "rm")})
     found = in_neox(config, code)
-    assert found.startswith("train_impl: found rm and documents with [2, 0, 2, 0] labels")
+    assert found.startswith("MetaLA: train_impl: found rm and documents with [2, 0, 2, 0] labels")
 
 
 # ---- Layouts, going on, export

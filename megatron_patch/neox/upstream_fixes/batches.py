@@ -29,7 +29,6 @@ def read_batches_again() -> None:
     miscounts the batches that earlier validations have read, if a run with gradient accumulation
     stops between two of them.
     """
-    from megatron import training  # noqa: F401  (holds the function)
     from megatron.data import data_utils
 
     @in_metala_runs(data_utils.shift_and_wrap_data_loaders)
@@ -70,7 +69,6 @@ def blend_whole_data_sets() -> None:
     GPT-NeoX draws as many samples from each data set: of 600 and 46 samples 323 each, so that it
     reads one in part and the other seven times.
     """
-    from megatron import training  # noqa: F401  (holds the function)
     from megatron.data import data_utils
 
     blend = data_utils.BlendableDataset

@@ -28,7 +28,6 @@ from megatron_patch.neox.patching import in_metala_runs, repairs, swapped
 @repairs("index maps", "megatron.data.gpt2_dataset:_build_index_mappings", '_filename += "_{}pi"')
 def name_index_maps_after_data() -> None:
     """Makes runs with MetaLA layers build and find the index maps of their own data."""
-    from megatron import training  # noqa: F401  (holds the function)
     from megatron.data import data_utils, gpt2_dataset, pairwise_dataset
 
     @in_metala_runs(data_utils.build_train_valid_test_data_loaders)
@@ -142,7 +141,6 @@ def end_samples_with_their_documents() -> None:
     pads with token 0, which may be the end-of-document token; each would be a document of its own
     under `metala: {reset_at_document: true}`.
     """
-    from megatron import training  # noqa: F401  (holds the function)
     from megatron.data import data_utils
     from megatron.data.gpt2_dataset import GPT2Dataset
     from megatron.data.pairwise_dataset import PairwiseDataset

@@ -68,9 +68,9 @@ def check_save(args: Any) -> None:
 @repairs("locked save folder", "megatron.initialize:initialize_megatron")
 def check_save_at_start() -> None:
     """Checks the folder when GPT-NeoX has initialised torch.distributed."""
-    from megatron import initialize
+    from megatron.initialize import initialize_megatron
 
-    @in_metala_runs(initialize.initialize_megatron)
+    @in_metala_runs(initialize_megatron)
     def initialize_and_check_save(initialize_megatron, neox_args, *args, **kwargs):
         result = initialize_megatron(neox_args, *args, **kwargs)
         check_save(neox_args)
@@ -152,9 +152,10 @@ def _first_drifted(module: torch.nn.Module, group, source: int) -> tuple[str, li
 @repairs("equal replicas", "megatron.checkpointing:save_checkpoint")
 def check_before_saving() -> None:
     """Checks the replicas, and who holds the folder, before each checkpoint."""
-    from megatron import checkpointing, mpu, training  # noqa: F401  (training holds the function)
+    from megatron import mpu
+    from megatron.checkpointing import save_checkpoint
 
-    @in_metala_runs(checkpointing.save_checkpoint)
+    @in_metala_runs(save_checkpoint)
     def save_equal_replicas(save_checkpoint, neox_args, iteration, model, *args, **kwargs):
         group, source = mpu.get_model_parallel_group(), mpu.get_model_parallel_src_rank()
         check_replicas(model.module, group, source)
@@ -190,7 +191,7 @@ def delete_old_checkpoints(save_dir: str, n_to_keep: int) -> None:
 )
 def delete_old_checkpoints_alone() -> None:
     """Lets `save_checkpoint` delete by the function above."""
-    from megatron import checkpointing, training  # noqa: F401  (training holds save_checkpoint too)
+    from megatron import checkpointing
 
     @in_metala_runs(checkpointing.save_checkpoint)
     def save_and_delete(save_checkpoint, neox_args, *args, **kwargs):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import os
 import sys
 from types import SimpleNamespace
 
-from megatron_patch.neox.patching import mentions_metala, repairs, replace, swapped
+from megatron_patch.neox.patching import mentions_metala, overrides, repairs, replaces, swapped
 
 
 # megatron/data/indexed_dataset.py:71
@@ -17,13 +16,11 @@ def open_inferred_data_sets() -> None:
     """Lets `data_impl: infer`, the default, open the data set whose format it has recognised."""
     from megatron.data.indexed_dataset import infer_dataset_impl, make_dataset
 
-    @functools.wraps(make_dataset)
-    def make_inferred_dataset(path, impl, skip_warmup=False):
+    @replaces(make_dataset)
+    def make_inferred_dataset(make_dataset, path, impl, skip_warmup=False):
         if impl == "infer":
             impl = infer_dataset_impl(path)
         return make_dataset(path, impl, skip_warmup)
-
-    replace(make_dataset, make_inferred_dataset)
 
 
 # megatron/training.py:544, unpacked in line 1611. Of the same kind as
@@ -38,12 +35,10 @@ def return_metrics_in_pipelines() -> None:
     caller `evaluate` expects."""
     from megatron.training import forward_step
 
-    @functools.wraps(forward_step)
-    def forward_step_with_metrics(data_iterator, model, neox_args, timers, *args, **kwargs):
-        result = forward_step(data_iterator, model, neox_args, timers, *args, **kwargs)
+    @replaces(forward_step)
+    def forward_step_with_metrics(forward_step, *args, **kwargs):
+        result = forward_step(*args, **kwargs)
         return result if isinstance(result, tuple) else (result, {})
-
-    replace(forward_step, forward_step_with_metrics)
 
 
 # megatron/utils.py:144, megatron/neox_arguments/arguments.py:453
@@ -58,13 +53,11 @@ def log_to_wandb_offline() -> None:
     if util is not None and not hasattr(util, "generate_id"):
         util.generate_id = wandb.sdk.lib.runid.generate_id
 
-    @functools.wraps(get_wandb_api_key)
-    def key_unless_offline(neox_args):
+    @replaces(get_wandb_api_key)
+    def key_unless_offline(get_wandb_api_key, neox_args):
         if os.environ.get("WANDB_MODE") == "offline":
             return "LOCAL"  # GPT-NeoX's own answer for a local wandb server
         return get_wandb_api_key(neox_args)
-
-    replace(get_wandb_api_key, key_unless_offline)
 
 
 # megatron/tokenizer/tokenizer.py:160
@@ -115,11 +108,7 @@ def append_to_logs() -> None:
             self.file.close()
             self.file = open(file, "a", buffering=1, encoding="utf-8")
 
-    enable_logging = NeoXArgs.enable_logging
-
-    @functools.wraps(enable_logging)
-    def enable_appending(self) -> None:
+    @overrides(NeoXArgs, "enable_logging")
+    def enable_appending(enable_logging, self) -> None:
         with swapped(arguments, "Tee", AppendingTee if mentions_metala(self) else Tee):
             enable_logging(self)
-
-    NeoXArgs.enable_logging = enable_appending
