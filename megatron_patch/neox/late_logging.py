@@ -8,13 +8,12 @@ when training ends.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from megatron_patch.neox.patching import in_metala_runs, replace
+from megatron_patch.neox.patching import in_metala_runs, replaces
 
 
 class LateLog:
@@ -58,11 +57,9 @@ def log_late() -> None:
     late = LateLog(tb_wandb_log)
     is_late = False
 
-    @functools.wraps(tb_wandb_log)
-    def log_in_order(key, value, *args, **kwargs):
-        (late if is_late else tb_wandb_log)(key, value, *args, **kwargs)
-
-    replace(tb_wandb_log, log_in_order)
+    @replaces(tb_wandb_log)
+    def log_in_order(log, *args, **kwargs):
+        (late if is_late else log)(*args, **kwargs)
 
     @in_metala_runs(training_log)
     def flush_and_log(training_log, *args, **kwargs):

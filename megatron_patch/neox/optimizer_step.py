@@ -9,12 +9,13 @@ before it launches the next update, and corrects what it counted.
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, distributed
 
+from megatron_patch.neox.patching import overrides
 from megatron_patch.neox.skipped_steps import SkippedSteps
 from megatron_patch.ops.backends import implementation
 
@@ -37,14 +38,11 @@ class OptimizerStep:
         self.arrived = torch.cuda.Event() if is_on_gpu else None
         self.is_known = True
         self.optimizer.step, engine.settle = self.step, self.settle
-        save = engine.save_checkpoint
 
-        @functools.wraps(save)
-        def save_what_is_known(*args, **kwargs):
+        @overrides(engine, "save_checkpoint")
+        def save_what_is_known(save: Callable, *args: Any, **kwargs: Any) -> Any:
             self.settle()
             return save(*args, **kwargs)
-
-        engine.save_checkpoint = save_what_is_known
 
     @torch.no_grad()
     def step(self) -> None:

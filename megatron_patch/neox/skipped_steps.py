@@ -5,9 +5,10 @@ DeepSpeed skips them without a word, in bfloat16 for ever. In fp16 GPT-NeoX coun
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
+
+from megatron_patch.neox.patching import overrides
 
 MOST = 50  # in a row, as in GPT-NeoX's monitor of fp16 runs
 
@@ -39,11 +40,8 @@ class SkippedSteps:
 
     def watch(self, engine: Any) -> None:
         """Notes the steps of a DeepSpeed engine whose optimizer knows at once what it skipped."""
-        take = engine._take_model_step
 
-        @functools.wraps(take)
-        def take_and_note(*args: Any, **kwargs: Any) -> None:
+        @overrides(engine, "_take_model_step")
+        def take_and_note(take: Callable, *args: Any, **kwargs: Any) -> None:
             take(*args, **kwargs)
             self.note(engine.global_steps, bool(getattr(engine.optimizer, "overflow", False)))
-
-        engine._take_model_step = take_and_note
