@@ -61,9 +61,9 @@ def shrink_unread_attention_mask() -> None:
 
     @replaces(training.get_batch_sequential)
     def make_inputs_with_mask_if_read(make_inputs, forward_input, neox_args):
-        tokens, positions, mask = forward_input
+        tokens, positions = forward_input[:2]
         # GPT-NeoX makes the mask of a batch a second time here, which would lose the documents.
-        if documents.resets(neox_args) and mask.shape[-1] == tokens.shape[1]:
+        if documents.resets(neox_args) and forward_input[2].shape[-1] == tokens.shape[1]:
             return forward_input
         if is_read(neox_args):
             return make_inputs(forward_input, neox_args)
