@@ -41,7 +41,8 @@ MAX_WHOLE = 2**63 - 1
 
 
 class SettingsError(ValueError):
-    """A setting, or a combination of settings, that makes no sense. The message is one line."""
+    """A setting, or a combination of settings, that makes no sense. The message is one line: its
+    name, what was found and what was wanted."""
 
     def __init__(self, line: str):
         super().__init__(one_line(line))
@@ -204,7 +205,7 @@ class MetaLAOptions:
     @classmethod
     def parse(cls, mapping: Any) -> MetaLAOptions:
         """Returns the options in the mapping under `metala:`; `None` gives the defaults. Raises a
-        SettingsError that names the key, what was found and what was wanted."""
+        SettingsError if a key is unknown or a value cannot be used."""
         names = [item.name for item in fields(cls)]
         known = ", ".join(names)
         if mapping is not None and not isinstance(mapping, Mapping):

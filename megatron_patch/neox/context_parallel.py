@@ -37,7 +37,7 @@ def mean_over_context(count: torch.Tensor) -> torch.Tensor:
 
 
 def check_context_parallel(args: Any, program: str) -> None:
-    """Raises a SettingsError, in one line, if a run of `program` cannot split its sequences."""
+    """Raises a SettingsError if a run of `program` cannot split its sequences."""
     options = MetaLAOptions.parse(args.metala)
     size = options.context_parallel_size
     if size == 1:

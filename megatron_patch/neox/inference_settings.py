@@ -15,7 +15,7 @@ _OLDEST_LM_EVAL = (0, 4, 5)
 
 def check_inference(args: Any, program: str) -> None:
     """Checks a run of generate.py or eval.py, or one of train.py that evaluates tasks. Raises a
-    SettingsError, one line that names the setting, what was found and what was wanted."""
+    SettingsError."""
     if program == "generate.py":
         _check_generation(args)
     if evaluates(args, program):

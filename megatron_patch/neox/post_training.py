@@ -20,8 +20,7 @@ PAIRWISE = ("dpo", "rm")
 
 
 def check_post_training(args: Any, program: str) -> None:
-    """Checks the data sets and the objective of a run. Raises a SettingsError, one line that names
-    the setting, what was found and what was wanted."""
+    """Checks the data sets and the objective of a run. Raises a SettingsError."""
     kind = args.train_impl
     if kind == "reinforce":
         wanted = "normal, dpo, kto or rm: GPT-NeoX's REINFORCE needs a server of samples"

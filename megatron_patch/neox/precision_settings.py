@@ -33,7 +33,7 @@ def model_precision(args: Any) -> str:
 
 def check_precision(args: Any) -> None:
     """Checks the precision of any program's model, and lets `fp32_allreduce` reach DeepSpeed.
-    Raises a SettingsError, one line that names the setting, what was found and what was wanted."""
+    Raises a SettingsError."""
     if args.amp is not None:
         refuse("amp", args.amp, "none, but precision: DeepSpeed no longer has amp")
     if args.communication_data_type is not None:  # true or false to GPT-NeoX, a name to DeepSpeed
@@ -70,8 +70,8 @@ def _reduce_in_float32(args: Any) -> None:
 
 
 def check_precision_of_training(args: Any, stage: int) -> None:
-    """Checks the optimizer and the sums of gradients against precision and ZeRO stage. Raises a
-    SettingsError like :func:`check_precision`."""
+    """Checks the optimizer and the dtype of the sums of gradients against precision and ZeRO stage.
+    Raises a SettingsError."""
     precision = model_precision(args)
     if precision == "fp16" and stage == 0:
         wanted = "1, 2 or 3 with precision: fp16; without ZeRO DeepSpeed does not scale the loss"

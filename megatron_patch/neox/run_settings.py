@@ -81,8 +81,7 @@ _WORDS = {
 
 def check_values(args: Any) -> None:
     """Checks each field of GPT-NeoX's dataclass of settings by its annotation, and those of the
-    table above by their range. Raises a SettingsError, one line that names the setting, what was
-    found and what was wanted."""
+    table above by their range. Raises a SettingsError."""
     for field in dataclasses.fields(args):
         value = getattr(args, field.name)
         if value is None or (args.autotuning is not None and value == "auto"):
@@ -178,8 +177,7 @@ def program(args: Any) -> str:
 def check_run(args: Any) -> None:
     """Checks the settings of a run with MetaLA layers, before GPT-NeoX derives others, against what
     its program can do, and takes away the "/" at the end of `save`, with which GPT-NeoX finds no
-    old checkpoints and uploads all runs under one name. Raises a SettingsError, one line that names
-    the setting, what was found and what was wanted."""
+    old checkpoints and uploads all runs under one name. Raises a SettingsError."""
     if not args.deepspeed:
         refuse("deepspeed", args.deepspeed, "true: GPT-NeoX trains with DeepSpeed alone")
     if args.seq_length is None:

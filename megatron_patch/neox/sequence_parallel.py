@@ -58,8 +58,8 @@ def row_parallel_sum(linear: torch.nn.Module, product: torch.Tensor) -> torch.Te
 
 
 def check_sequence_parallel(args: Any, program: str) -> None:
-    """Raises a SettingsError, in one line, if a run of `program` cannot split its tokens over
-    tensor-parallel ranks."""
+    """Raises a SettingsError if a run of `program` cannot split its tokens over tensor-parallel
+    ranks."""
     if not is_sequence_parallel(args):
         return
 

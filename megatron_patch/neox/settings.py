@@ -56,7 +56,7 @@ FUSED_NORMS = {"layernorm_fusion": "layernorm", "rmsnorm_fusion": "rmsnorm"}
 def check_settings(args: Any) -> Architecture | None:
     """Checks the settings of a model before it is built. They are attributes of any object; derived
     values are not needed. Returns the model, or `None` if no layer is of type `metala`. Raises a
-    SettingsError, one line that names the setting, what was found and what was wanted."""
+    SettingsError."""
     if not _has_metala_layers(args):
         if args.metala is not None:
             raise SettingsError(

@@ -71,8 +71,7 @@ def check_load(args) -> None:
 
     One case without a checkpoint is a first start and no mistake: `load` and `save` name the same
     folder, and it holds no checkpoint yet. That is the usual way to have one command that starts
-    and resumes. Raises a SettingsError that names the folder or setting, what was found there and
-    what was wanted.
+    and resumes. Raises a SettingsError.
     """
     is_training = _is_training(args)
     if is_training and args.no_load_optim:

@@ -178,9 +178,11 @@ def delete_old_checkpoints(save_dir: str, n_to_keep: int) -> None:
     folder = Path(save_dir)
     latest = STEP.fullmatch((folder / "latest").read_text().strip())
     steps = [n for n in saved_steps(folder) if latest is None or n <= int(latest[1])]
-    for step in steps[:-n_to_keep]:
-        print(f"MetaLA: keep_last_n_checkpoints: deleting {folder}/global_step{step}", flush=True)
-        shutil.rmtree(folder / f"global_step{step}", ignore_errors=True)
+    for old in (folder / f"global_step{step}" for step in steps[:-n_to_keep]):
+        print(f"MetaLA: keep_last_n_checkpoints: deleting {old}", flush=True)
+        shutil.rmtree(old, ignore_errors=True)  # training goes on
+        if old.exists():
+            print(f"MetaLA: keep_last_n_checkpoints: {old} cannot be deleted whole", flush=True)
 
 
 # megatron/checkpointing.py:158
