@@ -15,7 +15,6 @@ What the layers exchange is in `ops/context_parallel.py`.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -88,8 +87,6 @@ def _count_samples_by_group() -> None:
     by all data-parallel ranks, so it is told a batch of N times the samples."""
     from megatron.neox_arguments.arguments import NeoXArgs
 
-    deepspeed_config = NeoXArgs.deepspeed_config.fget
-
     @overrides(NeoXArgs, "calculate_derived")
     def derive_by_group(derive, self) -> None:
         size = context_size(self)
@@ -101,15 +98,13 @@ def _count_samples_by_group() -> None:
         for name in names:
             vars(self).pop(name, None)
 
-    @functools.wraps(deepspeed_config)
-    def config_of_all_ranks(self) -> dict:
+    @overrides(NeoXArgs, "deepspeed_config")
+    def config_of_all_ranks(deepspeed_config, self) -> dict:
         config = deepspeed_config(self)
         # The launcher hands this mapping to the ranks, which read GPT-NeoX's batch size from it.
         if "train_batch_size" in config and dist.is_initialized():
             config["train_batch_size"] *= context_size(self)
         return config
-
-    NeoXArgs.deepspeed_config = property(config_of_all_ranks)
 
 
 def _with_fewer_ranks(function, size: int):

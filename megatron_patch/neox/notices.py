@@ -10,14 +10,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
+import torch.distributed as dist
 
 from megatron_patch.steps import STEP, latest_step
 
 
 def say(line: str) -> None:
     """Prints a line, on the first rank alone."""
-    if torch.distributed.get_rank() == 0:
+    rank = dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+    if rank == 0:
         print(f"MetaLA: {line}", flush=True)
 
 

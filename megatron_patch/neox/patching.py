@@ -64,18 +64,20 @@ def in_metala_runs(original: Callable) -> Callable[[Callable], Callable]:
 
 
 def overrides(owner: Any, name: str) -> Callable[[Callable], Callable]:
-    """Decorates a function that takes the place of a method of a class, or of one object. It takes
-    the method and then the arguments of a call. Raises an AttributeError if there is no such
-    method: nobody would call the function."""
+    """Decorates a function that takes the place of a method, or property, of a class, or of a
+    method of one object. It takes the original and then the arguments of a call. Raises an
+    AttributeError if there is no original: nobody would call the function."""
 
     def decorate(function: Callable) -> Callable:
-        original = getattr(owner, name)
+        found = getattr(owner, name)
+        is_property = isinstance(found, property)
+        original = found.fget if is_property else found
 
         @functools.wraps(original)
         def call(*args, **kwargs):
             return function(original, *args, **kwargs)
 
-        setattr(owner, name, call)
+        setattr(owner, name, property(call) if is_property else call)
         return function
 
     return decorate

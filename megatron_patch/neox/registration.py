@@ -27,7 +27,7 @@ from megatron_patch.neox.fast_step import speed_up_steps
 from megatron_patch.neox.flops import flops_per_second
 from megatron_patch.neox.inference_settings import evaluates
 from megatron_patch.neox.loss import fuse_loss
-from megatron_patch.neox.notices import notices
+from megatron_patch.neox.notices import notices, say
 from megatron_patch.neox.patching import (
     has_metala_layers,
     in_metala_runs,
@@ -214,10 +214,10 @@ def _end_with_one_line() -> None:
             check_backend(neox_args)
         check_limits(neox_args)
         if has_metala_layers(neox_args):
-            print(f"MetaLA: {upstream_fixes.summary()}", flush=True)
+            say(upstream_fixes.summary())
             if program(neox_args) == "train.py":  # before the first step, not after weeks
                 for line in filter(None, [export_warning(neox_args), *notices(neox_args)]):
-                    print(f"MetaLA: {line}", flush=True)
+                    say(line)
 
     def in_rank(neox_args) -> None:
         check_backend(neox_args)

@@ -23,6 +23,7 @@ from megatron_patch.neox.context_parallel import check_context_parallel
 from megatron_patch.neox.data_settings import check_data_weights, check_paths
 from megatron_patch.neox.inference_settings import check_inference
 from megatron_patch.neox.memory_settings import check_memory_settings
+from megatron_patch.neox.notices import say
 from megatron_patch.neox.post_training import check_micro_batch, check_post_training
 from megatron_patch.neox.precision_settings import (
     check_precision,
@@ -193,7 +194,7 @@ def check_run(args: Any) -> None:
                 f"none with layers of type {', '.join(others)}: GPT-NeoX heeds it in a pipeline "
                 "alone, and not when it generates",
             )
-    check_paths({field.name: getattr(args, field.name) for field in dataclasses.fields(args)})
+    check_paths(vars(args))
     check_data_weights(args)
     check_precision(args)
     check_context_parallel(args, program(args))
@@ -254,11 +255,10 @@ def warn_of_short_warmup(warmup: float, iterations: int) -> None:
     """Warns if `warmup`, a share of the schedule's iterations, is less than one step: the first
     learning rate is then larger than `lr`."""
     if 0 < warmup * iterations < 1:
-        print(
-            f"MetaLA: warmup: {warmup} of {iterations} iterations is less than one, which makes "
-            f"the first learning rate {1 / (warmup * iterations):.3g} times lr, as in GPT-NeoX; "
-            f"0 is no warm-up, {1 / iterations:.3g} one iteration",
-            flush=True,
+        say(
+            f"warmup: {warmup} of {iterations} iterations is less than one, which makes the first "
+            f"learning rate {1 / (warmup * iterations):.3g} times lr, as in GPT-NeoX; 0 is no "
+            f"warm-up, {1 / iterations:.3g} one iteration"
         )
 
 

@@ -8,7 +8,6 @@ before the convolution (`mixer.py`).
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from megatron_patch.architecture import METALA, SOFTMAX_TYPES, refuse
 from megatron_patch.architecture_neox import expand_attention_config
-from megatron_patch.neox.patching import has_metala_layers, replaces
+from megatron_patch.neox.patching import has_metala_layers, overrides, replaces
 from megatron_patch.neox.recompute import Compute, recomputed
 from megatron_patch.neox.token_groups import context_size, is_sequence_parallel
 
@@ -95,17 +94,13 @@ def _send_own_tokens() -> None:
     takes the ranks' hidden states for equal: it sends a part of each and gathers the parts."""
     from megatron.neox_arguments.arguments import NeoXArgs
 
-    deepspeed_config = NeoXArgs.deepspeed_config.fget
-
-    @functools.wraps(deepspeed_config)
-    def config_of_split_tokens(self) -> dict:
+    @overrides(NeoXArgs, "deepspeed_config")
+    def config_of_split_tokens(deepspeed_config, self) -> dict:
         config = deepspeed_config(self)
         if has_metala_layers(self) and is_sequence_parallel(self):
             whole = {"pipe_partitioned": False, "grad_partitioned": False}
             config["pipeline"] = {**config.get("pipeline", {}), **whole}
         return config
-
-    NeoXArgs.deepspeed_config = property(config_of_split_tokens)
 
 
 def _sum_partial_gradients() -> None:

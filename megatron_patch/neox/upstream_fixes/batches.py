@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from megatron_patch.architecture import SettingsError, refuse
+from megatron_patch.neox.notices import say
 from megatron_patch.neox.patching import in_metala_runs, repairs, swapped
 
 
@@ -109,9 +110,8 @@ def check_parts(neox_args: Any, loaders: dict[str, Any]) -> None:
     if not neox_args.eval_iters:
         neox_args.do_valid = neox_args.do_test = 0
         loaders["valid"] = loaders["test"] = None
-    elif not neox_args.do_valid and neox_args.rank == 0:
-        line = f"split: {neox_args.split!r} leaves no document to validate on"
-        print(f"MetaLA: {line}, so there is no validation", flush=True)
+    elif not neox_args.do_valid:
+        say(f"split: {neox_args.split!r} leaves no document to validate on: no validation")
     for part, loader in loaders.items():
         if loader is not None and len(loader) == 0:
             samples = f"{len(loader.dataset)} samples of {neox_args.seq_length} tokens"

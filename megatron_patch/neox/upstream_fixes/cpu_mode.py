@@ -13,6 +13,7 @@ from importlib import import_module
 import torch
 
 from megatron_patch.architecture import SettingsError
+from megatron_patch.neox.notices import say
 from megatron_patch.neox.patching import repairs, replaces
 from megatron_patch.neox.pytorch_adam import FusedAdamW
 
@@ -63,10 +64,7 @@ def activate_cpu_mode(args) -> None:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks()))
     if already_active:
         return
-    if os.environ.get("RANK", "0") == "0":
-        print(
-            "MetaLA: no CUDA device and distributed_backend: gloo, running on the CPU", flush=True
-        )
+    say("no CUDA device and distributed_backend: gloo, running on the CPU")
     _redirect_cuda()
     _avoid_compiled_ops()
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from megatron_patch.architecture import METALA, SettingsError, refuse
 from megatron_patch.architecture_neox import module_layers
+from megatron_patch.neox.notices import say
 from megatron_patch.neox.post_training import needs_reference, reference_args
 from megatron_patch.neox.run_settings import program
 from megatron_patch.neox.yaml_config import SUFFIXES, merge_yaml_texts, read_yaml
@@ -49,7 +50,7 @@ def go_on_from_save(args) -> None:
                 f"wanted a folder of its own, or load: {args.save} and finetune: false to go on"
             )
     args.load, args.finetune, args.iteration = args.save, False, None
-    print(f"MetaLA: save holds {step.name} of this run, which goes on from there", flush=True)
+    say(f"save holds {step.name} of this run, which goes on from there")
 
 
 def _saved_settings(step: Path) -> dict[str, Any]:
@@ -236,10 +237,9 @@ def _tell_of_another_batch(args, states: dict, saved_settings: dict, file: Path)
     options = _mapping(saved_settings.get(METALA))
     saved //= _count(options.get("context_parallel_size")) or 1
     if (found := args.train_batch_size) != saved:
-        print(
-            f"MetaLA: train_batch_size: found {found}, and {saved} in {file}: the run goes on at "
-            f"sample {step * found:,} of its data, not at {step * saved:,}, where it had stopped",
-            flush=True,
+        say(
+            f"train_batch_size: found {found}, and {saved} in {file}: the run goes on at sample "
+            f"{step * found:,} of its data, not at {step * saved:,}, where it had stopped"
         )
 
 

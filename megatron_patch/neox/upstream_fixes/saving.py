@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_patch.architecture import SettingsError
+from megatron_patch.neox.notices import say
 from megatron_patch.neox.patching import in_metala_runs, repairs, swapped
 from megatron_patch.neox.run_settings import program
 from megatron_patch.save_folder import held, holder, try_saving
@@ -179,10 +180,10 @@ def delete_old_checkpoints(save_dir: str, n_to_keep: int) -> None:
     latest = STEP.fullmatch((folder / "latest").read_text().strip())
     steps = [n for n in saved_steps(folder) if latest is None or n <= int(latest[1])]
     for old in (folder / f"global_step{step}" for step in steps[:-n_to_keep]):
-        print(f"MetaLA: keep_last_n_checkpoints: deleting {old}", flush=True)
+        say(f"keep_last_n_checkpoints: deleting {old}")
         shutil.rmtree(old, ignore_errors=True)  # training goes on
         if old.exists():
-            print(f"MetaLA: keep_last_n_checkpoints: {old} cannot be deleted whole", flush=True)
+            say(f"keep_last_n_checkpoints: {old} cannot be deleted whole")
 
 
 # megatron/checkpointing.py:158
