@@ -61,15 +61,13 @@ def log_late() -> None:
     def log_in_order(log, *args, **kwargs):
         (late if is_late else log)(*args, **kwargs)
 
+    # wandb takes no step before one that it has, and a run that goes on from a checkpoint does not
+    # log again what came before it.
     @in_metala_runs(training_log)
-    def flush_and_log(training_log, *args, **kwargs):
-        late.flush()  # first: wandb takes no step before one that it has
-        return training_log(*args, **kwargs)
-
     @in_metala_runs(save_checkpoint)
-    def flush_and_save(save_checkpoint, *args, **kwargs):
-        late.flush()  # a run that goes on from here does not log these again
-        return save_checkpoint(*args, **kwargs)
+    def flush_first(log_or_save, *args, **kwargs):
+        late.flush()
+        return log_or_save(*args, **kwargs)
 
     @in_metala_runs(evaluate_and_print_results)
     def evaluate_and_flush(evaluate, *args, **kwargs):

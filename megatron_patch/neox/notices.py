@@ -12,6 +12,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatron_patch.neox.settings import export_warning
 from megatron_patch.steps import STEP, latest_step
 
 
@@ -24,6 +25,8 @@ def say(line: str) -> None:
 
 def notices(args: Any) -> Iterator[str]:
     """Yields the lines about a training, from the settings that the launcher has expanded."""
+    if warning := export_warning(args):  # before the first step, not after weeks
+        yield warning
     yield from _of_wandb(args)
     yield from _of_exit_interval(args)
 

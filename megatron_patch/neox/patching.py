@@ -13,15 +13,6 @@ from typing import Any
 from megatron_patch.architecture import METALA
 
 
-def replace(original: Any, replacement: Any) -> None:
-    """Rebinds `original` in every GPT-NeoX module that imported it, under whatever name."""
-    for module_name, module in list(sys.modules.items()):
-        if module_name.split(".")[0] == "megatron":
-            for name, value in list(vars(module).items()):
-                if value is original:
-                    setattr(module, name, replacement)
-
-
 def has_metala_layers(neox_args: Any) -> bool:
     """Returns whether a run has MetaLA layers, from settings that GPT-NeoX has accepted."""
     return METALA in neox_args.attention_config
@@ -34,15 +25,19 @@ def mentions_metala(neox_args: Any) -> bool:
 
 def replaces(original: Callable) -> Callable[[Callable], Callable]:
     """Decorates a function that takes the place of a function of GPT-NeoX's, in every module that
-    imported it. It takes `original` and then the arguments of a call."""
+    imported it, under whatever name. It takes `original` and then the arguments of a call."""
 
     def decorate(function: Callable) -> Callable:
         @functools.wraps(original)
         def call(*args, **kwargs):
             return function(original, *args, **kwargs)
 
-        replace(original, call)
-        return call
+        for module_name, module in list(sys.modules.items()):
+            if module_name.split(".")[0] == "megatron":
+                for name, value in list(vars(module).items()):
+                    if value is original:
+                        setattr(module, name, call)
+        return function
 
     return decorate
 
@@ -58,7 +53,7 @@ def in_metala_runs(original: Callable) -> Callable[[Callable], Callable]:
                 return original(neox_args, *args, **kwargs)
             return function(original, neox_args, *args, **kwargs)
 
-        return call
+        return function
 
     return decorate
 

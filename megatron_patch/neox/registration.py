@@ -44,7 +44,7 @@ from megatron_patch.neox.run_settings import (
     program,
 )
 from megatron_patch.neox.sequence_parallel import split_tokens
-from megatron_patch.neox.settings import check_settings, export_warning
+from megatron_patch.neox.settings import check_settings
 from megatron_patch.neox.token_groups import make_token_groups
 from megatron_patch.neox.unread_settings import check_unread
 from megatron_patch.neox.upstream_fixes.cpu_mode import activate_cpu_mode, runs_on_cpu
@@ -215,8 +215,8 @@ def _end_with_one_line() -> None:
         check_limits(neox_args)
         if has_metala_layers(neox_args):
             say(upstream_fixes.summary())
-            if program(neox_args) == "train.py":  # before the first step, not after weeks
-                for line in filter(None, [export_warning(neox_args), *notices(neox_args)]):
+            if program(neox_args) == "train.py":
+                for line in notices(neox_args):
                     say(line)
 
     def in_rank(neox_args) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
@@ -243,8 +242,7 @@ def check_limits(args: Any) -> None:
                     f"{name}: found {len(paths)}, wanted at most {MOST_DATA_SETS}: GPT-NeoX can "
                     "blend no more"
                 )
-    is_launcher = "LOCAL_RANK" not in os.environ
-    if is_launcher and program(args) == "train.py" and args.train_iters:
+    if program(args) == "train.py" and args.train_iters:
         fraction = 1.0 if args.lr_decay_fraction is None else args.lr_decay_fraction
         warn_of_short_warmup(
             args.warmup, args.lr_decay_iters or max(1, math.floor(args.train_iters * fraction))

@@ -10,11 +10,9 @@ import torch
 import torch.distributed as dist
 
 from megatron_patch.neox.patching import (
-    has_metala_layers,
     in_metala_runs,
     overrides,
     repairs,
-    replaces,
     swapped,
 )
 from megatron_patch.neox.upstream_fixes.processes import end_run
@@ -28,15 +26,14 @@ def forget_earlier_prompts() -> None:
     from megatron import mpu
     from megatron.text_generation_utils import stream_tokens
 
-    @replaces(stream_tokens)
+    @in_metala_runs(stream_tokens)
     def stream_tokens_of_one_prompt(
         stream_tokens, neox_args, model, context_tokens, *args, **kwargs
     ):
-        if has_metala_layers(neox_args):
-            longest, room = max(map(len, context_tokens)), neox_args.seq_length
-            # GPT-NeoX pads prompts to `seq_length`, and fails where no room is left for a token.
-            if longest >= room:
-                end_run(f"seq_length: found {room}, wanted more than the prompt's {longest} tokens")
+        longest, room = max(map(len, context_tokens)), neox_args.seq_length
+        # GPT-NeoX pads prompts to `seq_length`, and fails where no room is left for a token.
+        if longest >= room:
+            end_run(f"seq_length: found {room}, wanted more than the prompt's {longest} tokens")
         model.module.clear_cache()
         group, source = mpu.get_model_parallel_group(), mpu.get_model_parallel_src_rank()
         if neox_args.is_pipe_parallel:  # data-parallel ranks wait for each other at each token
