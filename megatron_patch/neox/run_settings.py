@@ -83,15 +83,18 @@ def check_values(args: Any) -> None:
     """Checks each field of GPT-NeoX's dataclass of settings by its annotation, and those of the
     table above by their range. Raises a SettingsError."""
     for field in dataclasses.fields(args):
-        value = getattr(args, field.name)
+        name, value, wanted = field.name, getattr(args, field.name), field.type
         if value is None or (args.autotuning is not None and value == "auto"):
             continue
-        _check_type(field.name, value, field.type)
-        if isinstance(value, (dict, list)) and field.name != "config_files":
-            for name, leaf in _leaves(field.name, value):
-                if yaml_number_hint(leaf):
-                    refuse(name, leaf, "a number")
-                _check_finite(name, leaf)
+        if name in _ANY_CASE and isinstance(value, str):
+            value, wanted = value.lower(), Literal[tuple(c.lower() for c in get_args(wanted))]
+        if not _fits(value, wanted):
+            refuse(name, value, _words(wanted))
+        for place, leaf in _leaves(name, value) if name != "config_files" else ():
+            if place != name and yaml_number_hint(leaf):
+                refuse(place, leaf, "a number")
+            if isinstance(leaf, float) and not math.isfinite(leaf):
+                refuse(place, leaf, "a finite number")
     for wanted, is_inside, names in _RANGES:
         for name in names.split():
             value = _look_up(args, name)
@@ -101,14 +104,6 @@ def check_values(args: Any) -> None:
             for number in value if isinstance(value, list) else [value]:
                 if isinstance(number, (int, float)) and not is_inside(number):
                     refuse(name, value, wanted)
-
-
-def _check_type(name: str, value: Any, wanted: Any) -> None:
-    if name in _ANY_CASE and isinstance(value, str):
-        value, wanted = value.lower(), Literal[tuple(c.lower() for c in get_args(wanted))]
-    if not _fits(value, wanted):
-        refuse(name, value, _words(wanted))
-    _check_finite(name, value)
 
 
 def _fits(value: Any, wanted: Any) -> bool:
@@ -136,11 +131,6 @@ def _words(wanted: Any) -> str:
     if origin is list:
         return f"a list, each {_words(get_args(wanted)[0])}"
     return _WORDS.get(wanted, str(wanted))
-
-
-def _check_finite(name: str, value: Any) -> None:
-    if isinstance(value, float) and not math.isfinite(value):
-        refuse(name, value, "a finite number")
 
 
 def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:

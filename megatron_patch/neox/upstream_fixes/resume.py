@@ -35,7 +35,7 @@ def go_on_from_save(args) -> None:
     holds steps of this very run, this changes the settings so that it loads the last of them.
     Raises a SettingsError if `save` holds steps of a run that began elsewhere.
     """
-    if not _is_training(args) or not args.save or not _saved("save", Path(args.save)):
+    if program(args) != "train.py" or not args.save or not _saved("save", Path(args.save)):
         return
     if not args.finetune and args.load and _is_same(args.load, args.save):
         return
@@ -59,10 +59,6 @@ def _saved_settings(step: Path) -> dict[str, Any]:
     return merge_yaml_texts(read_yaml(configs), in_order=False)
 
 
-def _is_training(args) -> bool:
-    return program(args) == "train.py"
-
-
 def _is_same(one: str, other: str) -> bool:
     return Path(one).resolve() == Path(other).resolve()
 
@@ -74,7 +70,7 @@ def check_load(args) -> None:
     folder, and it holds no checkpoint yet. That is the usual way to have one command that starts
     and resumes. Raises a SettingsError.
     """
-    is_training = _is_training(args)
+    is_training = program(args) == "train.py"
     if is_training and args.no_load_optim:
         raise SettingsError(
             "no_load_optim: found true, wanted false: GPT-NeoX would train one of the model's "
