@@ -122,10 +122,12 @@ PACKINGS = ("unpacked", "pack_until_overflow")
 @pytest.fixture(scope="module")
 def batches(in_neox, data, tokenizer_file) -> dict[str, list[dict]]:
     """The batches of trainings by `train_impl`, and of longer fine-tunings by `pack_impl`."""
-    trainings = {"normal": labelled(data)}
+    packed = {**labelled(data), "pack_impl": "packed"}
+    trainings = {"packed": packed, "normal": labelled(data)}
     trainings |= {kind: objective(data, data, kind) for kind in ("dpo", "kto", "rm")}
     for packing in PACKINGS:
         trainings[packing] = {**labelled(data), "pack_impl": packing, "train_iters": 12}
+    trainings["packed again"] = packed
     code = READ % json.dumps([{**RUN, **changes} for changes in trainings.values()])
     found = in_neox(settings(data / "mixed", tokenizer_file), code)
     return dict(zip(trainings, found, strict=True))
@@ -151,6 +153,10 @@ def test_padded_samples_hold_their_documents_and_no_more(batches, data, packing)
                 row, marks = row[length:], marks[length:]
             assert set(row) <= {1} and set(marks) <= {-100}  # 0 would end a document
     assert seen >= 48
+
+
+def test_padding_is_of_one_training_of_a_process(batches):
+    assert batches["packed"] == batches["packed again"]
 
 
 # ---- Trainings

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from megatron_patch.architecture import SettingsError
-from megatron_patch.neox.patching import in_metala_runs, repairs, swapped
+from megatron_patch.neox.patching import in_metala_runs, overrides, repairs, swapped
 
 
 # megatron/data/gpt2_dataset.py:229, megatron/data/pairwise_dataset.py
@@ -147,35 +147,36 @@ def end_samples_with_their_documents() -> None:
 
     @in_metala_runs(data_utils.build_train_valid_test_data_loaders)
     def build_loaders_of_whole_samples(build_loaders, neox_args):
-        eod = neox_args.tokenizer.eod
-        if neox_args.pack_impl != "packed":
-            if neox_args.train_impl == "normal" and not neox_args.train_label_data_paths and eod:
-                raise SettingsError(
-                    "train_label_data_paths: found none, wanted labels: the end-of-document token "
-                    f"is {eod}, so padding, which is 0, would count in the loss"
-                )
-            for dataset in (GPT2Dataset, PairwiseDataset):
-                _end_with_documents(dataset, padding=int(eod == 0))
-        return build_loaders(neox_args)
+        eod, is_padded = neox_args.tokenizer.eod, neox_args.pack_impl != "packed"
+        has_labels = neox_args.train_impl != "normal" or neox_args.train_label_data_paths
+        if is_padded and eod and not has_labels:
+            raise SettingsError(
+                "train_label_data_paths: found none, wanted labels: the end-of-document token "
+                f"is {eod}, so padding, which is 0, would count in the loss"
+            )
+        loaders = build_loaders(neox_args)
+        for loader in filter(None, loaders.values()) if is_padded else ():
+            for dataset in getattr(loader.dataset, "datasets", [loader.dataset]):
+                dataset.padding = int(eod == 0)
+        return loaders
+
+    for dataset in (GPT2Dataset, PairwiseDataset):
+        overrides(dataset, "__getitem__")(_get_padded)
 
 
-def _end_with_documents(dataset: type, padding: int) -> None:
-    """Lets samples of a data set that have labels end with their documents."""
-    get = inspect.unwrap(dataset.__getitem__)
-
-    @functools.wraps(get)
-    def get_padded(self, index: int) -> dict[str, np.ndarray]:
-        sample = get(self, index)
-        try:
-            place = self.shuffle_idx[index]
-            first, end = self.sample_idx[place][0], self.sample_idx[place + 1][0]
-        except IndexError:  # GPT-NeoX has taken another index instead
-            return sample
-        for sign, tokens in (("pos_", "pos"), ("neg_", "neg"), ("", "text")):
-            if f"{sign}label" in sample:
-                sizes = getattr(self, f"{sign}indexed_dataset").sizes
-                length = sizes[self.doc_idx[first:end]].sum()
-                sample[tokens][length:], sample[f"{sign}label"][length:] = padding, -100
+def _get_padded(get: Callable, dataset: Any, index: int) -> dict[str, np.ndarray]:
+    """Returns a sample; one with labels ends with its documents if the data set is padded."""
+    sample = get(dataset, index)
+    if not hasattr(dataset, "padding"):
         return sample
-
-    dataset.__getitem__ = get_padded
+    try:
+        place = dataset.shuffle_idx[index]
+        first, end = dataset.sample_idx[place][0], dataset.sample_idx[place + 1][0]
+    except IndexError:  # GPT-NeoX has taken another index instead
+        return sample
+    for sign, tokens in (("pos_", "pos"), ("neg_", "neg"), ("", "text")):
+        if f"{sign}label" in sample:
+            sizes = getattr(dataset, f"{sign}indexed_dataset").sizes
+            length = sizes[dataset.doc_idx[first:end]].sum()
+            sample[tokens][length:], sample[f"{sign}label"][length:] = dataset.padding, -100
+    return sample
