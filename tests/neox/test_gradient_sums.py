@@ -188,6 +188,14 @@ def test_deepspeed_is_told_of_each_gradient(steps):
     assert steps.optimizer.fp32_groups_has_gradients == [[False, False], [False]]
 
 
+def test_a_deepspeed_that_adds_otherwise_is_an_error():
+    """Its sums would never be emptied."""
+    optimizer = stand_in_optimizer()
+    optimizer.immediate_grad_update = True
+    with pytest.raises(AttributeError, match="_update_hp_grad"):
+        gradient_sums.add_gradients_at_once(SimpleNamespace(optimizer=optimizer))
+
+
 @pytest.mark.parametrize(("dtype", "wanted"), [(torch.float32, "auto"), (torch.bfloat16, "torch")])
 def test_only_float32_sums_go_to_the_kernel(monkeypatch, dtype, wanted):
     """The kernel that "auto" takes on a GPU adds in float32 and is written for such sums."""
