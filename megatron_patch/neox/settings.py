@@ -16,7 +16,6 @@ from megatron_patch.architecture import (
     WHOLE,
     Architecture,
     SettingsError,
-    optional,
     refuse,
 )
 from megatron_patch.architecture_neox import (
@@ -64,7 +63,7 @@ def check_settings(args: Any) -> Architecture | None:
             )
         return None
     for name in ("num_kv_heads", "moe_num_experts", "model_parallel_size"):
-        if (found := getattr(args, name)) and not optional(WHOLE).accepts(found):
+        if (found := getattr(args, name)) and not WHOLE.accepts(found):
             refuse(name, found, WHOLE.wanted)
     if args.intermediate_size and args.expansion_factor:
         refuse("expansion_factor", args.expansion_factor, "none, since intermediate_size is set")

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import torch
 
-from megatron_patch.ops.checks import check_choice
+from megatron_patch.ops.checks import check_choice, dtype_name
 
 logger = logging.getLogger(__name__)
 
@@ -236,9 +236,9 @@ def _unsupported_reason(
     if entry.package is None:
         return None
     if dtype not in entry.dtypes:
-        *others, last = map(_name, entry.dtypes)
+        *others, last = map(dtype_name, entry.dtypes)
         wanted = f"{', '.join(others)} or {last}" if others else last
-        return f"found {_name(dtype)} tensors, wanted {wanted}"
+        return f"found {dtype_name(dtype)} tensors, wanted {wanted}"
     if not may_interpret:
         if device.type != "cuda":
             return f"found tensors on {device}, wanted cuda"
@@ -281,7 +281,9 @@ def _unchecked_reason(
     elif entry.widths is not None and not is_checked(sizes["K"], sizes["V"], dtype):
         smallest, largest, ratios = entry.widths[dtype]
         ratios = " or ".join(f"{ratio} K" for ratio in ratios)
-        reason = f"found K = {sizes['K']}, V = {sizes['V']} in {_name(dtype)}, checked for K of "
+        reason = (
+            f"found K = {sizes['K']}, V = {sizes['V']} in {dtype_name(dtype)}, checked for K of "
+        )
         reason += f"{smallest} to {largest} and V = {ratios}"
     else:
         return None
@@ -326,10 +328,6 @@ def say(text: str) -> None:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [""])[0]
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _dots(capability: tuple[int, int]) -> str:

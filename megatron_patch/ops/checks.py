@@ -43,15 +43,17 @@ def check_tensor(
             f"{name}: found shape {list(tensor.shape)}, wanted [{layout}] = [{wanted}]"
         )
     if tensor.dtype not in dtypes:
-        wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise ValueError(
-            f"{name} {list(tensor.shape)}: found dtype {str(tensor.dtype).removeprefix('torch.')}, "
-            f"wanted {wanted}"
-        )
+        found, wanted = dtype_name(tensor.dtype), " or ".join(map(dtype_name, dtypes))
+        raise ValueError(f"{name} {list(tensor.shape)}: found dtype {found}, wanted {wanted}")
     if device is not None and tensor.device != device:
         raise ValueError(
             f"{name} {list(tensor.shape)}: found on device {tensor.device}, wanted {device}"
         )
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Returns a dtype's name without "torch."."""
+    return str(dtype).removeprefix("torch.")
 
 
 def check_choice(name: str, value: object, choices: Sequence[object]) -> None:

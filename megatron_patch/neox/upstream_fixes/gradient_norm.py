@@ -104,8 +104,6 @@ def _reduce_as_often(optimizer: Any, group: distributed.ProcessGroup) -> None:
         end_run(
             "pipe_partition_method: found a stage without parameters, wanted some on every stage"
         )
-    if most == least:
-        return
     if isinstance(optimizer, DeepSpeedZeroOptimizer) and groups < most:
 
         @overrides(optimizer, "scaled_global_norm")

@@ -10,6 +10,7 @@ import torch
 from cuda.bindings import driver
 from torch import Tensor
 
+from megatron_patch.ops.checks import dtype_name
 from megatron_patch.ops.decoding import LayerTensors
 from megatron_patch.ops.hopper.nvrtc import (
     architecture_of,
@@ -99,7 +100,7 @@ def unsupported_reason(dtype: torch.dtype, device: torch.device, **sizes: int) -
     """Returns why the kernel does not serve such a model on a device, or `None` if it does. The
     sizes are those of `unsupported_sizes`."""
     if dtype not in (torch.bfloat16, torch.float16):
-        return f"found {str(dtype).removeprefix('torch.')}, wanted bfloat16 or float16"
+        return f"found {dtype_name(dtype)}, wanted bfloat16 or float16"
     architecture = architecture_of(device)
     if architecture < SMALLEST_ARCHITECTURE:
         return f"found an architecture sm_{architecture}, wanted sm_{SMALLEST_ARCHITECTURE} or more"
