@@ -1,9 +1,9 @@
-"""What a batch has in the place of GPT-NeoX's attention mask, s x s for every batch (1 GiB at 32k
-tokens), which only attention layers read.
+"""Small masks for models without attention layers.
 
-The mask is made from the settings of the model that a batch is for. Where all layers are MetaLA,
-the batch gets a mask of one element. With `metala: {reset_at_document: true}` it gets the
-boundaries of documents instead (`documents.py`).
+GPT-NeoX makes an attention mask, s x s, for every batch (1 GiB at 32k tokens). Where all layers are
+MetaLA, nobody reads it, and the batch gets a mask of one element. With `metala: {reset_at_document:
+true}` it gets the boundaries of documents instead (`documents.py`). The settings of the model that
+a batch is for decide.
 """
 
 from __future__ import annotations

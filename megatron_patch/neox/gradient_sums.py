@@ -1,4 +1,4 @@
-"""The sums of gradients that DeepSpeed's bfloat16 optimizer keeps, in two passes over memory fewer.
+"""Adds up gradients for DeepSpeed's bfloat16 optimizer, with two passes over memory saved.
 
 DeepSpeed keeps all gradients until the end of the backward pass, adds them one by one to float32
 sums in flat tensors, and after each step fills the sums with zeros, twice. Here a gradient is added
@@ -62,6 +62,7 @@ class GradientSums:
         return self.optimizer.fp32_groups_gradients[group][index]
 
     def has_gradient(self, parameter: nn.Parameter) -> bool:
+        """Returns whether this step has added a gradient to a parameter's sum."""
         group, index = self.places[parameter]
         return self.optimizer.fp32_groups_has_gradients[group][index]
 

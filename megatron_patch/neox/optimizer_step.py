@@ -83,7 +83,7 @@ class OptimizerStep:
             state["exp_avg"] = torch.zeros_like(parameter)
             state["exp_avg_sq"] = torch.zeros_like(parameter)
         if isinstance(state["step"], Tensor):
-            state["step"] = state["step"].cpu()  # where AdamW does not put those of a checkpoint
+            state["step"] = state["step"].cpu()  # AdamW puts those of a checkpoint on the GPU
         state["step"] += 1
         betas = tuple(map(float, group["betas"]))
         corrections = (1.0, 1.0)

@@ -11,8 +11,8 @@ import copy
 from pathlib import Path
 from typing import Any
 
-from megatron_patch.architecture import MetaLAOptions, refuse
-from megatron_patch.neox.token_groups import is_sequence_parallel
+from megatron_patch.architecture import refuse
+from megatron_patch.neox.token_groups import context_size, is_sequence_parallel
 from megatron_patch.neox.yaml_config import merge_yaml_texts
 
 PARTS = ("train", "valid", "test")
@@ -76,8 +76,7 @@ def _as_written(args: Any) -> dict[str, Any]:
 
 
 def _check_layout(args: Any, kind: str) -> None:
-    size = MetaLAOptions.parse(args.metala).context_parallel_size
-    if size > 1:
+    if (size := context_size(args)) > 1:
         wanted = f"1 with train_impl: {kind}, whose loss adds up whole sequences"
         refuse("metala.context_parallel_size", size, wanted)
     if (stages := args.pipe_parallel_size) > 0:

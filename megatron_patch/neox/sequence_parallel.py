@@ -137,14 +137,12 @@ def add_partial_gradients(
 ) -> list[Tensor]:
     """Returns parameters' gradients, those summed over tensor-parallel ranks of which each rank has
     its own tokens' part: what the parameters' hooks do, in one all-reduce for all of them."""
-    gradients = list(gradients)
     places = [i for i, p in enumerate(parameters) if getattr(p, "has_partial_gradient", False)]
     if not places:
-        return gradients
+        return list(gradients)
     from megatron.model.utils import reduce_weight_grads_from_model_parallel_region as add_up
 
     joined = add_up(torch.cat([gradients[i].flatten() for i in places]))
-    sums = joined.split([gradients[i].numel() for i in places])
-    for i, total in zip(places, sums, strict=True):
-        gradients[i] = total.view_as(gradients[i])
-    return gradients
+    parts = joined.split([gradients[i].numel() for i in places])
+    sums = dict(zip(places, parts, strict=True))
+    return [sums[i].view_as(g) if i in sums else g for i, g in enumerate(gradients)]

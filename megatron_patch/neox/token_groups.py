@@ -1,5 +1,5 @@
-"""The ranks over which the tokens of a sequence are split: by context parallelism throughout, by
-sequence parallelism before and behind the projections of a layer alone."""
+"""The ranks that split the tokens of a sequence: with context parallelism in the whole model, with
+sequence parallelism only between the projections of the layers."""
 
 from __future__ import annotations
 

@@ -281,10 +281,8 @@ def _unchecked_reason(
     elif entry.widths is not None and not is_checked(sizes["K"], sizes["V"], dtype):
         smallest, largest, ratios = entry.widths[dtype]
         ratios = " or ".join(f"{ratio} K" for ratio in ratios)
-        reason = (
-            f"found K = {sizes['K']}, V = {sizes['V']} in {dtype_name(dtype)}, checked for K of "
-        )
-        reason += f"{smallest} to {largest} and V = {ratios}"
+        found = f"K = {sizes['K']}, V = {sizes['V']} in {dtype_name(dtype)}"
+        reason = f"found {found}, checked for K of {smallest} to {largest} and V = {ratios}"
     else:
         return None
     # Nobody can ask for a token decoder by name.

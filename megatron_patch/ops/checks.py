@@ -21,8 +21,6 @@ def check_tensor(
     """Raises unless `tensor` has the wanted shape, dtype and device.
 
     Args:
-        name: the argument's name.
-        tensor: what the caller gave.
         layout: the names of the dimensions, such as "B, T, H, K".
         sizes: the size of each dimension; `None` for any size of at least one.
         dtypes: the dtypes accepted.

@@ -8,8 +8,8 @@ import torch
 def accumulate(
     total: torch.Tensor, gradient: torch.Tensor, is_first: torch.Tensor | None = None
 ) -> None:
-    """Adds `gradient` to `total`, which has its shape, in place. If the int32 [] `is_first` is not 0,
-    `total` counts as zero."""
+    """Adds `gradient` to `total`, of the same shape, in place. If the int32 [] `is_first` is not
+    0, `total` counts as zero."""
     if is_first is not None:
         total.masked_fill_(is_first.bool(), 0)
     total.add_(gradient)

@@ -3,7 +3,7 @@
 Each repair stands beside the place upstream that it mends and the faulty text there. It is applied
 only while that text is in the source, so a release that mends the fault is left alone. It acts in
 runs with MetaLA layers only, except where the repaired function knows no run (`small.py`, and the
-logits in `generation.py`).
+logits in `generation.py`), and for the start without CUDA.
 
 The modules also hold the checks that the plugin calls itself: `resume.py` before a checkpoint is
 loaded, `saving.py` for the folder, `processes.py` for launchers and ranks, `devices.py` and
