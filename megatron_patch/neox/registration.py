@@ -71,7 +71,6 @@ def register() -> None:
 
     if METALA in ATTENTION_TYPE_CHOICES:
         return
-    ATTENTION_TYPE_CHOICES.append(METALA)
     _add_settings()
     _read_yaml_files()
     _check_settings()
@@ -88,6 +87,7 @@ def register() -> None:
     take_pytorchs_adam()
     speed_up_steps()
     upstream_fixes.apply()
+    ATTENTION_TYPE_CHOICES.append(METALA)  # last: half of this is no registration
 
 
 # ---- Settings
