@@ -87,4 +87,5 @@ def summary() -> str:
     """Returns the line that names the repairs of this process, and those that upstream mended."""
     applied = ", ".join(name for name, is_applied in _is_applied.items() if is_applied)
     mended = ", ".join(name for name, is_applied in _is_applied.items() if not is_applied)
-    return f"repairs of GPT-NeoX and DeepSpeed: {applied}" + (f"; mended: {mended}" * bool(mended))
+    line = f"repairs of GPT-NeoX and DeepSpeed: {applied}"
+    return f"{line}; mended: {mended}" if mended else line

@@ -115,9 +115,9 @@ def check_replicas(module: torch.nn.Module, group, source: int) -> None:
     drifted = _first_drifted(module, group, source)
     if drifted and dist.get_rank() == source:
         name, ranks = drifted
+        which = f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
         reason = (
-            f"{name}: found other values on rank{'s'[: len(ranks) > 1]} "
-            f"{', '.join(map(str, ranks))} than on rank {source}, wanted the same on all "
+            f"{name}: found other values on {which} than on rank {source}, wanted the same on all "
             "tensor-parallel ranks; no checkpoint was written"
         )
     _end_all_if(reason)
