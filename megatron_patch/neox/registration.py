@@ -187,22 +187,22 @@ def _end_with_one_line() -> None:
     launcher and `consume_neox_args` in the ranks: a mistake ends the program with one line."""
     from megatron.neox_arguments.arguments import NeoXArgs
 
-    def wrap(name: str, finish: Callable[[Any], None]) -> None:
+    def wrap(name: str, is_launcher: bool, finish: Callable[[Any], None]) -> None:
         consume = getattr(NeoXArgs, name).__func__
 
         @functools.wraps(consume)
         def consume_or_exit(cls, *args, **kwargs):
             global _is_launcher
-            _is_launcher = finish is in_launcher
-            if finish is in_rank:
-                name_rank()
-            else:
+            _is_launcher = is_launcher
+            if is_launcher:
                 os.environ.pop("LOCAL_RANK", None)  # which would make this process a rank
+            else:
+                name_rank()
             try:
                 neox_args = consume(cls, *args, **kwargs)
                 finish(neox_args)
             except SettingsError as error:
-                if finish is in_launcher:
+                if is_launcher:
                     os.environ.pop("RANK", None)  # only the first rank would print the line
                 end_run(str(error))
             return neox_args
@@ -227,8 +227,8 @@ def _end_with_one_line() -> None:
                 upstream_fixes.apply(upstream_fixes.EVALUATION_FIXES)
         check_load(neox_args)
 
-    wrap("consume_deepy_args", in_launcher)
-    wrap("consume_neox_args", in_rank)
+    wrap("consume_deepy_args", True, in_launcher)
+    wrap("consume_neox_args", False, in_rank)
 
 
 # ---- The model
