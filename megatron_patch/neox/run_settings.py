@@ -210,11 +210,10 @@ def check_backend(args: Any) -> None:
     device = torch.device("cpu") if on_cpu else torch.device("cuda", args.local_rank or 0)
     dtype = {"fp16": torch.float16, "bfloat16": torch.bfloat16}.get(args.precision, torch.float32)
     sizes = {"K": model.key_width, "V": model.value_width}
-    reason = unsupported_reason(
-        "meta_linear_attention", model.metala.backend, dtype, device, **sizes
-    )
+    name = model.metala.backend
+    reason = unsupported_reason("meta_linear_attention", name, dtype, device, **sizes)
     if reason is not None:
-        refuse("metala.backend", model.metala.backend, f"auto or chunked: {reason}")
+        refuse("metala.backend", name, f"auto or chunked: {reason}")
 
 
 def check_limits(args: Any) -> None:
@@ -227,11 +226,8 @@ def check_limits(args: Any) -> None:
     for prefix in ("", "pos_", "neg_"):
         for split in ("train", "valid", "test"):
             name = f"{prefix}{split}_data_paths"
-            if len(paths := getattr(args, name, None) or ()) > MOST_DATA_SETS:
-                raise SettingsError(
-                    f"{name}: found {len(paths)}, wanted at most {MOST_DATA_SETS}: GPT-NeoX can "
-                    "blend no more"
-                )
+            if (count := len(getattr(args, name, None) or ())) > MOST_DATA_SETS:
+                refuse(name, count, f"at most {MOST_DATA_SETS}: GPT-NeoX can blend no more")
     if program(args) == "train.py" and args.train_iters:
         fraction = 1.0 if args.lr_decay_fraction is None else args.lr_decay_fraction
         warn_of_short_warmup(

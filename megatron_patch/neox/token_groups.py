@@ -77,8 +77,7 @@ def _new_group(ranks: list[int], backend: str | None = None) -> dist.ProcessGrou
     """Returns this rank's group; every rank calls with the ranks of its own."""
     found = [None] * dist.get_world_size()
     dist.all_gather_object(found, tuple(ranks))
-    groups = sorted(set(found))
-    return dist.new_subgroups_by_enumeration(groups, backend=backend)[0]
+    return dist.new_subgroups_by_enumeration(sorted(set(found)), backend=backend)[0]
 
 
 def deciding_together(group: dist.ProcessGroup) -> Callable[..., list[bool]]:
