@@ -34,8 +34,7 @@ class LateLog:
             # To pinned memory, without waiting.
             value = value.detach().to("cpu", non_blocking=True, copy=True)
             if is_on_gpu:
-                self.copied = torch.cuda.Event()
-                self.copied.record()
+                self.copied = torch.cuda.current_stream().record_event()
         self.calls.append(((key, value, *args), kwargs))
 
     def flush(self) -> None:
