@@ -18,8 +18,8 @@ from megatron_patch.steps import STEP, latest_step
 
 def say(line: str) -> None:
     """Prints a line, on the first rank alone."""
-    rank = dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
-    if rank == 0:
+    rank = str(dist.get_rank()) if dist.is_initialized() else os.environ.get("RANK", "0")
+    if rank == "0":
         print(f"MetaLA: {line}", flush=True)
 
 
