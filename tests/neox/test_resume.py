@@ -11,6 +11,7 @@ import yaml
 from convert.command import ConvertError
 from convert.neox_reader import find_step
 from megatron_patch.architecture import SettingsError
+from megatron_patch.neox.loaded_model import OF_DATA
 from megatron_patch.neox.upstream_fixes.resume import check_load, go_on_from_save
 from tests.neox.training import settings as training_settings
 from tests.neox.training import stand_in
@@ -46,6 +47,7 @@ def settings(load, **changes) -> SimpleNamespace:
         use_checkpoint_lr_scheduler=False,
         optimizer={"type": "Adam", "params": {"lr": 1e-3, "betas": [0.9, 0.95]}},
         weight_decay=0.1,
+        **dict.fromkeys(OF_DATA),
     )
     return stand_in(values, load=load, **changes)
 
@@ -354,6 +356,10 @@ def test_another_schedule_is_named(tmp_path, changes, message):
             {"optimizer": {"type": "Adam", "params": {"betas": [0.9, 0.95], "eps": 1e-6}}},
             "optimizer.params.eps: found 1e-06, wanted 1e-08, as in",
         ),
+        (
+            {"optimizer": {"type": "lion", "params": {"betas": [0.9, 0.95]}}},
+            "optimizer.type: found 'lion', wanted Adam, as in",
+        ),
     ],
 )
 def test_what_the_optimizers_states_hold_may_not_change(tmp_path, changes, message):
@@ -377,7 +383,8 @@ def test_another_batch_is_told(tmp_path, monkeypatch, capsys, now, split):
     save_states(tmp_path, ds_config={"train_batch_size": 8}, iteration=10)
     (tmp_path / "global_step10/configs").mkdir()
     options = (
-        f"metala: {{context_parallel_size: {split}}}\noptimizer: {{params: {{betas: [0.9, 0.95]}}}}"
+        f"metala: {{context_parallel_size: {split}}}\n"
+        "optimizer: {type: Adam, params: {betas: [0.9, 0.95]}}"
     )
     (tmp_path / "global_step10/configs/a.yml").write_text(options)
     check_load(settings(str(tmp_path), train_batch_size=now))
