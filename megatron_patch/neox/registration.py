@@ -177,6 +177,8 @@ def _check_settings() -> None:
         key_heads, self.num_kv_heads = self.num_kv_heads, None
         try:
             post_init(self)
+        except SettingsError:
+            raise
         except (AssertionError, ValueError) as error:
             reason = " ".join(re.sub(r"\033\[\d*m", "", str(error)).split())
             raise SettingsError(f"GPT-NeoX refuses the settings: {reason}") from error

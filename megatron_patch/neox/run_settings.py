@@ -20,8 +20,9 @@ import torch
 from megatron_patch.architecture import METALA, SettingsError, refuse, yaml_number_hint
 from megatron_patch.architecture_neox import expand_attention_config, from_neox
 from megatron_patch.neox.context_parallel import check_context_parallel
-from megatron_patch.neox.data_settings import check_data_weights, check_paths
+from megatron_patch.neox.data_settings import check_data, check_data_weights, check_paths
 from megatron_patch.neox.inference_settings import check_inference
+from megatron_patch.neox.mapping_settings import check_mappings, check_optimizer_params
 from megatron_patch.neox.memory_settings import check_memory_settings
 from megatron_patch.neox.post_training import check_micro_batch, check_post_training
 from megatron_patch.neox.precision_settings import (
@@ -197,6 +198,7 @@ def check_run(args: Any) -> None:
             )
     check_paths({field.name: getattr(args, field.name) for field in dataclasses.fields(args)})
     check_data_weights(args)
+    check_mappings(args)
     check_precision(args)
     check_context_parallel(args, program(args))
     check_sequence_parallel(args, program(args))
@@ -205,6 +207,8 @@ def check_run(args: Any) -> None:
         _check_tokenizer(args)
     if program(args) == "train.py":
         _check_training(args)
+        if args.user_script:
+            check_data(args)
     check_inference(args, program(args))
     check_saving(args)
 
@@ -288,6 +292,7 @@ def _check_training(args: Any) -> None:
         refuse("optimizer.type", optimizer, "another: GPT-NeoX's is that of muP")
     if (decay := args.optimizer["params"].get("weight_decay")) is not None:
         refuse("optimizer.params.weight_decay", decay, "none, but weight_decay outside optimizer")
+    check_optimizer_params(args.optimizer["params"])
     if args.train_iters is None and args.train_epochs is None:
         refuse("train_iters", None, "the number of steps, or train_epochs")
     for name in ("train_iters", "train_epochs"):

@@ -62,7 +62,7 @@ def check_save(args: Any) -> None:
             try_saving(args.save)
         except SettingsError as error:
             reason = str(error)
-    _end_all_if(reason)
+    end_all_if(reason)
 
 
 @repairs("locked save folder", "megatron.initialize:initialize_megatron")
@@ -84,10 +84,10 @@ def check_holder(save: str) -> None:
     if dist.get_rank() == 0 and HOLDER in os.environ:
         if (found := holder(save)) not in (None, os.environ[HOLDER]):
             reason = f"save: {save} is now another run's, {found}; no checkpoint was written"
-    _end_all_if(reason)
+    end_all_if(reason)
 
 
-def _end_all_if(reason: str | None) -> None:
+def end_all_if(reason: str | None) -> None:
     """Ends every rank if any rank gives a reason, which that rank prints. A rank that left alone
     would leave the others waiting in their next collective."""
     if reason:
@@ -119,7 +119,7 @@ def check_replicas(module: torch.nn.Module, group, source: int) -> None:
             f"{', '.join(map(str, ranks))} than on rank {source}, wanted the same on all "
             "tensor-parallel ranks; no checkpoint was written"
         )
-    _end_all_if(reason)
+    end_all_if(reason)
 
 
 def _first_drifted(module: torch.nn.Module, group, source: int) -> tuple[str, list[int]] | None:
