@@ -11,7 +11,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -269,6 +271,8 @@ def warn_of_short_warmup(warmup: float, iterations: int) -> None:
 
 
 def _check_tokenizer(args: Any) -> None:
+    if args.tokenizer_type is None:
+        refuse("tokenizer_type", None, "the name of one, such as HFTokenizer")
     kind = args.tokenizer_type.lower()
     if args.vocab_file is None and kind not in ("charleveltokenizer", "hfgpt2tokenizer"):
         refuse("vocab_file", None, f"the file that tokenizer_type: {args.tokenizer_type} reads")
@@ -295,6 +299,11 @@ def _check_training(args: Any) -> None:
     check_optimizer_params(args.optimizer["params"])
     if args.train_iters is None and args.train_epochs is None:
         refuse("train_iters", None, "the number of steps, or train_epochs")
+    if args.train_epochs and args.train_iters:
+        wanted = f"none beside train_iters = {args.train_iters} (which null takes away)"
+        refuse("train_epochs", args.train_epochs, wanted)
+    if args.z_loss and args.train_impl != "rm":
+        refuse("z_loss", args.z_loss, "0 without train_impl: rm: GPT-NeoX has no other z-loss")
     for name in ("train_iters", "train_epochs"):
         if (found := getattr(args, name)) is not None and found < 1:
             refuse(name, found, "at least 1: nothing would be trained")
@@ -323,7 +332,14 @@ def _check_zero(args: Any) -> None:
     check_memory_settings(args, stage)
 
 
+# The package that each of these settings logs with.
+_LOG_PACKAGES = {"use_wandb": "wandb", "tensorboard_dir": "tensorboard", "use_comet": "comet_ml"}
+
+
 def _check_logging(args: Any) -> None:
+    for name, package in _LOG_PACKAGES.items():
+        if (found := getattr(args, name)) and not (package in sys.modules or find_spec(package)):
+            refuse(name, found, f"none without the package {package}, which is not installed")
     from deepspeed.runtime.engine import DeepSpeedEngine
 
     if "store_gradients" not in DeepSpeedEngine.__init__.__code__.co_names:

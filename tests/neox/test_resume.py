@@ -87,6 +87,20 @@ def test_a_first_start_and_a_resumption_pass(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"finetune": True}, "finetune: found True, wanted false without load"),
+        ({"iteration": 10}, "iteration: found 10, wanted none without load"),
+        ({"user_script": "generate.py"}, "load: found None, wanted a folder of checkpoints, from "),
+    ],
+)
+def test_what_needs_a_checkpoint_is_refused_without_one(changes, message):
+    """GPT-NeoX would train from scratch."""
+    with pytest.raises(SettingsError, match=message):
+        check_load(settings(None, **changes))
+
+
+@pytest.mark.parametrize(
     "changes",
     [
         {"save": None},

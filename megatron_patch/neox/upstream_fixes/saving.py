@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import re
 import shutil
 import signal
 import sys
@@ -159,7 +160,26 @@ def check_before_saving() -> None:
         group, source = mpu.get_model_parallel_group(), mpu.get_model_parallel_src_rank()
         check_replicas(model.module, group, source)
         check_holder(neox_args.save)
-        save_checkpoint(neox_args, iteration, model, *args, **kwargs)
+        try:
+            save_checkpoint(neox_args, iteration, model, *args, **kwargs)
+        except (OSError, RuntimeError) as error:
+            if reason := _why_not_written(error):
+                free = shutil.disk_usage(neox_args.save).free / 1e9
+                sys.exit(
+                    f"MetaLA: save: the checkpoint of iteration {iteration} was not written to "
+                    f"{neox_args.save}, which has {free:.1f} GB free: {reason}; those before it are "
+                    "whole"
+                )
+            raise
+
+
+def _why_not_written(error: OSError | RuntimeError) -> str | None:
+    """Returns why a file was not written, `None` if the error says nothing of files. PyTorch's
+    writer does not pass on what the system said."""
+    text = str(error)
+    if isinstance(error, OSError):
+        return text
+    return "the disk takes no more" if re.search("inline_container|iostream", text) else None
 
 
 # ---- Old checkpoints alone are deleted
