@@ -119,8 +119,8 @@ def test_a_checkpoint_that_the_disk_does_not_take_is_named(in_neox, config, tmp_
     from megatron_patch.neox.patching import swapped
     model, optimizer, scheduler, _ = training.setup_model_and_optimizer(neox_args)
     full = "[enforce fail at inline_container.cc:672] . unexpected pos 1225472 vs 1225360"
-    codes = []
-    for error in (OSError(28, "No space left on device"), RuntimeError(full), RuntimeError("other")):
+    codes, no_space = [], "No space left on device"
+    for error in (OSError(28, no_space), RuntimeError(full), RuntimeError("other")):
         def save(*args, **kwargs):
             raise error
         with swapped(torch, "save", save):

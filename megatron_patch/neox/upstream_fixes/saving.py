@@ -167,8 +167,8 @@ def check_before_saving() -> None:
                 free = shutil.disk_usage(neox_args.save).free / 1e9
                 sys.exit(
                     f"MetaLA: save: the checkpoint of iteration {iteration} was not written to "
-                    f"{neox_args.save}, which has {free:.1f} GB free: {reason}; those before it are "
-                    "whole"
+                    f"{neox_args.save}, which has {free:.1f} GB free: {reason}; those before it "
+                    "are whole"
                 )
             raise
 
