@@ -23,6 +23,7 @@ from megatron_patch.architecture import METALA, SettingsError, refuse, yaml_numb
 from megatron_patch.architecture_neox import expand_attention_config, from_neox
 from megatron_patch.neox.context_parallel import check_context_parallel
 from megatron_patch.neox.data_settings import check_data, check_data_weights, check_paths
+from megatron_patch.neox.hybrid_settings import check_other_layers
 from megatron_patch.neox.inference_settings import check_inference
 from megatron_patch.neox.mapping_settings import check_mappings, check_optimizer_params
 from megatron_patch.neox.memory_settings import check_memory_settings
@@ -213,6 +214,7 @@ def check_run(args: Any) -> None:
             check_data(args)
     check_inference(args, program(args))
     check_saving(args)
+    check_other_layers(expand_attention_config(args.attention_config, args.num_layers))
 
 
 def check_backend(args: Any) -> None:

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from megatron_patch.architecture import SettingsError
-from megatron_patch.neox import inference_settings, run_settings
+from megatron_patch.neox import hybrid_settings, inference_settings, run_settings
 from megatron_patch.neox.upstream_fixes.processes import ChildProcess
 from tests.neox.training import settings, stand_in
 
@@ -277,6 +277,15 @@ REFUSED = [
     ),
     ({**TRAIN, "tokenizer_type": None}, "tokenizer_type: found None, wanted"),
     ({"user_script": "train.py", "vocab_file": None}, "vocab_file: found None, wanted"),
+    # layers that cannot run
+    (
+        {"attention_config": ["metala", "gmlp"]},
+        "attention_config: found 'gmlp', wanted another type: GPT-NeoX's own ends in an error",
+    ),
+    (
+        {"attention_config": ["bigbird", "metala"]},
+        "attention_config: found 'bigbird', wanted another type, or the package deepspeed.ops",
+    ),
     # honoured in some layouts alone
     (
         {"attention_config": HYBRID, "sliding_window_width": 8},
@@ -517,6 +526,15 @@ def test_logging_needs_its_package(monkeypatch, name):
     off = {"use_wandb": False, "tensorboard_dir": None, "use_comet": None}
     with pytest.raises(SettingsError, match=f"{name}: found True, wanted none without the package"):
         run_settings._check_logging(stand_in(off, **{name: True}))
+
+
+def test_layers_need_their_packages(monkeypatch):
+    monkeypatch.setattr(hybrid_settings, "find_spec", lambda package: None)
+    hybrid_settings.check_other_layers(["metala", "global", "rwkv"])
+    for kind, package in (("flash", "flash_attn"), ("mamba", "mamba_ssm")):
+        wanted = f"attention_config: found '{kind}', wanted another type, or the package {package}"
+        with pytest.raises(SettingsError, match=wanted):
+            hybrid_settings.check_other_layers(["metala", kind])
 
 
 def test_is_accepted(answers):
