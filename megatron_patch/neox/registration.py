@@ -16,6 +16,7 @@ import difflib
 import functools
 import os
 import re
+import sys
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -201,6 +202,7 @@ def _end_with_one_line() -> None:
             _is_launcher = finish is in_launcher
             if finish is in_rank:
                 name_rank()
+                _check_start(kwargs.get("input_args") or sys.argv)
             else:
                 os.environ.pop("LOCAL_RANK", None)  # which would make this process a rank
             try:
@@ -234,6 +236,13 @@ def _end_with_one_line() -> None:
 
     wrap("consume_deepy_args", in_launcher)
     wrap("consume_neox_args", in_rank)
+
+
+def _check_start(words: list[str]) -> None:
+    """Ends a program that `deepy.py` has not started, which GPT-NeoX does with a TypeError."""
+    if not any(word.startswith("--megatron_config") for word in words):
+        name = os.path.basename(sys.argv[0])
+        end_run(f"{name} was started without deepy.py, wanted: python ./deepy.py {name} FILE.yml")
 
 
 # ---- The model

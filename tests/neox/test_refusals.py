@@ -594,6 +594,18 @@ def test_failures_of_the_ranks_have_exit_code_1(in_neox, config):
     ]
 
 
+def test_a_program_that_deepy_did_not_start_says_so(in_neox, config):
+    code = """
+    sys.argv = ["/x/train.py", "run.yml"]
+    try:
+        NeoXArgs.consume_neox_args()
+    except SystemExit as end:
+        answer(end.code)
+    """
+    wanted = "wanted: python ./deepy.py train.py FILE.yml"
+    assert in_neox(config, code) == f"MetaLA: train.py was started without deepy.py, {wanted}"
+
+
 def test_exit_interval_ends_with_exit_code_0(in_neox, config):
     code = """
     from megatron import training
