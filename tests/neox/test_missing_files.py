@@ -1,4 +1,5 @@
-"""A file that cannot be read or written ends a run with one line that names it."""
+"""A file that cannot be read or written, or is not what its setting says, ends a run with one line
+that names it."""
 
 from __future__ import annotations
 
@@ -7,9 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from megatron_patch.architecture import SettingsError
+from megatron_patch.indexed_dataset import IndexedDatasetWriter
 from megatron_patch.neox.upstream_fixes import data
+from megatron_patch.neox.upstream_fixes.batches import endless
 
 LOAD = """
 import contextlib, io
@@ -57,6 +61,56 @@ def test_one_of_several_data_sets_is_named(in_neox, config, token_data):
     wanted = "wanted /nowhere/text.idx and /nowhere/text.bin"
     assert lines == [f"MetaLA: test_data_paths: /nowhere/text.idx: no such file, {wanted}"]
     assert code == 1
+
+
+LABELLED = {"text": [30, 20, 40], "label": [30, 20, 40], "few": [30, 20], "short": [30, 19, 40]}
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory) -> Path:
+    """A folder of data sets; the names and lengths of their documents are LABELLED."""
+    folder = tmp_path_factory.mktemp("labelled")
+    for name, sizes in LABELLED.items():
+        with IndexedDatasetWriter(folder / name, vocab_size=512, lowest=-100) as writer:
+            for size in sizes:
+                writer.add_document([1] * size)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "wrong"),
+    [
+        ({}, None),
+        ({"train_label": "few"}, "train_label_data_paths: {}/few: found 2 documents, wanted as"),
+        ({"valid_label": "short"}, "valid_label_data_paths: {}/short: found 19 labels in document"),
+        ({"test_reward": "few"}, "test_reward_data_paths: {}/few: found 2 documents, wanted as ma"),
+        ({"test_reward": "short"}, None),
+        ({"pos_train": "text", "neg_train": "short"}, None),
+        (
+            {"pos_train": "text", "neg_train": "few"},
+            "neg_train_data_paths: {0}/few: found 2 documents, wanted as many as the 3 of {0}/text",
+        ),
+    ],
+)
+def test_labels_belong_to_their_documents(labelled, changes, wrong):
+    """GPT-NeoX reads the label of another token, without a word."""
+    names = {"train": "text", "train_label": "label", "valid": "text", "valid_label": "label"}
+    names |= {"test": "text", "test_label": "label", **changes}
+    found = data._wrong_file(
+        {f"{name}_data_paths": [str(labelled / file)] for name, file in names.items()}
+    )
+    assert found is None if wrong is None else found.startswith(wrong.format(labelled))
+
+
+@pytest.mark.parametrize(("token", "reason"), [(512, "another tokenizer"), (-100, "a label")])
+def test_tokens_without_a_row_end_the_run(token, reason):
+    loader = [{"text": torch.tensor([[0, 511]])}, {"text": torch.tensor([[0, token]])}]
+    batches = endless(loader, vocab_size=512)
+    assert next(batches) is loader[0]
+    with pytest.raises(
+        SystemExit, match=f"found the token {token}, wanted one below 512, .*{reason}"
+    ):
+        next(batches)
 
 
 def test_an_index_map_appears_when_it_is_whole(tmp_path, monkeypatch):

@@ -45,16 +45,42 @@ def name_files_that_cannot_be_read() -> None:
 
 
 def _wrong_file(settings: dict[str, Any]) -> str | None:
-    """Returns what is wrong with a file of the first data set that cannot be read."""
+    """Returns what is wrong with the first data set that cannot be read, or has other documents
+    than those it belongs to."""
+    opened: dict[tuple[str, int], IndexedDataset] = {}
     for name, value in settings.items():
         if not value or not (name == "data_path" or name.endswith("_data_paths")):
             continue
-        for prefix in [value] if name == "data_path" else value:
+        for number, prefix in enumerate([value] if name == "data_path" else value):
             try:
                 if not _is_of_old_format(prefix):
-                    IndexedDataset(prefix)
+                    opened[name, number] = IndexedDataset(prefix)
             except (OSError, ValueError) as error:
                 return f"{name}: {error}"
+    for (name, number), found in opened.items():
+        for of, has_tokens in ((name.replace("_label", ""), True), (_whose(name), False)):
+            wanted = opened.get((of, number))
+            if wanted is not None and (reason := _differs(found, wanted, has_tokens)):
+                return f"{name}: {found.prefix}: found {reason} of {wanted.prefix}"
+    return None
+
+
+def _whose(name: str) -> str:
+    """Returns the setting of the data set that has one document for each of this one's: that of the
+    samples to a reward, that of the better answers to the worse ones."""
+    return name.replace("_reward", "").replace("neg_", "pos_")
+
+
+def _differs(found: IndexedDataset, wanted: IndexedDataset, has_tokens: bool) -> str | None:
+    """Returns how documents differ, in number or, if both have as many tokens, in length."""
+    if len(found) != len(wanted):
+        return f"{len(found)} documents, wanted as many as the {len(wanted)}"
+    if has_tokens and (other := found.sizes != wanted.sizes).any():
+        first = int(other.argmax())
+        return (
+            f"{found.sizes[first]} labels in document {first}, wanted as many as the "
+            f"{wanted.sizes[first]} tokens"
+        )
     return None
 
 
