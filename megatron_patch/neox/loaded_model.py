@@ -34,6 +34,8 @@ def check_model(args: Any, saved: dict[str, Any], step: Path, is_training: bool)
     except SettingsError as error:
         raise SettingsError(f"load: {step / 'configs'}: {error}") from None
     now = _facts(args)
+    if "LOCAL_RANK" not in os.environ:  # the launcher tells it once
+        _tell_of_another_tokenizer(args, saved, step)
     if not is_training:  # a prompt is one document
         before.pop("metala.reset_at_document")
     for name, was in before.items():
@@ -42,8 +44,21 @@ def check_model(args: Any, saved: dict[str, Any], step: Path, is_training: bool)
             continue
         if not (is_training and args.finetune and name in _FREE):
             refuse(name, found, f"{shown(was)}, as in {step}")
-        if "LOCAL_RANK" not in os.environ:  # the launcher tells it once
+        if "LOCAL_RANK" not in os.environ:
             print(f"MetaLA: {name}: found {found}, and {was} in {step}", flush=True)
+
+
+def _tell_of_another_tokenizer(args: Any, saved: dict[str, Any], step: Path) -> None:
+    """Prints a line if both tokenizers' files are there and differ. GPT-NeoX compares no more than
+    the sizes of the vocabularies, rounded up."""
+    files = [Path(file) for file in (args.vocab_file, saved.get("vocab_file")) if file]
+    if len(files) == 2 and all(file.is_file() for file in files):
+        if files[0].read_bytes() != files[1].read_bytes():
+            print(
+                f"MetaLA: vocab_file: found {files[0]}, and {files[1]} in {step}, which is another "
+                "tokenizer: the model knows its tokens by the numbers that the latter gives them",
+                flush=True,
+            )
 
 
 def _facts(settings: Any) -> dict[str, Any]:

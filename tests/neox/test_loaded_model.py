@@ -89,6 +89,23 @@ def test_the_same_model_in_other_words_passes(capsys):
     assert not capsys.readouterr().out
 
 
+def test_another_tokenizer_is_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    files = {name: tmp_path / f"{name}.json" for name in ("old", "copy", "new", "gone")}
+    for name, file in files.items():
+        file.write_text("{}" if name == "new" else "[]")
+    files["gone"].unlink()
+
+    def told(now: str, before: str) -> str:
+        saved = {**MODEL, "vocab_file": str(files[before])}
+        check_model(described(vocab_file=str(files[now])), saved, "s", is_training=False)
+        return capsys.readouterr().out
+
+    assert told("copy", "old") == told("new", "gone") == ""
+    start = f"MetaLA: vocab_file: found {files['new']}, and {files['old']} in s, which is another"
+    assert told("new", "old").startswith(start)
+
+
 def test_a_run_that_goes_on_compares_model_and_data(tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     step = tmp_path / "global_step10"

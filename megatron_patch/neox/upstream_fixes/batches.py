@@ -54,8 +54,8 @@ def endless(loader: Any, vocab_size: int) -> Iterator[dict[str, torch.Tensor]]:
                     if not 0 <= found < vocab_size:
                         why = "another tokenizer prepared these data" if found > 0 else "a label"
                         sys.exit(
-                            f"MetaLA: data: found the token {found}, wanted one below {vocab_size}, "
-                            f"the number of the embedding's rows: {why}"
+                            f"MetaLA: data: found the token {found}, wanted one below {vocab_size},"
+                            f" the number of the embedding's rows: {why}"
                         )
             yield batch
 
