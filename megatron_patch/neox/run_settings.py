@@ -342,6 +342,12 @@ def _check_logging(args: Any) -> None:
     for name, package in _LOG_PACKAGES.items():
         if (found := getattr(args, name)) and not (package in sys.modules or find_spec(package)):
             refuse(name, found, f"none without the package {package}, which is not installed")
+    on_cpu = args.distributed_backend == "gloo" and not torch.cuda.is_available()
+    for name in ("profile", "memory_profiling"):
+        if on_cpu and getattr(args, name):
+            refuse(name, True, "false on the CPU")
+    if args.profile and not args.tensorboard_dir:
+        refuse("tensorboard_dir", None, "a folder for the traces of profile: true")
     from deepspeed.runtime.engine import DeepSpeedEngine
 
     if "store_gradients" not in DeepSpeedEngine.__init__.__code__.co_names:

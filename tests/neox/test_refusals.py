@@ -277,6 +277,12 @@ REFUSED = [
     ),
     ({**TRAIN, "tokenizer_type": None}, "tokenizer_type: found None, wanted"),
     ({"user_script": "train.py", "vocab_file": None}, "vocab_file: found None, wanted"),
+    ({"profile": True}, "profile: found True, wanted false on the CPU"),
+    ({"memory_profiling": True}, "memory_profiling: found True, wanted false on the CPU"),
+    (
+        {"profile": True, "distributed_backend": "nccl"},
+        "tensorboard_dir: found None, wanted a folder for the traces of profile: true",
+    ),
     # layers that cannot run
     (
         {"attention_config": ["metala", "gmlp"]},

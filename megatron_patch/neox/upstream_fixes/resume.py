@@ -85,19 +85,19 @@ def check_load(args) -> None:
         reference = reference_args(args)
         _check_states(reference, _find_step(reference), is_training)
     if args.load is None:
-        _check_unloaded(args, is_training)
+        _check_unloaded(args)
         return
     step = _find_step(args)
     if step is not None:
         _check_states(args, step, is_training)
 
 
-def _check_unloaded(args, is_training: bool) -> None:
+def _check_unloaded(args) -> None:
     """Refuses what has no meaning without `load`: GPT-NeoX would train from scratch."""
     if METALA not in (args.attention_config or ()):
         return
-    if not is_training:
-        refuse("load", None, f"a folder of checkpoints, from which {program(args)} takes its model")
+    if (name := program(args)) in ("generate.py", "eval.py"):
+        refuse("load", None, f"a folder of checkpoints, from which {name} takes its model")
     for name in ("finetune", "iteration"):
         if found := getattr(args, name):
             refuse(name, found, f"{'false' if name == 'finetune' else 'none'} without load")
