@@ -7,6 +7,7 @@ import contextlib
 import math
 import os
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ def say(line: str) -> None:
 def notices(args: Any) -> Iterator[str]:
     """Yields the lines about a training, from the settings that the launcher has expanded."""
     yield from _of_wandb(args)
+    if args.tensorboard_dir and find_spec("tensorboard") is None:
+        yield "tensorboard_dir: nothing is logged there without the package tensorboard"
     yield from _of_exit_interval(args)
 
 

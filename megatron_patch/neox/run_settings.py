@@ -335,13 +335,13 @@ def _check_zero(args: Any) -> None:
 
 
 # The package that each of these settings logs with.
-_LOG_PACKAGES = {"use_wandb": "wandb", "tensorboard_dir": "tensorboard", "use_comet": "comet_ml"}
+_LOG_PACKAGES = {"use_wandb": "wandb", "use_comet": "comet_ml"}
 
 
 def _check_logging(args: Any) -> None:
     for name, package in _LOG_PACKAGES.items():
         if (found := getattr(args, name)) and not (package in sys.modules or find_spec(package)):
-            refuse(name, found, f"none without the package {package}, which is not installed")
+            refuse(name, found, f"false without the package {package}, which is not installed")
     on_cpu = args.distributed_backend == "gloo" and not torch.cuda.is_available()
     for name in ("profile", "memory_profiling"):
         if on_cpu and getattr(args, name):
