@@ -410,6 +410,20 @@ def test_another_batch_is_told(tmp_path, monkeypatch, capsys, now, split):
         assert f"goes on at sample {10 * now} of its data, not at {80 // split}, where" in told
 
 
+def test_a_finished_run_is_told_and_a_shorter_one_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    save_states(tmp_path, iteration=10)
+    told = []
+    for train_iters in (20, 10):
+        check_load(settings(str(tmp_path), train_iters=train_iters, lr_decay_iters=20))
+        told.append(capsys.readouterr().out)
+    assert told[0] == ""
+    assert "mp_rank_00_model_states.pt has all 10 iterations behind it, so nothing" in told[1]
+    with pytest.raises(SettingsError, match="train_iters: found 9, wanted at least 10, the iterat"):
+        check_load(settings(str(tmp_path), train_iters=9, lr_decay_iters=20))
+    check_load(settings(str(tmp_path), train_iters=9, finetune=True))
+
+
 def test_another_model_is_named(tmp_path):
     """GPT-NeoX asserts it on every rank, when fine-tuning too."""
     save_states(tmp_path, args={"model_parallel_size": 1, "num_layers": 2, "padded_vocab_size": 8})

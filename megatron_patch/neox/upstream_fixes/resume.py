@@ -223,7 +223,14 @@ def _check_going_on(
         _check_schedule(args, states["lr_scheduler"], file)
     if saved:
         _check_hyperparameters(args, saved, file)
+    done = _count(states.get("iteration")) or 0
+    if args.train_iters and done > args.train_iters:
+        wanted = f"at least {done}, the iterations that {file} has behind it"
+        refuse("train_iters", args.train_iters, wanted)
     if "LOCAL_RANK" not in os.environ:  # the launcher tells it once
+        if done and done == args.train_iters:
+            line = f"train_iters: {file} has all {done} iterations behind it, so nothing is trained"
+            print(f"MetaLA: {line}", flush=True)
         _tell_of_another_batch(args, states, saved, file)
         if saved:
             tell_of_other_data(args, saved, file)
