@@ -12,7 +12,14 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from megatron_patch.architecture import METALA, NORM_EPSILON, SettingsError, refuse, shown
+from megatron_patch.architecture import (
+    METALA,
+    NORM_EPSILON,
+    SOFTMAX_TYPES,
+    SettingsError,
+    refuse,
+    shown,
+)
 from megatron_patch.architecture_neox import from_neox, with_defaults
 
 # What a fine-tuning may change, since the weights stay as they are.
@@ -65,8 +72,10 @@ def _facts(settings: Any) -> dict[str, Any]:
     """Returns what describes a model, by the names of GPT-NeoX's settings. The spelling of a value,
     such as the shorthand of `attention_config`, does not matter."""
     model = from_neox(settings)
+    types = model.layer_types or (METALA,) * model.num_layers
     facts = {
-        "attention_config": list(model.layer_types) or [METALA] * model.num_layers,
+        # The two softmax types have the same tensors and compute the same.
+        "attention_config": [SOFTMAX_TYPES[0] if t in SOFTMAX_TYPES else t for t in types],
         "intermediate_size": model.intermediate_size,
         "norm": model.norm,
         NORM_EPSILON[model.norm]: model.norm_eps,

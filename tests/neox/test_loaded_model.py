@@ -86,6 +86,8 @@ def test_documents_are_of_training_alone():
 def test_the_same_model_in_other_words_passes(capsys):
     same = {"attention_config": [[["metala"], "all"]], "metala": {"tau": 16, "backend": "chunked"}}
     check_model(described(**same), {**MODEL, "rms_norm_epsilon": 1e-6}, "s", is_training=True)
+    flash = {**HYBRID, "attention_config": ["metala", "flash"]}
+    check_model(described(**HYBRID), {**MODEL, **flash}, "s", is_training=False)
     assert not capsys.readouterr().out
 
 
