@@ -7,6 +7,7 @@ import contextlib
 import math
 import os
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ def notices(args: Any) -> Iterator[str]:
     if warning := export_warning(args):  # before the first step, not after weeks
         yield warning
     yield from _of_wandb(args)
+    if args.tensorboard_dir and find_spec("tensorboard") is None:
+        yield "tensorboard_dir: nothing is logged there without the package tensorboard"
     yield from _of_exit_interval(args)
 
 

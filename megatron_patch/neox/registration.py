@@ -16,6 +16,7 @@ import difflib
 import functools
 import os
 import re
+import sys
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -176,6 +177,8 @@ def _check_settings() -> None:
         key_heads, self.num_kv_heads = self.num_kv_heads, None
         try:
             post_init(self)
+        except SettingsError:
+            raise
         except (AssertionError, ValueError) as error:
             reason = " ".join(re.sub(r"\033\[\d*m", "", str(error)).split())
             raise SettingsError(f"GPT-NeoX refuses the settings: {reason}") from error
@@ -198,6 +201,7 @@ def _end_with_one_line() -> None:
                 os.environ.pop("LOCAL_RANK", None)  # which would make this process a rank
             else:
                 name_rank()
+                _check_start(kwargs.get("input_args") or sys.argv)
             try:
                 neox_args = consume(cls, *args, **kwargs)
                 finish(neox_args)
@@ -229,6 +233,13 @@ def _end_with_one_line() -> None:
 
     wrap("consume_deepy_args", True, in_launcher)
     wrap("consume_neox_args", False, in_rank)
+
+
+def _check_start(words: list[str]) -> None:
+    """Ends a program that `deepy.py` has not started, which GPT-NeoX does with a TypeError."""
+    if not any(word.startswith("--megatron_config") for word in words):
+        name = os.path.basename(sys.argv[0])
+        end_run(f"{name} was started without deepy.py, wanted: python ./deepy.py {name} FILE.yml")
 
 
 # ---- The model

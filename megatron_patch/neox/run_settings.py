@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -19,8 +21,10 @@ import torch
 from megatron_patch.architecture import METALA, SettingsError, refuse, yaml_number_hint
 from megatron_patch.architecture_neox import expand_attention_config, from_neox
 from megatron_patch.neox.context_parallel import check_context_parallel
-from megatron_patch.neox.data_settings import check_data_weights, check_paths
+from megatron_patch.neox.data_settings import check_data, check_data_weights, check_paths
+from megatron_patch.neox.hybrid_settings import check_other_layers
 from megatron_patch.neox.inference_settings import check_inference
+from megatron_patch.neox.mapping_settings import check_mappings, check_optimizer_params
 from megatron_patch.neox.memory_settings import check_memory_settings
 from megatron_patch.neox.notices import say
 from megatron_patch.neox.post_training import check_micro_batch, check_post_training
@@ -185,6 +189,7 @@ def check_run(args: Any) -> None:
             )
     check_paths(vars(args))
     check_data_weights(args)
+    check_mappings(args)
     check_precision(args)
     check_context_parallel(args, program(args))
     check_sequence_parallel(args, program(args))
@@ -193,8 +198,11 @@ def check_run(args: Any) -> None:
         _check_tokenizer(args)
     if program(args) == "train.py":
         _check_training(args)
+        if args.user_script:
+            check_data(args)
     check_inference(args, program(args))
     check_saving(args)
+    check_other_layers(expand_attention_config(args.attention_config, args.num_layers))
 
 
 def check_backend(args: Any) -> None:
@@ -247,6 +255,8 @@ def warn_of_short_warmup(warmup: float, iterations: int) -> None:
 
 
 def _check_tokenizer(args: Any) -> None:
+    if args.tokenizer_type is None:
+        refuse("tokenizer_type", None, "the name of one, such as HFTokenizer")
     kind = args.tokenizer_type.lower()
     if args.vocab_file is None and kind not in ("charleveltokenizer", "hfgpt2tokenizer"):
         refuse("vocab_file", None, f"the file that tokenizer_type: {args.tokenizer_type} reads")
@@ -270,8 +280,14 @@ def _check_training(args: Any) -> None:
         refuse("optimizer.type", optimizer, "another: GPT-NeoX's is that of muP")
     if (decay := args.optimizer["params"].get("weight_decay")) is not None:
         refuse("optimizer.params.weight_decay", decay, "none, but weight_decay outside optimizer")
+    check_optimizer_params(args.optimizer["params"])
     if args.train_iters is None and args.train_epochs is None:
         refuse("train_iters", None, "the number of steps, or train_epochs")
+    if args.train_epochs and args.train_iters:
+        wanted = f"none beside train_iters = {args.train_iters} (which null takes away)"
+        refuse("train_epochs", args.train_epochs, wanted)
+    if args.z_loss and args.train_impl != "rm":
+        refuse("z_loss", args.z_loss, "0 without train_impl: rm: GPT-NeoX has no other z-loss")
     for name in ("train_iters", "train_epochs"):
         if (found := getattr(args, name)) is not None and found < 1:
             refuse(name, found, "at least 1: nothing would be trained")
@@ -300,7 +316,20 @@ def _check_zero(args: Any) -> None:
     check_memory_settings(args, stage)
 
 
+# The package that each of these settings logs with.
+_LOG_PACKAGES = {"use_wandb": "wandb", "use_comet": "comet_ml"}
+
+
 def _check_logging(args: Any) -> None:
+    for name, package in _LOG_PACKAGES.items():
+        if (found := getattr(args, name)) and not (package in sys.modules or find_spec(package)):
+            refuse(name, found, f"false without the package {package}, which is not installed")
+    on_cpu = args.distributed_backend == "gloo" and not torch.cuda.is_available()
+    for name in ("profile", "memory_profiling"):
+        if on_cpu and getattr(args, name):
+            refuse(name, True, "false on the CPU")
+    if args.profile and not args.tensorboard_dir:
+        refuse("tensorboard_dir", None, "a folder for the traces of profile: true")
     from deepspeed.runtime.engine import DeepSpeedEngine
 
     if "store_gradients" not in DeepSpeedEngine.__init__.__code__.co_names:

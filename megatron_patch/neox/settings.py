@@ -159,10 +159,11 @@ def _check_pipeline(args: Any, model: Architecture) -> None:
     """Checks `pipe_partition_method`. DeepSpeed balances the layers whose class matches a `type:`
     pattern over the stages, and fails where fewer layers match than there are stages."""
     method = args.pipe_partition_method
-    if not isinstance(method, str):
-        refuse("pipe_partition_method", method, "a word such as type:transformer|mlp|metala")
-    if not method.startswith("type:"):
+    if method in ("uniform", "parameters"):
         return
+    if not isinstance(method, str) or not method.startswith("type:"):
+        wanted = "uniform, parameters, or type: as in type:transformer|mlp|metala"
+        refuse("pipe_partition_method", method, wanted)
     pattern = method.removeprefix("type:")
     try:
         matches = re.compile(pattern, re.IGNORECASE).search

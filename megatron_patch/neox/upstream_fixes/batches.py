@@ -50,11 +50,13 @@ def endless(loader: Any, vocab_size: int) -> Iterator[dict[str, torch.Tensor]]:
     while True:
         for batch in loader:
             for name in ("text", "pos", "neg"):
-                if name in batch and (largest := int(batch[name].max())) >= vocab_size:
-                    sys.exit(
-                        f"MetaLA: data: found the token {largest}, wanted one below {vocab_size}, "
-                        "the number of the embedding's rows: another tokenizer prepared these data"
-                    )
+                for found in map(int, batch[name].aminmax() if name in batch else ()):
+                    if not 0 <= found < vocab_size:
+                        why = "another tokenizer prepared these data" if found > 0 else "a label"
+                        sys.exit(
+                            f"MetaLA: data: found the token {found}, wanted one below {vocab_size},"
+                            f" the number of the embedding's rows: {why}"
+                        )
             yield batch
 
 

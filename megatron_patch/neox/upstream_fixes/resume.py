@@ -15,6 +15,7 @@ from typing import Any
 
 from megatron_patch.architecture import METALA, SettingsError, refuse
 from megatron_patch.architecture_neox import module_layers
+from megatron_patch.neox.loaded_model import check_model, tell_of_other_data
 from megatron_patch.neox.notices import say
 from megatron_patch.neox.post_training import needs_reference, reference_args
 from megatron_patch.neox.run_settings import program
@@ -80,10 +81,22 @@ def check_load(args) -> None:
         reference = reference_args(args)
         _check_states(reference, _find_step(reference), is_training)
     if args.load is None:
+        _check_unloaded(args)
         return
     step = _find_step(args)
     if step is not None:
         _check_states(args, step, is_training)
+
+
+def _check_unloaded(args) -> None:
+    """Refuses what has no meaning without `load`: GPT-NeoX would train from scratch."""
+    if METALA not in (args.attention_config or ()):
+        return
+    if (name := program(args)) in ("generate.py", "eval.py"):
+        refuse("load", None, f"a folder of checkpoints, from which {name} takes its model")
+    for name in ("finetune", "iteration"):
+        if found := getattr(args, name):
+            refuse(name, found, f"{'false' if name == 'finetune' else 'none'} without load")
 
 
 def _find_step(args) -> Path | None:
@@ -165,8 +178,12 @@ def _check_states(args, step: Path, is_training: bool) -> None:
     for name, saved in saved_args.items():  # GPT-NeoX asserts that they are equal
         if (found := getattr(args, name, None)) is not None and found != saved:
             refuse(name, found, f"{saved!r}, as in {file}")
+    saved_settings = _saved_settings(step)
+    of_metala = METALA in str(saved_settings.get("attention_config"))
+    if of_metala and METALA in (args.attention_config or ()):
+        check_model(args, saved_settings, step, is_training)
     if not args.finetune:
-        _check_going_on(args, states, file, is_training, stage)
+        _check_going_on(args, states, saved_settings, file, is_training, stage)
     if METALA in (args.attention_config or ()):
         data_ranks = _count(states.get("dp_world_size"))
         _check_files(args, step, stage, model_ranks, data_ranks)
@@ -180,7 +197,9 @@ def _count(value: object) -> int | None:
     return value if isinstance(value, int) and 0 < value < 1_000_000 else None
 
 
-def _check_going_on(args, states: dict, file: Path, is_training: bool, stage: int) -> None:
+def _check_going_on(
+    args, states: dict, saved: dict, file: Path, is_training: bool, stage: int
+) -> None:
     """Checks what a run needs besides the weights to go on. Without the random states GPT-NeoX
     ends with exit code 0."""
     random_states = args.no_load_rng or "random_rng_state" in states
@@ -198,10 +217,19 @@ def _check_going_on(args, states: dict, file: Path, is_training: bool, stage: in
     _check_optimizer(args, states, file, stage)
     if isinstance(states["lr_scheduler"], dict):
         _check_schedule(args, states["lr_scheduler"], file)
-    if saved := _saved_settings(file.parent):
+    if saved:
         _check_hyperparameters(args, saved, file)
+    done = _count(states.get("iteration")) or 0
+    if args.train_iters and done > args.train_iters:
+        wanted = f"at least {done}, the iterations that {file} has behind it"
+        refuse("train_iters", args.train_iters, wanted)
     if "LOCAL_RANK" not in os.environ:  # the launcher tells it once
+        if done and done == args.train_iters:
+            line = f"train_iters: {file} has all {done} iterations behind it, so nothing is trained"
+            say(line)
         _tell_of_another_batch(args, states, saved, file)
+        if saved:
+            tell_of_other_data(args, saved, file)
 
 
 def _check_hyperparameters(args, saved: dict, file: Path) -> None:
@@ -211,8 +239,11 @@ def _check_hyperparameters(args, saved: dict, file: Path) -> None:
     before, now = (
         _mapping(_mapping(o).get("params")) for o in (saved.get("optimizer"), args.optimizer)
     )
-    kind = str(_mapping(args.optimizer).get("type")).lower()
-    defaults = next((_DEFAULTS[end] for end in _DEFAULTS if kind.endswith(end)), {})
+    old, kind = (str(_mapping(o).get("type")) for o in (saved.get("optimizer"), args.optimizer))
+    family = [end for end in _DEFAULTS if kind.lower().endswith(end)]
+    if not old.lower().endswith(tuple(family or [kind.lower()])):
+        refuse("optimizer.type", kind, f"{old}, {or_else}")
+    defaults = _DEFAULTS[family[0]] if family else {}
     for name in ("betas", "eps"):
         was, found = (params.get(name, defaults.get(name)) for params in (before, now))
         if was != found:

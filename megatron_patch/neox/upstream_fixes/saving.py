@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import re
 import shutil
 import signal
 import sys
@@ -63,7 +64,7 @@ def check_save(args: Any) -> None:
             try_saving(args.save)
         except SettingsError as error:
             reason = str(error)
-    _end_all_if(reason)
+    end_all_if(reason)
 
 
 @repairs("locked save folder", "megatron.initialize:initialize_megatron")
@@ -85,10 +86,10 @@ def check_holder(save: str) -> None:
     if dist.get_rank() == 0 and HOLDER in os.environ:
         if (found := holder(save)) not in (None, os.environ[HOLDER]):
             reason = f"save: {save} is now another run's, {found}; no checkpoint was written"
-    _end_all_if(reason)
+    end_all_if(reason)
 
 
-def _end_all_if(reason: str | None) -> None:
+def end_all_if(reason: str | None) -> None:
     """Ends every rank if any rank gives a reason, which that rank prints. A rank that left alone
     would leave the others waiting in their next collective."""
     if reason:
@@ -120,7 +121,7 @@ def check_replicas(module: torch.nn.Module, group, source: int) -> None:
             f"{name}: found other values on {which} than on rank {source}, wanted the same on all "
             "tensor-parallel ranks; no checkpoint was written"
         )
-    _end_all_if(reason)
+    end_all_if(reason)
 
 
 def _first_drifted(module: torch.nn.Module, group, source: int) -> tuple[str, list[int]] | None:
@@ -161,7 +162,26 @@ def check_before_saving() -> None:
         group, source = mpu.get_model_parallel_group(), mpu.get_model_parallel_src_rank()
         check_replicas(model.module, group, source)
         check_holder(neox_args.save)
-        save_checkpoint(neox_args, iteration, model, *args, **kwargs)
+        try:
+            save_checkpoint(neox_args, iteration, model, *args, **kwargs)
+        except (OSError, RuntimeError) as error:
+            if reason := _why_not_written(error):
+                free = shutil.disk_usage(neox_args.save).free / 1e9
+                sys.exit(
+                    f"MetaLA: save: the checkpoint of iteration {iteration} was not written to "
+                    f"{neox_args.save}, which has {free:.1f} GB free: {reason}; those before it "
+                    "are whole"
+                )
+            raise
+
+
+def _why_not_written(error: OSError | RuntimeError) -> str | None:
+    """Returns why a file was not written, `None` if the error says nothing of files. PyTorch's
+    writer does not pass on what the system said."""
+    text = str(error)
+    if isinstance(error, OSError):
+        return text
+    return "the disk takes no more" if re.search("inline_container|iostream", text) else None
 
 
 # ---- Old checkpoints alone are deleted

@@ -7,6 +7,7 @@ import os
 import sys
 from types import SimpleNamespace
 
+from megatron_patch.architecture import SettingsError, one_line
 from megatron_patch.neox.patching import mentions_metala, overrides, repairs, replaces, swapped
 
 
@@ -94,6 +95,29 @@ def repair_gpt2_tokenizer() -> None:
     _GPT2BPETokenizer.__init__ = read_files
 
 
+# megatron/tokenizer/tokenizer.py:233
+@repairs(
+    "unreadable tokenizers",
+    "megatron.tokenizer.tokenizer:HFTokenizer.__init__",
+    "Tokenizer.from_file(vocab_file)",
+)
+def name_the_tokenizers_file() -> None:
+    """Ends a rank with one line if its tokenizer cannot be read. The errors of the package
+    `tokenizers` name no file."""
+    from megatron.neox_arguments import NeoXArgs
+
+    @overrides(NeoXArgs, "build_tokenizer")
+    def build_or_end(build_tokenizer, self) -> None:
+        try:
+            build_tokenizer(self)
+        except Exception as error:
+            if not mentions_metala(self):
+                raise
+            line = f"vocab_file: {self.tokenizer_type} cannot read {self.vocab_file}: {error}"
+            is_first_here = os.environ.get("LOCAL_RANK", "0") == "0"
+            sys.exit(f"MetaLA: {one_line(line)}" if is_first_here else 1)
+
+
 # megatron/logging.py:35
 @repairs("log_dir", "megatron.logging:Tee.__init__", 'open(file, "w")')
 def append_to_logs() -> None:
@@ -110,5 +134,12 @@ def append_to_logs() -> None:
 
     @overrides(NeoXArgs, "enable_logging")
     def enable_appending(enable_logging, self) -> None:
-        with swapped(arguments, "Tee", AppendingTee if mentions_metala(self) else Tee):
-            enable_logging(self)
+        is_metala = mentions_metala(self)
+        try:
+            with swapped(arguments, "Tee", AppendingTee if is_metala else Tee):
+                enable_logging(self)
+        except OSError as error:
+            if not is_metala:
+                raise
+            wanted = f"a folder that can be written to: {error.strerror}"
+            raise SettingsError(f"log_dir: found {self.log_dir}, wanted {wanted}") from None
