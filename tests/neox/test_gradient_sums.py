@@ -10,6 +10,7 @@ from torch import nn
 
 from megatron_patch.neox import gradient_sums
 from megatron_patch.neox.gradient_sums import GradientSums, add_to_sum
+from megatron_patch.ops.backends import function_of
 from tests.neox.training import neox
 
 SHAPES = [[(3, 2), (5,)], [(7,)]]  # of the parameters of two groups
@@ -36,7 +37,7 @@ def mix_without(self, x, *args, **kwargs):
         y.register_hook(lambda d_y: d_y / 0)
     return y, state
 
-def keep_deepspeeds_own(engine):
+def keep_deepspeeds_own(engine, when_added):
     engine.optimizer.immediate_grad_update = True
     engine._config.bfloat16_config.immediate_grad_update = True
     engine.optimizer.create_grad_acc_hooks()
@@ -187,11 +188,24 @@ def test_deepspeed_is_told_of_each_gradient(steps):
     assert steps.optimizer.fp32_groups_has_gradients == [[False, False], [False]]
 
 
+def test_a_deepspeed_that_adds_otherwise_is_an_error():
+    """Its sums would never be emptied."""
+    optimizer = stand_in_optimizer()
+    optimizer.immediate_grad_update = True
+    with pytest.raises(AttributeError, match="_update_hp_grad"):
+        gradient_sums.add_gradients_at_once(SimpleNamespace(optimizer=optimizer))
+
+
 @pytest.mark.parametrize(("dtype", "wanted"), [(torch.float32, "auto"), (torch.bfloat16, "torch")])
 def test_only_float32_sums_go_to_the_kernel(monkeypatch, dtype, wanted):
     """The kernel that "auto" takes on a GPU adds in float32 and is written for such sums."""
     asked = []
-    monkeypatch.setattr(gradient_sums, "choose", lambda _, name, *__: asked.append(name) or "torch")
+
+    def implementation(operator, backend, *call):
+        asked.append(backend)
+        return function_of(operator, "torch")
+
+    monkeypatch.setattr(gradient_sums, "implementation", implementation)
     total, gradient = torch.ones(6).to(dtype), torch.full((2, 3), 2**-7, dtype=torch.bfloat16)
     add_to_sum(total, gradient)
     assert asked == [wanted]
