@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from megatron_patch.ops.backends import choose, function_of, names_of
+from megatron_patch.ops.backends import implementation, names_of
 from megatron_patch.ops.checks import (
     FLOAT_DTYPES,
-    check_choice,
     check_cu_seqlens,
     check_inplace_final_state,
     check_number,
@@ -81,7 +80,6 @@ def meta_linear_attention(
             here, or `inplace_final_state` is asked for without an initial state, with one whose
             entries share memory, or while gradients are recorded.
     """
-    check_choice("backend", backend, BACKENDS)
     check_tensor("q", q, "B, T, H, K", [None] * 4, FLOAT_DTYPES)
     batch, time, heads, key_width = q.shape
     same, device = (q.dtype,), q.device
@@ -124,11 +122,12 @@ def meta_linear_attention(
     if inplace_final_state:
         check_inplace_final_state(initial_state, q, gate_logits, v, aug, out_gate, out_gate_bias)
 
-    backend = choose("meta_linear_attention", backend, q.dtype, device, K=key_width, V=value_width)
-    implementation = function_of("meta_linear_attention", backend)
+    attend = implementation(
+        "meta_linear_attention", backend, q.dtype, device, K=key_width, V=value_width
+    )
     # Every backend chooses its own precision. Autocast would halve that of the matrix products.
     with without_autocast(device):
-        return implementation(
+        return attend(
             q,
             gate_logits,
             v,
