@@ -41,7 +41,8 @@ MAX_WHOLE = 2**63 - 1
 
 
 class SettingsError(ValueError):
-    """A setting, or a combination of settings, that makes no sense. The message is one line."""
+    """A setting, or a combination of settings, that makes no sense. The message is one line: its
+    name, what was found and what was wanted."""
 
     def __init__(self, line: str):
         super().__init__(one_line(line))
@@ -129,8 +130,8 @@ def _described(kind: Kind, neox: str, hf: str, **default: Any) -> Any:
     return field(**default, metadata={"kind": kind, "neox": neox, "hf": hf})
 
 
-def _option(default: Any, kind: Kind, about: str, of_model: bool = True) -> Any:
-    return field(default=default, metadata={"kind": kind, "about": about, "of_model": of_model})
+def _option(default: Any, kind: Kind, of_model: bool = True) -> Any:
+    return field(default=default, metadata={"kind": kind, "of_model": of_model})
 
 
 def _hf_fields(described: Any) -> list[tuple[Any, str]]:
@@ -155,47 +156,36 @@ class MetaLAOptions:
 
     An option of the model itself has the same name in `MetaLAConfig`. The others (`of_model` false)
     concern training alone.
+
+    Attributes:
+        tau: divides the log decay: logsigmoid(gate logits) / tau.
+        conv_width: kernel size of the causal depthwise convolution.
+        expand_k: columns of queries and gate logits, as a multiple of the hidden size.
+        self_augmentation: whether the read-out has the term sigmoid((q . (w * k)) v), w learned.
+        output_norm_eps: epsilon of each head's LayerNorm.
+        reset_at_document: whether state and convolution begin anew after each end-of-document token
+            of a packed sample, and attention stays within a document.
+        init: "authors": normal with init_method_std, Xavier-uniform with gain 2**-2.5 for queries
+            and gate logits; "neox": init_method and output_layer_init_method.
+        backend: implementation of the operator.
+        cuda_graphs: "auto": a training step launches its layers as CUDA graphs where it can;
+            "never".
+        recompute: what the backward pass computes again, so that it is not kept: "cheap": norms and
+            SwiGLU; "most": the convolution and the operator too; "nothing".
+        context_parallel_size: ranks over which the tokens of each sequence are split.
     """
 
-    tau: float = _option(16.0, POSITIVE, "divides the log decay: logsigmoid(gate logits) / tau")
-    conv_width: int = _option(4, WHOLE, "kernel size of the causal depthwise convolution")
-    expand_k: float = _option(
-        0.5, POSITIVE, "columns of queries and gate logits, as a multiple of the hidden size"
-    )
-    self_augmentation: bool = _option(
-        True, SWITCH, "whether the read-out has the term sigmoid((q . (w * k)) v), w learned"
-    )
-    output_norm_eps: float = _option(1e-5, POSITIVE, "epsilon of each head's LayerNorm")
-    reset_at_document: bool = _option(
-        False,
-        SWITCH,
-        "whether state and convolution begin anew after each end-of-document token of a packed "
-        "sample, and attention stays within a document",
-    )
-    init: str = _option(
-        "authors",
-        one_of("authors", "neox"),
-        "'authors': normal with init_method_std, Xavier-uniform with gain 2**-2.5 for queries and "
-        "gate logits; 'neox': init_method and output_layer_init_method",
-        of_model=False,
-    )
-    backend: str = _option("auto", TEXT, "implementation of the operator", of_model=False)
-    cuda_graphs: str = _option(
-        "auto",
-        one_of("auto", "never"),
-        "'auto': a training step launches its layers as CUDA graphs where it can; 'never'",
-        of_model=False,
-    )
-    recompute: str = _option(
-        "cheap",
-        one_of("cheap", "most", "nothing"),
-        "what the backward pass computes again, so that it is not kept: 'cheap': norms and SwiGLU; "
-        "'most': the convolution and the operator too; 'nothing'",
-        of_model=False,
-    )
-    context_parallel_size: int = _option(
-        1, WHOLE, "ranks over which the tokens of each sequence are split", of_model=False
-    )
+    tau: float = _option(16.0, POSITIVE)
+    conv_width: int = _option(4, WHOLE)
+    expand_k: float = _option(0.5, POSITIVE)
+    self_augmentation: bool = _option(True, SWITCH)
+    output_norm_eps: float = _option(1e-5, POSITIVE)
+    reset_at_document: bool = _option(False, SWITCH)
+    init: str = _option("authors", one_of("authors", "neox"), of_model=False)
+    backend: str = _option("auto", TEXT, of_model=False)
+    cuda_graphs: str = _option("auto", one_of("auto", "never"), of_model=False)
+    recompute: str = _option("cheap", one_of("cheap", "most", "nothing"), of_model=False)
+    context_parallel_size: int = _option(1, WHOLE, of_model=False)
     side: InitVar[str] = "neox"
 
     def __post_init__(self, side: str) -> None:
@@ -204,7 +194,7 @@ class MetaLAOptions:
     @classmethod
     def parse(cls, mapping: Any) -> MetaLAOptions:
         """Returns the options in the mapping under `metala:`; `None` gives the defaults. Raises a
-        SettingsError that names the key, what was found and what was wanted."""
+        SettingsError if a key is unknown or a value cannot be used."""
         names = [item.name for item in fields(cls)]
         known = ", ".join(names)
         if mapping is not None and not isinstance(mapping, Mapping):

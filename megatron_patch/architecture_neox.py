@@ -277,8 +277,7 @@ def attention_intermediate_size(settings: Any) -> int:
     build two matrices that do not fit each other."""
     total = _mlp_size(settings) or 4 * settings.hidden_size
     multiple = settings.mlp_multiple_of
-    if not WHOLE.accepts(multiple):
-        refuse("mlp_multiple_of", multiple, WHOLE.wanted)
+    _check(settings, "mlp_multiple_of", WHOLE)
     gate_and_up = int(total * 2 / 3)
     width = -(-(gate_and_up // 2) // multiple) * multiple
     if 2 * width != -(-gate_and_up // (2 * multiple)) * 2 * multiple:

@@ -91,7 +91,11 @@ def _take(path: Path, own: dict) -> int:
             )
         except OSError as error:
             raise SettingsError(f"save: {path}: cannot be opened: {error.strerror}") from None
-        _check_free(path, descriptor, own)
+        try:
+            _check_free(path, descriptor, own)
+        except SettingsError:
+            os.close(descriptor)
+            raise
         if _is(path, descriptor):
             return descriptor
         os.close(descriptor)  # a run that ended in the meantime has removed this file
@@ -131,7 +135,6 @@ def _check_free(path: Path, descriptor: int, own: dict) -> None:
             f"or wait {DEAD_AFTER_SECONDS} s"
         )
     if reason:
-        os.close(descriptor)
         raise SettingsError(f"save: found {path.parent} in use by {who}, {reason}")
 
 

@@ -179,3 +179,11 @@ def test_another_runs_lock_is_not_removed(save):
         (save / LOCK).unlink()
         (save / LOCK).write_text("another's")
     assert (save / LOCK).read_text() == "another's"
+
+
+def test_a_lock_that_is_no_file_is_refused_and_closed(tmp_path):
+    os.mkfifo(tmp_path / LOCK)
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(SettingsError, match="found no regular file"):
+        held(str(tmp_path)).__enter__()
+    assert len(os.listdir("/proc/self/fd")) == before

@@ -15,7 +15,6 @@ What the layers exchange is in `ops/context_parallel.py`.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ import torch.distributed as dist
 
 from megatron_patch.architecture import METALA, MetaLAOptions, refuse
 from megatron_patch.architecture_neox import expand_attention_config
-from megatron_patch.neox.patching import in_metala_runs, replace, swapped
+from megatron_patch.neox.patching import in_metala_runs, overrides, replaces, swapped
 from megatron_patch.neox.token_groups import context_group, context_size, own_tokens
 
 
@@ -37,7 +36,7 @@ def mean_over_context(count: torch.Tensor) -> torch.Tensor:
 
 
 def check_context_parallel(args: Any, program: str) -> None:
-    """Raises a SettingsError, in one line, if a run of `program` cannot split its sequences."""
+    """Raises a SettingsError if a run of `program` cannot split its sequences."""
     options = MetaLAOptions.parse(args.metala)
     size = options.context_parallel_size
     if size == 1:
@@ -88,11 +87,8 @@ def _count_samples_by_group() -> None:
     by all data-parallel ranks, so it is told a batch of N times the samples."""
     from megatron.neox_arguments.arguments import NeoXArgs
 
-    derive = NeoXArgs.calculate_derived
-    deepspeed_config = NeoXArgs.deepspeed_config.fget
-
-    @functools.wraps(derive)
-    def derive_by_group(self) -> None:
+    @overrides(NeoXArgs, "calculate_derived")
+    def derive_by_group(derive, self) -> None:
         size = context_size(self)
         names = ("calculate_batch_parameters", "check_batch_parameters")
         if size > 1:
@@ -102,16 +98,13 @@ def _count_samples_by_group() -> None:
         for name in names:
             vars(self).pop(name, None)
 
-    @functools.wraps(deepspeed_config)
-    def config_of_all_ranks(self) -> dict:
+    @overrides(NeoXArgs, "deepspeed_config")
+    def config_of_all_ranks(deepspeed_config, self) -> dict:
         config = deepspeed_config(self)
         # The launcher hands this mapping to the ranks, which read GPT-NeoX's batch size from it.
         if "train_batch_size" in config and dist.is_initialized():
             config["train_batch_size"] *= context_size(self)
         return config
-
-    NeoXArgs.calculate_derived = derive_by_group
-    NeoXArgs.deepspeed_config = property(config_of_all_ranks)
 
 
 def _with_fewer_ranks(function, size: int):
@@ -122,8 +115,8 @@ def _read_by_group() -> None:
     from megatron import mpu
     from megatron.data.data_utils import make_data_loader
 
-    @functools.wraps(make_data_loader)
-    def make_loader_of_group(dataset, neox_args):
+    @replaces(make_data_loader)
+    def make_loader_of_group(make_data_loader, dataset, neox_args):
         size = context_size(neox_args)
         ranks, rank = mpu.get_data_parallel_world_size(), mpu.get_data_parallel_rank()
         with (
@@ -131,8 +124,6 @@ def _read_by_group() -> None:
             swapped(mpu, "get_data_parallel_rank", lambda: rank // size),
         ):
             return make_data_loader(dataset, neox_args)
-
-    replace(make_data_loader, make_loader_of_group)
 
 
 def _keep_own_tokens() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -23,6 +24,30 @@ def check_paths(settings: Mapping[str, Any]) -> None:
             if isinstance(path, str) and _OF_THE_SHELL.search(path):
                 wanted = "a path in full: GPT-NeoX takes ~ and $ for characters of a name"
                 refuse(name, path, wanted)
+
+
+def check_data(args: Any) -> None:
+    """Checks that a training has data, and how one data set is split."""
+    if args.data_impl is None:
+        refuse("data_impl", None, "infer, mmap or cached")
+    if args.data_path:
+        split_weights(args.split)
+    elif not (args.train_data_paths or args.pos_train_data_paths):
+        wanted = "a data set to train on, or train_data_paths beside valid_ and test_data_paths"
+        refuse("data_path", args.data_path, wanted)
+
+
+def split_weights(split: Any) -> list[float]:
+    """Returns the shares of training, validation and test documents that GPT-NeoX's `split` gives,
+    of any positive sum. GPT-NeoX takes shares below 0 too. Raises a SettingsError if it is no text
+    of up to three numbers from 0 on."""
+    try:
+        weights = [float(part) for part in split.split("," if "," in split else "/")][:3]
+    except (AttributeError, ValueError):
+        weights = []
+    if not weights or min(weights) < 0 or not 0 < sum(weights) < math.inf:
+        refuse("split", split, "three numbers of at least 0, e.g. 969,30,1")
+    return weights + [0.0] * (3 - len(weights))
 
 
 def check_data_weights(args: Any) -> None:

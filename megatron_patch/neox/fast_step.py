@@ -13,7 +13,7 @@
 from __future__ import annotations
 
 import atexit
-import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from megatron_patch.neox.late_logging import log_late
 from megatron_patch.neox.notices import say
 from megatron_patch.neox.optimizer_step import OptimizerStep, is_adamw
 from megatron_patch.neox.overlapped_reduction import BUCKET, OverlappedReduction, why_no_overlap
-from megatron_patch.neox.patching import in_metala_runs, replace
+from megatron_patch.neox.patching import in_metala_runs, overrides, replaces
 from megatron_patch.neox.skipped_steps import SkippedSteps
 from megatron_patch.neox.token_groups import deciding_together, layer_group
 from megatron_patch.neox.upstream_fixes.cpu_mode import runs_on_cpu
@@ -48,7 +48,6 @@ def speed_up_steps() -> None:
         return engine, optimizer, *others
 
     _let_the_host_run_ahead()
-    _settle_the_last_step()
     log_late()
     _keep_the_batch_of_a_single_rank()
 
@@ -64,8 +63,8 @@ def prepare_engine(engine: Any, neox_args: Any) -> None:
     sums, skipped = None, SkippedSteps(say)
     is_bfloat16 = isinstance(engine.optimizer, BF16_Optimizer)
     if is_bfloat16:
-        _average_during_backward(engine, neox_args)
-        sums = add_gradients_at_once(engine)
+        overlapped = _average_during_backward(engine, neox_args)
+        sums = add_gradients_at_once(engine, overlapped.note if overlapped else None)
     # With experts, norms are over other ranks.
     if is_bfloat16 and is_adamw(engine.optimizer.optimizer) and not engine.has_moe_layers:
         OptimizerStep(engine, skipped)
@@ -140,29 +139,26 @@ def _reduce_gradients_in_place(engine: Any) -> None:
     """
     from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 
-    reduce = engine.buffered_allreduce_fallback
     is_flat = isinstance(engine.optimizer, BF16_Optimizer)
 
-    @functools.wraps(reduce)
-    def reduce_each(grads=None, elements_per_buffer=500_000_000):
+    @overrides(engine, "buffered_allreduce_fallback")
+    def reduce_each(reduce: Callable, grads=None, elements_per_buffer: int = 500_000_000) -> None:
         if torch.distributed.get_world_size(engine.seq_data_parallel_group) > 1:
             reduce(grads, 0 if is_flat else elements_per_buffer)
 
-    engine.buffered_allreduce_fallback = reduce_each
 
-
-def _average_during_backward(engine: Any, neox_args: Any) -> None:
+def _average_during_backward(engine: Any, neox_args: Any) -> OverlappedReduction | None:
     """Overlaps the averages over data-parallel ranks with the backward pass, where that can be."""
-    engine.overlapped = None
     zero = neox_args.zero_optimization or {}
     if torch.distributed.get_world_size(engine.seq_data_parallel_group) == 1:
-        return
+        return None
     if (reason := why_no_overlap(neox_args)) is not None:
         if zero.get("overlap_comm"):
             say(f"gradients are averaged after the backward pass: {reason}")
-        return
-    engine.overlapped = OverlappedReduction(engine, zero.get("reduce_bucket_size", BUCKET))
-    engine.buffered_allreduce_fallback = lambda **_: engine.overlapped.finish()
+        return None
+    overlapped = OverlappedReduction(engine, zero.get("reduce_bucket_size", BUCKET))
+    overrides(engine, "buffered_allreduce_fallback")(lambda _, **__: overlapped.finish())
+    return overlapped
 
 
 # ---- GPT-NeoX's waits for the GPU, during which the host launches nothing
@@ -179,7 +175,8 @@ class _Untimed:
 
 
 def _let_the_host_run_ahead() -> None:
-    """Times the parts of a step only where `wall_clock_breakdown` asks for it.
+    """Times the parts of a step only where `wall_clock_breakdown` asks for it, and lets the host
+    learn of the last step before training ends, also by `exit_interval`.
 
     GPT-NeoX waits for the GPU at each start and stop of its timers, ten times a step, and the GPU
     then waits for the next launch.
@@ -187,43 +184,32 @@ def _let_the_host_run_ahead() -> None:
     from megatron.training import train
     from megatron.utils import Timers
 
-    log, write = Timers.log, Timers.write
-
     @in_metala_runs(train)
-    def train_ahead(train, neox_args, timers, *args, **kwargs):
+    def train_ahead(train, neox_args, timers, model, *args, **kwargs):
         if not (neox_args.wall_clock_breakdown or runs_on_cpu(neox_args)):
             timers.timers.update({name: _Untimed() for name in STEP_TIMERS})
             say("the parts of a step are not timed, which would make the GPU wait; "
                 "wall_clock_breakdown: true times them")  # fmt: skip
-        return train(neox_args, timers, *args, **kwargs)
-
-    def timed(timers, names) -> list[str]:
-        return [name for name in names if not isinstance(timers.timers[name], _Untimed)]
-
-    def log_timed(self, names, normalizer=1.0, reset=True):
-        if names := timed(self, names):
-            log(self, names, normalizer, reset)
-
-    def write_timed(self, names, iteration, normalizer=1.0, reset=False):
-        write(self, timed(self, names), iteration, normalizer, reset)
-
-    Timers.log, Timers.write = log_timed, write_timed
-
-
-def _settle_the_last_step() -> None:
-    """Lets the host learn of the last step before training ends, also by `exit_interval`."""
-    from megatron.training import train
-
-    @in_metala_runs(train)
-    def train_and_settle(train, *args, model, **kwargs):
         settle = getattr(model, "settle", lambda: None)
         try:
-            iteration = train(*args, model=model, **kwargs)
+            iteration = train(neox_args, timers, model, *args, **kwargs)
         except SystemExit:
             settle()
             raise
         settle()
         return iteration
+
+    def timed(timers, names) -> list[str]:
+        return [name for name in names if not isinstance(timers.timers[name], _Untimed)]
+
+    @overrides(Timers, "log")
+    def log_timed(log, self, names, **options):
+        if names := timed(self, names):
+            log(self, names, **options)
+
+    @overrides(Timers, "write")
+    def write_timed(write, self, names, **options):
+        write(self, timed(self, names), **options)
 
 
 def _keep_the_batch_of_a_single_rank() -> None:
@@ -233,13 +219,9 @@ def _keep_the_batch_of_a_single_rank() -> None:
     """
     from megatron import mpu
 
-    broadcast = mpu.broadcast_data
-
-    @functools.wraps(broadcast)
-    def copy_or_broadcast(keys, data, datatype):
+    @replaces(mpu.broadcast_data)
+    def copy_or_broadcast(broadcast, keys, data, datatype):
         alone = mpu.get_model_parallel_world_size() == 1 and torch.cuda.is_available()
         if not alone or any(data[key].dtype != datatype for key in keys):
             return broadcast(keys, data, datatype)
         return {key: data[key].cuda(non_blocking=True) for key in keys}
-
-    replace(broadcast, copy_or_broadcast)

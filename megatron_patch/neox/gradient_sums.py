@@ -1,4 +1,4 @@
-"""The sums of gradients that DeepSpeed's bfloat16 optimizer keeps, in two passes over memory fewer.
+"""Adds up gradients for DeepSpeed's bfloat16 optimizer, with two passes over memory saved.
 
 DeepSpeed keeps all gradients until the end of the backward pass, adds them one by one to float32
 sums in flat tensors, and after each step fills the sums with zeros, twice. Here a gradient is added
@@ -9,13 +9,13 @@ left. Only sums to which a step added nothing are filled with zeros, before anyt
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from megatron_patch.ops.backends import choose, function_of
+from megatron_patch.neox.patching import overrides
+from megatron_patch.ops.backends import implementation
 
 
 def add_to_sum(total: Tensor, gradient: Tensor, is_first: Tensor | None = None) -> None:
@@ -23,8 +23,9 @@ def add_to_sum(total: Tensor, gradient: Tensor, is_first: Tensor | None = None) 
     [] `is_first` is not 0, the sum counts as zero."""
     gradient = gradient.view_as(total)
     is_plain = total.is_contiguous() and gradient.is_contiguous()
-    backend = choose("accumulate", "auto" if is_plain else "torch", gradient.dtype, gradient.device)
-    function_of("accumulate", backend)(total, gradient, is_first)
+    backend = "auto" if is_plain else "torch"
+    add = implementation("accumulate", backend, gradient.dtype, gradient.device)
+    add(total, gradient, is_first)
 
 
 class GradientSums:
@@ -38,10 +39,10 @@ class GradientSums:
     Args:
         optimizer: its `bf16_groups`, `fp32_groups_gradients` and `fp32_groups_has_gradients` are
             read, lists of lists: parameters, their sums, and whether these have a gradient.
-        when_added: is called with a parameter whose gradient has been added.
+        when_added: is called with a parameter whose gradient has been added; or `None`.
     """
 
-    def __init__(self, optimizer: Any, when_added: Callable[[nn.Parameter], None]):
+    def __init__(self, optimizer: Any, when_added: Callable[[nn.Parameter], None] | None = None):
         self.optimizer, self.when_added = optimizer, when_added
         self.places = {
             parameter: (group, index)
@@ -58,6 +59,7 @@ class GradientSums:
         return self.optimizer.fp32_groups_gradients[group][index]
 
     def has_gradient(self, parameter: nn.Parameter) -> bool:
+        """Returns whether this step has added a gradient to a parameter's sum."""
         group, index = self.places[parameter]
         return self.optimizer.fp32_groups_has_gradients[group][index]
 
@@ -72,7 +74,8 @@ class GradientSums:
         group, index = self.places[parameter]
         self.optimizer.fp32_groups_has_gradients[group][index] = True
         parameter._hp_grad = self.of(parameter)
-        self.when_added(parameter)
+        if self.when_added is not None:
+            self.when_added(parameter)
 
     def capture(self, parameter: nn.Parameter, gradient: Tensor) -> None:
         """Launches in a capture what each replay does: adds to the sum, or to zeros."""
@@ -105,15 +108,12 @@ def _fill_with_zeros(sums: list[Tensor]) -> None:
         torch._foreach_zero_([total.detach() for total in sums])
 
 
-def add_gradients_at_once(engine: Any) -> GradientSums:
+def add_gradients_at_once(
+    engine: Any, when_added: Callable[[nn.Parameter], None] | None = None
+) -> GradientSums:
     """Lets each gradient of a DeepSpeed engine with a `BF16_Optimizer` be added to its sum as soon
     as it exists. To be called when the engine's other reductions of gradients are in place."""
     optimizer = engine.optimizer
-
-    def when_added(parameter: nn.Parameter) -> None:
-        if engine.overlapped is not None:
-            engine.overlapped.note(parameter)
-
     sums = GradientSums(optimizer, when_added)
     # DeepSpeed has a switch for this, which GPT-NeoX's settings do not reach.
     if not optimizer.immediate_grad_update:
@@ -121,18 +121,19 @@ def add_gradients_at_once(engine: Any) -> GradientSums:
         engine._config.bfloat16_config.immediate_grad_update = True
         optimizer.create_grad_acc_hooks()
 
+    @overrides(optimizer, "_update_hp_grad")
     @torch.no_grad()
-    def add_in_one_kernel(self, lp, group_idx, param_idx, clear_lp_grads):
+    def add_in_one_kernel(_: Callable, lp: nn.Parameter, *others: Any, **options: Any) -> None:
         if lp.grad is not None:
             sums.add(lp, lp.grad)
 
-    optimizer._update_hp_grad = MethodType(add_in_one_kernel, optimizer)
-    optimizer.clear_hp_grads = sums.forget
-    reduce = engine.buffered_allreduce_fallback
+    @overrides(optimizer, "clear_hp_grads")
+    def forget(_: Callable) -> None:
+        sums.forget()
 
-    def complete_and_reduce(*args, **kwargs):  # after the last micro-batch, for a single rank too
-        sums.complete()
-        return reduce(*args, **kwargs)
+    @overrides(engine, "buffered_allreduce_fallback")
+    def complete_and_reduce(reduce: Callable, *args: Any, **kwargs: Any) -> None:
+        sums.complete()  # after the last micro-batch, for a single rank too
+        reduce(*args, **kwargs)
 
-    engine.buffered_allreduce_fallback = complete_and_reduce
     return sums

@@ -15,7 +15,7 @@ _OLDEST_LM_EVAL = (0, 4, 5)
 
 def check_inference(args: Any, program: str) -> None:
     """Checks a run of generate.py or eval.py, or one of train.py that evaluates tasks. Raises a
-    SettingsError, one line that names the setting, what was found and what was wanted."""
+    SettingsError."""
     if program == "generate.py":
         _check_generation(args)
     if evaluates(args, program):
@@ -80,8 +80,9 @@ def _check_cache(args: Any) -> None:
     if others := sorted(kinds - set(SOFTMAX_TYPES)):
         wanted = f"true: GPT-NeoX caches nothing in layers of type {', '.join(others)}"
         refuse("recompute", args.recompute, wanted)
-    in_pipeline = args.pipe_parallel_size > 0
-    if kinds and args.pos_emb in ("sinusoidal", "rpe") + ("learned",) * in_pipeline:
-        wanted = f"true with pos_emb: {args.pos_emb}"
-        wanted += " and pipe_parallel_size above 0" * (args.pos_emb == "learned")
-        refuse("recompute", args.recompute, f"{wanted}: GPT-NeoX's cache loses the positions")
+    wanted = f"true with pos_emb: {args.pos_emb}"
+    loses = "GPT-NeoX's cache loses the positions"
+    if kinds and args.pos_emb in ("sinusoidal", "rpe"):
+        refuse("recompute", args.recompute, f"{wanted}: {loses}")
+    if kinds and args.pos_emb == "learned" and args.pipe_parallel_size > 0:
+        refuse("recompute", args.recompute, f"{wanted} and pipe_parallel_size above 0: {loses}")

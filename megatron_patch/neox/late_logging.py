@@ -8,13 +8,12 @@ when training ends.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from megatron_patch.neox.patching import in_metala_runs, replace
+from megatron_patch.neox.patching import in_metala_runs, replaces
 
 
 class LateLog:
@@ -35,8 +34,7 @@ class LateLog:
             # To pinned memory, without waiting.
             value = value.detach().to("cpu", non_blocking=True, copy=True)
             if is_on_gpu:
-                self.copied = torch.cuda.Event()
-                self.copied.record()
+                self.copied = torch.cuda.current_stream().record_event()
         self.calls.append(((key, value, *args), kwargs))
 
     def flush(self) -> None:
@@ -58,21 +56,17 @@ def log_late() -> None:
     late = LateLog(tb_wandb_log)
     is_late = False
 
-    @functools.wraps(tb_wandb_log)
-    def log_in_order(key, value, *args, **kwargs):
-        (late if is_late else tb_wandb_log)(key, value, *args, **kwargs)
+    @replaces(tb_wandb_log)
+    def log_in_order(log, *args, **kwargs):
+        (late if is_late else log)(*args, **kwargs)
 
-    replace(tb_wandb_log, log_in_order)
-
+    # wandb takes no step before one that it has, and a run that goes on from a checkpoint does not
+    # log again what came before it.
     @in_metala_runs(training_log)
-    def flush_and_log(training_log, *args, **kwargs):
-        late.flush()  # first: wandb takes no step before one that it has
-        return training_log(*args, **kwargs)
-
     @in_metala_runs(save_checkpoint)
-    def flush_and_save(save_checkpoint, *args, **kwargs):
-        late.flush()  # a run that goes on from here does not log these again
-        return save_checkpoint(*args, **kwargs)
+    def flush_first(log_or_save, *args, **kwargs):
+        late.flush()
+        return log_or_save(*args, **kwargs)
 
     @in_metala_runs(evaluate_and_print_results)
     def evaluate_and_flush(evaluate, *args, **kwargs):

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_patch.neox.context_parallel import mean_over_context
-from megatron_patch.neox.patching import replace
+from megatron_patch.neox.patching import replaces
 from megatron_patch.ops.backends import choose, function_of
 
 
@@ -45,8 +44,8 @@ def fuse_loss() -> None:
     from megatron import mpu
     from megatron.model.gpt2_model import cross_entropy
 
-    @functools.wraps(cross_entropy)
-    def cross_entropy_in_few_passes(output, labels, _fp16=False):
+    @replaces(cross_entropy)
+    def cross_entropy_in_few_passes(cross_entropy, output, labels, _fp16=False):
         is_split = mpu.get_model_parallel_world_size() > 1
         has_kernel = choose("cross_entropy", "auto", output.dtype, output.device) == "triton"
         if _fp16:
@@ -61,5 +60,3 @@ def fuse_loss() -> None:
         else:
             losses = _CrossEntropy.apply(logits.float(), target)
         return torch.sum(losses * mask) / mean_over_context(mask.sum())
-
-    replace(cross_entropy, cross_entropy_in_few_passes)

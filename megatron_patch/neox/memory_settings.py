@@ -17,8 +17,7 @@ _OFFLOADED_OPTIMIZERS = ("cpu_adam", "cpu_torch_adam")
 
 
 def check_memory_settings(args: Any, zero_stage: int) -> None:
-    """Raises a SettingsError, one line that names the setting, what was found and what was
-    wanted."""
+    """Checks these settings of a training. Raises a SettingsError."""
     _check_activation_checkpointing(args)
     _check_offloading(args, zero_stage)
 

@@ -7,23 +7,30 @@ import contextlib
 import math
 import os
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
+import torch.distributed as dist
 
+from megatron_patch.neox.settings import export_warning
 from megatron_patch.steps import STEP, latest_step
 
 
 def say(line: str) -> None:
     """Prints a line, on the first rank alone."""
-    if torch.distributed.get_rank() == 0:
+    rank = str(dist.get_rank()) if dist.is_initialized() else os.environ.get("RANK", "0")
+    if rank == "0":
         print(f"MetaLA: {line}", flush=True)
 
 
 def notices(args: Any) -> Iterator[str]:
     """Yields the lines about a training, from the settings that the launcher has expanded."""
+    if warning := export_warning(args):  # before the first step, not after weeks
+        yield warning
     yield from _of_wandb(args)
+    if args.tensorboard_dir and find_spec("tensorboard") is None:
+        yield "tensorboard_dir: nothing is logged there without the package tensorboard"
     yield from _of_exit_interval(args)
 
 

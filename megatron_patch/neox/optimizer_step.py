@@ -9,14 +9,15 @@ before it launches the next update, and corrects what it counted.
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, distributed
 
+from megatron_patch.neox.patching import overrides
 from megatron_patch.neox.skipped_steps import SkippedSteps
-from megatron_patch.ops.backends import choose, function_of
+from megatron_patch.ops.backends import implementation
 
 
 class OptimizerStep:
@@ -37,14 +38,11 @@ class OptimizerStep:
         self.arrived = torch.cuda.Event() if is_on_gpu else None
         self.is_known = True
         self.optimizer.step, engine.settle = self.step, self.settle
-        save = engine.save_checkpoint
 
-        @functools.wraps(save)
-        def save_what_is_known(*args, **kwargs):
+        @overrides(engine, "save_checkpoint")
+        def save_what_is_known(save: Callable, *args: Any, **kwargs: Any) -> Any:
             self.settle()
             return save(*args, **kwargs)
-
-        engine.save_checkpoint = save_what_is_known
 
     @torch.no_grad()
     def step(self) -> None:
@@ -85,13 +83,13 @@ class OptimizerStep:
             state["exp_avg"] = torch.zeros_like(parameter)
             state["exp_avg_sq"] = torch.zeros_like(parameter)
         if isinstance(state["step"], Tensor):
-            state["step"] = state["step"].cpu()  # where AdamW does not put those of a checkpoint
+            state["step"] = state["step"].cpu()  # AdamW puts those of a checkpoint on the GPU
         state["step"] += 1
         betas = tuple(map(float, group["betas"]))
         corrections = (1.0, 1.0)
         if group.get("bias_correction", True):
             corrections = tuple(1 - beta ** int(state["step"]) for beta in betas)
-        function_of("adam_step", choose("adam_step", "auto", torch.float32, parameter.device))(
+        implementation("adam_step", "auto", torch.float32, parameter.device)(
             parameter,
             optimizer.bf16_partitioned_groups[index][rank],
             optimizer.fp32_groups_gradient_flat_partition[index],

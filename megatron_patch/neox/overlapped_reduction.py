@@ -8,10 +8,7 @@ bucket, the bucket is averaged on a stream of its own.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -63,14 +60,10 @@ class OverlappedReduction:
 
     Args:
         bucket_size: largest number of elements of a bucket; a larger parameter is one of its own.
-        average: averages sums over the data-parallel ranks, in place.
     """
 
-    def __init__(
-        self, engine: Any, bucket_size: int, average: Callable[[Tensor], None] | None = None
-    ):
+    def __init__(self, engine: Any, bucket_size: int):
         self.engine = engine
-        self.average = average or partial(average_over_ranks, engine)
         self.buckets = _cut(engine, min(bucket_size, BUCKET))
         self.bucket_of = {p: bucket for bucket in self.buckets for p in bucket.parameters}
         self.started = 0  # buckets of this step, from the first on
@@ -110,8 +103,8 @@ class OverlappedReduction:
         self.started += 1
         if self.stream is not None:
             self.stream.wait_stream(torch.cuda.current_stream())
-        with contextlib.nullcontext() if self.stream is None else torch.cuda.stream(self.stream):
-            self.average(sums)
+        with torch.cuda.stream(self.stream):  # the current one where it is `None`, on the CPU
+            average_over_ranks(self.engine, sums)
 
 
 def average_over_ranks(engine: Any, sums: Tensor) -> None:

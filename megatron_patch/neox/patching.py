@@ -13,15 +13,6 @@ from typing import Any
 from megatron_patch.architecture import METALA
 
 
-def replace(original: Any, replacement: Any) -> None:
-    """Rebinds `original` in every GPT-NeoX module that imported it, under whatever name."""
-    for module_name, module in list(sys.modules.items()):
-        if module_name.split(".")[0] == "megatron":
-            for name, value in list(vars(module).items()):
-                if value is original:
-                    setattr(module, name, replacement)
-
-
 def has_metala_layers(neox_args: Any) -> bool:
     """Returns whether a run has MetaLA layers, from settings that GPT-NeoX has accepted."""
     return METALA in neox_args.attention_config
@@ -32,22 +23,57 @@ def mentions_metala(neox_args: Any) -> bool:
     return neox_args.metala is not None or f"'{METALA}'" in str(neox_args.attention_config)
 
 
-def in_metala_runs(original: Callable) -> Callable[[Callable], Callable]:
-    """Decorates a function that replaces `original` in runs with MetaLA layers. Other runs still
-    call `original`.
-
-    The decorated function takes `original` and then its arguments, `neox_args` first.
-    """
+def replaces(original: Callable) -> Callable[[Callable], Callable]:
+    """Decorates a function that takes the place of a function of GPT-NeoX's, in every module that
+    imported it, under whatever name. It takes `original` and then the arguments of a call."""
 
     def decorate(function: Callable) -> Callable:
         @functools.wraps(original)
-        def call(neox_args, *args, **kwargs):
+        def call(*args, **kwargs):
+            return function(original, *args, **kwargs)
+
+        for module_name, module in list(sys.modules.items()):
+            if module_name.split(".")[0] == "megatron":
+                for name, value in list(vars(module).items()):
+                    if value is original:
+                        setattr(module, name, call)
+        return function
+
+    return decorate
+
+
+def in_metala_runs(original: Callable) -> Callable[[Callable], Callable]:
+    """Does what `replaces` does, in runs with MetaLA layers. Other runs still call `original`.
+    `neox_args` is the first argument of both."""
+
+    def decorate(function: Callable) -> Callable:
+        @replaces(original)
+        def call(original, neox_args, *args, **kwargs):
             if not has_metala_layers(neox_args):
                 return original(neox_args, *args, **kwargs)
             return function(original, neox_args, *args, **kwargs)
 
-        replace(original, call)
-        return call
+        return function
+
+    return decorate
+
+
+def overrides(owner: Any, name: str) -> Callable[[Callable], Callable]:
+    """Decorates a function that takes the place of a method, or property, of a class, or of a
+    method of one object. It takes the original and then the arguments of a call. Raises an
+    AttributeError if there is no original: nobody would call the function."""
+
+    def decorate(function: Callable) -> Callable:
+        found = getattr(owner, name)
+        is_property = isinstance(found, property)
+        original = found.fget if is_property else found
+
+        @functools.wraps(original)
+        def call(*args, **kwargs):
+            return function(original, *args, **kwargs)
+
+        setattr(owner, name, property(call) if is_property else call)
+        return function
 
     return decorate
 

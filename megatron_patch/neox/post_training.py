@@ -11,8 +11,8 @@ import copy
 from pathlib import Path
 from typing import Any
 
-from megatron_patch.architecture import MetaLAOptions, refuse
-from megatron_patch.neox.token_groups import is_sequence_parallel
+from megatron_patch.architecture import refuse
+from megatron_patch.neox.token_groups import context_size, is_sequence_parallel
 from megatron_patch.neox.yaml_config import merge_yaml_texts
 
 PARTS = ("train", "valid", "test")
@@ -20,8 +20,7 @@ PAIRWISE = ("dpo", "rm")
 
 
 def check_post_training(args: Any, program: str) -> None:
-    """Checks the data sets and the objective of a run. Raises a SettingsError, one line that names
-    the setting, what was found and what was wanted."""
+    """Checks the data sets and the objective of a run. Raises a SettingsError."""
     kind = args.train_impl
     if kind == "reinforce":
         wanted = "normal, dpo, kto or rm: GPT-NeoX's REINFORCE needs a server of samples"
@@ -77,8 +76,7 @@ def _as_written(args: Any) -> dict[str, Any]:
 
 
 def _check_layout(args: Any, kind: str) -> None:
-    size = MetaLAOptions.parse(args.metala).context_parallel_size
-    if size > 1:
+    if (size := context_size(args)) > 1:
         wanted = f"1 with train_impl: {kind}, whose loss adds up whole sequences"
         refuse("metala.context_parallel_size", size, wanted)
     if (stages := args.pipe_parallel_size) > 0:

@@ -32,13 +32,15 @@ def model_precision(args: Any) -> str:
 
 
 def check_precision(args: Any) -> None:
-    """Checks the precision of any program's model, and lets `fp32_allreduce` reach DeepSpeed.
-    Raises a SettingsError, one line that names the setting, what was found and what was wanted."""
+    """Checks the precision of any program's model, and lets DeepSpeed know of it: of `fp16` without
+    a key of GPT-NeoX's that it refuses, and of `fp32_allreduce`. Raises a SettingsError."""
     if args.amp is not None:
         refuse("amp", args.amp, "none, but precision: DeepSpeed no longer has amp")
     if args.communication_data_type is not None:  # true or false to GPT-NeoX, a name to DeepSpeed
         refuse("communication_data_type", args.communication_data_type, "none, or fp32_allreduce")
     precision = model_precision(args)
+    if precision == "fp16" and not args.fp16:
+        args.fp16 = {"enabled": True}
     # GPT-NeoX fills in `enabled` for fp16, and for bf16 only where nothing else stands there.
     if precision == "bfloat16" and args.bf16 and args.bf16.get("enabled") is not True:
         refuse("bf16.enabled", args.bf16.get("enabled"), "true with precision: bfloat16")
@@ -70,8 +72,8 @@ def _reduce_in_float32(args: Any) -> None:
 
 
 def check_precision_of_training(args: Any, stage: int) -> None:
-    """Checks the optimizer and the sums of gradients against precision and ZeRO stage. Raises a
-    SettingsError like :func:`check_precision`."""
+    """Checks the optimizer and the dtype of the sums of gradients against precision and ZeRO stage.
+    Raises a SettingsError."""
     precision = model_precision(args)
     if precision == "fp16" and stage == 0:
         wanted = "1, 2 or 3 with precision: fp16; without ZeRO DeepSpeed does not scale the loss"

@@ -6,7 +6,6 @@ start. PyTorch's makes the same passes over memory and is there already.
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -14,7 +13,7 @@ from typing import Any
 
 import torch
 
-from megatron_patch.neox.patching import has_metala_layers, replace, swapped
+from megatron_patch.neox.patching import has_metala_layers, replaces, swapped
 
 _SETTINGS = {"lr", "betas", "eps", "weight_decay"}  # under optimizer.params, that PyTorch's takes
 
@@ -43,13 +42,11 @@ def take_pytorchs_adam() -> None:
     """Hooks this module into GPT-NeoX's choice of an optimizer."""
     from megatron.training import get_optimizer
 
-    @functools.wraps(get_optimizer)
-    def get_pytorchs(model: Any, neox_args: Any, *args: Any, **kwargs: Any) -> Any:
+    @replaces(get_optimizer)
+    def get_pytorchs(get_optimizer, model, neox_args, *args, **kwargs):
         suits = has_metala_layers(neox_args) and suits_pytorchs_adam(neox_args)
         with _in_place_of_others() if suits else nullcontext():
             return get_optimizer(model, neox_args, *args, **kwargs)
-
-    replace(get_optimizer, get_pytorchs)
 
 
 def suits_pytorchs_adam(neox_args: Any) -> bool:

@@ -104,7 +104,9 @@ class Rerun:
     def again(self) -> Tensor:
         """Returns the first entry of the result, computed again."""
         # Parameters are detached no earlier: ZeRO 3 has gathered them anew.
-        arguments = [x if x is None else _leaf(x) for x in self.arguments]
+        arguments = [
+            x if x is None else x.detach().requires_grad_(x.requires_grad) for x in self.arguments
+        ]
         saved = self.saved = []
         hooks = saved_tensors_hooks(lambda x: saved.append(x.detach()), lambda _: None)
         with torch.enable_grad(), hooks:
@@ -115,7 +117,3 @@ class Rerun:
             self.again()
         taken, self.saved[number] = self.saved[number], None
         return taken
-
-
-def _leaf(x: Tensor) -> Tensor:
-    return x.detach().requires_grad_(x.requires_grad)

@@ -16,6 +16,7 @@ import difflib
 import functools
 import os
 import re
+import sys
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -27,12 +28,13 @@ from megatron_patch.neox.fast_step import speed_up_steps
 from megatron_patch.neox.flops import flops_per_second
 from megatron_patch.neox.inference_settings import evaluates
 from megatron_patch.neox.loss import fuse_loss
-from megatron_patch.neox.notices import notices
+from megatron_patch.neox.notices import notices, say
 from megatron_patch.neox.patching import (
     has_metala_layers,
     in_metala_runs,
     mentions_metala,
-    replace,
+    overrides,
+    replaces,
 )
 from megatron_patch.neox.pytorch_adam import take_pytorchs_adam
 from megatron_patch.neox.run_settings import (
@@ -43,7 +45,7 @@ from megatron_patch.neox.run_settings import (
     program,
 )
 from megatron_patch.neox.sequence_parallel import split_tokens
-from megatron_patch.neox.settings import check_settings, export_warning
+from megatron_patch.neox.settings import check_settings
 from megatron_patch.neox.token_groups import make_token_groups
 from megatron_patch.neox.unread_settings import check_unread
 from megatron_patch.neox.upstream_fixes.cpu_mode import activate_cpu_mode, runs_on_cpu
@@ -70,7 +72,6 @@ def register() -> None:
 
     if METALA in ATTENTION_TYPE_CHOICES:
         return
-    ATTENTION_TYPE_CHOICES.append(METALA)
     _add_settings()
     _read_yaml_files()
     _check_settings()
@@ -87,6 +88,7 @@ def register() -> None:
     take_pytorchs_adam()
     speed_up_steps()
     upstream_fixes.apply()
+    ATTENTION_TYPE_CHOICES.append(METALA)  # last: half of this is no registration
 
 
 # ---- Settings
@@ -152,10 +154,8 @@ def _check_settings() -> None:
     rank exists, and again in each rank."""
     from megatron.neox_arguments.arguments import ZERO_DEFAULTS, NeoXArgs
 
-    post_init = NeoXArgs.__post_init__
-
-    @functools.wraps(post_init)
-    def checked_post_init(self) -> None:
+    @overrides(NeoXArgs, "__post_init__")
+    def checked_post_init(post_init, self) -> None:
         if mentions_metala(self):
             check_values(self)
         activate_cpu_mode(self)
@@ -177,12 +177,12 @@ def _check_settings() -> None:
         key_heads, self.num_kv_heads = self.num_kv_heads, None
         try:
             post_init(self)
+        except SettingsError:
+            raise
         except (AssertionError, ValueError) as error:
             reason = " ".join(re.sub(r"\033\[\d*m", "", str(error)).split())
             raise SettingsError(f"GPT-NeoX refuses the settings: {reason}") from error
         self.num_kv_heads = key_heads
-
-    NeoXArgs.__post_init__ = checked_post_init
 
 
 def _end_with_one_line() -> None:
@@ -190,22 +190,23 @@ def _end_with_one_line() -> None:
     launcher and `consume_neox_args` in the ranks: a mistake ends the program with one line."""
     from megatron.neox_arguments.arguments import NeoXArgs
 
-    def wrap(name: str, finish: Callable[[Any], None]) -> None:
+    def wrap(name: str, is_launcher: bool, finish: Callable[[Any], None]) -> None:
         consume = getattr(NeoXArgs, name).__func__
 
         @functools.wraps(consume)
         def consume_or_exit(cls, *args, **kwargs):
             global _is_launcher
-            _is_launcher = finish is in_launcher
-            if finish is in_rank:
-                name_rank()
-            else:
+            _is_launcher = is_launcher
+            if is_launcher:
                 os.environ.pop("LOCAL_RANK", None)  # which would make this process a rank
+            else:
+                name_rank()
+                _check_start(kwargs.get("input_args") or sys.argv)
             try:
                 neox_args = consume(cls, *args, **kwargs)
                 finish(neox_args)
             except SettingsError as error:
-                if finish is in_launcher:
+                if is_launcher:
                     os.environ.pop("RANK", None)  # only the first rank would print the line
                 end_run(str(error))
             return neox_args
@@ -217,10 +218,10 @@ def _end_with_one_line() -> None:
             check_backend(neox_args)
         check_limits(neox_args)
         if has_metala_layers(neox_args):
-            print(f"MetaLA: {upstream_fixes.summary()}", flush=True)
-            if program(neox_args) == "train.py":  # before the first step, not after weeks
-                for line in filter(None, [export_warning(neox_args), *notices(neox_args)]):
-                    print(f"MetaLA: {line}", flush=True)
+            say(upstream_fixes.summary())
+            if program(neox_args) == "train.py":
+                for line in notices(neox_args):
+                    say(line)
 
     def in_rank(neox_args) -> None:
         check_backend(neox_args)
@@ -230,8 +231,15 @@ def _end_with_one_line() -> None:
                 upstream_fixes.apply(upstream_fixes.EVALUATION_FIXES)
         check_load(neox_args)
 
-    wrap("consume_deepy_args", in_launcher)
-    wrap("consume_neox_args", in_rank)
+    wrap("consume_deepy_args", True, in_launcher)
+    wrap("consume_neox_args", False, in_rank)
+
+
+def _check_start(words: list[str]) -> None:
+    """Ends a program that `deepy.py` has not started, which GPT-NeoX does with a TypeError."""
+    if not any(word.startswith("--megatron_config") for word in words):
+        name = os.path.basename(sys.argv[0])
+        end_run(f"{name} was started without deepy.py, wanted: python ./deepy.py {name} FILE.yml")
 
 
 # ---- The model
@@ -240,15 +248,13 @@ def _end_with_one_line() -> None:
 def _add_norm() -> None:
     from megatron.model.norms import get_norm
 
-    @functools.wraps(get_norm)
-    def get_norm_with_simple(neox_args):
+    @replaces(get_norm)
+    def get_norm_with_simple(get_norm, neox_args):
         if neox_args.norm == "simplermsnorm":
             from megatron_patch.neox.layer import SimpleRMSNorm
 
             return SimpleRMSNorm, neox_args.rms_norm_epsilon
         return get_norm(neox_args)
-
-    replace(get_norm, get_norm_with_simple)
 
 
 def _add_layer() -> None:
@@ -259,10 +265,8 @@ def _add_layer() -> None:
 
     from megatron_patch.neox.layer import ParallelMetaLALayerPipe
 
-    init_specs = GPT2ModelPipe.init_specs
-
-    @functools.wraps(init_specs)
-    def init_specs_with_metala(self) -> None:
+    @overrides(GPT2ModelPipe, "init_specs")
+    def init_specs_with_metala(init_specs, self) -> None:
         init_specs(self)
         layer_types = self.neox_args.attention_config
         for index, spec in enumerate(self.specs):
@@ -276,8 +280,6 @@ def _add_layer() -> None:
                     layer_number=number,
                 )
 
-    GPT2ModelPipe.init_specs = init_specs_with_metala
-
 
 def _recompute_layer() -> None:
     """Lets `checkpoint_activations` recompute the layer. GPT-NeoX's pipeline and its sequential
@@ -285,17 +287,12 @@ def _recompute_layer() -> None:
     from megatron.model.gpt2_model import GPT2ModelPipe
     from megatron.model.utils import SequentialWrapper
 
-    for owner in (GPT2ModelPipe, SequentialWrapper):
-        _allow_recomputation(owner, owner._is_checkpointable)
-
-
-def _allow_recomputation(owner: type, is_checkpointable: Callable) -> None:
-    @functools.wraps(is_checkpointable)
-    def knows_metala(self, funcs) -> bool:
+    def knows_metala(is_checkpointable, self, funcs) -> bool:
         others = [f for f in funcs if type(f).__name__ != "ParallelMetaLALayerPipe"]
         return not others or is_checkpointable(self, others)
 
-    owner._is_checkpointable = knows_metala
+    for owner in (GPT2ModelPipe, SequentialWrapper):
+        overrides(owner, "_is_checkpointable")(knows_metala)
 
 
 def _count_flops() -> None:

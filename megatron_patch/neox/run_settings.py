@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
+import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -20,9 +21,12 @@ import torch
 from megatron_patch.architecture import METALA, SettingsError, refuse, yaml_number_hint
 from megatron_patch.architecture_neox import expand_attention_config, from_neox
 from megatron_patch.neox.context_parallel import check_context_parallel
-from megatron_patch.neox.data_settings import check_data_weights, check_paths
+from megatron_patch.neox.data_settings import check_data, check_data_weights, check_paths
+from megatron_patch.neox.hybrid_settings import check_other_layers
 from megatron_patch.neox.inference_settings import check_inference
+from megatron_patch.neox.mapping_settings import check_mappings, check_optimizer_params
 from megatron_patch.neox.memory_settings import check_memory_settings
+from megatron_patch.neox.notices import say
 from megatron_patch.neox.post_training import check_micro_batch, check_post_training
 from megatron_patch.neox.precision_settings import (
     check_precision,
@@ -81,18 +85,20 @@ _WORDS = {
 
 def check_values(args: Any) -> None:
     """Checks each field of GPT-NeoX's dataclass of settings by its annotation, and those of the
-    table above by their range. Raises a SettingsError, one line that names the setting, what was
-    found and what was wanted."""
+    table above by their range. Raises a SettingsError."""
     for field in dataclasses.fields(args):
-        value = getattr(args, field.name)
+        name, value, wanted = field.name, getattr(args, field.name), field.type
         if value is None or (args.autotuning is not None and value == "auto"):
             continue
-        _check_type(field.name, value, field.type)
-        if isinstance(value, (dict, list)) and field.name != "config_files":
-            for name, leaf in _leaves(field.name, value):
-                if yaml_number_hint(leaf):
-                    refuse(name, leaf, "a number")
-                _check_finite(name, leaf)
+        if name in _ANY_CASE and isinstance(value, str):
+            value, wanted = value.lower(), Literal[tuple(c.lower() for c in get_args(wanted))]
+        if not _fits(value, wanted):
+            refuse(name, value, _words(wanted))
+        for place, leaf in _leaves(name, value) if name != "config_files" else ():
+            if place != name and yaml_number_hint(leaf):
+                refuse(place, leaf, "a number")
+            if isinstance(leaf, float) and not math.isfinite(leaf):
+                refuse(place, leaf, "a finite number")
     for wanted, is_inside, names in _RANGES:
         for name in names.split():
             value = _look_up(args, name)
@@ -102,14 +108,6 @@ def check_values(args: Any) -> None:
             for number in value if isinstance(value, list) else [value]:
                 if isinstance(number, (int, float)) and not is_inside(number):
                     refuse(name, value, wanted)
-
-
-def _check_type(name: str, value: Any, wanted: Any) -> None:
-    if name in _ANY_CASE and isinstance(value, str):
-        value, wanted = value.lower(), Literal[tuple(c.lower() for c in get_args(wanted))]
-    if not _fits(value, wanted):
-        refuse(name, value, _words(wanted))
-    _check_finite(name, value)
 
 
 def _fits(value: Any, wanted: Any) -> bool:
@@ -137,11 +135,6 @@ def _words(wanted: Any) -> str:
     if origin is list:
         return f"a list, each {_words(get_args(wanted)[0])}"
     return _WORDS.get(wanted, str(wanted))
-
-
-def _check_finite(name: str, value: Any) -> None:
-    if isinstance(value, float) and not math.isfinite(value):
-        refuse(name, value, "a finite number")
 
 
 def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
@@ -178,8 +171,7 @@ def program(args: Any) -> str:
 def check_run(args: Any) -> None:
     """Checks the settings of a run with MetaLA layers, before GPT-NeoX derives others, against what
     its program can do, and takes away the "/" at the end of `save`, with which GPT-NeoX finds no
-    old checkpoints and uploads all runs under one name. Raises a SettingsError, one line that names
-    the setting, what was found and what was wanted."""
+    old checkpoints and uploads all runs under one name. Raises a SettingsError."""
     if not args.deepspeed:
         refuse("deepspeed", args.deepspeed, "true: GPT-NeoX trains with DeepSpeed alone")
     if args.seq_length is None:
@@ -195,8 +187,9 @@ def check_run(args: Any) -> None:
                 f"none with layers of type {', '.join(others)}: GPT-NeoX heeds it in a pipeline "
                 "alone, and not when it generates",
             )
-    check_paths({field.name: getattr(args, field.name) for field in dataclasses.fields(args)})
+    check_paths(vars(args))
     check_data_weights(args)
+    check_mappings(args)
     check_precision(args)
     check_context_parallel(args, program(args))
     check_sequence_parallel(args, program(args))
@@ -205,8 +198,11 @@ def check_run(args: Any) -> None:
         _check_tokenizer(args)
     if program(args) == "train.py":
         _check_training(args)
+        if args.user_script:
+            check_data(args)
     check_inference(args, program(args))
     check_saving(args)
+    check_other_layers(expand_attention_config(args.attention_config, args.num_layers))
 
 
 def check_backend(args: Any) -> None:
@@ -222,11 +218,10 @@ def check_backend(args: Any) -> None:
     device = torch.device("cpu") if on_cpu else torch.device("cuda", args.local_rank or 0)
     dtype = {"fp16": torch.float16, "bfloat16": torch.bfloat16}.get(args.precision, torch.float32)
     sizes = {"K": model.key_width, "V": model.value_width}
-    reason = unsupported_reason(
-        "meta_linear_attention", model.metala.backend, dtype, device, **sizes
-    )
+    name = model.metala.backend
+    reason = unsupported_reason("meta_linear_attention", name, dtype, device, **sizes)
     if reason is not None:
-        refuse("metala.backend", model.metala.backend, f"auto or chunked: {reason}")
+        refuse("metala.backend", name, f"auto or chunked: {reason}")
 
 
 def check_limits(args: Any) -> None:
@@ -239,13 +234,9 @@ def check_limits(args: Any) -> None:
     for prefix in ("", "pos_", "neg_"):
         for split in ("train", "valid", "test"):
             name = f"{prefix}{split}_data_paths"
-            if len(paths := getattr(args, name, None) or ()) > MOST_DATA_SETS:
-                raise SettingsError(
-                    f"{name}: found {len(paths)}, wanted at most {MOST_DATA_SETS}: GPT-NeoX can "
-                    "blend no more"
-                )
-    is_launcher = "LOCAL_RANK" not in os.environ
-    if is_launcher and program(args) == "train.py" and args.train_iters:
+            if (count := len(getattr(args, name, None) or ())) > MOST_DATA_SETS:
+                refuse(name, count, f"at most {MOST_DATA_SETS}: GPT-NeoX can blend no more")
+    if program(args) == "train.py" and args.train_iters:
         fraction = 1.0 if args.lr_decay_fraction is None else args.lr_decay_fraction
         warn_of_short_warmup(
             args.warmup, args.lr_decay_iters or max(1, math.floor(args.train_iters * fraction))
@@ -256,15 +247,16 @@ def warn_of_short_warmup(warmup: float, iterations: int) -> None:
     """Warns if `warmup`, a share of the schedule's iterations, is less than one step: the first
     learning rate is then larger than `lr`."""
     if 0 < warmup * iterations < 1:
-        print(
-            f"MetaLA: warmup: {warmup} of {iterations} iterations is less than one, which makes "
-            f"the first learning rate {1 / (warmup * iterations):.3g} times lr, as in GPT-NeoX; "
-            f"0 is no warm-up, {1 / iterations:.3g} one iteration",
-            flush=True,
+        say(
+            f"warmup: {warmup} of {iterations} iterations is less than one, which makes the first "
+            f"learning rate {1 / (warmup * iterations):.3g} times lr, as in GPT-NeoX; 0 is no "
+            f"warm-up, {1 / iterations:.3g} one iteration"
         )
 
 
 def _check_tokenizer(args: Any) -> None:
+    if args.tokenizer_type is None:
+        refuse("tokenizer_type", None, "the name of one, such as HFTokenizer")
     kind = args.tokenizer_type.lower()
     if args.vocab_file is None and kind not in ("charleveltokenizer", "hfgpt2tokenizer"):
         refuse("vocab_file", None, f"the file that tokenizer_type: {args.tokenizer_type} reads")
@@ -288,8 +280,14 @@ def _check_training(args: Any) -> None:
         refuse("optimizer.type", optimizer, "another: GPT-NeoX's is that of muP")
     if (decay := args.optimizer["params"].get("weight_decay")) is not None:
         refuse("optimizer.params.weight_decay", decay, "none, but weight_decay outside optimizer")
+    check_optimizer_params(args.optimizer["params"])
     if args.train_iters is None and args.train_epochs is None:
         refuse("train_iters", None, "the number of steps, or train_epochs")
+    if args.train_epochs and args.train_iters:
+        wanted = f"none beside train_iters = {args.train_iters} (which null takes away)"
+        refuse("train_epochs", args.train_epochs, wanted)
+    if args.z_loss and args.train_impl != "rm":
+        refuse("z_loss", args.z_loss, "0 without train_impl: rm: GPT-NeoX has no other z-loss")
     for name in ("train_iters", "train_epochs"):
         if (found := getattr(args, name)) is not None and found < 1:
             refuse(name, found, "at least 1: nothing would be trained")
@@ -318,7 +316,20 @@ def _check_zero(args: Any) -> None:
     check_memory_settings(args, stage)
 
 
+# The package that each of these settings logs with.
+_LOG_PACKAGES = {"use_wandb": "wandb", "use_comet": "comet_ml"}
+
+
 def _check_logging(args: Any) -> None:
+    for name, package in _LOG_PACKAGES.items():
+        if (found := getattr(args, name)) and not (package in sys.modules or find_spec(package)):
+            refuse(name, found, f"false without the package {package}, which is not installed")
+    on_cpu = args.distributed_backend == "gloo" and not torch.cuda.is_available()
+    for name in ("profile", "memory_profiling"):
+        if on_cpu and getattr(args, name):
+            refuse(name, True, "false on the CPU")
+    if args.profile and not args.tensorboard_dir:
+        refuse("tensorboard_dir", None, "a folder for the traces of profile: true")
     from deepspeed.runtime.engine import DeepSpeedEngine
 
     if "store_gradients" not in DeepSpeedEngine.__init__.__code__.co_names:

@@ -8,7 +8,6 @@ before the convolution (`mixer.py`).
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from megatron_patch.architecture import METALA, SOFTMAX_TYPES, refuse
 from megatron_patch.architecture_neox import expand_attention_config
-from megatron_patch.neox.patching import has_metala_layers, replace
+from megatron_patch.neox.patching import has_metala_layers, overrides, replaces
 from megatron_patch.neox.recompute import Compute, recomputed
 from megatron_patch.neox.token_groups import context_size, is_sequence_parallel
 
@@ -58,8 +57,8 @@ def row_parallel_sum(linear: torch.nn.Module, product: torch.Tensor) -> torch.Te
 
 
 def check_sequence_parallel(args: Any, program: str) -> None:
-    """Raises a SettingsError, in one line, if a run of `program` cannot split its tokens over
-    tensor-parallel ranks."""
+    """Raises a SettingsError if a run of `program` cannot split its tokens over tensor-parallel
+    ranks."""
     if not is_sequence_parallel(args):
         return
 
@@ -95,17 +94,13 @@ def _send_own_tokens() -> None:
     takes the ranks' hidden states for equal: it sends a part of each and gathers the parts."""
     from megatron.neox_arguments.arguments import NeoXArgs
 
-    deepspeed_config = NeoXArgs.deepspeed_config.fget
-
-    @functools.wraps(deepspeed_config)
-    def config_of_split_tokens(self) -> dict:
+    @overrides(NeoXArgs, "deepspeed_config")
+    def config_of_split_tokens(deepspeed_config, self) -> dict:
         config = deepspeed_config(self)
         if has_metala_layers(self) and is_sequence_parallel(self):
             whole = {"pipe_partitioned": False, "grad_partitioned": False}
             config["pipeline"] = {**config.get("pipeline", {}), **whole}
         return config
-
-    NeoXArgs.deepspeed_config = property(config_of_split_tokens)
 
 
 def _sum_partial_gradients() -> None:
@@ -123,7 +118,8 @@ def _sum_partial_gradients() -> None:
     )
     from megatron.model.word_embeddings import Embedding
 
-    def mark_all(module: torch.nn.Module, neox_args: Any) -> None:
+    @replaces(mark_norms)
+    def mark_all(mark_norms, module: torch.nn.Module, neox_args: Any) -> None:
         if not has_metala_layers(neox_args):
             mark_norms(module, neox_args)
         elif is_sequence_parallel(neox_args):
@@ -135,22 +131,18 @@ def _sum_partial_gradients() -> None:
                     p.has_partial_gradient = True
                     p.register_hook(add_up)
 
-    replace(mark_norms, mark_all)
-
 
 def add_partial_gradients(
     parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]
 ) -> list[Tensor]:
     """Returns parameters' gradients, those summed over tensor-parallel ranks of which each rank has
     its own tokens' part: what the parameters' hooks do, in one all-reduce for all of them."""
-    gradients = list(gradients)
     places = [i for i, p in enumerate(parameters) if getattr(p, "has_partial_gradient", False)]
     if not places:
-        return gradients
+        return list(gradients)
     from megatron.model.utils import reduce_weight_grads_from_model_parallel_region as add_up
 
     joined = add_up(torch.cat([gradients[i].flatten() for i in places]))
-    sums = joined.split([gradients[i].numel() for i in places])
-    for i, total in zip(places, sums, strict=True):
-        gradients[i] = total.view_as(gradients[i])
-    return gradients
+    parts = joined.split([gradients[i].numel() for i in places])
+    sums = dict(zip(places, parts, strict=True))
+    return [sums[i].view_as(g) if i in sums else g for i, g in enumerate(gradients)]

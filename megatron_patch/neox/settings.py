@@ -16,7 +16,6 @@ from megatron_patch.architecture import (
     WHOLE,
     Architecture,
     SettingsError,
-    optional,
     refuse,
 )
 from megatron_patch.architecture_neox import (
@@ -56,7 +55,7 @@ FUSED_NORMS = {"layernorm_fusion": "layernorm", "rmsnorm_fusion": "rmsnorm"}
 def check_settings(args: Any) -> Architecture | None:
     """Checks the settings of a model before it is built. They are attributes of any object; derived
     values are not needed. Returns the model, or `None` if no layer is of type `metala`. Raises a
-    SettingsError, one line that names the setting, what was found and what was wanted."""
+    SettingsError."""
     if not _has_metala_layers(args):
         if args.metala is not None:
             raise SettingsError(
@@ -64,7 +63,7 @@ def check_settings(args: Any) -> Architecture | None:
             )
         return None
     for name in ("num_kv_heads", "moe_num_experts", "model_parallel_size"):
-        if (found := getattr(args, name)) and not optional(WHOLE).accepts(found):
+        if (found := getattr(args, name)) and not WHOLE.accepts(found):
             refuse(name, found, WHOLE.wanted)
     if args.intermediate_size and args.expansion_factor:
         refuse("expansion_factor", args.expansion_factor, "none, since intermediate_size is set")
@@ -160,10 +159,11 @@ def _check_pipeline(args: Any, model: Architecture) -> None:
     """Checks `pipe_partition_method`. DeepSpeed balances the layers whose class matches a `type:`
     pattern over the stages, and fails where fewer layers match than there are stages."""
     method = args.pipe_partition_method
-    if not isinstance(method, str):
-        refuse("pipe_partition_method", method, "a word such as type:transformer|mlp|metala")
-    if not method.startswith("type:"):
+    if method in ("uniform", "parameters"):
         return
+    if not isinstance(method, str) or not method.startswith("type:"):
+        wanted = "uniform, parameters, or type: as in type:transformer|mlp|metala"
+        refuse("pipe_partition_method", method, wanted)
     pattern = method.removeprefix("type:")
     try:
         matches = re.compile(pattern, re.IGNORECASE).search

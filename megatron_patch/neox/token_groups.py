@@ -1,5 +1,5 @@
-"""The ranks over which the tokens of a sequence are split: by context parallelism throughout, by
-sequence parallelism before and behind the projections of a layer alone."""
+"""The ranks that split the tokens of a sequence: with context parallelism in the whole model, with
+sequence parallelism only between the projections of the layers."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def make_token_groups() -> None:
         # which may have failed, and memory of `expandable_segments` cannot be registered.
         os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
         result = initialize(neox_args, *args, **kwargs)
-        size = context_size(neox_args)
+        _context, size = None, context_size(neox_args)
         if size > 1:
             replicas = dist.get_process_group_ranks(mpu.get_data_parallel_group())
             first = mpu.get_data_parallel_rank() // size * size
@@ -77,8 +77,7 @@ def _new_group(ranks: list[int], backend: str | None = None) -> dist.ProcessGrou
     """Returns this rank's group; every rank calls with the ranks of its own."""
     found = [None] * dist.get_world_size()
     dist.all_gather_object(found, tuple(ranks))
-    groups = sorted(set(found))
-    return dist.new_subgroups_by_enumeration(groups, backend=backend)[0]
+    return dist.new_subgroups_by_enumeration(sorted(set(found)), backend=backend)[0]
 
 
 def deciding_together(group: dist.ProcessGroup) -> Callable[..., list[bool]]:

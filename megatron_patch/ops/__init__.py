@@ -2,16 +2,13 @@
 
 from megatron_patch.ops.decoding.token_decoder import token_decoder
 from megatron_patch.ops.meta_linear_attention import BACKENDS, meta_linear_attention
-from megatron_patch.ops.rms_norm import RMS_NORM_BACKENDS, add_rms_norm
-from megatron_patch.ops.short_convolution import CONVOLUTION_BACKENDS, short_convolution
-from megatron_patch.ops.swiglu import SWIGLU_BACKENDS, swiglu
+from megatron_patch.ops.rms_norm import add_rms_norm
+from megatron_patch.ops.short_convolution import short_convolution
+from megatron_patch.ops.swiglu import swiglu
 from megatron_patch.ops.swiglu_linear import swiglu_linear
 
 __all__ = [
     "BACKENDS",
-    "CONVOLUTION_BACKENDS",
-    "RMS_NORM_BACKENDS",
-    "SWIGLU_BACKENDS",
     "add_rms_norm",
     "meta_linear_attention",
     "short_convolution",

@@ -1,7 +1,7 @@
 """The one registry of backends: which function serves a call, or the reason why not.
 
 `REGISTRY` lists each operator's backends, fastest first, and where each runs: vendor, compute
-capability, dtypes, widths. A public operator asks `choose` and calls `function_of`. A backend that
+capability, dtypes, widths. A public operator calls what `implementation` returns. A backend that
 the caller names runs wherever `unsupported_reason` knows nothing against it; otherwise the call
 ends with that reason. "auto" takes the first backend that was also checked against float64 on such
 a GPU and for such widths, and says once, in one line, why it passed others by.
@@ -12,6 +12,7 @@ a reason, not an error. README.md in this folder says how to add a backend.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections.abc import Callable
@@ -20,6 +21,8 @@ from operator import index
 from typing import NamedTuple
 
 import torch
+
+from megatron_patch.ops.checks import check_choice, dtype_name
 
 logger = logging.getLogger(__name__)
 
@@ -70,43 +73,28 @@ def _external(module: str, package: str) -> Backend:
     return Backend(module, package, vendors=("NVIDIA", "AMD"), checked=None)
 
 
+_TRITON = Backend("megatron_patch.ops.triton", "triton")
+_TORCH = Backend("megatron_patch.ops.torch_ops")
+_TRAINING = Backend("megatron_patch.ops.torch_training")
 # By operator, fastest first.
 REGISTRY: dict[str, dict[str, Backend]] = {
     "meta_linear_attention": {
-        "triton": Backend("megatron_patch.ops.triton", "triton", widths=CHECKED_WIDTHS),
+        "triton": _TRITON._replace(widths=CHECKED_WIDTHS),
         "fla": _external("megatron_patch.ops.fla", "flash-linear-attention"),
-        "chunked": Backend("megatron_patch.ops.torch_ops"),
+        "chunked": _TORCH,
         "reference": Backend("megatron_patch.ops.reference"),
     },
     "short_convolution": {
-        "triton": Backend("megatron_patch.ops.triton", "triton"),
+        "triton": _TRITON,
         "causal_conv1d": _external("megatron_patch.ops.causal_conv1d", "causal-conv1d"),
-        "torch": Backend("megatron_patch.ops.torch_ops"),
+        "torch": _TORCH,
     },
-    "swiglu": {
-        "triton": Backend("megatron_patch.ops.triton", "triton"),
-        "torch": Backend("megatron_patch.ops.torch_ops"),
-    },
-    "swiglu_backward": {
-        "triton": Backend("megatron_patch.ops.triton", "triton"),
-        "torch": Backend("megatron_patch.ops.torch_ops"),
-    },
-    "add_rms_norm": {
-        "triton": Backend("megatron_patch.ops.triton", "triton"),
-        "torch": Backend("megatron_patch.ops.torch_ops"),
-    },
-    "accumulate": {
-        "triton": Backend("megatron_patch.ops.triton", "triton"),
-        "torch": Backend("megatron_patch.ops.torch_training"),
-    },
-    "adam_step": {
-        "triton": Backend("megatron_patch.ops.triton", "triton"),
-        "torch": Backend("megatron_patch.ops.torch_training"),
-    },
-    "cross_entropy": {
-        "triton": Backend("megatron_patch.ops.triton", "triton"),
-        "neox": Backend(""),  # GPT-NeoX's own
-    },
+    "swiglu": {"triton": _TRITON, "torch": _TORCH},
+    "swiglu_backward": {"triton": _TRITON, "torch": _TORCH},
+    "add_rms_norm": {"triton": _TRITON, "torch": _TORCH},
+    "accumulate": {"triton": _TRITON, "torch": _TRAINING},
+    "adam_step": {"triton": _TRITON, "torch": _TRAINING},
+    "cross_entropy": {"triton": _TRITON, "neox": Backend("")},  # GPT-NeoX's own
     "token_decoder": {
         "cuda": Backend("megatron_patch.ops.decoding.decoder", "cuda-bindings"),
         "layers": Backend(""),  # the model's own
@@ -122,12 +110,18 @@ HOPPER_CHUNKS = Backend(
 _functions: dict[str, Callable] = {}  # by "operator.backend"
 _failures: dict[str, str | None] = {}  # by module, of imports that were tried
 _decided: dict[tuple, str] = {}  # by call, because a model asks many times in a step
-_said: set[str] = set()
 
 
 def names_of(operator: str) -> tuple[str, ...]:
     """Returns the values that an operator's argument `backend` may have."""
     return ("auto", *REGISTRY[operator])
+
+
+def implementation(
+    operator: str, backend: str, dtype: torch.dtype, device: torch.device, **sizes: int
+) -> Callable:
+    """Returns the function that serves a call; see `choose`."""
+    return function_of(operator, choose(operator, backend, dtype, device, **sizes))
 
 
 def function_of(operator: str, backend: str) -> Callable:
@@ -155,8 +149,10 @@ def choose(
         sizes: by the names in the operator's docstring: K and V of heads, W and D of a convolution.
 
     Raises:
-        ValueError: the backend asked for by name cannot run here; the message says why.
+        ValueError: the operator has no such backend, or it cannot run here; the message says why.
     """
+    if backend != "auto" and backend not in REGISTRY[operator]:
+        check_choice("backend", backend, names_of(operator))
     # No kernel runs here and nobody expects one. Sizes may be symbols.
     if backend == "auto" and (device.type in ("cpu", "meta") or dtype == torch.float64):
         return _plain(operator)
@@ -240,9 +236,9 @@ def _unsupported_reason(
     if entry.package is None:
         return None
     if dtype not in entry.dtypes:
-        *others, last = map(_name, entry.dtypes)
+        *others, last = map(dtype_name, entry.dtypes)
         wanted = f"{', '.join(others)} or {last}" if others else last
-        return f"found {_name(dtype)} tensors, wanted {wanted}"
+        return f"found {dtype_name(dtype)} tensors, wanted {wanted}"
     if not may_interpret:
         if device.type != "cuda":
             return f"found tensors on {device}, wanted cuda"
@@ -285,8 +281,8 @@ def _unchecked_reason(
     elif entry.widths is not None and not is_checked(sizes["K"], sizes["V"], dtype):
         smallest, largest, ratios = entry.widths[dtype]
         ratios = " or ".join(f"{ratio} K" for ratio in ratios)
-        reason = f"found K = {sizes['K']}, V = {sizes['V']} in {_name(dtype)}, checked for K of "
-        reason += f"{smallest} to {largest} and V = {ratios}"
+        found = f"K = {sizes['K']}, V = {sizes['V']} in {dtype_name(dtype)}"
+        reason = f"found {found}, checked for K of {smallest} to {largest} and V = {ratios}"
     else:
         return None
     # Nobody can ask for a token decoder by name.
@@ -322,19 +318,14 @@ def _plain(operator: str) -> str:
     return next(name for name, entry in REGISTRY[operator].items() if entry.package is None)
 
 
+@functools.cache
 def say(text: str) -> None:
     """Logs a warning, once in a process."""
-    if text not in _said:
-        _said.add(text)
-        logger.warning(text)
+    logger.warning(text)
 
 
 def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [""])[0]
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _dots(capability: tuple[int, int]) -> str:

@@ -21,8 +21,6 @@ def check_tensor(
     """Raises unless `tensor` has the wanted shape, dtype and device.
 
     Args:
-        name: the argument's name.
-        tensor: what the caller gave.
         layout: the names of the dimensions, such as "B, T, H, K".
         sizes: the size of each dimension; `None` for any size of at least one.
         dtypes: the dtypes accepted.
@@ -43,15 +41,17 @@ def check_tensor(
             f"{name}: found shape {list(tensor.shape)}, wanted [{layout}] = [{wanted}]"
         )
     if tensor.dtype not in dtypes:
-        wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise ValueError(
-            f"{name} {list(tensor.shape)}: found dtype {str(tensor.dtype).removeprefix('torch.')}, "
-            f"wanted {wanted}"
-        )
+        found, wanted = dtype_name(tensor.dtype), " or ".join(map(dtype_name, dtypes))
+        raise ValueError(f"{name} {list(tensor.shape)}: found dtype {found}, wanted {wanted}")
     if device is not None and tensor.device != device:
         raise ValueError(
             f"{name} {list(tensor.shape)}: found on device {tensor.device}, wanted {device}"
         )
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Returns a dtype's name without "torch."."""
+    return str(dtype).removeprefix("torch.")
 
 
 def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
@@ -75,12 +75,12 @@ def records_gradients(*tensors: torch.Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
-def is_traced(x: torch.Tensor) -> bool:
-    """Returns whether something traces a call on x: `torch.compile`, fake tensors, `make_fx` or
-    `torch.func`. It cannot see into an `autograd.Function` that launches kernels."""
+def is_traced(*tensors: torch.Tensor | None) -> bool:
+    """Returns whether something traces a call on these tensors: `torch.compile`, fake tensors,
+    `make_fx` or `torch.func`. It cannot see into an `autograd.Function` that launches kernels."""
     return (
         torch.compiler.is_compiling()
-        or type(x) is not torch.Tensor
+        or any(x is not None and type(x) is not torch.Tensor for x in tensors)
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
     )

@@ -6,10 +6,9 @@ from functools import partial
 
 import torch
 
-from megatron_patch.ops.backends import choose, function_of, names_of
+from megatron_patch.ops.backends import implementation, names_of
 from megatron_patch.ops.checks import (
     FLOAT_DTYPES,
-    check_choice,
     check_cu_seqlens,
     check_inplace_final_state,
     check_number,
@@ -88,7 +87,6 @@ def meta_linear_attention(
             here, `inplace_final_state` is asked for without an initial state, with one whose
             entries share memory, or while gradients are recorded, or `context` comes with a state.
     """
-    check_choice("backend", backend, BACKENDS)
     check_tensor("q", q, "B, T, H, K", [None] * 4, FLOAT_DTYPES)
     batch, time, heads, key_width = q.shape
     same, device = (q.dtype,), q.device
@@ -131,18 +129,19 @@ def meta_linear_attention(
     if inplace_final_state:
         check_inplace_final_state(initial_state, q, gate_logits, v, aug, out_gate, out_gate_bias)
 
-    backend = choose("meta_linear_attention", backend, q.dtype, device, K=key_width, V=value_width)
-    implementation = function_of("meta_linear_attention", backend)
+    attend = implementation(
+        "meta_linear_attention", backend, q.dtype, device, K=key_width, V=value_width
+    )
     if context is not None:
         if initial_state is not None or output_final_state or inplace_final_state:
             raise ValueError("context: found with a state, wanted neither initial nor final state")
-        if backend == "triton":
-            implementation = partial(implementation, context=context)
+        if getattr(attend, "takes_context", False):
+            attend = partial(attend, context=context)
         else:
             initial_state = incoming_state(gate_logits, v, tau, context, cu_seqlens)
     # Every backend chooses its own precision. Autocast would halve that of the matrix products.
     with without_autocast(device):
-        return implementation(
+        return attend(
             q,
             gate_logits,
             v,

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from megatron_patch.ops.backends import choose, function_of, names_of
-from megatron_patch.ops.checks import FLOAT_DTYPES, check_choice, check_tensor, is_traced
-
-RMS_NORM_BACKENDS = names_of("add_rms_norm")
+from megatron_patch.ops.backends import implementation
+from megatron_patch.ops.checks import FLOAT_DTYPES, check_tensor, is_traced
 
 
 def add_rms_norm(
@@ -37,13 +35,11 @@ def add_rms_norm(
         ValueError: the dtype is not a float, `residual` is not like x, or the backend asked for by
             name cannot run here.
     """
-    check_choice("backend", backend, RMS_NORM_BACKENDS)
     shape, dtype = list(x.shape), x.dtype
     if not shape or dtype not in FLOAT_DTYPES:
         raise ValueError(f"x: found {dtype} {shape}, wanted floats [..., D]")
     if residual is not None:
         check_tensor("residual", residual, "x's", shape, (dtype,), x.device)
-    if backend == "auto" and (is_traced(x) or (residual is not None and is_traced(residual))):
+    if backend == "auto" and is_traced(x, residual):
         backend = "torch"
-    backend = choose("add_rms_norm", backend, dtype, x.device)
-    return function_of("add_rms_norm", backend)(x, residual, eps)
+    return implementation("add_rms_norm", backend, dtype, x.device)(x, residual, eps)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from megatron_patch.ops.backends import choose, function_of, names_of
+from megatron_patch.ops.backends import implementation
 from megatron_patch.ops.checks import (
     FLOAT_DTYPES,
     check_choice,
@@ -12,8 +12,6 @@ from megatron_patch.ops.checks import (
     check_inplace_final_state,
     check_tensor,
 )
-
-CONVOLUTION_BACKENDS = names_of("short_convolution")
 
 
 def short_convolution(
@@ -58,7 +56,6 @@ def short_convolution(
             by name cannot run here, or `inplace_final_state` is asked for without an initial state,
             with one whose entries share memory, or while gradients are recorded.
     """
-    check_choice("backend", backend, CONVOLUTION_BACKENDS)
     check_choice("activation", activation, ("silu", None))
     check_tensor("x", x, "B, T, D", [None] * 3, FLOAT_DTYPES)
     batch, time, channels = x.shape
@@ -77,11 +74,11 @@ def short_convolution(
         check_inplace_final_state(initial_state, x, weight)
 
     packed_state = cu_seqlens is not None and (initial_state is not None or output_final_state)
-    backend = choose(
+    convolve = implementation(
         "short_convolution", backend, x.dtype, x.device,
         D=channels, W=kernel_size, packed_state=packed_state,
     )  # fmt: skip
-    return function_of("short_convolution", backend)(
+    return convolve(
         x,
         weight,
         activation=activation,

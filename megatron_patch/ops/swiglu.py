@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from megatron_patch.ops.backends import choose, function_of, names_of
-from megatron_patch.ops.checks import FLOAT_DTYPES, check_choice, check_tensor, is_traced
-
-SWIGLU_BACKENDS = names_of("swiglu")
+from megatron_patch.ops.backends import implementation
+from megatron_patch.ops.checks import FLOAT_DTYPES, check_tensor, is_traced
 
 
 def swiglu(
@@ -30,7 +28,6 @@ def swiglu(
         ValueError: the last dimension is odd, the dtype is not a float, `up` is not like the gate,
             or the backend asked for by name cannot run here.
     """
-    check_choice("backend", backend, SWIGLU_BACKENDS)
     shape, dtype = list(gate_and_up.shape), gate_and_up.dtype
     if not shape or (up is None and shape[-1] % 2) or dtype not in FLOAT_DTYPES:
         raise ValueError(
@@ -38,7 +35,6 @@ def swiglu(
         )
     if up is not None:
         check_tensor("up", up, "gate's", shape, (dtype,), gate_and_up.device)
-    if backend == "auto" and (is_traced(gate_and_up) or (up is not None and is_traced(up))):
+    if backend == "auto" and is_traced(gate_and_up, up):
         backend = "torch"
-    backend = choose("swiglu", backend, dtype, gate_and_up.device)
-    return function_of("swiglu", backend)(gate_and_up, up)
+    return implementation("swiglu", backend, dtype, gate_and_up.device)(gate_and_up, up)

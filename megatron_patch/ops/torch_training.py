@@ -8,7 +8,8 @@ import torch
 def accumulate(
     total: torch.Tensor, gradient: torch.Tensor, is_first: torch.Tensor | None = None
 ) -> None:
-    """Adds a gradient to the sum of all, in place; to zeros if the int32 [] `is_first` is not 0."""
+    """Adds `gradient` to `total`, of the same shape, in place. If the int32 [] `is_first` is not
+    0, `total` counts as zero."""
     if is_first is not None:
         total.masked_fill_(is_first.bool(), 0)
     total.add_(gradient)

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from megatron_patch.architecture import SettingsError, refuse
+from megatron_patch.architecture import SettingsError
 from megatron_patch.indexed_dataset import IndexedDataset
+from megatron_patch.neox.data_settings import split_weights
 from megatron_patch.trainer.settings import TrainerSettings
 
 
@@ -120,14 +121,8 @@ class LoadedSamples(Dataset):
 
 def split_documents(split: str, count: int) -> list[np.ndarray]:
     """Returns the indices of the training, validation and test documents for GPT-NeoX's `split`.
-    Raises a SettingsError if `split` is not up to three numbers with a positive sum."""
-    try:
-        weights = [float(part) for part in split.replace("/", ",").split(",")][:3]
-    except ValueError:
-        weights = []
-    if not sum(weights) > 0:
-        refuse("split", split, "three numbers, e.g. 969,30,1")
-    weights += [0.0] * (3 - len(weights))
+    Raises a SettingsError like `split_weights`."""
+    weights = split_weights(split)
     bounds = [0]
     for weight in weights:
         bounds.append(bounds[-1] + round(weight / sum(weights) * count))

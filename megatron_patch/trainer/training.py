@@ -22,6 +22,7 @@ from megatron_patch.architecture import SettingsError
 from megatron_patch.commands.command_line import first_line, told
 from megatron_patch.save_folder import held
 from megatron_patch.torch_file import readable
+from megatron_patch.trainer.model import load_tokenizer
 from megatron_patch.trainer.schedule import ResumableLR, Schedule
 from megatron_patch.trainer.settings import TrainerSettings
 
@@ -205,13 +206,23 @@ class EvaluationSteps(TrainerCallback):
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Returns the rows of a metrics file, up to a line that a killed run left half-written."""
+    """Returns the rows of a metrics file, up to a line that a killed run left half-written. Raises
+    a SettingsError if another line is none of `MetricsFile`, which would write over it."""
     rows = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(errors="replace").splitlines():
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except ValueError:
+            row = None
+        if isinstance(row, dict) and isinstance(row.get("iteration"), int):
+            rows.append(row)
+        elif row is None and line and '{"iteration": '.startswith(line[:14]):
             break
+        else:
+            raise SettingsError(
+                f"save: found {line[:60]!r} in {path}, which is no line of a training's metrics, "
+                "wanted a folder without a file of this name from elsewhere"
+            )
     return rows
 
 
@@ -371,6 +382,8 @@ def train(
     """
     if settings.checkpoint_activations:
         model.gradient_checkpointing_enable()
+    collator = partial(collate, vocab_size=model.config.vocab_size)
+    collator.tokenizer = load_tokenizer(settings)  # the Trainer saves it in each checkpoint
     callbacks = [MetricsFile(settings.save / METRICS)]
     if validation is not None:
         callbacks.append(EvaluationSteps(settings.eval_interval))
@@ -386,7 +399,7 @@ def train(
                 model=model,
                 args=training_arguments(settings, use_wandb),
                 train_dataset=train_samples,
-                data_collator=partial(collate, vocab_size=model.config.vocab_size),
+                data_collator=collator,
                 callbacks=callbacks,
             )
         with held(str(settings.save)) if is_first else nullcontext():

@@ -28,7 +28,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import socket
 import statistics
 import subprocess
 import sys
@@ -55,6 +54,7 @@ from megatron_patch.commands.command_line import (
 )
 from megatron_patch.commands.link_neox import MARK, entry_point
 from megatron_patch.indexed_dataset import IndexedDatasetWriter
+from megatron_patch.neox.upstream_fixes.rendezvous import free_port
 from megatron_patch.neox.yaml_config import merge_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -148,13 +148,6 @@ def with_attention(settings: dict[str, Any], kind: str) -> dict[str, Any]:
         # GPT-NeoX rounds a third of intermediate_size up to a multiple of this.
         "mlp_multiple_of": settings["intermediate_size"],
     }
-
-
-def free_port() -> int:
-    """Returns a free port: another training may hold GPT-NeoX's default one."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def measure(

@@ -80,6 +80,8 @@ def test_trains_saves_and_verifies(small_run, train_hf, run_script, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "hf")
     assert len(tokenizer) == model.config.vocab_size == 512 and tokenizer.padding_side == "left"
     assert tokenizer.decode(tokenizer("def f(x):")["input_ids"]) == "def f(x):"
+    in_checkpoint = AutoTokenizer.from_pretrained(tmp_path / "run" / "checkpoint-16")
+    assert in_checkpoint("def f(x):") == tokenizer("def f(x):")
 
     (written,) = pipeline("text-generation", str(tmp_path / "run" / "hf"))(
         "def f", max_new_tokens=2
@@ -140,6 +142,19 @@ def test_a_resumed_run_may_not_change(half_done, changes, message):
     result = half_done(**changes)
     assert result.returncode == 1
     assert re.match(f"train_hf.py: {message}", result.stderr.splitlines()[-1]), result.stderr
+
+
+@pytest.mark.parametrize("line", ['{"step": 1, "loss": 2.0}', '{"iteration": "one"}', "[1]", "{"])
+def test_metrics_of_others_are_not_written_over(small_run, run_train_hf, tmp_path, line):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    text = f'{line}x\n{{"iteration": 1, "loss": 2.0}}\n' if line == "{" else f"{line}\n"
+    (folder / "metrics.jsonl").write_text(text)
+    result = run_train_hf(small_run())
+    assert result.returncode == 1
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("train_hf.py: save: found '") and str(folder / "metrics.jsonl") in last
+    assert (folder / "metrics.jsonl").read_text() == text
 
 
 def test_a_damaged_checkpoint_is_named(small_run, train_hf, run_train_hf, tmp_path):

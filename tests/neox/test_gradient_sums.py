@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from megatron_patch.neox import gradient_sums
 from megatron_patch.neox.gradient_sums import GradientSums
 from tests.neox.training import neox
 
@@ -41,7 +42,7 @@ def tell_dtype(engine, neox_args):
     os.write(1, b"sums in %s\\n" % str(engine.optimizer.grad_acc_dtype).encode())
     prepare(engine, neox_args)
 
-def keep_deepspeeds_own(engine):
+def keep_deepspeeds_own(engine, when_added):
     engine.optimizer.immediate_grad_update = True
     engine._config.bfloat16_config.immediate_grad_update = True
     engine.optimizer.create_grad_acc_hooks()
@@ -192,6 +193,14 @@ def test_deepspeed_is_told_of_each_gradient(steps):
     assert steps.optimizer.fp32_groups_has_gradients == [[True, False], [True]]
     steps.begin()
     assert steps.optimizer.fp32_groups_has_gradients == [[False, False], [False]]
+
+
+def test_a_deepspeed_that_adds_otherwise_is_an_error():
+    """Its sums would never be emptied."""
+    optimizer = stand_in_optimizer()
+    optimizer.immediate_grad_update = True
+    with pytest.raises(AttributeError, match="_update_hp_grad"):
+        gradient_sums.add_gradients_at_once(SimpleNamespace(optimizer=optimizer))
 
 
 @pytest.mark.parametrize(

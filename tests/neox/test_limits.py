@@ -53,8 +53,7 @@ def test_samples_that_do_not_suit_the_objective(kind, samples):
         ({"warmup": 0.01, "user_script": "generate.py"}, None),
     ],
 )
-def test_a_warm_up_of_less_than_a_step_is_told(capsys, monkeypatch, changes, times):
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
+def test_a_warm_up_of_less_than_a_step_is_told(capsys, changes, times):
     check_limits(limits(**changes))
     output = capsys.readouterr().out
     assert (f"the first learning rate {times}, as in GPT-NeoX" in output) if times else not output

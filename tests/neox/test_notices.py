@@ -79,3 +79,14 @@ def test_masking_what_the_tokenizer_lacks_is_refused(in_neox, config):
     """
     line = "MetaLA: eod_mask_loss: found true with a tokenizer that has no end-of-document token"
     assert in_neox({**config, "eod_mask_loss": True}, code).startswith(line)
+
+
+def test_a_missing_tensorboard_is_told(in_neox, config):
+    """GPT-NeoX's own `local_setup.yml` names a folder, and prints no line that is easy to find."""
+    code = """
+    from megatron_patch.neox import notices
+    notices.find_spec = lambda package: None
+    answer(list(notices.notices(neox_args)))
+    """
+    line = "tensorboard_dir: nothing is logged there without the package tensorboard"
+    assert in_neox({**config, "tensorboard_dir": "tensorboard"}, code) == [line]

@@ -89,18 +89,39 @@ def test_weights_moments_and_counts_are_deepspeeds(neox_checkout, config, tmp_pa
     assert counts and set(counts) == {2}
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-def test_a_run_that_changes_nothing_ends(neox_checkout, config, tmp_path, stage):
+FLOAT32 = {"precision": "fp32", "data_types": None}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"zero_optimization": {"stage": 1}},
+        {"zero_optimization": {"stage": 2}},
+        {**FLOAT32, "zero_optimization": {"stage": 0}},
+    ],
+    ids=["ZeRO 1", "ZeRO 2", "float32"],
+)
+def test_a_run_that_changes_nothing_ends(neox_checkout, config, tmp_path, changes):
     """DeepSpeed's other optimizers skip steps in silence as well."""
-    changes = {"num_gpus": 1, "train_iters": 20, "checkpoint_factor": 20}
+    changes = {"num_gpus": 1, "train_iters": 20, "checkpoint_factor": 20, **changes}
     skipped = ",".join(map(str, range(2, 20)))
-    config = config | changes
-    run = run_with_gaps(
-        neox_checkout, config, tmp_path / "run", skipped, False, zero_optimization={"stage": stage}
-    )
+    run = run_with_gaps(neox_checkout, config, tmp_path / "run", skipped, False, **changes)
     assert run.returncode != 0
     assert "MetaLA: iteration 2 changed no weight" in run.output
     assert "MetaLA: 3 iterations in a row changed no weight" in run.output
+
+
+@pytest.mark.parametrize("layout", [{}, {"pipe_parallel_size": 2}, {"model_parallel_size": 2}])
+def test_float32_without_zero_skips_too(neox_checkout, config, tmp_path, layout):
+    """DeepSpeed would step, and leave NaN in every weight. The gradients of one layer alone are
+    infinite, and of those of the others clipping to the norm leaves none."""
+    changes = {**FLOAT32, **layout, "zero_optimization": {"stage": 0}, "num_gpus": 2}
+    changes |= {"train_iters": 4, "checkpoint_factor": 4, "train_batch_size": None}
+    run = run_with_gaps(neox_checkout, config, tmp_path / "run", "2", False, **changes)
+    assert run.returncode == 0, run.output[-3000:]
+    assert run.output.count("MetaLA: iteration 2 changed no weight") == 1
+    losses = [run.losses[step] for step in (1, 2, 3, 4)]
+    assert max(losses) < 7 and "NAN" not in run.output
 
 
 @pytest.mark.parametrize("changes", [{"train_iters": 3}, {"exit_interval": 3}])

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from megatron_patch.neox import overlapped_reduction
 from megatron_patch.neox.overlapped_reduction import (
     OverlappedReduction,
     average_over_ranks,
@@ -53,18 +54,19 @@ class Engine:
     def is_gradient_accumulation_boundary(self) -> bool:
         return self.is_last
 
-    def average(self, sums) -> None:
-        self.averaged.append(sums.numel())
-        sums.mul_(0.5)
-
 
 @pytest.fixture
-def engine() -> Engine:
+def engine(monkeypatch) -> Engine:
+    def average(engine, sums) -> None:
+        engine.averaged.append(sums.numel())
+        sums.mul_(0.5)
+
+    monkeypatch.setattr(overlapped_reduction, "average_over_ranks", average)
     return Engine()
 
 
 def test_buckets_start_in_the_order_of_the_backward_pass(engine):
-    reduction = OverlappedReduction(engine, 15, engine.average)
+    reduction = OverlappedReduction(engine, 15)
     first, second, third = engine.module
     for sums in engine.optimizer.fp32_groups_gradients_flat:
         sums += 1
@@ -89,7 +91,7 @@ def test_buckets_start_in_the_order_of_the_backward_pass(engine):
 
 
 def test_the_end_averages_what_got_no_gradient_and_begins_anew(engine):
-    reduction = OverlappedReduction(engine, 1, engine.average)
+    reduction = OverlappedReduction(engine, 1)
     for step in range(1, 3):
         for p in engine.module[1:].parameters():
             reduction.note(p)
@@ -99,7 +101,7 @@ def test_the_end_averages_what_got_no_gradient_and_begins_anew(engine):
 
 
 def test_a_gradient_after_its_average_is_an_error(engine):
-    reduction = OverlappedReduction(engine, 1, engine.average)
+    reduction = OverlappedReduction(engine, 1)
     reduction.note(engine.module[2].bias)
     with pytest.raises(RuntimeError, match=r"overlap_comm: found two gradients .* \[5\]"):
         reduction.note(engine.module[2].bias)

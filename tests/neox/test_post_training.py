@@ -122,10 +122,12 @@ PACKINGS = ("unpacked", "pack_until_overflow")
 @pytest.fixture(scope="module")
 def batches(in_neox, data, tokenizer_file) -> dict[str, list[dict]]:
     """The batches of trainings by `train_impl`, and of longer fine-tunings by `pack_impl`."""
-    trainings = {"normal": labelled(data)}
+    packed = {**labelled(data), "pack_impl": "packed"}
+    trainings = {"packed": packed, "normal": labelled(data)}
     trainings |= {kind: objective(data, data, kind) for kind in ("dpo", "kto", "rm")}
     for packing in PACKINGS:
         trainings[packing] = {**labelled(data), "pack_impl": packing, "train_iters": 12}
+    trainings["packed again"] = packed
     code = READ % json.dumps([{**RUN, **changes} for changes in trainings.values()])
     found = in_neox(settings(data / "mixed", tokenizer_file), code)
     return dict(zip(trainings, found, strict=True))
@@ -151,6 +153,10 @@ def test_padded_samples_hold_their_documents_and_no_more(batches, data, packing)
                 row, marks = row[length:], marks[length:]
             assert set(row) <= {1} and set(marks) <= {-100}  # 0 would end a document
     assert seen >= 48
+
+
+def test_padding_is_of_one_training_of_a_process(batches):
+    assert batches["packed"] == batches["packed again"]
 
 
 # ---- Trainings
@@ -348,22 +354,22 @@ def test_gradients_are_those_of_the_formula(apart, case):
 
 
 def test_a_reward_model_wants_one_label_a_document(in_neox, data, tokenizer_file):
-    """GPT-NeoX would take a second label of the first row for that of the second row."""
+    """GPT-NeoX would take a second label of the first row for that of the second row. The rank that
+    reads such a document says so, whichever it is."""
     code = """
     from megatron import training
-    from megatron_patch.architecture import SettingsError
     text = torch.ones(2, 49, dtype=torch.long)
     labels = torch.full_like(text, -100)
     labels[0, [7, 9]] = 1
     batch = {"pos": text, "neg": text, "pos_label": labels, "neg_label": labels}
     try:
         training.get_batch(neox_args, iter([batch]))
-    except SettingsError as error:
-        answer(str(error))
+    except SystemExit as end:
+        answer(end.code)
     """
     config = settings(data, tokenizer_file, **{**RUN, **objective(data, data, "rm")})
     found = in_neox(config, code)
-    assert found.startswith("train_impl: found rm and documents with [2, 0, 2, 0] labels")
+    assert found.startswith("MetaLA: train_impl: found rm and documents with [2, 0, 2, 0] labels")
 
 
 # ---- Layouts, going on, export

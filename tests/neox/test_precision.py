@@ -68,6 +68,17 @@ def test_weights_drawn_in_bfloat16_are_those_of_every_stage(bench):
     assert_alike(steps, wanted)
 
 
+def test_fp16_alone_is_what_deepspeed_reads(in_neox, config):
+    """GPT-NeoX's own derivation has a key that DeepSpeed refuses."""
+    code = """
+    from deepspeed.runtime.precision_config import DeepSpeedFP16Config
+    given = {"precision": "fp16", "distributed_backend": "nccl", "zero_optimization": {"stage": 1}}
+    args = NeoXArgs.from_dict({**settings, **given})
+    answer([args.precision, DeepSpeedFP16Config(**args.deepspeed_config["fp16"]).enabled])
+    """
+    assert in_neox(config, code) == ["fp16", True]
+
+
 def test_fp32_allreduce_reaches_deepspeed(in_neox, config):
     """Once, and from the launcher to the ranks, which read what it has derived."""
     code = """

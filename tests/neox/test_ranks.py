@@ -195,6 +195,7 @@ def test_the_hostfile_of_the_environment_is_the_one_that_is_used(monkeypatch, tm
         ({"include": "localhost:7"}, "", "include, exclude: No slot '7' specified on host 'localh"),
         ({"include": "worker-9"}, None, "include, exclude: Hostname 'worker-9' not found"),
         ({"num_gpus": 5}, None, "num_gpus: found 5, wanted at most 4, as many as are visible"),
+        ({"hostfile": "nowhere"}, None, "hostfile: found 'nowhere', wanted a file, or none: DeepS"),
         ({"num_nodes": 2}, None, "num_nodes: found 2, wanted a hostfile"),
         ({"num_gpus": 2}, "3", "num_gpus: found 2, wanted at most 1, as many as are visible"),
         (

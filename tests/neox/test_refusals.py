@@ -12,10 +12,11 @@ import pytest
 import yaml
 
 from megatron_patch.architecture import SettingsError
-from megatron_patch.neox import inference_settings
+from megatron_patch.neox import hybrid_settings, inference_settings, run_settings
 from megatron_patch.neox.upstream_fixes.processes import ChildProcess
 from tests.neox.training import settings, stand_in
 
+TRAIN = {"user_script": "train.py"}
 ADAM = {"type": "Adam", "params": {"lr": 1e-3}}
 BFLOAT16 = {"precision": "bfloat16"}
 FP16 = {"precision": None, "distributed_backend": "nccl"}
@@ -149,6 +150,41 @@ REFUSED = [
         {"optimizer": {**ADAM, "params": {"weight_decay": 0.0}}},
         "optimizer.params.weight_decay: found 0.0, wanted none, but weight_decay outside optimizer",
     ),
+    ({"optimizer": {**ADAM, "params": {}}}, "optimizer.params.lr: found None, wanted a number"),
+    (
+        {"optimizer": {**ADAM, "params": {"lr": 1e-3, "betas": [0.9]}}},
+        "optimizer.params.betas: found [0.9], wanted two numbers",
+    ),
+    # keys inside mappings
+    (
+        {"optimizer": {**ADAM, "learning_rate": 1e-3}},
+        "optimizer.learning_rate: found a key that nothing reads, wanted one of params, type",
+    ),
+    (
+        {"optimizer": {**ADAM, "params": {"lr": 1e-3, "beta": [0.9, 0.95]}}},
+        "optimizer.params.beta: found a key that nothing reads, wanted betas",
+    ),
+    (
+        {"zero_optimization": {"stage": 1, "reduce_bukket_size": 1}},
+        "zero_optimization.reduce_bukket_size: found a key that nothing reads, wanted reduce_",
+    ),
+    (
+        {**BFLOAT16, "data_types": {"grad_acum_dtype": "fp32"}},
+        "data_types.grad_acum_dtype: found a key that nothing reads, wanted grad_accum_dtype",
+    ),
+    (
+        {"fp16": {"loss_scal": 1}},
+        "fp16.loss_scal: found a key that nothing reads, wanted loss_scal",
+    ),
+    # data
+    ({**TRAIN, "split": "1,-1,1"}, "split: found '1,-1,1', wanted three numbers of at least 0"),
+    ({**TRAIN, "split": "90 5 5"}, "split: found '90 5 5', wanted three numbers of at least 0"),
+    ({**TRAIN, "split": None}, "split: found None, wanted three numbers of at least 0"),
+    ({**TRAIN, "data_impl": None}, "data_impl: found None, wanted infer, mmap or cached"),
+    ({**TRAIN, "data_path": None}, "data_path: found None, wanted a data set to train on"),
+    ({"train_epochs": 1}, "train_epochs: found 1, wanted none beside train_iters = 20"),
+    ({"z_loss": 0.1}, "z_loss: found 0.1, wanted 0 without train_impl: rm"),
+    ({"log_dir": "/proc/none"}, "log_dir: found /proc/none, wanted a folder that can be written"),
     # paths that a shell would replace, and weights that are ignored or wrong
     ({"save": "~/run", "checkpoint_factor": 1}, "save: found '~/run', wanted a path in full: GPT"),
     ({"log_dir": "$HOME/logs"}, "log_dir: found '$HOME/logs', wanted a path in full: GPT-NeoX"),
@@ -239,7 +275,23 @@ REFUSED = [
         {"user_script": "train.py", "tokenizer_type": "GPT2BPETokenizer"},
         "merge_file: found None, wanted",
     ),
+    ({**TRAIN, "tokenizer_type": None}, "tokenizer_type: found None, wanted"),
     ({"user_script": "train.py", "vocab_file": None}, "vocab_file: found None, wanted"),
+    ({"profile": True}, "profile: found True, wanted false on the CPU"),
+    ({"memory_profiling": True}, "memory_profiling: found True, wanted false on the CPU"),
+    (
+        {"profile": True, "distributed_backend": "nccl"},
+        "tensorboard_dir: found None, wanted a folder for the traces of profile: true",
+    ),
+    # layers that cannot run
+    (
+        {"attention_config": ["metala", "gmlp"]},
+        "attention_config: found 'gmlp', wanted another type: GPT-NeoX's own ends in an error",
+    ),
+    (
+        {"attention_config": ["bigbird", "metala"]},
+        "attention_config: found 'bigbird', wanted another type, or the package deepspeed.ops",
+    ),
     # honoured in some layouts alone
     (
         {"attention_config": HYBRID, "sliding_window_width": 8},
@@ -414,7 +466,11 @@ ACCEPTED = [
     },
     {"precision": None, "bf16": {"enabled": True}, "log_optimizer_states": True},
     {**BFLOAT16, **extra(bf16={"enabled": True}, comms_logger={})},
-    {**BFLOAT16, **optimizer("sm3")},
+    {
+        **BFLOAT16,
+        "optimizer": {"type": "sm3", "params": {"lr": 1e-3, "momentum": 0.9, "beta": 0.1}},
+    },
+    {"zero_optimization": {"stage": 3, "stage3_prefetch_bucket_size": 1, "overlap_comm": True}},
     {**BFLOAT16, **optimizer("lion"), "pipe_parallel_size": 1},
     {"user_script": "generate.py", "optimizer": None, "train_iters": None},
     {**UNCONDITIONAL, "attention_config": HYBRID, "pos_emb": "learned"},
@@ -465,6 +521,25 @@ def test_eval_without_its_lm_eval_is_refused_in_one_line(monkeypatch, found):
     wanted = f"eval_tasks: found {'lm_eval 0.4.1' if found else 'no lm_eval'}, wanted it installed"
     with pytest.raises(SettingsError, match=wanted):
         inference_settings.check_inference(stand_in({"eval_tasks": ["piqa"]}), "eval.py")
+
+
+@pytest.mark.parametrize("name", ["use_wandb", "use_comet"])
+def test_logging_needs_its_package(monkeypatch, name):
+    monkeypatch.setattr(run_settings, "find_spec", lambda package: None)
+    for package in ("wandb", "comet_ml"):
+        monkeypatch.delitem(sys.modules, package, raising=False)
+    off = {"use_wandb": False, "use_comet": None}
+    with pytest.raises(SettingsError, match=f"{name}: found True, wanted false without the packa"):
+        run_settings._check_logging(stand_in(off, **{name: True}))
+
+
+def test_layers_need_their_packages(monkeypatch):
+    monkeypatch.setattr(hybrid_settings, "find_spec", lambda package: None)
+    hybrid_settings.check_other_layers(["metala", "global", "rwkv"])
+    for kind, package in (("flash", "flash_attn"), ("mamba", "mamba_ssm")):
+        wanted = f"attention_config: found '{kind}', wanted another type, or the package {package}"
+        with pytest.raises(SettingsError, match=wanted):
+            hybrid_settings.check_other_layers(["metala", kind])
 
 
 def test_is_accepted(answers):
@@ -522,6 +597,18 @@ def test_failures_of_the_ranks_have_exit_code_1(in_neox, config):
         ended,
         "MetaLA: seq_length: found 64, wanted more than the prompt's 64 tokens",
     ]
+
+
+def test_a_program_that_deepy_did_not_start_says_so(in_neox, config):
+    code = """
+    sys.argv = ["/x/train.py", "run.yml"]
+    try:
+        NeoXArgs.consume_neox_args()
+    except SystemExit as end:
+        answer(end.code)
+    """
+    wanted = "wanted: python ./deepy.py train.py FILE.yml"
+    assert in_neox(config, code) == f"MetaLA: train.py was started without deepy.py, {wanted}"
 
 
 def test_exit_interval_ends_with_exit_code_0(in_neox, config):

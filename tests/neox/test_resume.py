@@ -11,6 +11,7 @@ import yaml
 from convert.command import ConvertError
 from convert.neox_reader import find_step
 from megatron_patch.architecture import SettingsError
+from megatron_patch.neox.loaded_model import OF_DATA
 from megatron_patch.neox.upstream_fixes.resume import check_load, go_on_from_save
 from tests.neox.training import settings as training_settings
 from tests.neox.training import stand_in
@@ -46,6 +47,7 @@ def settings(load, **changes) -> SimpleNamespace:
         use_checkpoint_lr_scheduler=False,
         optimizer={"type": "Adam", "params": {"lr": 1e-3, "betas": [0.9, 0.95]}},
         weight_decay=0.1,
+        **dict.fromkeys(OF_DATA),
     )
     return stand_in(values, load=load, **changes)
 
@@ -82,6 +84,20 @@ def test_a_first_start_and_a_resumption_pass(tmp_path):
     check_load(settings(str(folder)))
     check_load(settings(str(folder), save=None, finetune=True))
     check_load(settings(str(folder), iteration=10))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"finetune": True}, "finetune: found True, wanted false without load"),
+        ({"iteration": 10}, "iteration: found 10, wanted none without load"),
+        ({"user_script": "generate.py"}, "load: found None, wanted a folder of checkpoints, from "),
+    ],
+)
+def test_what_needs_a_checkpoint_is_refused_without_one(changes, message):
+    """GPT-NeoX would train from scratch."""
+    with pytest.raises(SettingsError, match=message):
+        check_load(settings(None, **changes))
 
 
 @pytest.mark.parametrize(
@@ -354,6 +370,10 @@ def test_another_schedule_is_named(tmp_path, changes, message):
             {"optimizer": {"type": "Adam", "params": {"betas": [0.9, 0.95], "eps": 1e-6}}},
             "optimizer.params.eps: found 1e-06, wanted 1e-08, as in",
         ),
+        (
+            {"optimizer": {"type": "lion", "params": {"betas": [0.9, 0.95]}}},
+            "optimizer.type: found 'lion', wanted Adam, as in",
+        ),
     ],
 )
 def test_what_the_optimizers_states_hold_may_not_change(tmp_path, changes, message):
@@ -377,7 +397,8 @@ def test_another_batch_is_told(tmp_path, monkeypatch, capsys, now, split):
     save_states(tmp_path, ds_config={"train_batch_size": 8}, iteration=10)
     (tmp_path / "global_step10/configs").mkdir()
     options = (
-        f"metala: {{context_parallel_size: {split}}}\noptimizer: {{params: {{betas: [0.9, 0.95]}}}}"
+        f"metala: {{context_parallel_size: {split}}}\n"
+        "optimizer: {type: Adam, params: {betas: [0.9, 0.95]}}"
     )
     (tmp_path / "global_step10/configs/a.yml").write_text(options)
     check_load(settings(str(tmp_path), train_batch_size=now))
@@ -387,6 +408,20 @@ def test_another_batch_is_told(tmp_path, monkeypatch, capsys, now, split):
     else:
         assert told.startswith(f"MetaLA: train_batch_size: found {now}, and {8 // split} in ")
         assert f"goes on at sample {10 * now} of its data, not at {80 // split}, where" in told
+
+
+def test_a_finished_run_is_told_and_a_shorter_one_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    save_states(tmp_path, iteration=10)
+    told = []
+    for train_iters in (20, 10):
+        check_load(settings(str(tmp_path), train_iters=train_iters, lr_decay_iters=20))
+        told.append(capsys.readouterr().out)
+    assert told[0] == ""
+    assert "mp_rank_00_model_states.pt has all 10 iterations behind it, so nothing" in told[1]
+    with pytest.raises(SettingsError, match="train_iters: found 9, wanted at least 10, the iterat"):
+        check_load(settings(str(tmp_path), train_iters=9, lr_decay_iters=20))
+    check_load(settings(str(tmp_path), train_iters=9, finetune=True))
 
 
 def test_another_model_is_named(tmp_path):

@@ -82,3 +82,10 @@ def test_other_ranks_delete_nothing(save, monkeypatch):
     (save / "latest").write_text("global_step200")
     delete_old_checkpoints(str(save), 1)
     assert (save / "global_step9").is_dir()
+
+
+def test_a_step_that_cannot_be_deleted_is_named(save, monkeypatch, capsys):
+    monkeypatch.setattr("shutil.rmtree", lambda path, ignore_errors: None)
+    (save / "latest").write_text("global_step200")
+    delete_old_checkpoints(str(save), 3)
+    assert f"{save}/global_step9 cannot be deleted whole" in capsys.readouterr().out

@@ -87,6 +87,7 @@ def test_a_run_without_metala_layers_is_left_alone():
         ({"init_method": "small_init"}, "init_method: found 'small_init', .* metala.init: neox"),
         ({"num_kv_heads": 2}, "num_kv_heads: found 2, wanted none"),
         ({"pipe_partition_method": "type:mlp"}, "pipe_partition_method: found 'type:mlp'"),
+        ({"pipe_partition_method": "even"}, "pipe_partition_method: found 'even', wanted uniform"),
         ({"pipe_partition_method": "type:["}, r"pipe_partition_method: .* a regular expression"),
         (
             {"pipe_parallel_size": 5},

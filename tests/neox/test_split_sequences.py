@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
+from megatron_patch.neox import token_groups
 from tests.neox.conversion import export
 from tests.neox.training import neox, settings
 
@@ -262,3 +265,25 @@ def test_documents_are_apart_on_sequence_parallel_ranks(train, one_packed_hybrid
     changes = {"num_gpus": max(2 * stages, 2), "pipe_parallel_size": stages}
     training = train(**changes, metala=DOCUMENTS, **SEQUENCE, **HYBRID)
     training.assert_equal(one_packed_hybrid)
+
+
+def test_a_later_run_of_a_process_has_no_group_of_an_earlier_one(monkeypatch):
+    monkeypatch.setattr(token_groups, "_context", None)
+    monkeypatch.setenv("NCCL_GRAPH_REGISTER", "0")
+    monkeypatch.setattr(token_groups, "_new_group", tuple)
+    monkeypatch.setattr(token_groups.dist, "get_process_group_ranks", lambda group: [4, 5, 6, 7])
+    package, initialize = ModuleType("megatron"), ModuleType("megatron.initialize")
+    package.mpu = SimpleNamespace(
+        get_data_parallel_group=lambda: None, get_data_parallel_rank=lambda: 3
+    )
+    initialize.initialize_megatron = lambda neox_args: None
+    for module in (package, initialize):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    token_groups.make_token_groups()
+    groups = []
+    for size in (2, 1):
+        initialize.initialize_megatron(
+            SimpleNamespace(attention_config=["metala"], metala={"context_parallel_size": size})
+        )
+        groups.append(token_groups.context_group())
+    assert groups == [(6, 7), None]

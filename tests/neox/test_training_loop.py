@@ -68,20 +68,23 @@ def test_the_first_step_of_a_run_that_goes_on_has_the_new_rate(
         torch.testing.assert_close(after[name], weight, rtol=0, atol=1e-10)
 
 
-def test_a_checkpoint_is_written_once(in_neox, config, tmp_path):
+def test_a_model_writes_a_checkpoint_once(in_neox, config, tmp_path):
+    """A second model of the process may write to the same folder."""
     code = """
     from types import SimpleNamespace
     from megatron import checkpointing, training
     steps = []
     checkpointing.save_ds_checkpoint = lambda step, *_: steps.append(step)
-    model = SimpleNamespace(module=torch.nn.Linear(1, 1))
-    for step in (5, 5, 6, 7, 6):
+    models = [SimpleNamespace(module=torch.nn.Linear(1, 1)) for _ in range(2)]
+    for model, step in ((0, 5), (0, 5), (0, 6), (0, 7), (0, 6), (1, 6), (1, 6)):
         training.save_checkpoint(
-            neox_args=neox_args, iteration=step, model=model, optimizer=None, lr_scheduler=None
+            neox_args=neox_args, iteration=step, model=models[model], optimizer=None,
+            lr_scheduler=None,
         )
     answer(steps)
     """
-    assert in_neox({**config, "save": str(tmp_path), "checkpoint_factor": 1}, code) == [5, 6, 7, 6]
+    config |= {"save": str(tmp_path), "checkpoint_factor": 1}
+    assert in_neox(config, code) == [5, 6, 7, 6, 6]
 
 
 def test_batches_are_read_again_from_the_first_and_none_is_kept(in_neox, config):

@@ -34,3 +34,25 @@ def test_what_upstream_has_mended_is_left_alone(monkeypatch):
     assert upstream_fixes.summary() == (
         "repairs of GPT-NeoX and DeepSpeed: present, safety net; mended: mended, removed"
     )
+
+
+def test_a_registration_that_failed_is_none(in_neox, config):
+    """A second import of GPT-NeoX must fail as the first one did."""
+    code = """
+    from megatron.neox_arguments.neox_args import ATTENTION_TYPE_CHOICES
+    from megatron_patch.neox import registration
+
+    def fail():
+        raise AttributeError("no such method")
+
+    ATTENTION_TYPE_CHOICES.remove("metala")
+    registration._add_norm = fail
+    failures = 0
+    for _ in range(2):
+        try:
+            registration.register()
+        except AttributeError:
+            failures += 1
+    answer(failures)
+    """
+    assert in_neox(config, code) == 2

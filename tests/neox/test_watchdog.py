@@ -7,10 +7,12 @@ import signal
 import subprocess
 import sys
 import time
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
 from megatron_patch.architecture import SettingsError
+from megatron_patch.neox.upstream_fixes import watchdog
 from megatron_patch.neox.upstream_fixes.watchdog import VARIABLE, watchdog_seconds
 from tests.neox.training import free_port
 
@@ -100,3 +102,35 @@ def test_the_time_can_be_set(monkeypatch):
     assert watchdog_seconds() == 60.5
     monkeypatch.setenv(VARIABLE, "0")
     assert watchdog_seconds() is None
+
+
+def test_a_run_behind_a_training_has_no_watchdog(monkeypatch):
+    """An evaluation or a generation, in the process of the training."""
+    made, left = [], []
+
+    class Dog:
+        def __init__(self, *_):
+            made.append(self)
+
+        def leave(self):
+            left.append(self)
+
+    training, generation = ModuleType("megatron.training"), ModuleType("generation")
+    for name in ("initialize_megatron", "train_step", "forward_step", "save_checkpoint"):
+        setattr(training, name, lambda neox_args: None)
+    training.pretrain = lambda neox_args: training.initialize_megatron(neox_args)
+    generation.forward_model = lambda: None
+    package = ModuleType("megatron")
+    package.training, package.text_generation_utils = training, generation
+    for module in (package, training):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    for name in ("get_rank", "get_world_size"):
+        monkeypatch.setattr(watchdog.dist, name, lambda: 0)
+    monkeypatch.setattr(watchdog, "Watchdog", Dog)
+    watchdog.watch_ranks()
+    args = SimpleNamespace(attention_config=["metala"])
+    training.pretrain(args)
+    training.initialize_megatron(args)
+    assert len(made) == 1 and left == made
+    training.pretrain(args)
+    assert len(made) == 2 and left == made

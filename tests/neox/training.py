@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import secrets
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +13,7 @@ from types import SimpleNamespace
 
 import yaml
 
+from megatron_patch.neox.upstream_fixes import rendezvous
 from tests.neox.fork_server import fork_server
 
 LOSS = re.compile(r"iteration\s+(\d+)/.*?lm_loss: (\S+) \|")
@@ -81,15 +80,9 @@ class Run:
 
 
 def free_port() -> int:
-    """A port that is still free when, seconds later, its process listens: none that systems give to
-    sockets without one, and none that another worker of pytest-xdist chooses."""
+    """A free port that no other worker of pytest-xdist chooses."""
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-    ports = range(20_000, 32_000)[worker % 16 :: 16]
-    while True:
-        port = secrets.choice(ports)
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) != 0:
-                return port
+    return rendezvous.free_port(rendezvous.PORTS[worker % 16 :: 16])
 
 
 def settings(token_data: Path, tokenizer_file: Path, tp: int = 1, pp: int = 0, **changes) -> dict:

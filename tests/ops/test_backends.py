@@ -74,7 +74,7 @@ def machine(monkeypatch):
         )
         monkeypatch.setattr(torch.version, "hip", hip)
 
-    monkeypatch.setattr(backends, "_said", set())
+    backends.say.cache_clear()
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     pretend()
     return pretend

@@ -60,5 +60,7 @@ def test_refuses_unknown_and_impossible_backends():
     x = torch.ones(2, 4, dtype=torch.float64)
     with pytest.raises(ValueError, match="backend: found 'cuda', the known ones are 'auto'"):
         swiglu(x, backend="cuda")
+    with pytest.raises(ValueError, match="backend: found 'cuda', the known ones are 'auto'"):
+        swiglu_linear(x, x, backend="cuda")
     with pytest.raises(ValueError, match="backend 'triton': "):
         swiglu(x, backend="triton")

@@ -77,7 +77,7 @@ def test_split(split, sizes):
     assert np.concatenate(parts).tolist() == list(range(64))
 
 
-@pytest.mark.parametrize("split", ["", "a,b", "0,0,0"])
+@pytest.mark.parametrize("split", ["", "a,b", "0,0,0", "1,-1,1"])
 def test_a_bad_split_is_refused(split):
     with pytest.raises(SettingsError, match="split: found .*, wanted three numbers"):
         split_documents(split, 64)

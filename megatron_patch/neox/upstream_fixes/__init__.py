@@ -3,7 +3,7 @@
 Each repair stands beside the place upstream that it mends and the faulty text there. It is applied
 only while that text is in the source, so a release that mends the fault is left alone. It acts in
 runs with MetaLA layers only, except where the repaired function knows no run (`small.py`, and the
-logits in `generation.py`).
+logits in `generation.py`), and for the start without CUDA.
 
 The modules also hold the checks that the plugin calls itself: `resume.py` before a checkpoint is
 loaded, `saving.py` for the folder, `processes.py` for launchers and ranks, `devices.py` and
@@ -36,6 +36,7 @@ FIXES = (
     saving.check_save_at_start,
     small.open_inferred_data_sets,
     data.name_index_maps_after_data,
+    data.name_files_that_cannot_be_read,
     data.end_samples_with_their_documents,
     batches.blend_whole_data_sets,
     batches.read_batches_again,
@@ -55,6 +56,7 @@ FIXES = (
     generation.gather_logits,
     small.log_to_wandb_offline,
     small.repair_gpt2_tokenizer,
+    small.name_the_tokenizers_file,
     small.append_to_logs,
     preferences.define_log_probabilities,
     preferences.give_each_token_the_reward,
@@ -87,4 +89,5 @@ def summary() -> str:
     """Returns the line that names the repairs of this process, and those that upstream mended."""
     applied = ", ".join(name for name, is_applied in _is_applied.items() if is_applied)
     mended = ", ".join(name for name, is_applied in _is_applied.items() if not is_applied)
-    return f"repairs of GPT-NeoX and DeepSpeed: {applied}" + (f"; mended: {mended}" * bool(mended))
+    line = f"repairs of GPT-NeoX and DeepSpeed: {applied}"
+    return f"{line}; mended: {mended}" if mended else line

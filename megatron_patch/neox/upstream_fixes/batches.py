@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from megatron_patch.architecture import SettingsError, refuse
+from megatron_patch.neox.notices import say
 from megatron_patch.neox.patching import in_metala_runs, repairs, swapped
 
 
@@ -29,7 +30,6 @@ def read_batches_again() -> None:
     miscounts the batches that earlier validations have read, if a run with gradient accumulation
     stops between two of them.
     """
-    from megatron import training  # noqa: F401  (holds the function)
     from megatron.data import data_utils
 
     @in_metala_runs(data_utils.shift_and_wrap_data_loaders)
@@ -50,11 +50,13 @@ def endless(loader: Any, vocab_size: int) -> Iterator[dict[str, torch.Tensor]]:
     while True:
         for batch in loader:
             for name in ("text", "pos", "neg"):
-                if name in batch and (largest := int(batch[name].max())) >= vocab_size:
-                    sys.exit(
-                        f"MetaLA: data: found the token {largest}, wanted one below {vocab_size}, "
-                        "the number of the embedding's rows: another tokenizer prepared these data"
-                    )
+                for found in map(int, batch[name].aminmax() if name in batch else ()):
+                    if not 0 <= found < vocab_size:
+                        why = "another tokenizer prepared these data" if found > 0 else "a label"
+                        sys.exit(
+                            f"MetaLA: data: found the token {found}, wanted one below {vocab_size},"
+                            f" the number of the embedding's rows: {why}"
+                        )
             yield batch
 
 
@@ -70,7 +72,6 @@ def blend_whole_data_sets() -> None:
     GPT-NeoX draws as many samples from each data set: of 600 and 46 samples 323 each, so that it
     reads one in part and the other seven times.
     """
-    from megatron import training  # noqa: F401  (holds the function)
     from megatron.data import data_utils
 
     blend = data_utils.BlendableDataset
@@ -111,9 +112,8 @@ def check_parts(neox_args: Any, loaders: dict[str, Any]) -> None:
     if not neox_args.eval_iters:
         neox_args.do_valid = neox_args.do_test = 0
         loaders["valid"] = loaders["test"] = None
-    elif not neox_args.do_valid and neox_args.rank == 0:
-        line = f"split: {neox_args.split!r} leaves no document to validate on"
-        print(f"MetaLA: {line}, so there is no validation", flush=True)
+    elif not neox_args.do_valid:
+        say(f"split: {neox_args.split!r} leaves no document to validate on: no validation")
     for part, loader in loaders.items():
         if loader is not None and len(loader) == 0:
             samples = f"{len(loader.dataset)} samples of {neox_args.seq_length} tokens"

@@ -7,14 +7,14 @@ the CPU. Nothing changes where a GPU is visible.
 
 from __future__ import annotations
 
-import functools
 import os
 from importlib import import_module
 
 import torch
 
 from megatron_patch.architecture import SettingsError
-from megatron_patch.neox.patching import repairs, replace
+from megatron_patch.neox.notices import say
+from megatron_patch.neox.patching import repairs, replaces
 from megatron_patch.neox.pytorch_adam import FusedAdamW
 
 ACCELERATOR = "DS_ACCELERATOR"  # the variable that names DeepSpeed's accelerator
@@ -31,15 +31,11 @@ def runs_on_cpu(args) -> bool:
 @repairs("start without CUDA", "megatron.initialize:initialize_megatron", "Megatron requires CUDA")
 def initialize_without_cuda() -> None:
     """Tells `initialize_megatron`, which asserts CUDA, that a run on the CPU needs none."""
-    from megatron import initialize, training  # noqa: F401  (both hold the function)
+    from megatron.initialize import initialize_megatron
 
-    initialize_megatron = initialize.initialize_megatron
-
-    @functools.wraps(initialize_megatron)
-    def initialize_anywhere(neox_args, allow_no_cuda=False):
-        return initialize_megatron(neox_args, allow_no_cuda=allow_no_cuda or runs_on_cpu(neox_args))
-
-    replace(initialize_megatron, initialize_anywhere)
+    @replaces(initialize_megatron)
+    def initialize_anywhere(initialize, neox_args, allow_no_cuda=False):
+        return initialize(neox_args, allow_no_cuda=allow_no_cuda or runs_on_cpu(neox_args))
 
 
 def activate_cpu_mode(args) -> None:
@@ -68,10 +64,7 @@ def activate_cpu_mode(args) -> None:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks()))
     if already_active:
         return
-    if os.environ.get("RANK", "0") == "0":
-        print(
-            "MetaLA: no CUDA device and distributed_backend: gloo, running on the CPU", flush=True
-        )
+    say("no CUDA device and distributed_backend: gloo, running on the CPU")
     _redirect_cuda()
     _avoid_compiled_ops()
 

@@ -1,10 +1,10 @@
-"""Index maps (`PREFIX_*_indexmap_*.npy`), which say which documents make which sample and in which
-order, and where samples end that are padded.
+"""The files of data sets; index maps (`PREFIX_*_indexmap_*.npy`), which say which documents make
+which sample and in which order; and where samples end that are padded.
 
 GPT-NeoX builds them once and finds them again by a name that holds lengths and the seed, but not
 the documents' sizes or their range. After other text was prepared to the same prefix, or `split`
 was changed, it reads the maps of the earlier data. Here the names also hold a hash of everything
-that the maps were built from.
+that the maps were built from. A killed run leaves none that is half-written.
 """
 
 from __future__ import annotations
@@ -14,21 +14,87 @@ import hashlib
 import inspect
 import os
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from megatron_patch.architecture import SettingsError
-from megatron_patch.neox.patching import in_metala_runs, repairs, swapped
+from megatron_patch.indexed_dataset import IndexedDataset, idx_path
+from megatron_patch.neox.patching import in_metala_runs, overrides, repairs, swapped
+from megatron_patch.neox.upstream_fixes.saving import end_all_if
+
+_OLD_FORMAT = b"TNTIDX"  # GPT-NeoX's `data_impl: cached`
+
+
+# megatron/data/indexed_dataset.py:57
+@repairs("data files", "megatron.data.indexed_dataset:make_dataset", "return None")
+def name_files_that_cannot_be_read() -> None:
+    """Ends the run with one line if a file of a data set is missing or damaged on some host, where
+    GPT-NeoX ends in an AttributeError that names none."""
+    from megatron.data import data_utils
+
+    @in_metala_runs(data_utils.build_train_valid_test_data_loaders)
+    def build_loaders_of_files(build_loaders, neox_args):
+        is_first_here = os.environ.get("LOCAL_RANK", "0") == "0"
+        end_all_if(_wrong_file(vars(neox_args)) if is_first_here else None)
+        return build_loaders(neox_args)
+
+
+def _wrong_file(settings: dict[str, Any]) -> str | None:
+    """Returns what is wrong with the first data set that cannot be read, or has other documents
+    than those it belongs to."""
+    opened: dict[tuple[str, int], IndexedDataset] = {}
+    for name, value in settings.items():
+        if not value or not (name == "data_path" or name.endswith("_data_paths")):
+            continue
+        for number, prefix in enumerate([value] if name == "data_path" else value):
+            try:
+                if not _is_of_old_format(prefix):
+                    opened[name, number] = IndexedDataset(prefix)
+            except (OSError, ValueError) as error:
+                return f"{name}: {error}"
+    for (name, number), found in opened.items():
+        for of, has_tokens in ((name.replace("_label", ""), True), (_whose(name), False)):
+            wanted = opened.get((of, number))
+            if wanted is not None and (reason := _differs(found, wanted, has_tokens)):
+                return f"{name}: {found.prefix}: found {reason} of {wanted.prefix}"
+    return None
+
+
+def _whose(name: str) -> str:
+    """Returns the setting of the data set that has one document for each of this one's: that of the
+    samples to a reward, that of the better answers to the worse ones."""
+    return name.replace("_reward", "").replace("neg_", "pos_")
+
+
+def _differs(found: IndexedDataset, wanted: IndexedDataset, has_tokens: bool) -> str | None:
+    """Returns how documents differ, in number or, if both have as many tokens, in length."""
+    if len(found) != len(wanted):
+        return f"{len(found)} documents, wanted as many as the {len(wanted)}"
+    if has_tokens and (other := found.sizes != wanted.sizes).any():
+        first = int(other.argmax())
+        return (
+            f"{found.sizes[first]} labels in document {first}, wanted as many as the "
+            f"{wanted.sizes[first]} tokens"
+        )
+    return None
+
+
+def _is_of_old_format(prefix: str) -> bool:
+    path = idx_path(prefix)
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(_OLD_FORMAT)) == _OLD_FORMAT
 
 
 # megatron/data/gpt2_dataset.py:229, megatron/data/pairwise_dataset.py
 @repairs("index maps", "megatron.data.gpt2_dataset:_build_index_mappings", '_filename += "_{}pi"')
 def name_index_maps_after_data() -> None:
     """Makes runs with MetaLA layers build and find the index maps of their own data."""
-    from megatron import training  # noqa: F401  (holds the function)
     from megatron.data import data_utils, gpt2_dataset, pairwise_dataset
 
     @in_metala_runs(data_utils.build_train_valid_test_data_loaders)
@@ -65,7 +131,8 @@ def of_own_data(build: Callable) -> Callable:
             _check_some_fit(values, path)
         values[prefix] = f"{path}_{_fingerprint(values)}"
         if values["packing_impl"] != "pack_until_overflow":
-            return build(*call.args, **call.kwargs)
+            with swapped(np, "save", _save_whole):
+                return build(*call.args, **call.kwargs)
         # This packing counts documents from the data set's first one, so validation would read the
         # documents of the training, and it runs past its list where the last document is left out.
         # It gets the sizes of those documents alone that it may use. Its last sample ends one
@@ -74,10 +141,32 @@ def of_own_data(build: Callable) -> Callable:
         values["sizes"] = values["sizes"][documents]
         values["documents"] = np.arange(len(documents), dtype=np.int32)
         values["label_dataset"], values["allow_chopped"] = None, True
-        doc_idx, sample_idx, shuffle_idx = build(*call.args, **call.kwargs)
+        with swapped(np, "save", _save_whole):
+            doc_idx, sample_idx, shuffle_idx = build(*call.args, **call.kwargs)
         return documents[np.append(doc_idx, doc_idx[:1])], sample_idx, shuffle_idx
 
     return build_of_own_data
+
+
+_save = np.save
+
+
+def _save_whole(path: str, array: np.ndarray, **options: Any) -> None:
+    """Saves an array like `np.save`. The file appears when it is whole: a later run, or one that
+    starts at the same time, takes every file that it finds. Raises a SettingsError if it cannot be
+    written."""
+    temporary = Path(f"{path}.{os.uname().nodename}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            _save(file, array, **options)
+        temporary.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise SettingsError(
+            f"data: {path}, an index map, cannot be written: {error.strerror}; wanted data in a "
+            "folder that this run may write to, such as one with links to their files"
+        ) from None
 
 
 def _check_some_fit(values: dict[str, Any], path: str) -> None:
@@ -142,42 +231,42 @@ def end_samples_with_their_documents() -> None:
     pads with token 0, which may be the end-of-document token; each would be a document of its own
     under `metala: {reset_at_document: true}`.
     """
-    from megatron import training  # noqa: F401  (holds the function)
     from megatron.data import data_utils
     from megatron.data.gpt2_dataset import GPT2Dataset
     from megatron.data.pairwise_dataset import PairwiseDataset
 
     @in_metala_runs(data_utils.build_train_valid_test_data_loaders)
     def build_loaders_of_whole_samples(build_loaders, neox_args):
-        eod = neox_args.tokenizer.eod
-        if neox_args.pack_impl != "packed":
-            if neox_args.train_impl == "normal" and not neox_args.train_label_data_paths and eod:
-                raise SettingsError(
-                    "train_label_data_paths: found none, wanted labels: the end-of-document token "
-                    f"is {eod}, so padding, which is 0, would count in the loss"
-                )
-            for dataset in (GPT2Dataset, PairwiseDataset):
-                _end_with_documents(dataset, padding=int(eod == 0))
-        return build_loaders(neox_args)
+        eod, is_padded = neox_args.tokenizer.eod, neox_args.pack_impl != "packed"
+        has_labels = neox_args.train_impl != "normal" or neox_args.train_label_data_paths
+        if is_padded and eod and not has_labels:
+            raise SettingsError(
+                "train_label_data_paths: found none, wanted labels: the end-of-document token "
+                f"is {eod}, so padding, which is 0, would count in the loss"
+            )
+        loaders = build_loaders(neox_args)
+        for loader in filter(None, loaders.values()) if is_padded else ():
+            for dataset in getattr(loader.dataset, "datasets", [loader.dataset]):
+                dataset.padding = int(eod == 0)
+        return loaders
+
+    for dataset in (GPT2Dataset, PairwiseDataset):
+        overrides(dataset, "__getitem__")(_get_padded)
 
 
-def _end_with_documents(dataset: type, padding: int) -> None:
-    """Lets samples of a data set that have labels end with their documents."""
-    get = inspect.unwrap(dataset.__getitem__)
-
-    @functools.wraps(get)
-    def get_padded(self, index: int) -> dict[str, np.ndarray]:
-        sample = get(self, index)
-        try:
-            place = self.shuffle_idx[index]
-            first, end = self.sample_idx[place][0], self.sample_idx[place + 1][0]
-        except IndexError:  # GPT-NeoX has taken another index instead
-            return sample
-        for sign, tokens in (("pos_", "pos"), ("neg_", "neg"), ("", "text")):
-            if f"{sign}label" in sample:
-                sizes = getattr(self, f"{sign}indexed_dataset").sizes
-                length = sizes[self.doc_idx[first:end]].sum()
-                sample[tokens][length:], sample[f"{sign}label"][length:] = padding, -100
+def _get_padded(get: Callable, dataset: Any, index: int) -> dict[str, np.ndarray]:
+    """Returns a sample; one with labels ends with its documents if the data set is padded."""
+    sample = get(dataset, index)
+    if not hasattr(dataset, "padding"):
         return sample
-
-    dataset.__getitem__ = get_padded
+    try:
+        place = dataset.shuffle_idx[index]
+        first, end = dataset.sample_idx[place][0], dataset.sample_idx[place + 1][0]
+    except IndexError:  # GPT-NeoX has taken another index instead
+        return sample
+    for sign, tokens in (("pos_", "pos"), ("neg_", "neg"), ("", "text")):
+        if f"{sign}label" in sample:
+            sizes = getattr(dataset, f"{sign}indexed_dataset").sizes
+            length = sizes[dataset.doc_idx[first:end]].sum()
+            sample[tokens][length:], sample[f"{sign}label"][length:] = dataset.padding, -100
+    return sample

@@ -44,6 +44,12 @@ def choose_devices(args) -> dict[str, list[int]]:
     from deepspeed.launcher import runner
 
     file = hostfile(args)
+    for name, given in (
+        ("DLTS_HOSTFILE", os.environ.get("DLTS_HOSTFILE")),
+        ("hostfile", args.hostfile),
+    ):
+        if given and file is None and not others_place_ranks(args):
+            refuse(name, given, "a file, or none: DeepSpeed would train on this machine alone")
     visible = _visible_devices(args, file)
     include, exclude = args.include or "", args.exclude or ""
     num_gpus = 0 if include or exclude else max(args.num_gpus or 0, 0)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from importlib.metadata import version
 
+from megatron_patch.neox.notices import say
 from megatron_patch.neox.patching import repairs
 
 
@@ -18,5 +18,4 @@ def evaluate_by_todays_lm_eval() -> None:
     from megatron_patch.neox.upstream_fixes.lm_eval_adapter import NeoXModel
 
     eval_adapter.EvalHarnessAdapter = NeoXModel
-    if os.environ.get("RANK", "0") == "0":
-        print(f"MetaLA: eval_tasks run whole, by lm_eval {version('lm_eval')}", flush=True)
+    say(f"eval_tasks run whole, by lm_eval {version('lm_eval')}")

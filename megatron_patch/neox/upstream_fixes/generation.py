@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -11,10 +10,9 @@ import torch
 import torch.distributed as dist
 
 from megatron_patch.neox.patching import (
-    has_metala_layers,
     in_metala_runs,
+    overrides,
     repairs,
-    replace,
     swapped,
 )
 from megatron_patch.neox.upstream_fixes.processes import end_run
@@ -28,13 +26,14 @@ def forget_earlier_prompts() -> None:
     from megatron import mpu
     from megatron.text_generation_utils import stream_tokens
 
-    @functools.wraps(stream_tokens)
-    def stream_tokens_of_one_prompt(neox_args, model, context_tokens, *args, **kwargs):
-        if has_metala_layers(neox_args):
-            longest, room = max(map(len, context_tokens)), neox_args.seq_length
-            # GPT-NeoX pads prompts to `seq_length`, and fails where no room is left for a token.
-            if longest >= room:
-                end_run(f"seq_length: found {room}, wanted more than the prompt's {longest} tokens")
+    @in_metala_runs(stream_tokens)
+    def stream_tokens_of_one_prompt(
+        stream_tokens, neox_args, model, context_tokens, *args, **kwargs
+    ):
+        longest, room = max(map(len, context_tokens)), neox_args.seq_length
+        # GPT-NeoX pads prompts to `seq_length`, and fails where no room is left for a token.
+        if longest >= room:
+            end_run(f"seq_length: found {room}, wanted more than the prompt's {longest} tokens")
         model.module.clear_cache()
         group, source = mpu.get_model_parallel_group(), mpu.get_model_parallel_src_rank()
         if neox_args.is_pipe_parallel:  # data-parallel ranks wait for each other at each token
@@ -44,8 +43,6 @@ def forget_earlier_prompts() -> None:
             yield from stream_tokens(neox_args, model, context_tokens, *args, **kwargs)
         finally:
             model.module.clear_cache()
-
-    replace(stream_tokens, stream_tokens_of_one_prompt)
 
 
 def share_random_state(group, source: int) -> None:
@@ -77,13 +74,10 @@ def stop_in_completions() -> None:
     from megatron import mpu, text_generation_utils
     from megatron.text_generation_utils import stop_tokens_in_completion, stream_tokens
 
-    @functools.wraps(stream_tokens)
-    def stream_known_tokens(neox_args, model, context_tokens, *args, stop_tokens=None, **kwargs):
-        if not has_metala_layers(neox_args):
-            yield from stream_tokens(
-                neox_args, model, context_tokens, *args, stop_tokens=stop_tokens, **kwargs
-            )
-            return
+    @in_metala_runs(stream_tokens)
+    def stream_known_tokens(
+        stream_tokens, neox_args, model, context_tokens, *args, stop_tokens=None, **kwargs
+    ):
         source, group = mpu.get_model_parallel_src_rank(), mpu.get_model_parallel_group()
         prompts = share(context_tokens, source, group)  # GPT-NeoX reads them on `source` alone
         vocabulary = neox_args.tokenizer.vocab_size
@@ -111,8 +105,6 @@ def stop_in_completions() -> None:
             yield from stream_tokens(
                 neox_args, model, prompts, *args, stop_tokens=stop_tokens, **kwargs
             )
-
-    replace(stream_tokens, stream_known_tokens)
 
 
 def share(value: Any, source: int = 0, group: dist.ProcessGroup | None = None) -> Any:
@@ -202,17 +194,13 @@ def gather_logits() -> None:
     from megatron.model.gpt2_model import GPT2ModelPipe
     from megatron.model.utils import SequentialWrapper
 
-    to_sequential = GPT2ModelPipe.to_sequential
-    set_parallel_output = GPT2ModelPipe._set_parallel_output
-    inference_mode, train_mode = SequentialWrapper.inference_mode, SequentialWrapper.train_mode
-
-    @functools.wraps(set_parallel_output)
-    def set_parallel_output_of_any_head(self, value):
+    @overrides(GPT2ModelPipe, "_set_parallel_output")
+    def set_parallel_output_of_any_head(set_parallel_output, self, value):
         set_parallel_output(self, value)
         self.parallel_output = value  # a tied head looks here at each call
 
-    @functools.wraps(to_sequential)
-    def to_sequential_with_head(self):
+    @overrides(GPT2ModelPipe, "to_sequential")
+    def to_sequential_with_head(to_sequential, self):
         model, in_training = to_sequential(self), self.parallel_output
         # The pipeline's own layers, which `to_sequential` has built anew, would live as long as the
         # model: `gather` holds the pipeline, and so does a tied head.
@@ -227,17 +215,12 @@ def gather_logits() -> None:
         model.gather_logits = gather
         return model
 
-    @functools.wraps(inference_mode)
-    def gathering_inference_mode(self, use_cache=True):
+    @overrides(SequentialWrapper, "inference_mode")
+    def gathering_inference_mode(inference_mode, self, use_cache=True):
         inference_mode(self, use_cache)
         self.gather_logits(True)
 
-    @functools.wraps(train_mode)
-    def parallel_train_mode(self):
+    @overrides(SequentialWrapper, "train_mode")
+    def parallel_train_mode(train_mode, self):
         train_mode(self)
         self.gather_logits(False)
-
-    GPT2ModelPipe.to_sequential = to_sequential_with_head
-    GPT2ModelPipe._set_parallel_output = set_parallel_output_of_any_head
-    SequentialWrapper.inference_mode = gathering_inference_mode
-    SequentialWrapper.train_mode = parallel_train_mode

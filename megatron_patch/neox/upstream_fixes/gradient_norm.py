@@ -15,14 +15,13 @@ DeepSpeed gets three things wrong:
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import distributed
 
-from megatron_patch.neox.patching import has_metala_layers, repairs
+from megatron_patch.neox.patching import has_metala_layers, overrides, repairs
 from megatron_patch.neox.upstream_fixes.processes import end_run
 
 
@@ -36,17 +35,13 @@ def clip_each_parameter_once() -> None:
     """Repairs the float32 clipping without ZeRO."""
     from deepspeed.runtime.pipe.engine import PipelineEngine
 
-    clip = PipelineEngine.clip_fp32_gradients
-
-    @functools.wraps(clip)
-    def clip_each_once(self) -> None:
+    @overrides(PipelineEngine, "clip_fp32_gradients")
+    def clip_each_once(clip, self) -> None:
         if has_metala_layers(self.module.neox_args):
             parameters, max_norm = self.module.parameters(), self.gradient_clipping()
             self._global_grad_norm = clip_gradients(parameters, max_norm, self.grid)
         else:
             clip(self)
-
-    PipelineEngine.clip_fp32_gradients = clip_each_once
 
 
 # deepspeed/runtime/zero/stage_1_and_2.py:2943, deepspeed/runtime/bf16_optimizer.py:547
@@ -60,17 +55,13 @@ def reduce_equally_often() -> None:
     from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
     from deepspeed.runtime.pipe.engine import PipelineEngine
 
-    init = PipelineEngine.__init__
-
-    @functools.wraps(init)
-    def init_with_equal_groups(self, *args, **kwargs) -> None:
+    @overrides(PipelineEngine, "__init__")
+    def init_with_equal_groups(init, self, *args, **kwargs) -> None:
         init(self, *args, **kwargs)
         if self.optimizer and has_metala_layers(self.module.neox_args):
             _reduce_as_often(self.optimizer, self.grid.get_model_parallel_group())
             if isinstance(self.optimizer, BF16_Optimizer):
                 _allow_nothing_to_count(self.optimizer)
-
-    PipelineEngine.__init__ = init_with_equal_groups
 
 
 @torch.no_grad()
@@ -113,28 +104,22 @@ def _reduce_as_often(optimizer: Any, group: distributed.ProcessGroup) -> None:
         end_run(
             "pipe_partition_method: found a stage without parameters, wanted some on every stage"
         )
-    if most == least:
-        return
     if isinstance(optimizer, DeepSpeedZeroOptimizer) and groups < most:
-        own_norm = optimizer.scaled_global_norm
 
-        def scaled_global_norm(norm_type: int = 2) -> torch.Tensor:
+        @overrides(optimizer, "scaled_global_norm")
+        def scaled_global_norm(own_norm: Callable, norm_type: int = 2) -> torch.Tensor:
             norms = [own_norm(norm_type)]
             for _ in range(most - groups):
                 norms.append(optimizer.get_grad_norm_direct([], []))
             return combine_grad_norm_groups(norms, norm_type=norm_type)
 
-        optimizer.scaled_global_norm = scaled_global_norm
-
 
 def _allow_nothing_to_count(optimizer: Any) -> None:
     """Gives the bfloat16 optimizer a zero to add up where it has no gradient to count."""
-    get_grads = optimizer.get_grads_for_norm
 
-    def get_grads_for_norm(for_clipping: bool = False) -> Any:
+    @overrides(optimizer, "get_grads_for_norm")
+    def get_grads_for_norm(get_grads: Callable, for_clipping: bool = False) -> Any:
         grads = get_grads(for_clipping)
         if for_clipping or grads[0]:
             return grads
         return [torch.zeros(1, device=torch.cuda.current_device())], grads[1]
-
-    optimizer.get_grads_for_norm = get_grads_for_norm

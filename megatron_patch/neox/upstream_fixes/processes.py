@@ -26,7 +26,7 @@ from typing import Any, NoReturn
 
 import psutil
 
-from megatron_patch.architecture import SettingsError
+from megatron_patch.architecture import SettingsError, refuse
 from megatron_patch.neox.patching import in_metala_runs, repairs
 from megatron_patch.neox.upstream_fixes.batches import check_parts
 from megatron_patch.neox.upstream_fixes.cpu_mode import ACCELERATOR
@@ -50,10 +50,8 @@ def count_ranks(args) -> int:
             "distributed_backend: found no GPU, wanted one, or gloo, which trains on the CPU"
         )
     if args.global_num_gpus not in (None, ranks):
-        raise SettingsError(
-            f"global_num_gpus: found {args.global_num_gpus}, wanted {ranks} (or none), as many as "
-            "num_gpus, include, exclude and hostfile start"
-        )
+        wanted = f"{ranks} (or none), as many as num_gpus, include, exclude and hostfile start"
+        refuse("global_num_gpus", args.global_num_gpus, wanted)
     args.global_num_gpus = ranks
     return len(devices)
 

@@ -11,12 +11,13 @@ from __future__ import annotations
 import os
 import secrets
 import socket
+from collections.abc import Sequence
 from itertools import repeat
 
 from megatron_patch.architecture import SettingsError, refuse
 from megatron_patch.neox.upstream_fixes.devices import hostfile, others_place_ranks
 
-_PORTS = range(20_000, 32_000)  # below those that Linux gives to sockets without one
+PORTS = range(20_000, 32_000)  # below those that Linux gives to sockets without one
 _DEFAULT_PORT = 29500  # GPT-NeoX's, and DeepSpeed's under MPI
 
 
@@ -55,7 +56,7 @@ def settle_port(args, is_given: bool) -> None:
     if hostfile(args) is not None or others_place_ranks(args):
         return  # the first rank may run on another host
     if not (is_given or port):
-        args.master_port = next(filter(_is_free, map(secrets.choice, repeat(_PORTS))))
+        args.master_port = free_port()
     elif not _is_free(args.master_port):
         wanted = "a free port, or none: another process, such as a second run, listens there"
         refuse("master_port", args.master_port, wanted)
@@ -67,6 +68,12 @@ def _check_mpi(args) -> None:
         refuse("master_port", port, f"none, or {_DEFAULT_PORT}, DeepSpeed's port under MPI")
     if address := args.master_addr:
         refuse("master_addr", address, "none under MPI: DeepSpeed takes that of the first rank")
+
+
+def free_port(ports: Sequence[int] = PORTS) -> int:
+    """Returns one of the ports, by chance, that is still free when its process listens, seconds
+    later: systems give none of them to sockets without one."""
+    return next(filter(_is_free, map(secrets.choice, repeat(ports))))
 
 
 def _is_free(port: int) -> bool:

@@ -15,6 +15,8 @@ from typing import Any
 
 from megatron_patch.architecture import METALA, SettingsError, refuse
 from megatron_patch.architecture_neox import module_layers
+from megatron_patch.neox.loaded_model import check_model, tell_of_other_data
+from megatron_patch.neox.notices import say
 from megatron_patch.neox.post_training import needs_reference, reference_args
 from megatron_patch.neox.run_settings import program
 from megatron_patch.neox.yaml_config import SUFFIXES, merge_yaml_texts, read_yaml
@@ -34,7 +36,7 @@ def go_on_from_save(args) -> None:
     holds steps of this very run, this changes the settings so that it loads the last of them.
     Raises a SettingsError if `save` holds steps of a run that began elsewhere.
     """
-    if not _is_training(args) or not args.save or not _saved("save", Path(args.save)):
+    if program(args) != "train.py" or not args.save or not _saved("save", Path(args.save)):
         return
     if not args.finetune and args.load and _is_same(args.load, args.save):
         return
@@ -49,17 +51,13 @@ def go_on_from_save(args) -> None:
                 f"wanted a folder of its own, or load: {args.save} and finetune: false to go on"
             )
     args.load, args.finetune, args.iteration = args.save, False, None
-    print(f"MetaLA: save holds {step.name} of this run, which goes on from there", flush=True)
+    say(f"save holds {step.name} of this run, which goes on from there")
 
 
 def _saved_settings(step: Path) -> dict[str, Any]:
     """Returns the settings in a checkpoint's YAML files."""
     configs = [f for f in sorted((step / "configs").glob("*")) if f.suffix in SUFFIXES]
     return merge_yaml_texts(read_yaml(configs), in_order=False)
-
-
-def _is_training(args) -> bool:
-    return program(args) == "train.py"
 
 
 def _is_same(one: str, other: str) -> bool:
@@ -71,10 +69,9 @@ def check_load(args) -> None:
 
     One case without a checkpoint is a first start and no mistake: `load` and `save` name the same
     folder, and it holds no checkpoint yet. That is the usual way to have one command that starts
-    and resumes. Raises a SettingsError that names the folder or setting, what was found there and
-    what was wanted.
+    and resumes. Raises a SettingsError.
     """
-    is_training = _is_training(args)
+    is_training = program(args) == "train.py"
     if is_training and args.no_load_optim:
         raise SettingsError(
             "no_load_optim: found true, wanted false: GPT-NeoX would train one of the model's "
@@ -84,10 +81,22 @@ def check_load(args) -> None:
         reference = reference_args(args)
         _check_states(reference, _find_step(reference), is_training)
     if args.load is None:
+        _check_unloaded(args)
         return
     step = _find_step(args)
     if step is not None:
         _check_states(args, step, is_training)
+
+
+def _check_unloaded(args) -> None:
+    """Refuses what has no meaning without `load`: GPT-NeoX would train from scratch."""
+    if METALA not in (args.attention_config or ()):
+        return
+    if (name := program(args)) in ("generate.py", "eval.py"):
+        refuse("load", None, f"a folder of checkpoints, from which {name} takes its model")
+    for name in ("finetune", "iteration"):
+        if found := getattr(args, name):
+            refuse(name, found, f"{'false' if name == 'finetune' else 'none'} without load")
 
 
 def _find_step(args) -> Path | None:
@@ -169,8 +178,12 @@ def _check_states(args, step: Path, is_training: bool) -> None:
     for name, saved in saved_args.items():  # GPT-NeoX asserts that they are equal
         if (found := getattr(args, name, None)) is not None and found != saved:
             refuse(name, found, f"{saved!r}, as in {file}")
+    saved_settings = _saved_settings(step)
+    of_metala = METALA in str(saved_settings.get("attention_config"))
+    if of_metala and METALA in (args.attention_config or ()):
+        check_model(args, saved_settings, step, is_training)
     if not args.finetune:
-        _check_going_on(args, states, file, is_training, stage)
+        _check_going_on(args, states, saved_settings, file, is_training, stage)
     if METALA in (args.attention_config or ()):
         data_ranks = _count(states.get("dp_world_size"))
         _check_files(args, step, stage, model_ranks, data_ranks)
@@ -184,7 +197,9 @@ def _count(value: object) -> int | None:
     return value if isinstance(value, int) and 0 < value < 1_000_000 else None
 
 
-def _check_going_on(args, states: dict, file: Path, is_training: bool, stage: int) -> None:
+def _check_going_on(
+    args, states: dict, saved: dict, file: Path, is_training: bool, stage: int
+) -> None:
     """Checks what a run needs besides the weights to go on. Without the random states GPT-NeoX
     ends with exit code 0."""
     random_states = args.no_load_rng or "random_rng_state" in states
@@ -202,10 +217,19 @@ def _check_going_on(args, states: dict, file: Path, is_training: bool, stage: in
     _check_optimizer(args, states, file, stage)
     if isinstance(states["lr_scheduler"], dict):
         _check_schedule(args, states["lr_scheduler"], file)
-    if saved := _saved_settings(file.parent):
+    if saved:
         _check_hyperparameters(args, saved, file)
+    done = _count(states.get("iteration")) or 0
+    if args.train_iters and done > args.train_iters:
+        wanted = f"at least {done}, the iterations that {file} has behind it"
+        refuse("train_iters", args.train_iters, wanted)
     if "LOCAL_RANK" not in os.environ:  # the launcher tells it once
+        if done and done == args.train_iters:
+            line = f"train_iters: {file} has all {done} iterations behind it, so nothing is trained"
+            say(line)
         _tell_of_another_batch(args, states, saved, file)
+        if saved:
+            tell_of_other_data(args, saved, file)
 
 
 def _check_hyperparameters(args, saved: dict, file: Path) -> None:
@@ -215,8 +239,11 @@ def _check_hyperparameters(args, saved: dict, file: Path) -> None:
     before, now = (
         _mapping(_mapping(o).get("params")) for o in (saved.get("optimizer"), args.optimizer)
     )
-    kind = str(_mapping(args.optimizer).get("type")).lower()
-    defaults = next((_DEFAULTS[end] for end in _DEFAULTS if kind.endswith(end)), {})
+    old, kind = (str(_mapping(o).get("type")) for o in (saved.get("optimizer"), args.optimizer))
+    family = [end for end in _DEFAULTS if kind.lower().endswith(end)]
+    if not old.lower().endswith(tuple(family or [kind.lower()])):
+        refuse("optimizer.type", kind, f"{old}, {or_else}")
+    defaults = _DEFAULTS[family[0]] if family else {}
     for name in ("betas", "eps"):
         was, found = (params.get(name, defaults.get(name)) for params in (before, now))
         if was != found:
@@ -237,10 +264,9 @@ def _tell_of_another_batch(args, states: dict, saved_settings: dict, file: Path)
     options = _mapping(saved_settings.get(METALA))
     saved //= _count(options.get("context_parallel_size")) or 1
     if (found := args.train_batch_size) != saved:
-        print(
-            f"MetaLA: train_batch_size: found {found}, and {saved} in {file}: the run goes on at "
-            f"sample {step * found:,} of its data, not at {step * saved:,}, where it had stopped",
-            flush=True,
+        say(
+            f"train_batch_size: found {found}, and {saved} in {file}: the run goes on at sample "
+            f"{step * found:,} of its data, not at {step * saved:,}, where it had stopped"
         )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import re
 import shutil
 import signal
 import sys
@@ -21,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_patch.architecture import SettingsError
+from megatron_patch.neox.notices import say
 from megatron_patch.neox.patching import in_metala_runs, repairs, swapped
 from megatron_patch.neox.run_settings import program
 from megatron_patch.save_folder import held, holder, try_saving
@@ -62,15 +64,15 @@ def check_save(args: Any) -> None:
             try_saving(args.save)
         except SettingsError as error:
             reason = str(error)
-    _end_all_if(reason)
+    end_all_if(reason)
 
 
 @repairs("locked save folder", "megatron.initialize:initialize_megatron")
 def check_save_at_start() -> None:
     """Checks the folder when GPT-NeoX has initialised torch.distributed."""
-    from megatron import initialize
+    from megatron.initialize import initialize_megatron
 
-    @in_metala_runs(initialize.initialize_megatron)
+    @in_metala_runs(initialize_megatron)
     def initialize_and_check_save(initialize_megatron, neox_args, *args, **kwargs):
         result = initialize_megatron(neox_args, *args, **kwargs)
         check_save(neox_args)
@@ -84,10 +86,10 @@ def check_holder(save: str) -> None:
     if dist.get_rank() == 0 and HOLDER in os.environ:
         if (found := holder(save)) not in (None, os.environ[HOLDER]):
             reason = f"save: {save} is now another run's, {found}; no checkpoint was written"
-    _end_all_if(reason)
+    end_all_if(reason)
 
 
-def _end_all_if(reason: str | None) -> None:
+def end_all_if(reason: str | None) -> None:
     """Ends every rank if any rank gives a reason, which that rank prints. A rank that left alone
     would leave the others waiting in their next collective."""
     if reason:
@@ -114,12 +116,12 @@ def check_replicas(module: torch.nn.Module, group, source: int) -> None:
     drifted = _first_drifted(module, group, source)
     if drifted and dist.get_rank() == source:
         name, ranks = drifted
+        which = f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
         reason = (
-            f"{name}: found other values on rank{'s'[: len(ranks) > 1]} "
-            f"{', '.join(map(str, ranks))} than on rank {source}, wanted the same on all "
+            f"{name}: found other values on {which} than on rank {source}, wanted the same on all "
             "tensor-parallel ranks; no checkpoint was written"
         )
-    _end_all_if(reason)
+    end_all_if(reason)
 
 
 def _first_drifted(module: torch.nn.Module, group, source: int) -> tuple[str, list[int]] | None:
@@ -152,14 +154,34 @@ def _first_drifted(module: torch.nn.Module, group, source: int) -> tuple[str, li
 @repairs("equal replicas", "megatron.checkpointing:save_checkpoint")
 def check_before_saving() -> None:
     """Checks the replicas, and who holds the folder, before each checkpoint."""
-    from megatron import checkpointing, mpu, training  # noqa: F401  (training holds the function)
+    from megatron import mpu
+    from megatron.checkpointing import save_checkpoint
 
-    @in_metala_runs(checkpointing.save_checkpoint)
+    @in_metala_runs(save_checkpoint)
     def save_equal_replicas(save_checkpoint, neox_args, iteration, model, *args, **kwargs):
         group, source = mpu.get_model_parallel_group(), mpu.get_model_parallel_src_rank()
         check_replicas(model.module, group, source)
         check_holder(neox_args.save)
-        save_checkpoint(neox_args, iteration, model, *args, **kwargs)
+        try:
+            save_checkpoint(neox_args, iteration, model, *args, **kwargs)
+        except (OSError, RuntimeError) as error:
+            if reason := _why_not_written(error):
+                free = shutil.disk_usage(neox_args.save).free / 1e9
+                sys.exit(
+                    f"MetaLA: save: the checkpoint of iteration {iteration} was not written to "
+                    f"{neox_args.save}, which has {free:.1f} GB free: {reason}; those before it "
+                    "are whole"
+                )
+            raise
+
+
+def _why_not_written(error: OSError | RuntimeError) -> str | None:
+    """Returns why a file was not written, `None` if the error says nothing of files. PyTorch's
+    writer does not pass on what the system said."""
+    text = str(error)
+    if isinstance(error, OSError):
+        return text
+    return "the disk takes no more" if re.search("inline_container|iostream", text) else None
 
 
 # ---- Old checkpoints alone are deleted
@@ -177,9 +199,11 @@ def delete_old_checkpoints(save_dir: str, n_to_keep: int) -> None:
     folder = Path(save_dir)
     latest = STEP.fullmatch((folder / "latest").read_text().strip())
     steps = [n for n in saved_steps(folder) if latest is None or n <= int(latest[1])]
-    for step in steps[:-n_to_keep]:
-        print(f"MetaLA: keep_last_n_checkpoints: deleting {folder}/global_step{step}", flush=True)
-        shutil.rmtree(folder / f"global_step{step}", ignore_errors=True)
+    for old in (folder / f"global_step{step}" for step in steps[:-n_to_keep]):
+        say(f"keep_last_n_checkpoints: deleting {old}")
+        shutil.rmtree(old, ignore_errors=True)  # training goes on
+        if old.exists():
+            say(f"keep_last_n_checkpoints: {old} cannot be deleted whole")
 
 
 # megatron/checkpointing.py:158
@@ -190,7 +214,7 @@ def delete_old_checkpoints(save_dir: str, n_to_keep: int) -> None:
 )
 def delete_old_checkpoints_alone() -> None:
     """Lets `save_checkpoint` delete by the function above."""
-    from megatron import checkpointing, training  # noqa: F401  (training holds save_checkpoint too)
+    from megatron import checkpointing
 
     @in_metala_runs(checkpointing.save_checkpoint)
     def save_and_delete(save_checkpoint, neox_args, *args, **kwargs):

@@ -13,10 +13,9 @@ fused one) or its `FP16_UnfusedOptimizer` (any other). Two things go wrong:
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
-from megatron_patch.neox.patching import in_metala_runs, repairs, swapped
+from megatron_patch.neox.patching import in_metala_runs, overrides, repairs, swapped
 
 UNFUSED = "deepspeed.runtime.fp16.unfused_optimizer:FP16_UnfusedOptimizer"
 
@@ -37,9 +36,11 @@ def take_no_step_at_the_start() -> None:
 
     @in_metala_runs(setup_model_and_optimizer)
     def set_up_without_a_step(setup, *args, **kwargs):
-        with swapped(FP16_Optimizer, name, do_nothing):
-            with swapped(FP16_UnfusedOptimizer, name, do_nothing):
-                return setup(*args, **kwargs)
+        with (
+            swapped(FP16_Optimizer, name, do_nothing),
+            swapped(FP16_UnfusedOptimizer, name, do_nothing),
+        ):
+            return setup(*args, **kwargs)
 
 
 # deepspeed/runtime/fp16/unfused_optimizer.py:397
@@ -60,14 +61,10 @@ def tell_gradients_apart() -> None:
 def _mark_before_each_step(optimizer: Any) -> None:
     from deepspeed.runtime.utils import is_model_parallel_parameter
 
-    step = optimizer.step
-
-    @functools.wraps(step)
-    def mark_and_step(*args, **kwargs):
+    @overrides(optimizer, "step")
+    def mark_and_step(step, *args, **kwargs):
         for group in optimizer.fp16_groups:
             for p in group:
                 if p.grad is not None:
                     p.grad.model_parallel = is_model_parallel_parameter(p)
         return step(*args, **kwargs)
-
-    optimizer.step = mark_and_step

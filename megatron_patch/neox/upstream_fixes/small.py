@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import os
 import sys
 from types import SimpleNamespace
 
-from megatron_patch.neox.patching import mentions_metala, repairs, replace, swapped
+from megatron_patch.architecture import SettingsError, one_line
+from megatron_patch.neox.patching import mentions_metala, overrides, repairs, replaces, swapped
 
 
 # megatron/data/indexed_dataset.py:71
@@ -17,13 +17,11 @@ def open_inferred_data_sets() -> None:
     """Lets `data_impl: infer`, the default, open the data set whose format it has recognised."""
     from megatron.data.indexed_dataset import infer_dataset_impl, make_dataset
 
-    @functools.wraps(make_dataset)
-    def make_inferred_dataset(path, impl, skip_warmup=False):
+    @replaces(make_dataset)
+    def make_inferred_dataset(make_dataset, path, impl, skip_warmup=False):
         if impl == "infer":
             impl = infer_dataset_impl(path)
         return make_dataset(path, impl, skip_warmup)
-
-    replace(make_dataset, make_inferred_dataset)
 
 
 # megatron/training.py:544, unpacked in line 1611. Of the same kind as
@@ -38,12 +36,10 @@ def return_metrics_in_pipelines() -> None:
     caller `evaluate` expects."""
     from megatron.training import forward_step
 
-    @functools.wraps(forward_step)
-    def forward_step_with_metrics(data_iterator, model, neox_args, timers, *args, **kwargs):
-        result = forward_step(data_iterator, model, neox_args, timers, *args, **kwargs)
+    @replaces(forward_step)
+    def forward_step_with_metrics(forward_step, *args, **kwargs):
+        result = forward_step(*args, **kwargs)
         return result if isinstance(result, tuple) else (result, {})
-
-    replace(forward_step, forward_step_with_metrics)
 
 
 # megatron/utils.py:144, megatron/neox_arguments/arguments.py:453
@@ -58,13 +54,11 @@ def log_to_wandb_offline() -> None:
     if util is not None and not hasattr(util, "generate_id"):
         util.generate_id = wandb.sdk.lib.runid.generate_id
 
-    @functools.wraps(get_wandb_api_key)
-    def key_unless_offline(neox_args):
+    @replaces(get_wandb_api_key)
+    def key_unless_offline(get_wandb_api_key, neox_args):
         if os.environ.get("WANDB_MODE") == "offline":
             return "LOCAL"  # GPT-NeoX's own answer for a local wandb server
         return get_wandb_api_key(neox_args)
-
-    replace(get_wandb_api_key, key_unless_offline)
 
 
 # megatron/tokenizer/tokenizer.py:160
@@ -101,6 +95,29 @@ def repair_gpt2_tokenizer() -> None:
     _GPT2BPETokenizer.__init__ = read_files
 
 
+# megatron/tokenizer/tokenizer.py:233
+@repairs(
+    "unreadable tokenizers",
+    "megatron.tokenizer.tokenizer:HFTokenizer.__init__",
+    "Tokenizer.from_file(vocab_file)",
+)
+def name_the_tokenizers_file() -> None:
+    """Ends a rank with one line if its tokenizer cannot be read. The errors of the package
+    `tokenizers` name no file."""
+    from megatron.neox_arguments import NeoXArgs
+
+    @overrides(NeoXArgs, "build_tokenizer")
+    def build_or_end(build_tokenizer, self) -> None:
+        try:
+            build_tokenizer(self)
+        except Exception as error:
+            if not mentions_metala(self):
+                raise
+            line = f"vocab_file: {self.tokenizer_type} cannot read {self.vocab_file}: {error}"
+            is_first_here = os.environ.get("LOCAL_RANK", "0") == "0"
+            sys.exit(f"MetaLA: {one_line(line)}" if is_first_here else 1)
+
+
 # megatron/logging.py:35
 @repairs("log_dir", "megatron.logging:Tee.__init__", 'open(file, "w")')
 def append_to_logs() -> None:
@@ -115,11 +132,14 @@ def append_to_logs() -> None:
             self.file.close()
             self.file = open(file, "a", buffering=1, encoding="utf-8")
 
-    enable_logging = NeoXArgs.enable_logging
-
-    @functools.wraps(enable_logging)
-    def enable_appending(self) -> None:
-        with swapped(arguments, "Tee", AppendingTee if mentions_metala(self) else Tee):
-            enable_logging(self)
-
-    NeoXArgs.enable_logging = enable_appending
+    @overrides(NeoXArgs, "enable_logging")
+    def enable_appending(enable_logging, self) -> None:
+        is_metala = mentions_metala(self)
+        try:
+            with swapped(arguments, "Tee", AppendingTee if is_metala else Tee):
+                enable_logging(self)
+        except OSError as error:
+            if not is_metala:
+                raise
+            wanted = f"a folder that can be written to: {error.strerror}"
+            raise SettingsError(f"log_dir: found {self.log_dir}, wanted {wanted}") from None

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
-from megatron_patch.neox.patching import in_metala_runs, repairs, swapped
+from megatron_patch.neox.patching import in_metala_runs, overrides, repairs, swapped
 
 
 # megatron/learning_rates.py:68
@@ -29,13 +30,11 @@ def stay_at_the_lowest_rate() -> None:
 
 def keep_after_the_end(scheduler: Any) -> None:
     """Lets an `AnnealingLR` keep the last rate of its cosine."""
-    get_lr = scheduler.get_lr
 
-    def get_lr_to_the_end() -> float:
+    @overrides(scheduler, "get_lr")
+    def get_lr_to_the_end(get_lr: Callable[[], float]) -> float:
         is_over = scheduler.num_iters > scheduler.end_iter
         return scheduler.min_lr if is_over and scheduler.decay_style == "cosine" else get_lr()
-
-    scheduler.get_lr = get_lr_to_the_end
 
 
 class _Iterations(int):
@@ -106,20 +105,19 @@ def save_once() -> None:
     """Writes no checkpoint over the same one. GPT-NeoX writes its last one again after the last
     validation, and so does a finished run that is started once more. A run that is killed then has
     damaged a checkpoint that was complete."""
-    from megatron import checkpointing, training  # noqa: F401  (training holds both functions)
+    from megatron.checkpointing import load_checkpoint, save_checkpoint
 
-    written: dict[str, int] = {}  # the last step that this run wrote, or began with, by folder
-
-    @in_metala_runs(checkpointing.load_checkpoint)
-    def load_and_remember(load_checkpoint, neox_args, *args, **kwargs):
-        step = load_checkpoint(neox_args, *args, **kwargs)
+    # A model remembers the checkpoint that it was loaded from or last written to.
+    @in_metala_runs(load_checkpoint)
+    def load_and_remember(load_checkpoint, neox_args, model, *args, **kwargs):
+        step = load_checkpoint(neox_args, model, *args, **kwargs)
         if not neox_args.finetune:
-            written[os.path.realpath(neox_args.load)] = step
+            model.last_checkpoint = os.path.realpath(neox_args.load), step
         return step
 
-    @in_metala_runs(checkpointing.save_checkpoint)
-    def save_new_steps(save_checkpoint, neox_args, iteration, *args, **kwargs):
-        folder = os.path.realpath(neox_args.save)
-        if written.get(folder) != iteration:
-            save_checkpoint(neox_args, iteration, *args, **kwargs)
-            written[folder] = iteration
+    @in_metala_runs(save_checkpoint)
+    def save_new_steps(save_checkpoint, neox_args, iteration, model, *args, **kwargs):
+        checkpoint = os.path.realpath(neox_args.save), iteration
+        if getattr(model, "last_checkpoint", None) != checkpoint:
+            save_checkpoint(neox_args, iteration, model, *args, **kwargs)
+            model.last_checkpoint = checkpoint

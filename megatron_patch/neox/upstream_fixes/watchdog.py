@@ -8,7 +8,6 @@ rank counts its signs of life and its work in the store that torch.distributed k
 
 from __future__ import annotations
 
-import functools
 import math
 import os
 import socket
@@ -20,7 +19,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_patch.architecture import SettingsError
-from megatron_patch.neox.patching import in_metala_runs, repairs, replace
+from megatron_patch.neox.patching import in_metala_runs, repairs, replaces
 
 VARIABLE = "METALA_WATCHDOG_SECONDS"
 DEFAULT_SECONDS = 1800.0
@@ -33,7 +32,7 @@ def watch_ranks() -> None:
     from megatron import text_generation_utils, training
 
     watchdog: Watchdog | None = None
-    is_training = False
+    is_training = False  # generation and evaluation have no watchdog
 
     @in_metala_runs(training.initialize_megatron)
     def initialize_and_watch(initialize, neox_args, *args, **kwargs):
@@ -45,26 +44,24 @@ def watch_ranks() -> None:
 
     @in_metala_runs(training.pretrain)
     def pretrain_watched(pretrain, neox_args):
-        nonlocal is_training
+        nonlocal is_training, watchdog
         is_training = True
         try:
             pretrain(neox_args)
         finally:
+            is_training = False
             if watchdog:
                 watchdog.leave()
+            watchdog = None
 
-    def count(original: Callable) -> None:
-        @functools.wraps(original)
-        def counted(*args, **kwargs):
-            if watchdog:
-                watchdog.work()
-            return original(*args, **kwargs)
-
-        replace(original, counted)
+    def count(work, *args, **kwargs):
+        if watchdog:
+            watchdog.work()
+        return work(*args, **kwargs)
 
     steps = (training.train_step, training.forward_step, text_generation_utils.forward_model)
     for work in (*steps, training.save_checkpoint):
-        count(work)
+        replaces(work)(count)
 
 
 def watchdog_seconds() -> float | None:

@@ -10,6 +10,7 @@ import torch
 from cuda.bindings import driver
 from torch import Tensor
 
+from megatron_patch.ops.checks import dtype_name
 from megatron_patch.ops.decoding import LayerTensors
 from megatron_patch.ops.hopper.nvrtc import (
     architecture_of,
@@ -95,15 +96,11 @@ class Decoder:
             )
 
 
-def unsupported_reason(
-    dtype: torch.dtype, device: torch.device, *, D: int, H: int, K: int, V: int, F: int
-) -> str | None:
-    """Returns why the kernel does not serve such a model on a device, or `None` if it does.
-
-    D channels, H heads with keys K and values V wide, F channels in the MLP.
-    """
+def unsupported_reason(dtype: torch.dtype, device: torch.device, **sizes: int) -> str | None:
+    """Returns why the kernel does not serve such a model on a device, or `None` if it does. The
+    sizes are those of `unsupported_sizes`."""
     if dtype not in (torch.bfloat16, torch.float16):
-        return f"found {str(dtype).removeprefix('torch.')}, wanted bfloat16 or float16"
+        return f"found {dtype_name(dtype)}, wanted bfloat16 or float16"
     architecture = architecture_of(device)
     if architecture < SMALLEST_ARCHITECTURE:
         return f"found an architecture sm_{architecture}, wanted sm_{SMALLEST_ARCHITECTURE} or more"
@@ -111,40 +108,31 @@ def unsupported_reason(
         return f"finds no compiler of NVIDIA's that makes code for sm_{architecture}"
     properties = torch.cuda.get_device_properties(device)
     return unsupported_sizes(
-        dim=D, heads=H, key_width=K, value_width=V, inner=F,
-        multiprocessors=properties.multi_processor_count,
-        shared_bytes=properties.shared_memory_per_block_optin,
-    )  # fmt: skip
+        properties.multi_processor_count, properties.shared_memory_per_block_optin, **sizes
+    )
 
 
 def unsupported_sizes(
-    *,
-    dim: int,
-    heads: int,
-    key_width: int,
-    value_width: int,
-    inner: int,
-    multiprocessors: int,
-    shared_bytes: int,
+    multiprocessors: int, shared_bytes: int, *, D: int, H: int, K: int, V: int, F: int
 ) -> str | None:
-    """Returns which of a model's widths or of a GPU's numbers decoder.cu is not written for, or
-    `None`."""
-    found = f"D = {dim}, F = {inner}, {heads} heads of K = {key_width} and V = {value_width}"
+    """Returns which of a GPU's numbers or of a model's widths decoder.cu is not written for, or
+    `None`. D channels, H heads with keys K and values V wide, F channels in the MLP."""
+    found = f"D = {D}, F = {F}, {H} heads of K = {K} and V = {V}"
     if shared_bytes < SHARED_BYTES or multiprocessors < MULTIPROCESSORS:
         return (
             f"found {multiprocessors} multiprocessors with {shared_bytes >> 10} KB of shared "
             f"memory, wanted {MULTIPROCESSORS} with {SHARED_BYTES >> 10} KB or more"
         )
-    if (2 * key_width, heads * value_width) != (value_width, dim):
+    if (2 * K, H * V) != (V, D):
         return f"found {found}, wanted V = 2 K = D / heads"
-    if not heads <= multiprocessors <= inner:  # every block computes rows of the MLP
+    if not H <= multiprocessors <= F:  # every block computes rows of the MLP
         return f"found {found}, wanted heads ≤ {multiprocessors} multiprocessors ≤ F"
-    if dim > LARGEST_DIM or inner > LARGEST_INNER or key_width * value_width > LARGEST_STATE:
+    if D > LARGEST_DIM or F > LARGEST_INNER or K * V > LARGEST_STATE:
         return (
             f"found {found}, wanted D ≤ {LARGEST_DIM}, F ≤ {LARGEST_INNER} and K V ≤ "
             f"{LARGEST_STATE}"
         )
-    if any(width % VECTOR for width in (dim, inner, value_width)):
+    if any(width % VECTOR for width in (D, F, V)):
         return f"found {found}, wanted D, F and V that are multiples of {VECTOR}"
     return None
 

@@ -77,6 +77,3 @@ def token_decoder(
     from megatron_patch.ops.decoding.decoder import Decoder
 
     return Decoder(layers, *others, embedding_scale, scale, 1.0 / tau, norm_eps, output_norm_eps)
-
-
-__all__ = ["token_decoder"]

@@ -16,7 +16,7 @@ def architecture_of(device: torch.device) -> int:
     return 10 * major + minor
 
 
-@functools.lru_cache(maxsize=1)
+@functools.cache
 def known_architectures() -> tuple[int, ...]:
     """Returns the architectures that NVRTC compiles for; none where its library is missing."""
     try:

@@ -64,10 +64,6 @@ def swiglu_bwd_kernel(
         tl.store(y + row * F + column, value.to(y.dtype.element_ty), mask=mask)
 
 
-def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
-    return x.chunk(2, dim=-1)
-
-
 def _launch(kernel: Any, gate: Tensor, up: Tensor, *others: Tensor | None, stride: int) -> None:
     if gate.numel() == 0:
         return
@@ -87,7 +83,7 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, up: Tensor | None) -> Tensor:
         kept = [part.contiguous() for part in (x, up) if part is not None]
-        gate, up = kept if up is not None else _halves(kept[0])
+        gate, up = kept if up is not None else kept[0].chunk(2, dim=-1)
         y = x.new_empty(gate.shape)
         _launch(swiglu_fwd_kernel, gate, up, y, stride=kept[0].shape[-1])
         ctx.save_for_backward(*kept)
@@ -98,7 +94,9 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor, Tensor | None]:
         kept = ctx.saved_tensors
         gradients = [torch.empty_like(part) for part in kept]
-        inputs, outputs = ((*x,) if len(x) == 2 else _halves(x[0]) for x in (kept, gradients))
+        inputs, outputs = (
+            (*x,) if len(x) == 2 else x[0].chunk(2, dim=-1) for x in (kept, gradients)
+        )
         stride = kept[0].shape[-1]
         _launch(swiglu_bwd_kernel, *inputs, d_y.contiguous(), *outputs, None, stride=stride)
         return gradients[0], gradients[1] if len(gradients) == 2 else None
@@ -112,5 +110,6 @@ def swiglu_backward(gate_and_up: Tensor, d_y: Tensor) -> tuple[Tensor, Tensor]:
     which takes the memory of a contiguous d_y."""
     x, y = gate_and_up.contiguous(), d_y.contiguous()
     d_x = torch.empty_like(x)
-    _launch(swiglu_bwd_kernel, *_halves(x), y, *_halves(d_x), y, stride=x.shape[-1])
+    (gate, up), (d_gate, d_up) = x.chunk(2, dim=-1), d_x.chunk(2, dim=-1)
+    _launch(swiglu_bwd_kernel, gate, up, y, d_gate, d_up, y, stride=x.shape[-1])
     return d_x, y

@@ -49,10 +49,8 @@ GPU_NUMBERS = dict(multiprocessors=132, shared_bytes=227 * 1024)
 def unsupported(dim: int, heads: int, inner: int, ratio: int = 2, **gpu) -> str | None:
     """Returns why heads with V = `ratio` K are not served."""
     value_width = dim // heads
-    return decoder.unsupported_sizes(
-        dim=dim, heads=heads, key_width=value_width // ratio, value_width=value_width, inner=inner,
-        **{**GPU_NUMBERS, **gpu},
-    )  # fmt: skip
+    widths = dict(D=dim, H=heads, K=value_width // ratio, V=value_width, F=inner)
+    return decoder.unsupported_sizes(**widths, **{**GPU_NUMBERS, **gpu})
 
 
 def compiles(
@@ -303,7 +301,7 @@ def test_a_line_says_why_the_layers_serve(dtype, change, reason, monkeypatch, ca
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(decoder, "known_architectures", lambda: (90,))
     monkeypatch.setattr(backends, "_decided", {})
-    monkeypatch.setattr(backends, "_said", set())
+    backends.say.cache_clear()
     sizes = {**dict(D=1024, H=8, K=64, V=128, F=2816), **change}
     device = torch.device("cuda", 0)
     for _ in range(2):

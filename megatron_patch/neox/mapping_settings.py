@@ -1,0 +1,75 @@
+"""Checks of the keys inside settings that are mappings.
+
+GPT-NeoX hands these on. An unknown key has no effect there (`data_types: {grad_acum_dtype: fp32}`),
+or ends the ranks in a traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+from megatron_patch.architecture import SettingsError, refuse
+
+_KEYS = {
+    "checkpoint": """
+        tag_validation load_universal use_node_local_storage parallel_write writer
+        checkpoint_serialization
+    """,
+    "data_types": "grad_accum_dtype param_dtype",
+    "optimizer": "type params",
+}
+_OF_ADAM = """
+    lr betas eps weight_decay bias_correction adam_w_mode adamw_mode amsgrad set_grad_none
+    fp32_optimizer_states
+"""
+# The parameters of the optimizers that have others than Adam and Lion.
+_OF_OPTIMIZER = {"sm3": "lr eps momentum beta", "madgrad_wd": "lr eps momentum weight_decay"}
+
+
+def check_mappings(args: Any) -> None:
+    """Raises a SettingsError that names a key which nothing reads, and one like it."""
+    for name, keys in _KEYS.items():
+        _check_keys(name, getattr(args, name), keys.split())
+    optimizer = args.optimizer or {}
+    known = _OF_OPTIMIZER.get(str(optimizer.get("type")).lower(), _OF_ADAM)
+    _check_keys("optimizer.params", optimizer.get("params"), known.split())
+    for name, model in _models().items():
+        names = [n for key, item in model.model_fields.items() for n in (key, item.alias) if n]
+        _check_keys(name, getattr(args, name), names)
+
+
+def _models() -> dict[str, Any]:
+    """Returns DeepSpeed's descriptions of mappings, which allow no other key."""
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    return {
+        "bf16": DeepSpeedBF16Config,
+        "fp16": DeepSpeedFP16Config,
+        "zero_optimization": DeepSpeedZeroConfig,
+    }
+
+
+def _check_keys(name: str, found: Any, known: Iterable[str]) -> None:
+    for key in found if isinstance(found, dict) else ():
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, 1)
+            raise SettingsError(
+                f"{name}.{key}: found a key that nothing reads, wanted "
+                + (close[0] if close else f"one of {', '.join(sorted(known))}")
+            )
+
+
+def check_optimizer_params(params: dict[str, Any]) -> None:
+    """Checks learning rate and betas. Without `lr` GPT-NeoX takes 0.001. Raises a SettingsError."""
+
+    def is_number(value: Any) -> bool:
+        return type(value) in (int, float)
+
+    if not is_number(params.get("lr")):
+        refuse("optimizer.params.lr", params.get("lr"), "a number")
+    betas = params.get("betas", [0.9, 0.999])
+    if not (isinstance(betas, list) and len(betas) == 2 and all(map(is_number, betas))):
+        refuse("optimizer.params.betas", betas, "two numbers")
