@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from megatron_patch.ops.backends import implementation, names_of
+from megatron_patch.ops.backends import choose, function_of, names_of
 from megatron_patch.ops.checks import (
     FLOAT_DTYPES,
     check_cu_seqlens,
@@ -129,13 +129,12 @@ def meta_linear_attention(
     if inplace_final_state:
         check_inplace_final_state(initial_state, q, gate_logits, v, aug, out_gate, out_gate_bias)
 
-    attend = implementation(
-        "meta_linear_attention", backend, q.dtype, device, K=key_width, V=value_width
-    )
+    backend = choose("meta_linear_attention", backend, q.dtype, device, K=key_width, V=value_width)
+    attend = function_of("meta_linear_attention", backend)
     if context is not None:
         if initial_state is not None or output_final_state or inplace_final_state:
             raise ValueError("context: found with a state, wanted neither initial nor final state")
-        if getattr(attend, "takes_context", False):
+        if backend == "triton":
             attend = partial(attend, context=context)
         else:
             initial_state = incoming_state(gate_logits, v, tau, context, cu_seqlens)

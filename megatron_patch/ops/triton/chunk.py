@@ -281,6 +281,3 @@ def meta_linear_attention(
         *tensors, cu_seqlens, *numbers, wants_state, records_gradients(*tensors)
     )
     return out, give_state(final_state, initial_state, output_final_state, inplace_final_state)
-
-
-meta_linear_attention.takes_context = True  # else the caller finds the state that enters
