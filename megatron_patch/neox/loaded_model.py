@@ -97,6 +97,8 @@ def tell_of_other_data(args: Any, saved: dict[str, Any], file: Path) -> None:
     for name in OF_DATA:
         default = getattr(type(args), name, None)
         before, found = saved.get(name, default), getattr(args, name)
+        if before is None and name == "train_data_weights" and len(set(found or ())) == 1:
+            continue  # GPT-NeoX fills in equal ones
         if before != found:
             print(
                 f"MetaLA: {name}: found {found}, and {before} in {file}: the run goes on among "

@@ -123,6 +123,8 @@ def test_a_run_that_goes_on_compares_model_and_data(tmp_path, monkeypatch, capsy
         return capsys.readouterr().out
 
     assert load() == ""
+    assert load(train_data_weights=[1.0, 1.0]) == ""  # which GPT-NeoX fills in
+    assert load(train_data_weights=[1.0, 2.0]).startswith("MetaLA: train_data_weights: found [1.0,")
     longer = {"train_iters": 40, "lr_decay_iters": 20}
     told = load(seed=7, **longer).splitlines()
     assert told[0].startswith("MetaLA: seed: found 7, and None in ")
