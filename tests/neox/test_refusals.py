@@ -13,6 +13,7 @@ import yaml
 
 from megatron_patch.architecture import SettingsError
 from megatron_patch.neox import hybrid_settings, inference_settings, run_settings
+from megatron_patch.neox.mapping_settings import check_mappings
 from megatron_patch.neox.upstream_fixes.processes import ChildProcess
 from tests.neox.training import settings, stand_in
 
@@ -158,7 +159,7 @@ REFUSED = [
     # keys inside mappings
     (
         {"optimizer": {**ADAM, "learning_rate": 1e-3}},
-        "optimizer.learning_rate: found a key that nothing reads, wanted one of params, type",
+        "optimizer.learning_rate: found a key that nothing reads, wanted none, or one of params, t",
     ),
     (
         {"optimizer": {**ADAM, "params": {"lr": 1e-3, "beta": [0.9, 0.95]}}},
@@ -471,6 +472,10 @@ ACCEPTED = [
         "optimizer": {"type": "sm3", "params": {"lr": 1e-3, "momentum": 0.9, "beta": 0.1}},
     },
     {"zero_optimization": {"stage": 3, "stage3_prefetch_bucket_size": 1, "overlap_comm": True}},
+    {
+        "use_bnb_optimizer": True,
+        "optimizer": {"type": "Adam", "params": {"lr": 1e-3, "percentile_clipping": 5}},
+    },
     {**BFLOAT16, **optimizer("lion"), "pipe_parallel_size": 1},
     {"user_script": "generate.py", "optimizer": None, "train_iters": None},
     {**UNCONDITIONAL, "attention_config": HYBRID, "pos_emb": "learned"},
@@ -531,6 +536,16 @@ def test_logging_needs_its_package(monkeypatch, name):
     off = {"use_wandb": False, "use_comet": None}
     with pytest.raises(SettingsError, match=f"{name}: found True, wanted false without the packa"):
         run_settings._check_logging(stand_in(off, **{name: True}))
+
+
+def test_an_older_deepspeed_describes_no_mappings(monkeypatch):
+    """Such as DeeperSpeed, which takes the key that GPT-NeoX's own files have in `fp16`."""
+    none = dict.fromkeys("checkpoint data_types optimizer bf16 zero_optimization".split())
+    run = stand_in(none, use_bnb_optimizer=False, fp16={"fp16": True, "enabled": True})
+    with pytest.raises(SettingsError, match="fp16.fp16: found a key that nothing reads, wanted no"):
+        check_mappings(run)
+    monkeypatch.setitem(sys.modules, "deepspeed.runtime.precision_config", None)
+    check_mappings(run)
 
 
 def test_layers_need_their_packages(monkeypatch):
