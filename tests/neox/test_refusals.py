@@ -14,6 +14,7 @@ import yaml
 from megatron_patch.architecture import SettingsError
 from megatron_patch.neox import hybrid_settings, inference_settings, run_settings
 from megatron_patch.neox.mapping_settings import check_mappings
+from megatron_patch.neox.packages import is_installed
 from megatron_patch.neox.upstream_fixes.processes import ChildProcess
 from tests.neox.training import settings, stand_in
 
@@ -530,9 +531,7 @@ def test_eval_without_its_lm_eval_is_refused_in_one_line(monkeypatch, found):
 
 @pytest.mark.parametrize("name", ["use_wandb", "use_comet"])
 def test_logging_needs_its_package(monkeypatch, name):
-    monkeypatch.setattr(run_settings, "find_spec", lambda package: None)
-    for package in ("wandb", "comet_ml"):
-        monkeypatch.delitem(sys.modules, package, raising=False)
+    monkeypatch.setattr(run_settings, "is_installed", lambda package: False)
     off = {"use_wandb": False, "use_comet": None}
     with pytest.raises(SettingsError, match=f"{name}: found True, wanted false without the packa"):
         run_settings._check_logging(stand_in(off, **{name: True}))
@@ -548,8 +547,15 @@ def test_an_older_deepspeed_describes_no_mappings(monkeypatch):
     check_mappings(run)
 
 
+def test_a_folder_of_logs_is_no_package(tmp_path, monkeypatch):
+    (tmp_path / "logs_of_a_run").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert is_installed("torch") and is_installed("yaml")
+    assert not is_installed("logs_of_a_run") and not is_installed("no_such_package")
+
+
 def test_layers_need_their_packages(monkeypatch):
-    monkeypatch.setattr(hybrid_settings, "find_spec", lambda package: None)
+    monkeypatch.setattr(hybrid_settings, "is_installed", lambda package: False)
     hybrid_settings.check_other_layers(["metala", "global", "rwkv"])
     for kind, package in (("flash", "flash_attn"), ("mamba", "mamba_ssm")):
         wanted = f"attention_config: found '{kind}', wanted another type, or the package {package}"
