@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
+
+from tests.neox.fork_server import fork_server
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 ROW = r"{} +([\d.]+) ms +([\d.]+) to ([\d.]+) +([\d,]+) +0.0 GB +([\d,]+)"
@@ -16,16 +19,16 @@ def number(text: str) -> float:
     return float(text.replace(",", ""))
 
 
-def test_all_models_are_trained_and_compared(neox_checkout, run_script, tmp_path):
+def test_all_models_are_trained_and_compared(neox_checkout, run_command, monkeypatch, tmp_path):
+    monkeypatch.setenv("GPT_NEOX_PATH", str(neox_checkout))
+    monkeypatch.setattr(sys, "executable", str(fork_server(neox_checkout).python))
     settings = yaml.safe_load((CONFIGS / "metala_tiny.yml").read_text())
     settings |= {"num_layers": 2, "attention_config": [[["metala"], 2]], "hidden_size": 64}
     settings |= {"intermediate_size": 96, "seq_length": 64, "max_position_embeddings": 64}
     (tmp_path / "small.yml").write_text(yaml.safe_dump(settings))
     flags = ["--config", tmp_path / "small.yml", "--micro-batch", 2, "--steps", 20]
     flags += ["--models", "metala", "attention", "llama", "--recompute", "nothing", "most"]
-    process = run_script(
-        "benchmarks/benchmark_training.py", *flags, GPT_NEOX_PATH=str(neox_checkout)
-    )
+    process = run_command("benchmarks/benchmark_training.py", *flags)
     assert process.returncode == 0, process.stderr
     names = ("metala, nothing", "metala, most", "attention, global")
     rows = [re.search(ROW.format(name), process.stdout) for name in names]
