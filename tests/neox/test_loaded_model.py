@@ -88,6 +88,8 @@ def test_the_same_model_in_other_words_passes(capsys):
     check_model(described(**same), {**MODEL, "rms_norm_epsilon": 1e-6}, "s", is_training=True)
     flash = {**HYBRID, "attention_config": ["metala", "flash"]}
     check_model(described(**HYBRID), {**MODEL, **flash}, "s", is_training=False)
+    no_positions = {**HYBRID, "pos_emb": "none"}
+    check_model(described(**no_positions, rotary_pct=0.25), {**MODEL, **no_positions}, "s", True)
     assert not capsys.readouterr().out
 
 
