@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import re
 import sys
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import yaml
@@ -552,6 +554,10 @@ def test_a_folder_of_logs_is_no_package(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     assert is_installed("torch") and is_installed("yaml")
     assert not is_installed("logs_of_a_run") and not is_installed("no_such_package")
+    monkeypatch.setitem(sys.modules, "logs_of_a_run", import_module("logs_of_a_run"))
+    assert not is_installed("logs_of_a_run")  # GPT-NeoX imports wandb where it can
+    monkeypatch.setitem(sys.modules, "made", ModuleType("made"))
+    assert is_installed("made")
 
 
 def test_layers_need_their_packages(monkeypatch):
