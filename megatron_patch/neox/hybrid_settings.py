@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from importlib.util import find_spec
 
 from megatron_patch.architecture import refuse
+from megatron_patch.neox.packages import is_installed
 
 _SPARSE = ("local", "sparse_fixed", "sparse_variable", "bigbird", "bslongformer")
 # What layers of a type import.
@@ -23,6 +23,6 @@ def check_other_layers(layer_types: Iterable[str]) -> None:
         if kind in _BROKEN:
             refuse("attention_config", kind, "another type: GPT-NeoX's own ends in an error")
         for package in _PACKAGES.get(kind, ()):
-            if find_spec(package) is None:
+            if not is_installed(package):
                 wanted = f"another type, or the package {package}, which is not installed"
                 refuse("attention_config", kind, wanted)

@@ -1,6 +1,6 @@
-"""What a run's settings may say otherwise than those of the checkpoint that it loads.
+"""Compares a run's settings with those of the checkpoint that it loads.
 
-GPT-NeoX compares sizes. Of two models of the same sizes it takes the one that the settings
+GPT-NeoX compares sizes alone. Of two models of the same sizes it takes the one that the settings
 describe: weights that were trained with `metala: {tau: 16}` then compute another function with
 `tau: 8`. Tensors of other shapes end the ranks in a traceback.
 """
@@ -88,15 +88,19 @@ def _facts(settings: Any) -> dict[str, Any]:
         names["intermediate_size"] = "mlp_multiple_of"
         facts |= {name: getattr(model.attention, key) for key, name in names.items()}
         facts["use_qk_layernorm"] = settings.use_qk_layernorm
+        if settings.pos_emb != "rotary":
+            del facts["rotary_pct"]  # which nothing reads then
     return facts
 
 
 def tell_of_other_data(args: Any, saved: dict[str, Any], file: Path) -> None:
-    """Prints a line for each setting by which the samples that a run goes on with are not those
-    behind the ones that it has read."""
+    """Prints a line for each changed setting with which a run does not go on where it had stopped
+    in its data."""
     for name in OF_DATA:
         default = getattr(type(args), name, None)
         before, found = saved.get(name, default), getattr(args, name)
+        if before is None and name == "train_data_weights" and len(set(found or ())) == 1:
+            continue  # GPT-NeoX fills in equal ones
         if before != found:
             print(
                 f"MetaLA: {name}: found {found}, and {before} in {file}: the run goes on among "

@@ -18,13 +18,13 @@ _KEYS = {
         checkpoint_serialization
     """,
     "data_types": "grad_accum_dtype param_dtype",
-    "optimizer": "type params",
+    "optimizer": "type params legacy_fusion",
 }
 _OF_ADAM = """
     lr betas eps weight_decay bias_correction adam_w_mode adamw_mode amsgrad set_grad_none
     fp32_optimizer_states
 """
-# The parameters of the optimizers that have others than Adam and Lion.
+# Those of optimizers that share few with Adam and Lion.
 _OF_OPTIMIZER = {"sm3": "lr eps momentum beta", "madgrad_wd": "lr eps momentum weight_decay"}
 
 
@@ -33,17 +33,22 @@ def check_mappings(args: Any) -> None:
     for name, keys in _KEYS.items():
         _check_keys(name, getattr(args, name), keys.split())
     optimizer = args.optimizer or {}
-    known = _OF_OPTIMIZER.get(str(optimizer.get("type")).lower(), _OF_ADAM)
-    _check_keys("optimizer.params", optimizer.get("params"), known.split())
+    if not args.use_bnb_optimizer:  # bitsandbytes' Adam has many more
+        known = _OF_OPTIMIZER.get(str(optimizer.get("type")).lower(), _OF_ADAM)
+        _check_keys("optimizer.params", optimizer.get("params"), known.split())
     for name, model in _models().items():
         names = [n for key, item in model.model_fields.items() for n in (key, item.alias) if n]
         _check_keys(name, getattr(args, name), names)
 
 
 def _models() -> dict[str, Any]:
-    """Returns DeepSpeed's descriptions of mappings, which allow no other key."""
-    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    """Returns DeepSpeed's descriptions of mappings, which allow no other key; none of an older
+    DeepSpeed, such as DeeperSpeed, which takes GPT-NeoX's `fp16: {fp16: true}`."""
+    try:
+        from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+        from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    except ImportError:
+        return {}
 
     return {
         "bf16": DeepSpeedBF16Config,
@@ -58,7 +63,7 @@ def _check_keys(name: str, found: Any, known: Iterable[str]) -> None:
             close = difflib.get_close_matches(str(key), known, 1)
             raise SettingsError(
                 f"{name}.{key}: found a key that nothing reads, wanted "
-                + (close[0] if close else f"one of {', '.join(sorted(known))}")
+                + (close[0] if close else f"none, or one of {', '.join(sorted(known))}")
             )
 
 

@@ -7,12 +7,12 @@ import contextlib
 import math
 import os
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
+from megatron_patch.neox.packages import is_installed
 from megatron_patch.neox.settings import export_warning
 from megatron_patch.steps import STEP, latest_step
 
@@ -29,7 +29,7 @@ def notices(args: Any) -> Iterator[str]:
     if warning := export_warning(args):  # before the first step, not after weeks
         yield warning
     yield from _of_wandb(args)
-    if args.tensorboard_dir and find_spec("tensorboard") is None:
+    if args.tensorboard_dir and not is_installed("tensorboard"):
         yield "tensorboard_dir: nothing is logged there without the package tensorboard"
     yield from _of_exit_interval(args)
 

@@ -32,8 +32,8 @@ def model_precision(args: Any) -> str:
 
 
 def check_precision(args: Any) -> None:
-    """Checks the precision of any program's model, and lets DeepSpeed know of it: of `fp16` without
-    a key of GPT-NeoX's that it refuses, and of `fp32_allreduce`. Raises a SettingsError."""
+    """Checks the precision of any program's model. Fills in `fp16`, to which GPT-NeoX would add a
+    key that DeepSpeed refuses, and passes `fp32_allreduce` on. Raises a SettingsError."""
     if args.amp is not None:
         refuse("amp", args.amp, "none, but precision: DeepSpeed no longer has amp")
     if args.communication_data_type is not None:  # true or false to GPT-NeoX, a name to DeepSpeed

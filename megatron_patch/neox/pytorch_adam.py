@@ -9,11 +9,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from types import ModuleType
 from typing import Any
 
 import torch
 
-from megatron_patch.neox.patching import has_metala_layers, replaces, swapped
+from megatron_patch.neox.patching import has_metala_layers, replaces
 
 _SETTINGS = {"lr", "betas", "eps", "weight_decay"}  # under optimizer.params, that PyTorch's takes
 
@@ -63,15 +64,14 @@ def suits_pytorchs_adam(neox_args: Any) -> bool:
 
 @contextmanager
 def _in_place_of_others() -> Iterator[None]:
-    """Hides apex, and gives out PyTorch's AdamW as DeepSpeed's."""
-    import deepspeed.ops.adam
-
+    """Gives out PyTorch's AdamW as apex's, which GPT-NeoX looks for first. It would warn of an apex
+    that is missing."""
     name = "apex.optimizers"
     hidden = sys.modules.get(name)
-    sys.modules[name] = None  # an import of it now raises an ImportError
+    sys.modules[name] = stand_in = ModuleType(name)
+    stand_in.FusedAdam = FusedAdamW
     try:
-        with swapped(deepspeed.ops.adam, "FusedAdam", FusedAdamW):
-            yield
+        yield
     finally:
         del sys.modules[name]
         if hidden is not None:

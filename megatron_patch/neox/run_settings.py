@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import sys
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -27,6 +25,7 @@ from megatron_patch.neox.inference_settings import check_inference
 from megatron_patch.neox.mapping_settings import check_mappings, check_optimizer_params
 from megatron_patch.neox.memory_settings import check_memory_settings
 from megatron_patch.neox.notices import say
+from megatron_patch.neox.packages import is_installed
 from megatron_patch.neox.post_training import check_micro_batch, check_post_training
 from megatron_patch.neox.precision_settings import (
     check_precision,
@@ -322,7 +321,7 @@ _LOG_PACKAGES = {"use_wandb": "wandb", "use_comet": "comet_ml"}
 
 def _check_logging(args: Any) -> None:
     for name, package in _LOG_PACKAGES.items():
-        if (found := getattr(args, name)) and not (package in sys.modules or find_spec(package)):
+        if (found := getattr(args, name)) and not is_installed(package):
             refuse(name, found, f"false without the package {package}, which is not installed")
     on_cpu = args.distributed_backend == "gloo" and not torch.cuda.is_available()
     for name in ("profile", "memory_profiling"):

@@ -84,6 +84,12 @@ class MetaLATrainer(Trainer):
         # With this flag `compute_loss` divides by the accumulation steps. Without it, transformers
         # 4.46 does not divide at all, and later releases do.
         self.model_accepts_loss_kwargs = True
+        # Not as `processing_class`, by which transformers 5 changes the model's special tokens.
+        self.own_tokenizer = load_tokenizer(settings)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        self.own_tokenizer.save_pretrained(output_dir or self.args.output_dir)
 
     @property
     def _train_batch_size(self) -> int:
@@ -383,7 +389,6 @@ def train(
     if settings.checkpoint_activations:
         model.gradient_checkpointing_enable()
     collator = partial(collate, vocab_size=model.config.vocab_size)
-    collator.tokenizer = load_tokenizer(settings)  # the Trainer saves it in each checkpoint
     callbacks = [MetricsFile(settings.save / METRICS)]
     if validation is not None:
         callbacks.append(EvaluationSteps(settings.eval_interval))

@@ -31,7 +31,7 @@ def settings(**changes) -> SimpleNamespace:
 def environment(monkeypatch):
     """Empty; what is set in it is not kept."""
     monkeypatch.setattr(os, "environ", {})
-    monkeypatch.setattr(processes, "find_spec", lambda name: object())
+    monkeypatch.setattr(processes, "is_installed", lambda name: True)
     return os.environ
 
 
@@ -74,7 +74,7 @@ def test_flags_and_launcher_that_disagree_are_refused(changes, hosts, message):
 
 
 def test_a_missing_mpi4py_is_named(monkeypatch):
-    monkeypatch.setattr(processes, "find_spec", lambda name: None)
+    monkeypatch.setattr(processes, "is_installed", lambda name: False)
     with pytest.raises(SettingsError, match="launcher: found openmpi, .* mpi4py .* extra `mpi`"):
         check_launcher(settings(launcher="openmpi", deepspeed_mpi=True), 2)
     check_launcher(settings(), 2)

@@ -88,6 +88,8 @@ def test_the_same_model_in_other_words_passes(capsys):
     check_model(described(**same), {**MODEL, "rms_norm_epsilon": 1e-6}, "s", is_training=True)
     flash = {**HYBRID, "attention_config": ["metala", "flash"]}
     check_model(described(**HYBRID), {**MODEL, **flash}, "s", is_training=False)
+    no_positions = {**HYBRID, "pos_emb": "none"}
+    check_model(described(**no_positions, rotary_pct=0.25), {**MODEL, **no_positions}, "s", True)
     assert not capsys.readouterr().out
 
 
@@ -123,6 +125,8 @@ def test_a_run_that_goes_on_compares_model_and_data(tmp_path, monkeypatch, capsy
         return capsys.readouterr().out
 
     assert load() == ""
+    assert load(train_data_weights=[1.0, 1.0]) == ""  # which GPT-NeoX fills in
+    assert load(train_data_weights=[1.0, 2.0]).startswith("MetaLA: train_data_weights: found [1.0,")
     longer = {"train_iters": 40, "lr_decay_iters": 20}
     told = load(seed=7, **longer).splitlines()
     assert told[0].startswith("MetaLA: seed: found 7, and None in ")

@@ -85,7 +85,7 @@ def test_a_missing_tensorboard_is_told(in_neox, config):
     """GPT-NeoX's own `local_setup.yml` names a folder, and prints no line that is easy to find."""
     code = """
     from megatron_patch.neox import notices
-    notices.find_spec = lambda package: None
+    notices.is_installed = lambda package: False
     answer(list(notices.notices(neox_args)))
     """
     line = "tensorboard_dir: nothing is logged there without the package tensorboard"

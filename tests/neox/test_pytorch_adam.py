@@ -22,6 +22,7 @@ def get_optimizer(monkeypatch):
         try:
             from apex.optimizers import FusedAdam as Adam
         except ImportError:
+            print("WARNING: APEX not installed - defaulting to deepspeed's fused adam")
             from deepspeed.ops.adam import FusedAdam as Adam
         if neox_args.optimizer is None:
             neox_args.optimizer = {"params": {"lr": 1e-3}}
@@ -44,8 +45,13 @@ def args(**changes) -> SimpleNamespace:
     return SimpleNamespace(**run | {"optimizer": {"params": params}} | changes)
 
 
-def test_adam_is_pytorchs(get_optimizer):
-    found = get_optimizer(args())
+@pytest.mark.parametrize("has_apex", [True, False])
+def test_adam_is_pytorchs(get_optimizer, monkeypatch, capsys, has_apex):
+    with monkeypatch.context() as patch:
+        for name in () if has_apex else ("apex", "apex.optimizers"):
+            patch.delitem(sys.modules, name)
+        found = get_optimizer(args())
+    assert "APEX" not in capsys.readouterr().out
     assert type(found) is torch.optim.AdamW
     (group,) = found.param_groups
     assert group["fused"] and group["weight_decay"] == 0.1 and list(group["betas"]) == [0.9, 0.95]

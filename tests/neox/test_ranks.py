@@ -83,6 +83,7 @@ def here(*devices: int) -> dict[str, list[int]]:
         ({"include": "localhost"}, VISIBLE, here(1, 2, 3)),
         ({"exclude": "localhost:1"}, VISIBLE, here(2, 3)),
         ({"hostfile": "hosts"}, {}, TWO_HOSTS),
+        ({"hostfile": "/mock_path"}, VISIBLE, here(1, 2, 3)),  # as in GPT-NeoX's 125M.yml
         ({"hostfile": "hosts"}, ALL, TWO_HOSTS),
         ({"hostfile": "hosts", "num_nodes": 1}, {}, {"worker-0": [0, 1, 2, 3]}),
         ({"hostfile": "hosts", "num_gpus": 1}, {}, {"worker-0": [0], "worker-1": [0]}),

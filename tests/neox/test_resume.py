@@ -43,6 +43,7 @@ def settings(load, **changes) -> SimpleNamespace:
         attention_config=["metala"] * 2,
         num_layers=2,
         no_weight_tying=True,
+        pos_emb="none",
         override_lr_scheduler=False,
         use_checkpoint_lr_scheduler=False,
         optimizer={"type": "Adam", "params": {"lr": 1e-3, "betas": [0.9, 0.95]}},
@@ -611,3 +612,26 @@ def test_save_without_latest_is_said(tmp_path):
     save_step(tmp_path, 10, latest=False)
     with pytest.raises(SettingsError, match=r"save: found \['global_step10'\].*wanted a file `lat"):
         go_on_from_save(settings("base", save=str(tmp_path)))
+
+
+def test_only_learned_positions_bind_a_checkpoint_to_a_length(tmp_path, in_neox, config):
+    save_step(tmp_path, 10)
+    states = {**STATES, "args": {"model_parallel_size": 1, "max_position_embeddings": 64}}
+    torch.save(states, tmp_path / "global_step10/mp_rank_00_model_states.pt")
+    run = dict(max_position_embeddings=128, finetune=True)
+    check_load(settings(str(tmp_path), pos_emb="none", **run))
+    with pytest.raises(SettingsError, match="max_position_embeddings: found 128, wanted 64, as in"):
+        check_load(settings(str(tmp_path), pos_emb="learned", **run))
+
+    code = """
+    from megatron.checkpointing import check_checkpoint_args
+    refused = []
+    for positions, changes in (("none", {}), ("none", {"hidden_size": 32}), ("learned", {})):
+        neox_args.pos_emb = positions
+        try:
+            check_checkpoint_args(neox_args, {"max_position_embeddings": 32, **changes})
+        except AssertionError as error:
+            refused.append(str(error).split()[0])
+    answer(refused)
+    """
+    assert in_neox(config, code) == ["hidden_size", "max_position_embeddings"]

@@ -51,11 +51,16 @@ def endless(loader: Any, vocab_size: int) -> Iterator[dict[str, torch.Tensor]]:
         for batch in loader:
             for name in ("text", "pos", "neg"):
                 for found in map(int, batch[name].aminmax() if name in batch else ()):
-                    if not 0 <= found < vocab_size:
-                        why = "another tokenizer prepared these data" if found > 0 else "a label"
+                    if found >= vocab_size:
                         sys.exit(
                             f"MetaLA: data: found the token {found}, wanted one below {vocab_size},"
-                            f" the number of the embedding's rows: {why}"
+                            " the number of the embedding's rows: another tokenizer prepared these "
+                            "data"
+                        )
+                    if found < 0:
+                        sys.exit(
+                            f"MetaLA: data: found {found}, wanted tokens: these may be labels, "
+                            "which have their own setting"
                         )
             yield batch
 

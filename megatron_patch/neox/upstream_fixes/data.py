@@ -13,6 +13,7 @@ import functools
 import hashlib
 import inspect
 import os
+import sys
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -153,8 +154,8 @@ _save = np.save
 
 def _save_whole(path: str, array: np.ndarray, **options: Any) -> None:
     """Saves an array like `np.save`. The file appears when it is whole: a later run, or one that
-    starts at the same time, takes every file that it finds. Raises a SettingsError if it cannot be
-    written."""
+    starts at the same time, takes every file that it finds. Ends the rank, which is the first of
+    its host and says why, if the file cannot be written."""
     temporary = Path(f"{path}.{os.uname().nodename}.{os.getpid()}")
     try:
         with temporary.open("wb") as file:
@@ -163,10 +164,10 @@ def _save_whole(path: str, array: np.ndarray, **options: Any) -> None:
     except OSError as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise SettingsError(
-            f"data: {path}, an index map, cannot be written: {error.strerror}; wanted data in a "
-            "folder that this run may write to, such as one with links to their files"
-        ) from None
+        sys.exit(
+            f"MetaLA: data: {path}, an index map, cannot be written: {error.strerror}; wanted data "
+            "in a folder that this run may write to, such as one with links to their files"
+        )
 
 
 def _check_some_fit(values: dict[str, Any], path: str) -> None:

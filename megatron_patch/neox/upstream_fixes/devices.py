@@ -18,6 +18,10 @@ from megatron_patch.neox.upstream_fixes.cpu_mode import runs_on_cpu
 HERE = "localhost"  # DeepSpeed's name of this machine where there is no hostfile
 
 
+# In GPT-NeoX's own `configs/125M.yml`, for one machine.
+_PLACEHOLDER = "/mock_path"
+
+
 def hostfile(args) -> Path | None:
     """Returns the hostfile that DeepSpeed's launcher will read, `None` if there is none."""
     from deepspeed.launcher import runner
@@ -44,12 +48,13 @@ def choose_devices(args) -> dict[str, list[int]]:
     from deepspeed.launcher import runner
 
     file = hostfile(args)
-    for name, given in (
-        ("DLTS_HOSTFILE", os.environ.get("DLTS_HOSTFILE")),
-        ("hostfile", args.hostfile),
-    ):
-        if given and file is None and not others_place_ranks(args):
-            refuse(name, given, "a file, or none: DeepSpeed would train on this machine alone")
+    if file is None and not others_place_ranks(args):
+        for name, given in (
+            ("DLTS_HOSTFILE", os.environ.get("DLTS_HOSTFILE")),
+            ("hostfile", args.hostfile),
+        ):
+            if given and given != _PLACEHOLDER:
+                refuse(name, given, "a file, or none: DeepSpeed would train on this machine alone")
     visible = _visible_devices(args, file)
     include, exclude = args.include or "", args.exclude or ""
     num_gpus = 0 if include or exclude else max(args.num_gpus or 0, 0)

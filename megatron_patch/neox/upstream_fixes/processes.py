@@ -20,13 +20,13 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import psutil
 
 from megatron_patch.architecture import SettingsError, refuse
+from megatron_patch.neox.packages import is_installed
 from megatron_patch.neox.patching import in_metala_runs, repairs
 from megatron_patch.neox.upstream_fixes.batches import check_parts
 from megatron_patch.neox.upstream_fixes.cpu_mode import ACCELERATOR
@@ -107,7 +107,7 @@ def check_launcher(args, hosts: int) -> None:
                 f"{name}: found {str(found).lower()}, wanted {str(wanted).lower()} with "
                 f"launcher: {args.launcher}"
             )
-    if is_mpi and find_spec("mpi4py") is None:
+    if is_mpi and not is_installed("mpi4py"):
         raise SettingsError(
             f"launcher: found {args.launcher}, wanted the package mpi4py for it, which is not "
             "installed: the extra `mpi` brings it"

@@ -17,6 +17,7 @@ from megatron_patch.architecture import METALA, SettingsError, refuse
 from megatron_patch.architecture_neox import module_layers
 from megatron_patch.neox.loaded_model import check_model, tell_of_other_data
 from megatron_patch.neox.notices import say
+from megatron_patch.neox.patching import in_metala_runs, repairs
 from megatron_patch.neox.post_training import needs_reference, reference_args
 from megatron_patch.neox.run_settings import program
 from megatron_patch.neox.yaml_config import SUFFIXES, merge_yaml_texts, read_yaml
@@ -175,6 +176,8 @@ def _check_states(args, step: Path, is_training: bool) -> None:
     if file is whole and not args.finetune and is_training and args.pipe_parallel_size:
         if stages not in (None, args.pipe_parallel_size):
             refuse("pipe_parallel_size", args.pipe_parallel_size, f"{stages}, {another}")
+    if METALA in (args.attention_config or ()):
+        saved_args = args_to_compare(args, saved_args)
     for name, saved in saved_args.items():  # GPT-NeoX asserts that they are equal
         if (found := getattr(args, name, None)) is not None and found != saved:
             refuse(name, found, f"{saved!r}, as in {file}")
@@ -187,6 +190,29 @@ def _check_states(args, step: Path, is_training: bool) -> None:
     if METALA in (args.attention_config or ()):
         data_ranks = _count(states.get("dp_world_size"))
         _check_files(args, step, stage, model_ranks, data_ranks)
+
+
+def args_to_compare(args, saved: dict[str, Any]) -> dict[str, Any]:
+    """Returns those of a checkpoint's sizes that this model must have too. Only learned positions
+    have a row for each of `max_position_embeddings`."""
+    free = () if args.pos_emb == "learned" else ("max_position_embeddings",)
+    return {name: value for name, value in saved.items() if name not in free}
+
+
+# megatron/checkpointing.py:58
+@repairs(
+    "sequences of other lengths",
+    "megatron.checkpointing:check_checkpoint_args",
+    "in checkpoint_args.items()",
+)
+def load_for_other_lengths() -> None:
+    """Lets a model without learned positions load a checkpoint for longer sequences than before.
+    GPT-NeoX wants the `max_position_embeddings` of the checkpoint and sequences within it."""
+    from megatron.checkpointing import check_checkpoint_args
+
+    @in_metala_runs(check_checkpoint_args)
+    def check_sizes(check_checkpoint_args, neox_args, checkpoint_args):
+        check_checkpoint_args(neox_args, args_to_compare(neox_args, checkpoint_args))
 
 
 def _mapping(value: object) -> dict:

@@ -14,7 +14,6 @@ import shutil
 import signal
 import sys
 from contextlib import ExitStack
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ import torch.distributed as dist
 
 from megatron_patch.architecture import SettingsError
 from megatron_patch.neox.notices import say
+from megatron_patch.neox.packages import is_installed
 from megatron_patch.neox.patching import in_metala_runs, repairs, swapped
 from megatron_patch.neox.run_settings import program
 from megatron_patch.save_folder import held, holder, try_saving
@@ -42,7 +42,7 @@ def hold_save(args: Any) -> None:
     if not args.save or not args.user_script or program(args) != "train.py":
         return
     for package in ("boto3", "hf_transfer") if args.s3_path else ():
-        if find_spec(package) is None:
+        if not is_installed(package):
             raise SettingsError(
                 f"s3_path: found {args.s3_path}, wanted none without the package {package}, with "
                 "which GPT-NeoX uploads checkpoints"
