@@ -1,6 +1,6 @@
-"""The files of data sets; index maps (`PREFIX_*_indexmap_*.npy`), which say which documents make
-which sample and in which order; and where samples end that are padded.
+"""The files of data sets: their faults, their index maps, and the ends of padded samples.
 
+Index maps (`PREFIX_*_indexmap_*.npy`) say which documents make which sample, and in which order.
 GPT-NeoX builds them once and finds them again by a name that holds lengths and the seed, but not
 the documents' sizes or their range. After other text was prepared to the same prefix, or `split`
 was changed, it reads the maps of the earlier data. Here the names also hold a hash of everything
@@ -25,6 +25,7 @@ import torch
 from megatron_patch.architecture import SettingsError
 from megatron_patch.indexed_dataset import IndexedDataset, idx_path
 from megatron_patch.neox.patching import in_metala_runs, overrides, repairs, swapped
+from megatron_patch.neox.this_process import is_first_here
 from megatron_patch.neox.upstream_fixes.saving import end_all_if
 
 _OLD_FORMAT = b"TNTIDX"  # GPT-NeoX's `data_impl: cached`
@@ -39,8 +40,7 @@ def name_files_that_cannot_be_read() -> None:
 
     @in_metala_runs(data_utils.build_train_valid_test_data_loaders)
     def build_loaders_of_files(build_loaders, neox_args):
-        is_first_here = os.environ.get("LOCAL_RANK", "0") == "0"
-        end_all_if(_wrong_file(vars(neox_args)) if is_first_here else None)
+        end_all_if(_wrong_file(vars(neox_args)) if is_first_here() else None)
         return build_loaders(neox_args)
 
 
@@ -66,8 +66,8 @@ def _wrong_file(settings: dict[str, Any]) -> str | None:
 
 
 def _whose(name: str) -> str:
-    """Returns the setting of the data set that has one document for each of this one's: that of the
-    samples to a reward, that of the better answers to the worse ones."""
+    """Returns the setting of the data set that must have as many documents: for rewards that of the
+    samples, for the worse answers that of the better ones."""
     return name.replace("_reward", "").replace("neg_", "pos_")
 
 
