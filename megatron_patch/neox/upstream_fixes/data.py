@@ -121,6 +121,10 @@ def of_own_data(build: Callable) -> Callable:
     """
     signature = inspect.signature(build)
 
+    def build_whole(call: inspect.BoundArguments) -> tuple[np.ndarray, ...]:
+        with swapped(np, "save", _save_whole):
+            return build(*call.args, **call.kwargs)
+
     @functools.wraps(build)
     def build_of_own_data(*args, **kwargs):
         call = signature.bind(*args, **kwargs)
@@ -132,8 +136,7 @@ def of_own_data(build: Callable) -> Callable:
             _check_some_fit(values, path)
         values[prefix] = f"{path}_{_fingerprint(values)}"
         if values["packing_impl"] != "pack_until_overflow":
-            with swapped(np, "save", _save_whole):
-                return build(*call.args, **call.kwargs)
+            return build_whole(call)
         # This packing counts documents from the data set's first one, so validation would read the
         # documents of the training, and it runs past its list where the last document is left out.
         # It gets the sizes of those documents alone that it may use. Its last sample ends one
@@ -142,8 +145,7 @@ def of_own_data(build: Callable) -> Callable:
         values["sizes"] = values["sizes"][documents]
         values["documents"] = np.arange(len(documents), dtype=np.int32)
         values["label_dataset"], values["allow_chopped"] = None, True
-        with swapped(np, "save", _save_whole):
-            doc_idx, sample_idx, shuffle_idx = build(*call.args, **call.kwargs)
+        doc_idx, sample_idx, shuffle_idx = build_whole(call)
         return documents[np.append(doc_idx, doc_idx[:1])], sample_idx, shuffle_idx
 
     return build_of_own_data
