@@ -7,7 +7,6 @@ describe: weights that were trained with `metala: {tau: 16}` then compute anothe
 
 from __future__ import annotations
 
-import os
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,8 @@ from megatron_patch.architecture import (
     shown,
 )
 from megatron_patch.architecture_neox import from_neox, with_defaults
+from megatron_patch.neox.notices import say
+from megatron_patch.neox.this_process import in_launcher
 
 # What a fine-tuning may change, since the weights stay as they are.
 _FREE = (
@@ -41,7 +42,7 @@ def check_model(args: Any, saved: dict[str, Any], step: Path, is_training: bool)
     except SettingsError as error:
         raise SettingsError(f"load: {step / 'configs'}: {error}") from None
     now = _facts(args)
-    if "LOCAL_RANK" not in os.environ:  # the launcher tells it once
+    if in_launcher():  # which tells it once
         _tell_of_another_tokenizer(args, saved, step)
     if not is_training:  # a prompt is one document
         before.pop("metala.reset_at_document")
@@ -51,8 +52,8 @@ def check_model(args: Any, saved: dict[str, Any], step: Path, is_training: bool)
             continue
         if not (is_training and args.finetune and name in _FREE):
             refuse(name, found, f"{shown(was)}, as in {step}")
-        if "LOCAL_RANK" not in os.environ:
-            print(f"MetaLA: {name}: found {found}, and {was} in {step}", flush=True)
+        if in_launcher():
+            say(f"{name}: found {found}, and {was} in {step}")
 
 
 def _tell_of_another_tokenizer(args: Any, saved: dict[str, Any], step: Path) -> None:
@@ -61,10 +62,9 @@ def _tell_of_another_tokenizer(args: Any, saved: dict[str, Any], step: Path) -> 
     files = [Path(file) for file in (args.vocab_file, saved.get("vocab_file")) if file]
     if len(files) == 2 and all(file.is_file() for file in files):
         if files[0].read_bytes() != files[1].read_bytes():
-            print(
-                f"MetaLA: vocab_file: found {files[0]}, and {files[1]} in {step}, which is another "
-                "tokenizer: the model knows its tokens by the numbers that the latter gives them",
-                flush=True,
+            say(
+                f"vocab_file: found {files[0]}, and {files[1]} in {step}, which is another "
+                "tokenizer: the model knows its tokens by the numbers that the latter gives them"
             )
 
 
@@ -94,24 +94,22 @@ def _facts(settings: Any) -> dict[str, Any]:
 
 
 def tell_of_other_data(args: Any, saved: dict[str, Any], file: Path) -> None:
-    """Prints a line for each changed setting with which a run does not go on where it had stopped
-    in its data."""
+    """Prints a line for each changed setting that makes a run read other samples than it would have
+    read next."""
     for name in OF_DATA:
         default = getattr(type(args), name, None)
         before, found = saved.get(name, default), getattr(args, name)
         if before is None and name == "train_data_weights" and len(set(found or ())) == 1:
             continue  # GPT-NeoX fills in equal ones
         if before != found:
-            print(
-                f"MetaLA: {name}: found {found}, and {before} in {file}: the run goes on among "
-                "other samples, and may have read some of their tokens",
-                flush=True,
+            say(
+                f"{name}: found {found}, and {before} in {file}: the run goes on among "
+                "other samples, and may have read some of their tokens"
             )
     before, found = saved.get("train_iters"), args.train_iters
     if before and found and before != found:
-        print(
-            f"MetaLA: train_iters: found {found}, and {before} in {file}: if this changes how "
-            "often the data are read, the samples have another order from here on, since GPT-NeoX "
-            "shuffles all passes together",
-            flush=True,
+        say(
+            f"train_iters: found {found}, and {before} in {file}: if this changes how often the "
+            "data are read, the samples have another order from here on, since GPT-NeoX shuffles "
+            "all passes together"
         )

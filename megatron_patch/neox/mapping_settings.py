@@ -18,7 +18,7 @@ _KEYS = {
         checkpoint_serialization
     """,
     "data_types": "grad_accum_dtype param_dtype",
-    "optimizer": "type params legacy_fusion",
+    "optimizer": "type params",
 }
 _OF_ADAM = """
     lr betas eps weight_decay bias_correction adam_w_mode adamw_mode amsgrad set_grad_none

@@ -153,7 +153,7 @@ REFUSED = [
     # keys inside mappings
     (
         {"optimizer": {**ADAM, "learning_rate": 1e-3}},
-        "optimizer.learning_rate: found a key that nothing reads, wanted none, or one of",
+        "optimizer.learning_rate: found a key that nothing reads, wanted none, or one of params, t",
     ),
     (
         {"optimizer": {**ADAM, "params": {"lr": 1e-3, "beta": [0.9, 0.95]}}},

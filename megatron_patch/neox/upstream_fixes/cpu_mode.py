@@ -16,6 +16,7 @@ from megatron_patch.architecture import SettingsError
 from megatron_patch.neox.notices import say
 from megatron_patch.neox.patching import repairs, replaces
 from megatron_patch.neox.pytorch_adam import FusedAdamW
+from megatron_patch.neox.this_process import in_launcher
 
 ACCELERATOR = "DS_ACCELERATOR"  # the variable that names DeepSpeed's accelerator
 _CPU = torch.device("cpu")
@@ -49,9 +50,8 @@ def activate_cpu_mode(args) -> None:
     # DeepSpeed's launcher shows its ranks the GPUs that the user has hidden.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     already_active = torch.cuda.current_device is _current_device
-    if "LOCAL_RANK" not in os.environ:
-        # This is the launcher. DeepSpeed's CPU accelerator reads the number of local ranks from
-        # LOCAL_SIZE.
+    if in_launcher():
+        # DeepSpeed's CPU accelerator reads the number of local ranks from LOCAL_SIZE.
         ranks = args.num_gpus or max(args.model_parallel_size, 1) * max(args.pipe_parallel_size, 1)
         os.environ["LOCAL_SIZE"] = str(ranks)
         # Threads that spin while they wait slow the others down where cores are few.

@@ -1,6 +1,6 @@
-"""The files of data sets; index maps (`PREFIX_*_indexmap_*.npy`), which say which documents make
-which sample and in which order; and where samples end that are padded.
+"""The files of data sets: their faults, their index maps, and the ends of padded samples.
 
+Index maps (`PREFIX_*_indexmap_*.npy`) say which documents make which sample, and in which order.
 GPT-NeoX builds them once and finds them again by a name that holds lengths and the seed, but not
 the documents' sizes or their range. After other text was prepared to the same prefix, or `split`
 was changed, it reads the maps of the earlier data. Here the names also hold a hash of everything
@@ -25,6 +25,7 @@ import torch
 from megatron_patch.architecture import SettingsError
 from megatron_patch.indexed_dataset import IndexedDataset, idx_path
 from megatron_patch.neox.patching import in_metala_runs, overrides, repairs, swapped
+from megatron_patch.neox.this_process import is_first_here
 from megatron_patch.neox.upstream_fixes.saving import end_all_if
 
 _OLD_FORMAT = b"TNTIDX"  # GPT-NeoX's `data_impl: cached`
@@ -39,8 +40,7 @@ def name_files_that_cannot_be_read() -> None:
 
     @in_metala_runs(data_utils.build_train_valid_test_data_loaders)
     def build_loaders_of_files(build_loaders, neox_args):
-        is_first_here = os.environ.get("LOCAL_RANK", "0") == "0"
-        end_all_if(_wrong_file(vars(neox_args)) if is_first_here else None)
+        end_all_if(_wrong_file(vars(neox_args)) if is_first_here() else None)
         return build_loaders(neox_args)
 
 
@@ -66,8 +66,8 @@ def _wrong_file(settings: dict[str, Any]) -> str | None:
 
 
 def _whose(name: str) -> str:
-    """Returns the setting of the data set that has one document for each of this one's: that of the
-    samples to a reward, that of the better answers to the worse ones."""
+    """Returns the setting of the data set that must have as many documents: for rewards that of the
+    samples, for the worse answers that of the better ones."""
     return name.replace("_reward", "").replace("neg_", "pos_")
 
 
@@ -121,6 +121,10 @@ def of_own_data(build: Callable) -> Callable:
     """
     signature = inspect.signature(build)
 
+    def build_whole(call: inspect.BoundArguments) -> tuple[np.ndarray, ...]:
+        with swapped(np, "save", _save_whole):
+            return build(*call.args, **call.kwargs)
+
     @functools.wraps(build)
     def build_of_own_data(*args, **kwargs):
         call = signature.bind(*args, **kwargs)
@@ -132,8 +136,7 @@ def of_own_data(build: Callable) -> Callable:
             _check_some_fit(values, path)
         values[prefix] = f"{path}_{_fingerprint(values)}"
         if values["packing_impl"] != "pack_until_overflow":
-            with swapped(np, "save", _save_whole):
-                return build(*call.args, **call.kwargs)
+            return build_whole(call)
         # This packing counts documents from the data set's first one, so validation would read the
         # documents of the training, and it runs past its list where the last document is left out.
         # It gets the sizes of those documents alone that it may use. Its last sample ends one
@@ -142,8 +145,7 @@ def of_own_data(build: Callable) -> Callable:
         values["sizes"] = values["sizes"][documents]
         values["documents"] = np.arange(len(documents), dtype=np.int32)
         values["label_dataset"], values["allow_chopped"] = None, True
-        with swapped(np, "save", _save_whole):
-            doc_idx, sample_idx, shuffle_idx = build(*call.args, **call.kwargs)
+        doc_idx, sample_idx, shuffle_idx = build_whole(call)
         return documents[np.append(doc_idx, doc_idx[:1])], sample_idx, shuffle_idx
 
     return build_of_own_data

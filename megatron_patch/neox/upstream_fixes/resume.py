@@ -20,6 +20,7 @@ from megatron_patch.neox.notices import say
 from megatron_patch.neox.patching import in_metala_runs, repairs
 from megatron_patch.neox.post_training import needs_reference, reference_args
 from megatron_patch.neox.run_settings import program
+from megatron_patch.neox.this_process import in_launcher
 from megatron_patch.neox.yaml_config import SUFFIXES, merge_yaml_texts, read_yaml
 from megatron_patch.steps import latest_step, saved_steps
 from megatron_patch.torch_file import UnreadableFile, load_safely
@@ -249,10 +250,9 @@ def _check_going_on(
     if args.train_iters and done > args.train_iters:
         wanted = f"at least {done}, the iterations that {file} has behind it"
         refuse("train_iters", args.train_iters, wanted)
-    if "LOCAL_RANK" not in os.environ:  # the launcher tells it once
+    if in_launcher():  # which tells it once
         if done and done == args.train_iters:
-            line = f"train_iters: {file} has all {done} iterations behind it, so nothing is trained"
-            say(line)
+            say(f"train_iters: {file} has all {done} iterations behind it, so nothing is trained")
         _tell_of_another_batch(args, states, saved, file)
         if saved:
             tell_of_other_data(args, saved, file)

@@ -25,6 +25,7 @@ from megatron_patch.neox.notices import say
 from megatron_patch.neox.packages import is_installed
 from megatron_patch.neox.patching import in_metala_runs, repairs, swapped
 from megatron_patch.neox.run_settings import program
+from megatron_patch.neox.this_process import is_first_here
 from megatron_patch.save_folder import held, holder, try_saving
 from megatron_patch.steps import STEP, saved_steps
 from megatron_patch.torch_file import damaged_record
@@ -59,7 +60,7 @@ def check_save(args: Any) -> None:
     if not args.save or program(args) != "train.py":
         return
     reason = None
-    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+    if is_first_here():
         try:
             try_saving(args.save)
         except SettingsError as error:

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 from megatron_patch.architecture import SettingsError, one_line
 from megatron_patch.neox.patching import mentions_metala, overrides, repairs, replaces, swapped
+from megatron_patch.neox.this_process import is_first_here
 
 
 # megatron/data/indexed_dataset.py:71
@@ -114,8 +115,7 @@ def name_the_tokenizers_file() -> None:
             if not mentions_metala(self):
                 raise
             line = f"vocab_file: {self.tokenizer_type} cannot read {self.vocab_file}: {error}"
-            is_first_here = os.environ.get("LOCAL_RANK", "0") == "0"
-            sys.exit(f"MetaLA: {one_line(line)}" if is_first_here else 1)
+            sys.exit(f"MetaLA: {one_line(line)}" if is_first_here() else 1)
 
 
 # megatron/logging.py:35
