@@ -51,14 +51,8 @@ def take_pytorchs_adam() -> None:
 
 
 def suits_pytorchs_adam(neox_args: Any) -> bool:
-    """Returns whether PyTorch's AdamW does what a run asks of Adam.
-
-    In 16 bits without ZeRO and a pipeline DeepSpeed keeps other states for it than for its own. A
-    run without an optimizer, which generates or evaluates, gets GPT-NeoX's default.
-    """
-    is_plain = neox_args.zero_stage == 0 and not neox_args.is_pipe_parallel
-    if neox_args.precision == "fp16" or is_plain and neox_args.precision == "bfloat16":
-        return False
+    """Returns whether PyTorch's AdamW does what a run asks of Adam. A run without an optimizer,
+    which generates or evaluates, gets GPT-NeoX's default."""
     return set((neox_args.optimizer or {}).get("params", {})) <= _SETTINGS
 
 

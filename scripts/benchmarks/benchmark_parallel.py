@@ -30,25 +30,33 @@ from benchmark_training import (
 
 from convert.command import ConvertError
 from megatron_patch.architecture import SettingsError
-from megatron_patch.commands.command_line import Parser, existing_file, run_script, whole
+from megatron_patch.commands.command_line import Parser, existing_file, one_of, run_script, whole
+
+LAYOUTS = ("data", "context", "tensor", "sequence")
 
 
-def layouts(gpus: int) -> dict[str, dict[str, Any]]:
-    """Returns what differs from one GPU, by the name of a layout."""
-    tensor = dict(gpus=gpus, tensor_parallel=gpus)
-    return {
-        "one GPU": {},
-        f"data parallel {gpus}": dict(gpus=gpus),
-        f"tensor parallel {gpus}": tensor,
-        f"tensor {gpus}, sequence parallel": {**tensor, "sequence_parallel": True},
-        f"context parallel {gpus}": dict(gpus=gpus, context_parallel=gpus),
-    }
+def layout_of(name: str, gpus: int) -> tuple[str, dict[str, Any]]:
+    """Returns a title and what differs from one GPU, for one of LAYOUTS."""
+    if name == "sequence":
+        title = f"tensor {gpus}, sequence parallel"
+        return title, dict(gpus=gpus, tensor_parallel=gpus, sequence_parallel=True)
+    return f"{name} parallel {gpus}", {"gpus": gpus} | (
+        {} if name == "data" else {f"{name}_parallel": gpus}
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", type=existing_file, default=ROOT / "configs/metala_380m.yml")
     parser.add_argument("--gpus", type=whole(2), default=2, help="of this machine (default: 2)")
+    parser.add_argument(
+        "--layouts",
+        type=one_of(LAYOUTS),
+        nargs="+",
+        default=LAYOUTS,
+        metavar="LAYOUT",
+        help=f"of {', '.join(LAYOUTS)} (default: all), in this order, after one GPU",
+    )
     parser.add_argument("--micro-batch", type=whole(1), help="sequences (default: as in --config)")
     parser.add_argument("--steps", type=whole(20), default=40, help="default: 40")
     options = parser.parse_args(argv)
@@ -60,10 +68,11 @@ def main(argv: list[str] | None = None) -> None:
         f"{options.config.name}\n{'':<28}{'step':>12}{'tokens/s a GPU':>16}{'':>8}{'memory':>11}",
         flush=True,
     )
+    layouts = [("one GPU", {}), *(layout_of(name, options.gpus) for name in options.layouts)]
     alone = None
     with tempfile.TemporaryDirectory() as work:
         data = write_data(Path(work))
-        for name, layout in layouts(options.gpus).items():
+        for name, layout in layouts:
             settings = settings_of(options, {**ONE_GPU, **layout})
             found = measure(checkout, {**settings, **data}, Path(work), name)
             speed = found.tokens_per_second / layout.get("gpus", 1)

@@ -14,15 +14,23 @@ from tests.neox.parallelism_table import TRAIN, Bench, Combination
 
 ROUNDING = 2**-9
 BFLOAT16 = {"precision": "bfloat16"}
-# On a GPU DeepSpeed's Adam is fused, and another optimizer of DeepSpeed's steps the weights.
 FUSED = """
-import torch
 from deepspeed.runtime import engine
-engine.FusedAdam = torch.optim.AdamW
+engine.FP16_UnfusedOptimizer = None
+"""
+# An optimizer that DeepSpeed does not know as fused is stepped by another class of DeepSpeed's.
+UNFUSED = """
+from deepspeed.runtime import engine
+configure = engine.DeepSpeedEngine._configure_fp16_optimizer
+def configure_unfused(self, *args):
+    engine.FusedAdam = ()
+    return configure(self, *args)
+engine.DeepSpeedEngine._configure_fp16_optimizer = configure_unfused
 """
 LAYOUTS = {
-    "tensor": (Combination(tensor=2), ""),
-    "data, fused": (Combination(data=2), FUSED),
+    "tensor": (Combination(tensor=2), FUSED),
+    "tensor, unfused": (Combination(tensor=2), UNFUSED),
+    "data": (Combination(data=2), FUSED),
     "pipeline": (Combination(pipeline=2), ""),
     "data, ZeRO 2": (Combination(data=2, zero=2), ""),
 }

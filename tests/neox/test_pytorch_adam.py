@@ -61,8 +61,6 @@ def test_adam_is_pytorchs(get_optimizer, monkeypatch, capsys, has_apex):
     "changes",
     [
         {"attention_config": ["global"]},
-        {"precision": "fp16", "zero_stage": 1},
-        {"precision": "bfloat16", "zero_stage": 0},
         {"optimizer": {"params": {"lr": 1e-3, "adam_w_mode": False}}},
     ],
 )

@@ -45,9 +45,9 @@ def test_layouts_are_compared_at_equal_tokens_a_gpu(monkeypatch, capsys):
     assert found == [
         (1, 1, False, 1, 8, 8),
         (2, 1, False, 1, 8, 16),
+        (2, 1, False, 2, 16, 16),
         (2, 2, False, 1, 16, 16),
         (2, 2, True, 1, 16, 16),
-        (2, 1, False, 2, 16, 16),
     ]
     with pytest.raises(SystemExit):
         benchmark_parallel.main(["--gpus", "3"])

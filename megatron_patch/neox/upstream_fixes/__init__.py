@@ -66,6 +66,7 @@ FIXES = (
     preferences.load_the_reference,
     gradient_norm.clip_each_parameter_once,
     gradient_norm.reduce_equally_often,
+    sixteen_bits.step_pytorchs_adamw_as_one,
     sixteen_bits.take_no_step_at_the_start,
     sixteen_bits.tell_gradients_apart,
     processes.fail_where_it_failed,

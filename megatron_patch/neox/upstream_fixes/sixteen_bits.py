@@ -1,8 +1,9 @@
 """bfloat16 without ZeRO and without a pipeline trains as float32 does.
 
-DeepSpeed then keeps the weights in float32 and steps them by its `FP16_Optimizer` (if Adam is the
-fused one) or its `FP16_UnfusedOptimizer` (any other). Two things go wrong:
+DeepSpeed then keeps the weights in float32 and steps them by its `FP16_Optimizer` (if Adam is its
+own fused one) or its `FP16_UnfusedOptimizer` (any other). Three things go wrong:
 
+- PyTorch's fused AdamW is stepped tensor by tensor, because DeepSpeed knows its own Adam alone.
 - Both take a step at the start, with gradients of zero, so that the optimizer makes its states. The
   first real step is then Adam's second: the bias correction is that of two steps, the moments hold
   one gradient. With betas of 0.9 and 0.95 the step is 0.74 times as long. The weights also decay
@@ -15,9 +16,28 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from megatron_patch.neox.patching import in_metala_runs, overrides, repairs, swapped
 
 UNFUSED = "deepspeed.runtime.fp16.unfused_optimizer:FP16_UnfusedOptimizer"
+
+
+# deepspeed/runtime/engine.py:2562
+@repairs(
+    "PyTorch's AdamW in bfloat16 without ZeRO",
+    "deepspeed.runtime.engine:DeepSpeedEngine._configure_fp16_optimizer",
+    "fused_opts = FusedAdam",
+)
+def step_pytorchs_adamw_as_one() -> None:
+    """Lets DeepSpeed keep the weights that PyTorch's AdamW steps in one flat tensor."""
+    from deepspeed.runtime import engine
+    from megatron.training import setup_model_and_optimizer
+
+    @in_metala_runs(setup_model_and_optimizer)
+    def set_up_flat(setup, *args, **kwargs):
+        with swapped(engine, "FusedAdam", (engine.FusedAdam, torch.optim.AdamW)):
+            return setup(*args, **kwargs)
 
 
 # deepspeed/runtime/fp16/unfused_optimizer.py:425, fused_optimizer.py:130
