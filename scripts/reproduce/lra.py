@@ -20,7 +20,9 @@ defaults here, for the other tasks too:
     data        96,000 expressions for training and 2,000 for the test
 
 What the paper leaves open: one head (so that K = 16 and V = 32), LayerNorm, no dropout, the last
-test accuracy, a convolution of 4.
+test accuracy, a convolution of 4, and how weights are drawn. `--initialization normal` is that of
+MetaLA's language models, normal(0.02) for most; `pytorch` is PyTorch's own for linears and the
+embedding, but for MetaLA's queries and gates.
 
 Usage: scripts/reproduce/run.sh lra [--task text --data FOLDER] [--minutes 8]
 A run that --minutes cut off goes on when it is started again.
@@ -41,6 +43,7 @@ from experiment import Experiment, Settings
 from listops_data import Shape, draw
 from lra_data import CLASSES, READERS, VOCABULARY
 from models import MODELS, Sizes, build, check_models
+from torch import nn
 from training import Data, Recipe, Result, Run, made_of, train_epochs
 
 from megatron_patch.commands.command_line import (
@@ -52,8 +55,9 @@ from megatron_patch.commands.command_line import (
 
 PAPER = dict(
     task=["listops"], model=["metala"], seed=[0], data=None, layers=6, width=32, heads=1, mlp=64,
-    kernel_size=4, lr=5e-4, batch=128, steps=50_000, warm_up=5000, decay=0.01, bfloat16=False,
-    examples=96_000, test_examples=2000, depth=10, arguments=10, shortest=501, longest=1999,
+    kernel_size=4, initialization="normal", lr=5e-4, batch=128, steps=50_000, warm_up=5000,
+    decay=0.01, bfloat16=False, examples=96_000, test_examples=2000, depth=10, arguments=10,
+    shortest=501, longest=1999,
 )  # fmt: skip
 TINY = dict(
     model=["metala", "window"], layers=2, kernel_size=1, lr=1e-2, batch=64, steps=800, warm_up=50,
@@ -82,7 +86,18 @@ def new_model(case: Settings) -> Classifier:
     """Returns a new model."""
     task = case["task"]
     sizes = made_of(Sizes, case, vocabulary=VOCABULARY[task], expand_k=0.5)
-    return Classifier(build(case["model"], sizes), CLASSES[task], pairs=task == "retrieval")
+    model = Classifier(build(case["model"], sizes), CLASSES[task], pairs=task == "retrieval")
+    if case["initialization"] == "pytorch":
+        draw_again(model)
+    return model
+
+
+def draw_again(model: nn.Module) -> None:
+    """Draws linears and embeddings as PyTorch does, but for MetaLA's queries and gates."""
+    for name, module in model.named_modules():
+        is_gate = name.endswith(("q_proj", "k_gate"))
+        if isinstance(module, nn.Linear | nn.Embedding) and not is_gate:
+            module.reset_parameters()
 
 
 def run_case(case: Settings, run: Run) -> Result:
@@ -125,7 +140,8 @@ def folder(text: str) -> str:
 
 EXPERIMENT = Experiment(
     "lra", PAPER, TINY, ("task", "model", "seed"), run_case, check=check, expand=expand,
-    kinds={"task": one_of(CLASSES), "model": one_of(MODELS), "data": folder},
+    kinds={"task": one_of(CLASSES), "model": one_of(MODELS), "data": folder,
+           "initialization": one_of(("normal", "pytorch"))},
     effect=(lambda found: found["metala"] > found["window"] + MARGIN,
             f"MetaLA ahead by {MARGIN}"),
 )  # fmt: skip
