@@ -26,6 +26,7 @@ from megatron_patch.neox.attention_mask import shrink_unread_attention_mask
 from megatron_patch.neox.context_parallel import check_context_ranks, split_sequences
 from megatron_patch.neox.fast_step import speed_up_steps
 from megatron_patch.neox.flops import flops_per_second
+from megatron_patch.neox.gpu_memory import grow_segments
 from megatron_patch.neox.inference_settings import evaluates
 from megatron_patch.neox.loss import fuse_loss
 from megatron_patch.neox.notices import notices, say
@@ -227,6 +228,7 @@ def _end_with_one_line() -> None:
         check_backend(neox_args)
         if mentions_metala(neox_args):
             end_with_launcher()
+            grow_segments()
             if evaluates(neox_args, program(neox_args)):
                 upstream_fixes.apply(upstream_fixes.EVALUATION_FIXES)
         check_load(neox_args)

@@ -34,9 +34,9 @@ AMPERE, HOPPER = (8, 0), (9, 0)  # compute capabilities
 CHECKED_CAPABILITIES = (HOPPER,)
 # The same for widths of heads, by dtype: the smallest and the largest K, and V / K.
 CHECKED_WIDTHS = {
-    torch.bfloat16: (16, 256, (1, 2)),
-    torch.float16: (16, 128, (1, 2)),
-    torch.float32: (16, 128, (1, 2)),
+    torch.bfloat16: (8, 256, (1, 2)),
+    torch.float16: (8, 128, (1, 2)),
+    torch.float32: (8, 128, (1, 2)),
 }
 
 

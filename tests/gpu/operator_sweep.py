@@ -19,9 +19,10 @@ HEADS = 8
 # K and V of heads: V = 2 K as by default, then other `expand_k`: K = V for 1.0, K = 2 V for 2.0.
 WIDTHS = [(32, 64), (64, 128), (96, 192), (128, 256), (48, 96), (256, 512), (40, 80), (36, 72)]
 WIDTHS += [(k, k) for k in (16, 32, 40, 64, 96, 128, 256)] + [(16, 32), (64, 32), (128, 64)]
+WIDTHS += [(8, 8), (8, 16)]  # narrower than the tiles of 16
 # The widths that are measured in every dtype, not in bfloat16 alone.
-IN_ALL_DTYPES = [(16, 32), (64, 128), (128, 256), (40, 80)]
-IN_ALL_DTYPES += [(k, k) for k in (16, 40, 64, 128)]
+IN_ALL_DTYPES = [(8, 16), (16, 32), (64, 128), (128, 256), (40, 80)]
+IN_ALL_DTYPES += [(k, k) for k in (8, 16, 40, 64, 128)]
 LENGTHS = [17, 300, 2500]
 KINDS = ("plain", "state", "packed", "strong gates", "mixed gates")
 # With one draw of few tokens, chance decides which of two forms is nearer to float64. So a case has

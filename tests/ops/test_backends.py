@@ -189,9 +189,9 @@ def test_a_gpu_that_is_not_there(monkeypatch, caplog):
     [
         (("triton", "flash-linear-attention"), 64, 128, torch.bfloat16, "triton"),
         (("triton",), 64, 128, torch.float32, "triton"),
-        (("triton", "flash-linear-attention"), 8, 16, torch.bfloat16, "fla"),
+        (("triton", "flash-linear-attention"), 2, 4, torch.bfloat16, "fla"),
         (("triton",), 16, 32, torch.bfloat16, "triton"),
-        (("triton",), 8, 16, torch.bfloat16, "chunked"),
+        (("triton",), 2, 4, torch.bfloat16, "chunked"),
         (("triton",), 512, 1024, torch.bfloat16, "chunked"),
         (("triton",), 256, 512, torch.float32, "chunked"),
         (("triton",), 128, 64, torch.bfloat16, "chunked"),
