@@ -93,6 +93,7 @@ def test_from_data_to_a_published_model_and_on(neox_checkout, tokenizer_file, tm
         {
             "python ./deepy.py": f"{fork_server(neox_checkout).python} ./deepy.py",
             "python ": f"{sys.executable} ",
+            "metala-convert": f"{sys.executable} convert/neox_to_hf.py",
             "corpus/": f"{corpus}/",
             "/data/": f"{data}/",
             "/path/to/gpt-neox": str(neox_checkout),
