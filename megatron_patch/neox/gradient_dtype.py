@@ -47,10 +47,12 @@ def are_single(neox_args: Any, ranks: int) -> bool:
         ranks: over which gradients are averaged. Division by a power of two is exact.
     """
     is_power_of_two = ranks & (ranks - 1) == 0
+    # `fp32_allreduce` is "fp32" here.
+    averaged_in = (neox_args.deepspeed_extra_args or {}).get("communication_data_type")
     return (
         neox_args.gradient_accumulation_steps == 1
         and neox_args.pipe_parallel_size <= 1  # stages add up the gradients of tied embeddings
         and is_power_of_two
         and neox_args.gradient_predivide_factor == 1
-        and not neox_args.fp32_allreduce
+        and averaged_in in (None, "bf16")
     )

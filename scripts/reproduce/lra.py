@@ -42,7 +42,7 @@ from classifier import Classifier
 from experiment import Experiment, Settings
 from listops_data import Shape, draw
 from lra_data import CLASSES, READERS, VOCABULARY
-from models import MODELS, Sizes, build, check_models
+from models import MODELS, Foreign, Sizes, build, check_models
 from torch import nn
 from training import Data, Recipe, Result, Run, made_of, train_epochs
 
@@ -93,10 +93,17 @@ def new_model(case: Settings) -> Classifier:
 
 
 def draw_again(model: nn.Module) -> None:
-    """Draws linears and embeddings as PyTorch does, but for MetaLA's queries and gates."""
-    for name, module in model.named_modules():
-        is_gate = name.endswith(("q_proj", "k_gate"))
-        if isinstance(module, nn.Linear | nn.Embedding) and not is_gate:
+    """Draws linears and embeddings as PyTorch does, but for MetaLA's queries and gates, and the
+    mixers of other libraries."""
+    foreign = {id(part) for module in model.modules() if isinstance(module, Foreign)
+               for part in module.modules()}  # fmt: skip
+    for module in model.modules():
+        is_gate = getattr(module, "_is_query_or_gate", False)
+        if (
+            isinstance(module, nn.Linear | nn.Embedding)
+            and not is_gate
+            and id(module) not in foreign
+        ):
             module.reset_parameters()
 
 

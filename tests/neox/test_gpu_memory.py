@@ -7,6 +7,15 @@ import os
 import pytest
 
 from megatron_patch.neox.gpu_memory import VARIABLES, grow_segments
+from tests.neox.training import neox
+
+RANK = """
+import os, sys
+sys.path.insert(0, os.getcwd())
+from megatron.neox_arguments import NeoXArgs
+NeoXArgs.consume_neox_args()
+print("allocates by", os.environ.get("PYTORCH_CUDA_ALLOC_CONF"))
+"""
 
 
 @pytest.fixture
@@ -28,3 +37,9 @@ def test_what_a_user_says_stays(nothing_said, monkeypatch, name):
     assert {x: os.environ[x] for x in VARIABLES if x in os.environ} == {
         name: "max_split_size_mb:512"
     }
+
+
+def test_ranks_do_so(neox_checkout, config, tmp_path, nothing_said):
+    (tmp_path / "rank.py").write_text(RANK)
+    run = neox(neox_checkout, str(tmp_path / "rank.py"), config, tmp_path)
+    assert "allocates by expandable_segments:True\n" in run.output, run.output[-6000:]

@@ -12,7 +12,7 @@ RUN = dict(
     gradient_accumulation_steps=1,
     pipe_parallel_size=1,
     gradient_predivide_factor=1.0,
-    fp32_allreduce=False,
+    deepspeed_extra_args=None,
 )
 
 
@@ -28,7 +28,8 @@ def test_one_micro_batch(ranks):
         ({"pipe_parallel_size": 2}, 1),
         ({}, 6),  # so does dividing by six
         ({"gradient_predivide_factor": 3.0}, 2),
-        ({"fp32_allreduce": True}, 2),
+        ({"deepspeed_extra_args": {"communication_data_type": "fp32"}}, 2),  # `fp32_allreduce`
+        ({"deepspeed_extra_args": {"communication_data_type": "fp16"}}, 2),
     ],
 )
 def test_what_would_round_stays_in_float32(changes, ranks):

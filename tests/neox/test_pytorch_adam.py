@@ -45,12 +45,16 @@ def args(**changes) -> SimpleNamespace:
     return SimpleNamespace(**run | {"optimizer": {"params": params}} | changes)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"precision": "fp16"}, {"precision": "bfloat16", "zero_stage": 0}, {"precision": "fp32"}],
+)
 @pytest.mark.parametrize("has_apex", [True, False])
-def test_adam_is_pytorchs(get_optimizer, monkeypatch, capsys, has_apex):
+def test_adam_is_pytorchs(get_optimizer, monkeypatch, capsys, has_apex, changes):
     with monkeypatch.context() as patch:
         for name in () if has_apex else ("apex", "apex.optimizers"):
             patch.delitem(sys.modules, name)
-        found = get_optimizer(args())
+        found = get_optimizer(args(**changes))
     assert "APEX" not in capsys.readouterr().out
     assert type(found) is torch.optim.AdamW
     (group,) = found.param_groups

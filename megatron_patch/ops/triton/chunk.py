@@ -225,7 +225,7 @@ def _gradients(
     if d_final_state is not None and d_final_state.numel() == 0:
         d_final_state = None
     if d_out is None:
-        if d_final_state is None and ctx.exchange is None:
+        if d_final_state is None:
             return (None,) * ctx.inputs
         d_out = torch.zeros_like(tensors[2])
     # Unless the graph is retained, nobody reads the saved tensors after this pass.
