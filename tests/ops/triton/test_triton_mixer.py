@@ -75,7 +75,8 @@ def test_half_precision(dtype, T, K, V):
 @pytest.mark.parametrize("kind", ["plain", "packed", "fallback"])
 def test_gradients_of_one_projection_are_written_side_by_side(K, V, dtype, kind):
     """With the bits of gradients that are written apart. Covers several tiles of K."""
-    if kind != "plain" and (DEVICE == "cpu" and K != 16):
+    is_rare = kind != "plain" and (K != 16 or dtype != torch.bfloat16)
+    if DEVICE == "cpu" and (is_rare or dtype == torch.float16):
         pytest.skip("takes long in the interpreter")
     generator = torch.Generator().manual_seed(0)
     widths, arguments = [K, K, V, V], {"backend": "triton"}
@@ -307,8 +308,8 @@ def test_chunk_indices_of_packed_sequences():
 
 
 def test_chunk_indices_of_many_packed_sequences():
-    """More than one program reads at once, as they are in a packed batch of short documents."""
-    lengths = torch.randint(0, 40, (600,), generator=torch.Generator().manual_seed(0)).tolist()
+    """More than the 256 that a program reads at once, as in a packed batch of short documents."""
+    lengths = torch.randint(0, 40, (300,), generator=torch.Generator().manual_seed(0)).tolist()
     bounds = torch.tensor([0, *np.cumsum(lengths)], device=DEVICE, dtype=torch.int32)
     indices = prepare_chunk_indices(1, sum(lengths), 16, 64, bounds)
     pairs = (
