@@ -26,7 +26,9 @@ TOKENIZER_FILES = """
 END = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "[EOS]")
 BEGIN = ("<|startoftext|>", "<s>", "<bos>", "<|begin_of_text|>", "[BOS]", "<|endoftext|>")
 PADDING = ("<|padding|>", "<pad>", "<|pad|>", "[PAD]")
-PADDING_SIDE = "left"  # most code that generates from batches expects it
+# What a tokenizer does for this model: most code that generates from batches expects padding on the
+# left, and transformers 4's `generate` refuses `token_type_ids`, which the model does not read.
+FOR_METALA = {"padding_side": "left", "model_input_names": ["input_ids", "attention_mask"]}
 
 
 @dataclass(frozen=True)
@@ -105,8 +107,7 @@ def _from_file(path: Path) -> RunTokenizer:
             "tokenizer_class": "PreTrainedTokenizerFast",
             **names,
             "clean_up_tokenization_spaces": False,  # true would change decoded text
-            "padding_side": PADDING_SIDE,
-            "model_input_names": ["input_ids", "attention_mask"],
+            **FOR_METALA,
         }
         write_json(folder / "tokenizer_config.json", config)
         write_json(folder / "special_tokens_map.json", names)
@@ -152,7 +153,7 @@ def _from_folder(folder: Path) -> RunTokenizer:
                 shutil.copyfile(check_regular(folder / name, folder), target / name)
         config = target / "tokenizer_config.json"
         values = read_json(config, target) if config.is_file() else {}
-        write_json(config, {**values, "padding_side": PADDING_SIDE})
+        write_json(config, {**values, **FOR_METALA})
 
     keys = ("bos_token_id", "eos_token_id", "pad_token_id")
     special = {key: getattr(tokenizer, key) for key in keys}

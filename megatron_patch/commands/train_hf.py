@@ -50,9 +50,9 @@ def run(settings: TrainerSettings) -> MetaLAForCausalLM:
             print(f"{checkpoint}: training is already complete")
             return MetaLAForCausalLM.from_pretrained(checkpoint)
     multiple = settings.make_vocab_size_divisible_by
-    if padding := -len(tokenizer) % multiple:
+    if padding := -tokenizer.size % multiple:
         print(
-            f"make_vocab_size_divisible_by: {len(tokenizer):,} tokens stay so many; GPT-NeoX would "
+            f"make_vocab_size_divisible_by: {tokenizer.size:,} tokens stay so many; GPT-NeoX would "
             f"add {padding} rows, which count in its loss"
         )
     warn_of_short_warmup(settings.warmup, settings.decay_iters)
@@ -68,7 +68,7 @@ def save(model: MetaLAForCausalLM, settings: TrainerSettings, folder: Path) -> N
     model.config.use_cache = True  # the Trainer switches it off
     model.save_pretrained(folder)
     write_model_code(folder)
-    load_tokenizer(settings).save_pretrained(folder)
+    load_tokenizer(settings).write(folder)
     write_record(folder)
 
 

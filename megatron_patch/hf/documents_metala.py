@@ -121,6 +121,20 @@ def read_mask(
     return (padding if padding.any() else None), document_ids
 
 
+def without_unpredicted(
+    labels: torch.Tensor, others: dict[str, Any], mask: torch.Tensor
+) -> tuple[torch.Tensor, dict[str, Any]]:
+    """Returns labels [B, T], and `others` with its `shift_labels`, in which -100 takes the place of
+    labels that padding in front of a row would be scored against. The model has read a mask
+    [B, past + T]."""
+    time = labels.shape[1]
+    unread = (mask.to(labels.device) != 0).cumsum(1)[:, -time:] == 0
+    labels = torch.cat([labels[:, :1], labels[:, 1:].masked_fill(unread[:, :-1], -100)], dim=1)
+    if (shifted := others.get("shift_labels")) is not None:
+        others = {**others, "shift_labels": shifted.masked_fill(unread.to(shifted.device), -100)}
+    return labels, others
+
+
 class ComputedOrder:
     """The order in which a call computes: each row's tokens before its padding; packed rows as one
     row.
@@ -134,22 +148,21 @@ class ComputedOrder:
         lengths: int64 [B], the number of tokens in each row; `None` without padding, and for packed
             rows.
         index: int64 [B, T], the order; `None` if it is that of the caller.
-        empty: bool [B, 1, 1], true for rows without a token; `None` without padding.
+        ahead: bool [B, T, 1], true for padding that no token precedes; `None` without padding.
     """
 
     def __init__(self, padding: torch.Tensor | None, shape: tuple[int, int]):
         self.padding, self._shape, self._is_packed = padding, shape, False
-        self.lengths = self.index = self.empty = self._restore = self._results = None
+        self.lengths = self.index = self.ahead = self._restore = self._results = None
         if padding is None:
             return
         self.lengths = shape[1] - padding.sum(1)
-        self.empty = (self.lengths == 0)[:, None, None]
+        last = (~padding).cumsum(1) - 1  # of the tokens up to each column
+        self.ahead = (last < 0)[..., None]
         if shape[1] > 1:
             self.index = padding.to(torch.uint8).argsort(dim=1, stable=True)
             self._restore = self.index.argsort(dim=1)
-            last = (self.lengths[:, None] - 1).clamp(min=0)
-            behind = torch.arange(shape[1], device=padding.device) > self.index.gather(1, last)
-            self._results = torch.where(behind, last, self._restore)
+            self._results = last.clamp(min=0)
             self.padding = padding.gather(1, self.index)
 
     def pack(self) -> None:
@@ -162,10 +175,25 @@ class ComputedOrder:
         x = _gather_rows(x, self.index)
         return x.reshape(1, -1, x.shape[-1]) if self._is_packed else x
 
-    def undo(self, x: torch.Tensor, repeat_last: bool = False) -> torch.Tensor:
-        """Undoes `apply`; with `repeat_last`, padding behind a row's last token gets its result."""
-        x = x.reshape(*self._shape, -1) if self._is_packed else x
-        return _gather_rows(x, self._results if repeat_last else self._restore)
+    def undo(self, x: torch.Tensor) -> torch.Tensor:
+        """Undoes `apply`."""
+        return _gather_rows(self._rows(x), self._restore)
+
+    def results(self, x: torch.Tensor, before: torch.Tensor | None) -> torch.Tensor:
+        """Undoes `apply`, and gives padding the result of the token that precedes it: the result of
+        padding itself has read the tokens behind it, too.
+
+        Args:
+            before: [B, 1, D], the results of the tokens before these; `None` for zeros.
+        """
+        x = _gather_rows(self._rows(x), self._results)
+        if self.ahead is None:
+            return x
+        before = x.new_zeros(()) if before is None else before.to(x)
+        return torch.where(self.ahead.to(x.device), before, x)
+
+    def _rows(self, x: torch.Tensor) -> torch.Tensor:
+        return x.reshape(*self._shape, -1) if self._is_packed else x
 
 
 def _gather_rows(x: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:

@@ -3,8 +3,8 @@
 - Padding may stand anywhere. The model moves each row's tokens to the start of the row, so that the
   convolution never meets a gap, and moves the results back. Behind the tokens it opens the gate
   (decay 1, key 0), which leaves the recurrent state as it is. A row's results and state are those
-  of the row without padding, at any batch size, with or without a cache. Padding behind a row's
-  last token gets the result of that token, so that generation can read the last column.
+  of the row without padding, at any batch size, with or without a cache. Padding gets the
+  result of the token that precedes it, so that generation can read the last column.
 - `cu_seqlens`, `seq_idx`, `position_ids` that restart, or numbers in the mask separate packed
   documents (see `documents_metala`). Nothing crosses from one to the next.
 - `MetaLACache` holds the states, and the keys and values of a hybrid's attention layers. A call
@@ -38,6 +38,7 @@ from .documents_metala import (
     find_cu_seqlens,
     for_each_token,
     read_mask,
+    without_unpredicted,
 )
 from .generation_metala import MetaLAGenerationMixin
 from .layers_metala import (
@@ -225,10 +226,8 @@ class MetaLAModel(MetaLAPreTrainedModel):
             elif use_cache:
                 past_key_values.update_conv_state(clone_for_autograd(outputs[1]), index)
                 past_key_values.update_recurrent_state(clone_for_autograd(outputs[2]), index)
-        hidden = order.undo(self.final_norm(hidden), repeat_last=True)
-        if order.empty is not None and continued and past_key_values.last_hidden is not None:
-            last = past_key_values.last_hidden.to(hidden)
-            hidden = torch.where(order.empty.to(hidden.device), last, hidden)
+        before = past_key_values.last_hidden if continued else None
+        hidden = order.results(self.final_norm(hidden), before)
         if use_cache:
             past_key_values.advance(time, key_padding, hidden[:, -1:].detach().clone())
         hidden_states = (*all_hidden, hidden) if output_hidden_states else None
@@ -303,7 +302,8 @@ class MetaLAForCausalLM(MetaLAPreTrainedModel, MetaLAGenerationMixin):
         """Runs the model and the head. Arguments not listed here are those of `MetaLAModel`.
 
         Args:
-            labels: int64 [B, T]. Position t is scored against label t + 1; -100 is not scored.
+            labels: int64 [B, T]. Position t is scored against label t + 1; -100 is not scored, nor
+                a row's first token behind padding: nothing predicts it.
             logits_to_keep: number of last positions that get logits (0 for all); or positions, [P]
                 for all rows or [B, P] for each; or a bool mask [B, T], which gives [true, vocab].
             num_logits_to_keep: the same under its name up to transformers 4.4x.
@@ -352,6 +352,8 @@ class MetaLAForCausalLM(MetaLAPreTrainedModel, MetaLAGenerationMixin):
 
         loss = None
         if labels is not None:
+            if attention_mask is not None:
+                labels, loss_kwargs = without_unpredicted(labels, loss_kwargs, attention_mask)
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=logits.shape[-1], **loss_kwargs
             )

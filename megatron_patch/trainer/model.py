@@ -6,45 +6,39 @@ import math
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer
 from torch import nn
-from transformers import PreTrainedTokenizerFast, set_seed
+from transformers import set_seed
 
+from convert.command import ConvertError
+from convert.tokenizer import RunTokenizer, read_tokenizer
 from megatron_patch.architecture import SettingsError
 from megatron_patch.architecture_neox import from_neox, with_defaults
 from megatron_patch.hf import MetaLAConfig, MetaLAForCausalLM
 from megatron_patch.trainer.settings import TrainerSettings
 
-# GPT-NeoX's HFTokenizer looks these tokens up by name.
-END_OF_TEXT = "<|endoftext|>"
-PADDING = "<|padding|>"
+END_OF_TEXT = "<|endoftext|>"  # GPT-NeoX's HFTokenizer looks it up by name
 
 
-def load_tokenizer(settings: TrainerSettings) -> PreTrainedTokenizerFast:
+def load_tokenizer(settings: TrainerSettings) -> RunTokenizer:
     """Returns the tokenizer of `vocab_file`, a tokenizer.json. Raises a SettingsError if the file
     is no tokenizer, or has no <|endoftext|>."""
     try:
-        tokenizer = PreTrainedTokenizerFast(
-            tokenizer_file=str(settings.vocab_file), padding_side="left"
-        )
-    except Exception as error:  # the tokenizers library raises bare Exceptions
-        raise SettingsError(f"vocab_file: {settings.vocab_file}: {error}") from None
-    vocabulary = tokenizer.get_vocab()
-    if END_OF_TEXT not in vocabulary:
+        tokenizer = read_tokenizer(Path(settings.vocab_file))
+    except ConvertError as error:
+        raise SettingsError(f"vocab_file: {error}") from None
+    if Tokenizer.from_file(str(settings.vocab_file)).token_to_id(END_OF_TEXT) is None:
         raise SettingsError(f"vocab_file: {settings.vocab_file} has no token {END_OF_TEXT}")
-    tokenizer.bos_token = tokenizer.eos_token = END_OF_TEXT
-    tokenizer.pad_token = PADDING if PADDING in vocabulary else END_OF_TEXT
     return tokenizer
 
 
-def model_config(settings: TrainerSettings, tokenizer: PreTrainedTokenizerFast) -> MetaLAConfig:
+def model_config(settings: TrainerSettings, tokenizer: RunTokenizer) -> MetaLAConfig:
     """Returns the model's configuration. Its vocabulary is the tokenizer's, without the rows that
     GPT-NeoX adds as padding."""
-    model = from_neox(with_defaults(settings.model_dump(mode="json")), len(tokenizer))
+    model = from_neox(with_defaults(settings.model_dump(mode="json")), tokenizer.size)
     return MetaLAConfig(
         **model.to_hf(),
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        **tokenizer.special,
         tokenizer_class="PreTrainedTokenizerFast",  # for transformers 4's `pipeline`
     )
 

@@ -89,7 +89,7 @@ class MetaLATrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
-        self.own_tokenizer.save_pretrained(output_dir or self.args.output_dir)
+        self.own_tokenizer.write(Path(output_dir or self.args.output_dir))
 
     @property
     def _train_batch_size(self) -> int:

@@ -80,6 +80,10 @@ def test_trains_saves_and_verifies(small_run, train_hf, run_script, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "hf")
     assert len(tokenizer) == model.config.vocab_size == 512 and tokenizer.padding_side == "left"
     assert tokenizer.decode(tokenizer("def f(x):")["input_ids"]) == "def f(x):"
+    # So that transformers 4 and 5 read each other's, and 4's `generate` takes what it returns.
+    assert tokenizer.model_input_names == ["input_ids", "attention_mask"]
+    kept = json.loads((tmp_path / "run/hf/tokenizer_config.json").read_text())
+    assert kept["tokenizer_class"] == "PreTrainedTokenizerFast"
     in_checkpoint = AutoTokenizer.from_pretrained(tmp_path / "run" / "checkpoint-16")
     assert in_checkpoint("def f(x):") == tokenizer("def f(x):")
 

@@ -133,12 +133,15 @@ def test_a_tokenizer_folder_is_copied(vocab_file, tmp_path):
     config = json.loads((tmp_path / "first/tokenizer_config.json").read_text())
     config |= {"eos_token": "w0", "chat_template": "{{ messages[0]['content'] }}"}
     config["padding_side"] = "right"
+    del config["model_input_names"]
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     (folder / "tokenizer.json").write_bytes(vocab_file.read_bytes())
     neox_to_hf(tmp_path / "neox", tmp_path / "hf", tokenizer=folder)
     assert AutoConfig.from_pretrained(tmp_path / "hf").eos_token_id == 2
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
     assert tokenizer.chat_template == config["chat_template"] and tokenizer.padding_side == "left"
+    kept = json.loads((tmp_path / "hf/tokenizer_config.json").read_text())
+    assert kept["model_input_names"] == ["input_ids", "attention_mask"]
 
 
 def test_settings_spread_over_several_files(vocab_file, tmp_path):

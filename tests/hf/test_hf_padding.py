@@ -1,6 +1,7 @@
 """Padding anywhere: results and state of a row equal those of the row without padding."""
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -146,20 +147,41 @@ def test_last_hidden_moves_with_its_row(model, tokens, tmp_path):
     same(found, output.logits[[2, 0, 0], 2:3].expand(-1, 2, -1))
 
 
-def test_gradients_are_those_without_padding(model, tokens):
-    input_ids, mask = tokens(1, 8), mask_of("middle")
+@pytest.mark.parametrize("kind", ["left", "middle", "scattered", "right"])
+def test_loss_and_gradients_are_those_without_padding(model, tokens, kind):
+    """To float32's rounding, in which transformers computes the loss."""
+    input_ids, mask = tokens(1, 8), mask_of(kind)
     labels = input_ids.masked_fill(mask == 0, -100)
     parameters = [p for p in model.parameters() if p.requires_grad]
-
-    def gradients(logits, labels):
-        loss = F.cross_entropy(logits[0], labels[0], reduction="sum")
-        return torch.autograd.grad(loss, parameters)
-
-    padded = gradients(model(input_ids, attention_mask=mask).logits, labels)
     keep = mask[0].bool()
-    alone = gradients(model(input_ids[:, keep]).logits, input_ids[:, keep])
-    for one, other in zip(padded, alone, strict=True):
-        same(one, other)
+    padded = model(input_ids, attention_mask=mask, labels=labels).loss
+    alone = model(input_ids[:, keep], labels=input_ids[:, keep]).loss
+    found, expected = (torch.autograd.grad(loss, parameters) for loss in (padded, alone))
+    torch.testing.assert_close((padded, *found), (alone, *expected), rtol=1e-6, atol=1e-7)
+
+
+def test_labels_that_are_shifted_already(model, tokens):
+    input_ids, mask = tokens(1, 8), mask_of("left")
+    labels = input_ids.masked_fill(mask == 0, -100)
+    shifted = F.pad(labels, (0, 1), value=-100)[:, 1:]
+    read = inspect.signature(model.loss_function).parameters
+    if "shift_labels" not in read:
+        pytest.skip("this transformers has no shift_labels")
+    found = model(input_ids, attention_mask=mask, labels=labels, shift_labels=shifted).loss
+    same(found, model(input_ids, attention_mask=mask, labels=labels).loss)
+
+
+@pytest.mark.parametrize("kind", ["left", "middle", "scattered"])
+def test_results_at_padding_read_no_later_token(model, tokens, kind):
+    """Those of the tokens before it count."""
+    one, mask = tokens(1, 8), mask_of(kind)
+    last = int(mask[0].nonzero()[-1])
+    other = one.clone()
+    other[0, last] = (one[0, last] + 1) % model.config.vocab_size
+    first, second = (model(ids, attention_mask=mask).logits[0] for ids in (one, other))
+    assert torch.equal(first[:last], second[:last])
+    assert not torch.equal(first[last:], second[last:])
+    assert not first[: int(mask[0].nonzero()[0])].any()
 
 
 def test_token_ids_at_padding_do_not_matter(model, tokens):

@@ -204,7 +204,7 @@ def test_ten_steps_are_gpt_neoxs(neox_checkout, small_run, token_data, tokenizer
     rows, before, model = run(file)
     model.load_state_dict(before)
     model.save_pretrained(tmp_path / "hf")
-    load_tokenizer(read_settings([file])[0]).save_pretrained(tmp_path / "hf")
+    load_tokenizer(read_settings([file])[0]).write(tmp_path / "hf")
     hf_to_neox(tmp_path / "hf", tmp_path / "imported", 1, 0, None, False)
     config |= {"load": str(tmp_path / "imported"), "finetune": True}
     config["save"] = None
