@@ -11,6 +11,7 @@ from megatron_patch.architecture_neox import expand_attention_config
 
 _MODES = ("unconditional", "input-file", "interactive")
 _OLDEST_LM_EVAL = (0, 4, 5)
+_USUAL_TOKENS = 64  # GPT-NeoX's default of maximum_tokens
 
 
 def check_inference(args: Any, program: str) -> None:
@@ -47,6 +48,10 @@ def _check_generation(args: Any) -> None:
     if mode != "interactive" and (output := args.sample_output_file):
         if not Path(output).absolute().parent.is_dir():
             refuse("sample_output_file", output, "a file in a folder that exists")
+    tokens = args.maximum_tokens
+    if tokens > args.seq_length and tokens != _USUAL_TOKENS:
+        wanted = f"at most seq_length, which is {args.seq_length}: GPT-NeoX ends a text there"
+        refuse("maximum_tokens", tokens, wanted)
 
 
 def _check_evaluation(args: Any) -> None:

@@ -243,6 +243,10 @@ REFUSED = [
         "sample_input_file: found None, wanted a file with prompts",
     ),
     (
+        {**UNCONDITIONAL, "seq_length": 128, "maximum_tokens": 129},
+        "maximum_tokens: found 129, wanted at most seq_length, which is 128: GPT-NeoX ends a text",
+    ),
+    (
         {**UNCONDITIONAL, "sample_output_file": "/nowhere/samples.txt"},
         "sample_output_file: found '/nowhere/samples.txt', wanted a file in a folder that exists",
     ),
