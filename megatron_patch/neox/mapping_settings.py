@@ -7,10 +7,14 @@ or ends the ranks in a traceback.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import re
+from collections.abc import Collection
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from megatron_patch.architecture import SettingsError, refuse
+from megatron_patch.neox.this_process import is_first_here
 
 _KEYS = {
     "checkpoint": """
@@ -39,6 +43,18 @@ def check_mappings(args: Any) -> None:
     for name, model in _models().items():
         names = [n for key, item in model.model_fields.items() for n in (key, item.alias) if n]
         _check_keys(name, getattr(args, name), names)
+    if args.deepspeed_extra_args and is_first_here():  # which reads 8 MB of code
+        _check_keys("deepspeed_extra_args", args.deepspeed_extra_args, _names_in_deepspeed())
+
+
+def _names_in_deepspeed() -> set[str]:
+    """Returns the strings and fields in DeepSpeed's code that may be keys of its configuration,
+    which is described nowhere as a whole."""
+    spec = find_spec("deepspeed")
+    files = Path(spec.origin).parent.rglob("*.py")
+    text = "\n".join(file.read_text(encoding="utf-8", errors="replace") for file in files)
+    found = re.findall(r"""["']([a-z]\w+)["']|^    ([a-z]\w+)\s*:""", text, re.MULTILINE)
+    return {string or field for string, field in found}
 
 
 def _models() -> dict[str, Any]:
@@ -57,14 +73,13 @@ def _models() -> dict[str, Any]:
     }
 
 
-def _check_keys(name: str, found: Any, known: Iterable[str]) -> None:
+def _check_keys(name: str, found: Any, known: Collection[str]) -> None:
     for key in found if isinstance(found, dict) else ():
         if key not in known:
             close = difflib.get_close_matches(str(key), known, 1)
-            raise SettingsError(
-                f"{name}.{key}: found a key that nothing reads, wanted "
-                + (close[0] if close else f"none, or one of {', '.join(sorted(known))}")
-            )
+            few = f", or one of {', '.join(sorted(known))}" if len(known) < 100 else ""
+            wanted = close[0] if close else f"none{few}"
+            raise SettingsError(f"{name}.{key}: found a key that nothing reads, wanted {wanted}")
 
 
 def check_optimizer_params(params: dict[str, Any]) -> None:

@@ -124,6 +124,7 @@ REFUSED = [
     ),
     ({"amp": {"enabled": False}}, "amp: found {'enabled': False}, wanted none, but precision"),
     (extra(bf16={"enabled": True}), "deepspeed_extra_args.bf16: found {'enabled': True}, wanted"),
+    (extra(flops_profiller={}), "deepspeed_extra_args.flops_profiller: found a key that nothing"),
     (extra(torch_autocast={}), "deepspeed_extra_args.torch_autocast: found {}, wanted none, but"),
     (extra(zero_optimization={}), "deepspeed_extra_args.zero_optimization: found {}, wanted none"),
     (
