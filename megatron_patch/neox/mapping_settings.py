@@ -17,11 +17,18 @@ from megatron_patch.architecture import SettingsError, refuse
 from megatron_patch.neox.this_process import is_first_here
 
 _KEYS = {
+    "activation_checkpointing": """
+        partition_activations number_checkpoints contiguous_memory_optimization cpu_checkpointing
+        synchronize_checkpoint_boundary profile
+    """,
     "checkpoint": """
         tag_validation load_universal use_node_local_storage parallel_write writer
         checkpoint_serialization
     """,
     "data_types": "grad_accum_dtype param_dtype",
+    "flops_profiler": """
+        enabled recompute_fwd_factor profile_step module_depth top_modules detailed output_file
+    """,
     "optimizer": "type params",
 }
 _OF_ADAM = """
@@ -61,6 +68,8 @@ def _models() -> dict[str, Any]:
     """Returns DeepSpeed's descriptions of mappings, which allow no other key; none of an older
     DeepSpeed, such as DeeperSpeed, which takes GPT-NeoX's `fp16: {fp16: true}`."""
     try:
+        from deepspeed.comm.config import CommsLoggerConfig
+        from deepspeed.monitor.config import CSVConfig, TensorBoardConfig, WandbConfig
         from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
         from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     except ImportError:
@@ -68,7 +77,11 @@ def _models() -> dict[str, Any]:
 
     return {
         "bf16": DeepSpeedBF16Config,
+        "comms_logger": CommsLoggerConfig,
+        "csv_monitor": CSVConfig,
         "fp16": DeepSpeedFP16Config,
+        "tensorboard": TensorBoardConfig,
+        "wandb": WandbConfig,
         "zero_optimization": DeepSpeedZeroConfig,
     }
 

@@ -39,7 +39,11 @@ def test_logging_needs_its_package(monkeypatch, name):
 
 def test_an_older_deepspeed_describes_no_mappings(monkeypatch):
     """Such as DeeperSpeed, which takes the key that GPT-NeoX's own files have in `fp16`."""
-    none = dict.fromkeys("checkpoint data_types optimizer bf16 zero_optimization".split())
+    mappings = """
+        activation_checkpointing bf16 checkpoint comms_logger csv_monitor data_types
+        deepspeed_extra_args flops_profiler optimizer tensorboard wandb zero_optimization
+    """
+    none = dict.fromkeys(mappings.split())
     run = stand_in(none, use_bnb_optimizer=False, fp16={"fp16": True, "enabled": True})
     with pytest.raises(SettingsError, match="fp16.fp16: found a key that nothing reads, wanted no"):
         check_mappings(run)
