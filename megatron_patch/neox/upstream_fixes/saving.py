@@ -180,6 +180,8 @@ def _why_not_written(error: OSError | RuntimeError) -> str | None:
     """Returns why a file was not written, `None` if the error says nothing of files. PyTorch's
     writer does not pass on what the system said."""
     text = str(error)
+    if isinstance(error, ConnectionError):  # of another rank, or of a service that keeps copies
+        return None
     if isinstance(error, OSError):
         return text
     return "the disk takes no more" if re.search("inline_container|iostream", text) else None
