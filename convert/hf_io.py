@@ -171,7 +171,9 @@ def _open_weights(path: Path, folder: Path) -> Any:
 
 def _read_config(folder: Path) -> MetaLAConfig:
     """Returns the configuration if GPT-NeoX has such a model."""
-    path = folder / "config.json"
+    path, adapter = folder / "config.json", folder / "adapter_config.json"
+    if adapter.exists() and not path.exists():
+        raise ConvertError(f"{adapter}: found an adapter, wanted it merged (merge_and_unload)")
     values = read_json(path, folder)
     kind = values.get("model_type")
     if kind != "metala":

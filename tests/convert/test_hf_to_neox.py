@@ -181,6 +181,12 @@ def test_refusals(values, message, folder, tmp_path):
     assert not (tmp_path / "neox").exists()
 
 
+def test_an_adapter_alone_is_refused(folder, tmp_path):
+    (folder / "config.json").rename(folder / "adapter_config.json")
+    with pytest.raises(ConvertError, match="adapter_config.json: found an adapter, wanted it merg"):
+        hf_to_neox(folder, tmp_path / "neox", 1, 0)
+
+
 def test_embedding_scale_and_damage(folder, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"no_scale_embedding": False}))

@@ -32,6 +32,7 @@ def settings(load, **changes) -> SimpleNamespace:
         config_files={},
         zero_optimization={"stage": 0},
         precision="fp32",
+        distributed_backend="gloo",
         global_num_gpus=1,
         lr=1e-3,
         min_lr=1e-4,
@@ -75,6 +76,24 @@ STATES = {
     "random_rng_state": (3, (1, 2), None),
     "args": {"model_parallel_size": 1},
 }
+
+
+@pytest.mark.parametrize(
+    ("kind", "is_refused"), [("Adam", True), ("cpu_adam", True), ("lion", False)]
+)
+def test_weights_tensor_by_tensor(tmp_path, kind, is_refused):
+    """An earlier version stepped PyTorch's AdamW so in bfloat16 without ZeRO; Lion still is."""
+    optimizer = {"type": kind, "params": {"lr": 1e-3, "betas": [0.9, 0.95]}}
+    (tmp_path / "global_step10").mkdir()
+    states = {**STATES, "optimizer": {"fp32_groups": []}}
+    torch.save(states, tmp_path / "global_step10/mp_rank_00_model_states.pt")
+    (tmp_path / "latest").write_text("global_step10")
+    given = dict(precision="bfloat16", optimizer=optimizer)
+    if not is_refused:
+        return check_load(settings(str(tmp_path), **given))
+    with pytest.raises(SettingsError, match="^load: found float32 weights tensor by tensor in "):
+        check_load(settings(str(tmp_path), **given))
+    check_load(settings(str(tmp_path), save=None, finetune=True, **given))
 
 
 def test_a_first_start_and_a_resumption_pass(tmp_path):

@@ -21,6 +21,7 @@ from megatron_patch.neox.patching import in_metala_runs, repairs
 from megatron_patch.neox.post_training import needs_reference, reference_args
 from megatron_patch.neox.run_settings import program
 from megatron_patch.neox.this_process import in_launcher
+from megatron_patch.neox.upstream_fixes.cpu_mode import runs_on_cpu
 from megatron_patch.neox.yaml_config import SUFFIXES, merge_yaml_texts, read_yaml
 from megatron_patch.steps import latest_step, saved_steps
 from megatron_patch.torch_file import UnreadableFile, load_safely
@@ -312,6 +313,13 @@ def _check_optimizer(args, states: dict, file: Path, stage: int) -> None:
         if is_float32 != (args.precision == "fp32"):
             wanted = "fp32" if is_float32 else "another one"
             refuse("precision", args.precision, f"{wanted}, {or_else}")
+        kind = str(_mapping(args.optimizer).get("type")).lower()
+        is_flat = kind == "adam" or (runs_on_cpu(args) and kind in ("cpu_adam", "cpu_torch_adam"))
+        if "fp32_groups" in optimizer and is_flat:
+            raise SettingsError(
+                f"load: found float32 weights tensor by tensor in {file}, as an earlier version of "
+                "the plugin saved them, wanted flat ones, or finetune: true, which needs none"
+            )
         return
     is_bfloat16 = args.precision == "bfloat16"
     prefixes = ("bf16_", "") if is_bfloat16 else ("", "bf16_")
