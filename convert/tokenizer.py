@@ -82,10 +82,17 @@ def _exists(path: Path) -> bool:
 def read_tokenizer(source: Path) -> RunTokenizer:
     """Returns the tokenizer of a tokenizer.json, or of a folder that transformers can load. Raises
     a ConvertError if it cannot be read."""
-    return _from_folder(source) if source.is_dir() else _from_file(source)
+    return _from_folder(source) if source.is_dir() else read_tokenizer_file(source)
 
 
-def _from_file(path: Path) -> RunTokenizer:
+def read_tokenizer_file(
+    path: Path,
+    begin: Sequence[str] = BEGIN,
+    end: Sequence[str] = END,
+    padding: Sequence[str] = PADDING,
+) -> RunTokenizer:
+    """Returns the tokenizer of a tokenizer.json. The first of each sequence that it has begins a
+    text, ends one, and pads. Raises a ConvertError if the file cannot be read."""
     from tokenizers import Tokenizer
 
     text = read_text(path)
@@ -95,9 +102,9 @@ def _from_file(path: Path) -> RunTokenizer:
         raise ConvertError(f"{path}: no tokenizer.json: {error}") from None
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     chosen = {
-        "bos_token": _first(BEGIN, vocabulary),
-        "eos_token": _first(END, vocabulary),
-        "pad_token": _first(PADDING, vocabulary),
+        "bos_token": _first(begin, vocabulary),
+        "eos_token": _first(end, vocabulary),
+        "pad_token": _first(padding, vocabulary),
     }
     names = {key: token for key, token in chosen.items() if token is not None}
 

@@ -6,28 +6,34 @@ import math
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
 from torch import nn
 from transformers import set_seed
 
 from convert.command import ConvertError
-from convert.tokenizer import RunTokenizer, read_tokenizer
+from convert.tokenizer import RunTokenizer, read_tokenizer_file
 from megatron_patch.architecture import SettingsError
 from megatron_patch.architecture_neox import from_neox, with_defaults
 from megatron_patch.hf import MetaLAConfig, MetaLAForCausalLM
 from megatron_patch.trainer.settings import TrainerSettings
 
-END_OF_TEXT = "<|endoftext|>"  # GPT-NeoX's HFTokenizer looks it up by name
+# GPT-NeoX's HFTokenizer looks these tokens up by name.
+END_OF_TEXT = "<|endoftext|>"
+PADDING = "<|padding|>"
 
 
 def load_tokenizer(settings: TrainerSettings) -> RunTokenizer:
     """Returns the tokenizer of `vocab_file`, a tokenizer.json. Raises a SettingsError if the file
     is no tokenizer, or has no <|endoftext|>."""
     try:
-        tokenizer = read_tokenizer(Path(settings.vocab_file))
+        tokenizer = read_tokenizer_file(
+            Path(settings.vocab_file),
+            begin=[END_OF_TEXT],
+            end=[END_OF_TEXT],
+            padding=[PADDING, END_OF_TEXT],
+        )
     except ConvertError as error:
         raise SettingsError(f"vocab_file: {error}") from None
-    if Tokenizer.from_file(str(settings.vocab_file)).token_to_id(END_OF_TEXT) is None:
+    if tokenizer.special["eos_token_id"] is None:
         raise SettingsError(f"vocab_file: {settings.vocab_file} has no token {END_OF_TEXT}")
     return tokenizer
 

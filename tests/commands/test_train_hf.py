@@ -7,13 +7,16 @@ import math
 import os
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, pipeline
 
 from convert.export_record import check_record
+from megatron_patch.architecture import SettingsError
 from megatron_patch.commands.train_hf import TOLERANCE, largest_difference, save
 from megatron_patch.hf import MetaLAForCausalLM
 from megatron_patch.indexed_dataset import IndexedDatasetWriter
@@ -346,6 +349,20 @@ def test_learning_rate(small_run, style):
     assert factors[10:] == sorted(factors[10:], reverse=True)
     half = {"cosine": 0.55, "linear": 0.5, "exponential": math.exp(-0.3465), "constant": 1.0}
     assert factors[55] == pytest.approx(half[style])
+
+
+def test_end_of_text_pads_where_there_is_no_padding_token(tmp_path):
+    """And begins a text, whatever else the tokenizer could take for that."""
+    words = {"<|endoftext|>": 0, "<s>": 1, "a": 2}
+    file = tmp_path / "tokenizer.json"
+    Tokenizer(models.WordLevel(words, unk_token="a")).save(str(file))
+    found = load_tokenizer(SimpleNamespace(vocab_file=file))
+    assert found.size == 3 and set(found.special.values()) == {0}
+    Tokenizer(models.WordLevel({"</s>": 0, "a": 1}, unk_token="a")).save(str(file))
+    with pytest.raises(SettingsError, match=r"has no token <\|endoftext\|>$"):
+        load_tokenizer(SimpleNamespace(vocab_file=file))
+    with pytest.raises(SettingsError, match="^vocab_file: "):
+        load_tokenizer(SimpleNamespace(vocab_file=tmp_path))
 
 
 def test_weight_decay_skips_biases_norms_and_aug_balance(small_run):
